@@ -1,0 +1,218 @@
+"""manifest.json as frozen dataclasses: what a bundle holds and how its parts fit together.
+
+The classes are the schema. `Manifest.parse` accepts exactly these fields with exactly these types, and answers
+anything else with a sentence that names the field; `to_json` writes them. What the fields mean is in FORMAT.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+
+from smoe.artifacts.errors import BundleError
+from smoe.artifacts.layout import ExpertShape
+
+FORMAT = "smoe"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """The source model. `context` is the longest sequence it was made for; `end_ids` end a generation."""
+
+    model_type: str
+    architecture: str
+    vocabulary: int
+    context: int
+    end_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How an expert's first matrices become the input of its last (formulas in FORMAT.md).
+
+    kind "gated": act(gate) * up. kind "plain": act(up). kind "clamped": gate' = min(gate, limit),
+    up' = clip(up, -limit, limit), (up' + 1) * gate' * sigmoid(alpha * gate').
+    """
+
+    kind: str
+    activation: str
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How ids and mixing weights follow from the scores (FORMAT.md, "Routing"): ids are the top k of the selection
+    scores; weights are the raw weights at ids, normalised ("none", "sum" or "softmax"; "sum" divides by
+    sum + epsilon), times scale."""
+
+    normaliser: str
+    scale: float
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Wires:
+    """Names of the values that pass between segments and experts. `scores` and `raw` are empty without a `Routing`."""
+
+    hidden: str
+    ids: str
+    weights: str
+    output: str
+    scores: str
+    raw: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One MoE layer. Its experts run after the segment of the same number and before the next one."""
+
+    name: str
+    experts: int
+    top_k: int
+    hidden: int
+    width: int
+    wires: Wires
+    routing: Routing | None
+    routing_refusal: str  # why `routing` is null, for the user; empty otherwise
+
+
+@dataclass(frozen=True)
+class State:
+    """What a segment remembers from one call to the next: `input` receives what `output` gave.
+
+    `growing` is the axis that grows with every token, or -1. With `in_place` one buffer of the context's length along
+    that axis is bound to both; otherwise the output replaces the input.
+    """
+
+    segment: int
+    input: str
+    output: str
+    dtype: str
+    shape: tuple[int, ...]
+    growing: int
+    in_place: bool
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One ONNX graph of the backbone: files relative to the bundle, the names it takes and gives."""
+
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """A weight of the backbone: `offset` and `nbytes` in the weight file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Backbone:
+    precision: str
+    weights: str
+    segments: tuple[Segment, ...]
+    initializers: tuple[Initializer, ...]
+    state: tuple[State, ...]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What all shards have in common: encoding, page size in bytes, gate, and whether matrices have biases."""
+
+    encoding: str
+    page: int
+    gate: Gate
+    biased: bool
+
+
+@dataclass(frozen=True)
+class File:
+    """Size in bytes and SHA-256 of a file. The hash proves integrity, not origin."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    format: str
+    version: int
+    model: Model
+    layers: tuple[Layer, ...]
+    experts: Experts
+    backbone: Backbone
+    provenance: dict[str, str]
+    files: dict[str, File]
+
+    def expert_shape(self, layer: int) -> ExpertShape:
+        spec = self.layers[layer]
+        return ExpertShape(spec.hidden, spec.width, self.experts.gate.kind != "plain", self.experts.biased)
+
+    @staticmethod
+    def shard(layer: int) -> str:
+        """The shard of a layer, relative to the bundle."""
+        return f"experts/layer-{layer:02d}.safetensors"
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Manifest:
+        """Read manifest.json; `where` names the file in errors. A wrong field or type is a `BundleError`."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{where} is not JSON ({error}); copy the bundle again.") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise BundleError(f"{where} does not say format {FORMAT!r}; this is not a smoe bundle.")
+        if data.get("version") != VERSION:
+            raise BundleError(
+                f"{where} has format version {data.get('version')!r}, this smoe reads {VERSION}; "
+                "upgrade smoe, or build the bundle again with it."
+            )
+        return _parse(cls, data, where)
+
+
+def _parse(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
+    """`value` as an instance of the type `wanted`, recursively; nothing is converted but int to float."""
+    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        inner = next(a for a in args if a is not type(None))
+        return None if value is None else _parse(inner, value, where)
+    if dataclasses.is_dataclass(wanted):
+        if not isinstance(value, dict):
+            raise _wrong(where, "an object", value)
+        hints = typing.get_type_hints(wanted)
+        if set(value) != set(hints):
+            odd = sorted(set(value) ^ set(hints))
+            raise BundleError(f"{where}: the fields {', '.join(odd)} are missing or unknown; build the bundle again.")
+        return wanted(**{key: _parse(hints[key], value[key], f"{where}: {key}") for key in hints})
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _wrong(where, "a list", value)
+        return tuple(_parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong(where, "an object", value)
+        return {key: _parse(args[1], item, f"{where}: {key}") for key, item in value.items()}
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted:
+        raise _wrong(where, wanted.__name__, value)
+    return value
+
+
+def _wrong(where: str, wanted: str, value: object) -> BundleError:
+    return BundleError(f"{where}: {wanted} was wanted, found {str(value)[:60]!r}; build the bundle again.")

@@ -1,0 +1,88 @@
+"""The tables and the trace that a profile makes and a scheduler looks up: names, shapes, dtypes, units, formulas.
+
+`TABLES` and `TRACE` are the definition; FORMAT.md prints the same list, and a test holds one against the other. Each
+MoE layer has its own, under `NN.name`, because layers may differ in their number of experts E.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from smoe.artifacts import safetensors_file
+from smoe.artifacts.errors import BundleError
+
+
+@dataclass(frozen=True)
+class Table:
+    """`shape` is in letters: E experts of this layer, P experts of the previous MoE layer, R ranks, T tokens."""
+
+    shape: str
+    dtype: str
+    unit: str
+    formula: str
+
+
+TABLES: dict[str, Table] = {
+    "counts": Table("E", "I64", "tokens", "how often e was routed to"),
+    "gate_mass": Table("E", "F64", "weight", "sum of e's mixing weights"),
+    "saliency": Table("E", "F64", "norm", "mean over tokens routed to e of mixing weight x |y_e| (REAP)"),
+    "output_norm": Table("E", "F64", "norm", "mean over tokens routed to e of |y_e|"),
+    "coactivation": Table("E,E", "I64", "tokens", "tokens routed to both; the diagonal is counts"),
+    "transition": Table("P,E", "I64", "tokens", "tokens routed to p in the previous MoE layer and e in this one"),
+    "score_similarity": Table("E,E", "F32", "1", "Pearson correlation over tokens of the selection scores"),
+    "output_similarity": Table("E,E", "F32", "1", "mean cosine(y_e, y_s) over sampled tokens routed to e (row)"),
+    "output_error": Table("E,E", "F32", "1", "sum |y_s - y_e|^2 / sum |y_e|^2 over sampled tokens routed to e (row)"),
+    "sampled": Table("E", "I64", "tokens", "sampled tokens routed to e, the basis of the two above"),
+    "standin_ids": Table("E,R", "I16", "expert", "other experts, smallest output_error first; -1 beyond the last"),
+    "standin_error": Table("E,R", "F32", "1", "their output_error"),
+}
+
+TRACE: dict[str, Table] = {
+    "ids": Table("T,K", "I16", "expert", "experts routed to, in the router's order"),
+    "weights": Table("T,K", "F32", "weight", "their mixing weights"),
+    "scores": Table("T,E", "F16", "score", "selection scores of all experts; absent where the router has none"),
+}
+
+# Once per trace, not per layer: the token ids, and 1 where a sequence starts.
+TRACE_TOKENS = ("tokens", "starts")
+
+
+def key(layer: int, name: str) -> str:
+    return f"{layer:02d}.{name}"
+
+
+def save_tables(path: Path, layers: list[dict[str, np.ndarray]], metadata: dict[str, str]) -> None:
+    """Write one dict of tables per MoE layer, names as in `TABLES`."""
+    arrays = {key(i, name): array for i, tables in enumerate(layers) for name, array in tables.items()}
+    safetensors_file.save(path, arrays, metadata)
+
+
+def load_tables(path: Path, experts: list[int]) -> list[dict[str, np.ndarray]]:
+    """Read and check tables for layers of so many `experts`; a wrong shape or dtype is a `BundleError`."""
+    header = safetensors_file.read_header(path)
+    for layer, count in enumerate(experts):
+        sizes = {"E": count, "P": experts[layer - 1]}
+        for name, table in TABLES.items():
+            entry = header.entries.get(key(layer, name))
+            if name == "transition" and layer == 0:
+                continue
+            if entry is None or entry.dtype != table.dtype or not _fits(entry.shape, table.shape, sizes):
+                found = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+                raise BundleError(
+                    f"{path}: table {key(layer, name)} is {found}, {table.dtype} [{table.shape}] with {sizes} was "
+                    "wanted; profile and build again."
+                )
+    loaded = safetensors_file.load(path)
+    return [
+        {name: loaded[key(i, name)] for name in TABLES if key(i, name) in loaded} for i in range(len(experts))
+    ]
+
+
+def _fits(shape: tuple[int, ...], letters: str, sizes: dict[str, int]) -> bool:
+    wanted = letters.split(",")
+    return len(shape) == len(wanted) and all(
+        size == sizes.get(letter, size) for size, letter in zip(shape, wanted, strict=True)
+    )

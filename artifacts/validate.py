@@ -1,0 +1,192 @@
+"""The one door: every bundle is checked here, once, before anything of it is used. Past the door nothing is re-checked.
+
+A bundle is untrusted input. `problems` walks it in one loop and returns sentences (file, field, found, wanted, what to
+do); `open_bundle` raises them. Sizes are checked always; the SHA-256 of every file only when asked, since it reads all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from smoe.artifacts import safetensors_file, tables
+from smoe.artifacts.encodings import record_layout
+from smoe.artifacts.errors import BundleError
+from smoe.artifacts.manifest import Manifest
+from smoe.artifacts.shard import shard_start
+
+MAX_MANIFEST = 64 << 20
+GATES = ("gated", "plain", "clamped")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "identity")
+NORMALISERS = ("none", "sum", "softmax")
+OPTIONAL_FILES = (
+    "tables.safetensors",
+    "trace.safetensors",
+    "profile.json",
+    "report.html",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def open_bundle(path: str | Path, hashes: bool = False) -> Manifest:
+    """The manifest of a bundle that passed every check; otherwise a `BundleError` that lists what is wrong."""
+    manifest = read_manifest(Path(path))
+    found = list(problems(Path(path), manifest, hashes))
+    if found:
+        more = f"\n(and {len(found) - 10} more)" if len(found) > 10 else ""
+        raise BundleError("\n".join(found[:10]) + more)
+    return manifest
+
+
+def read_manifest(path: Path) -> Manifest:
+    """manifest.json of the bundle at `path`, its fields checked but no other file looked at."""
+    file = path / "manifest.json"
+    if not path.is_dir():
+        what = "is not a directory" if path.exists() else "does not exist"
+        raise BundleError(f"{path} {what}; a bundle is the directory that `smoe-prep build` wrote.")
+    if not file.is_file():
+        raise BundleError(f"{path} has no manifest.json; it is not a smoe bundle, or its build did not finish.")
+    if file.stat().st_size > MAX_MANIFEST:
+        raise BundleError(f"{file} has {file.stat().st_size} bytes, more than {MAX_MANIFEST}; it is damaged.")
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{file} is not UTF-8; copy the bundle again.") from error
+    return Manifest.parse(text, str(file))
+
+
+def problems(path: Path, manifest: Manifest, hashes: bool = False) -> Iterator[str]:
+    """Everything wrong with the bundle at `path`, as sentences. With `hashes` every byte is read and compared."""
+    wrong = [*_geometry(manifest), *_wiring(manifest)]
+    yield from wrong
+    missing = list(_files(path, manifest, hashes))
+    yield from missing
+    if wrong or missing:
+        return  # what follows would repeat the same faults in other words
+    checks = [lambda i=i: _shard(path, manifest, i) for i in range(len(manifest.layers))]
+    checks += [lambda: _weights(path, manifest), lambda: _tables(path, manifest)]
+    for check in checks:
+        try:
+            check()
+        except BundleError as error:
+            yield str(error)
+
+
+def _geometry(m: Manifest) -> Iterator[str]:
+    def bad(what: str, found: object, wanted: str) -> str:
+        return f"manifest.json: {what} is {found!r}, {wanted} was wanted; build the bundle again."
+
+    if not m.layers or len(m.layers) > 4096:
+        yield bad("the number of layers", len(m.layers), "1 to 4096")
+    if not 1 <= m.model.vocabulary < 2**31 or not 1 <= m.model.context < 2**31:
+        yield bad("vocabulary, context", (m.model.vocabulary, m.model.context), "1 to 2^31")
+    if m.experts.page < 512 or m.experts.page > 1 << 24 or m.experts.page & (m.experts.page - 1):
+        yield bad("experts.page", m.experts.page, "a power of two from 512 to 16 MiB")
+    gate = m.experts.gate
+    if gate.kind not in GATES or (gate.kind != "clamped" and gate.activation not in ACTIVATIONS):
+        yield bad("experts.gate", (gate.kind, gate.activation), f"one of {GATES} with one of {ACTIVATIONS}")
+    try:
+        record_layout(m.expert_shape(0), m.experts.encoding, 512) if m.layers else None
+    except BundleError as error:
+        yield f"manifest.json: {error}"
+    for i, layer in enumerate(m.layers):
+        if not 1 <= layer.experts <= 32767:  # ids are int16
+            yield bad(f"layers[{i}].experts", layer.experts, "1 to 32767")
+        if not 1 <= layer.top_k <= layer.experts:
+            yield bad(f"layers[{i}].top_k", layer.top_k, f"1 to {layer.experts}")
+        if not (1 <= layer.hidden < 2**24 and 1 <= layer.width < 2**24):
+            yield bad(f"layers[{i}] hidden, width", (layer.hidden, layer.width), "1 to 2^24")
+        if layer.routing and layer.routing.normaliser not in NORMALISERS:
+            yield bad(f"layers[{i}].routing.normaliser", layer.routing.normaliser, f"one of {NORMALISERS}")
+
+
+def _wiring(m: Manifest) -> Iterator[str]:
+    """Every input of a segment must have a source before it, so that running never looks for what is not there."""
+    known = {"input_ids", "past_length", "logits_to_keep"} | {state.input for state in m.backbone.state}
+    if len(m.backbone.segments) != len(m.layers) + 1:
+        yield (
+            f"manifest.json: {len(m.backbone.segments)} segments for {len(m.layers)} layers, {len(m.layers) + 1} "
+            "were wanted; build the bundle again."
+        )
+        return
+    for i, segment in enumerate(m.backbone.segments):
+        lost = [name for name in segment.inputs if name not in known]
+        if lost:
+            yield f"manifest.json: segment {i} takes {lost[0]!r}, which nothing before gives; build the bundle again."
+        known |= set(segment.outputs)
+        if i < len(m.layers):
+            wires = m.layers[i].wires
+            needed = [wires.hidden, wires.ids, wires.weights]
+            if m.layers[i].routing:
+                needed += [wires.scores, wires.raw]
+            absent = [name for name in needed if name not in known]
+            if absent:
+                yield f"manifest.json: layer {i} takes {absent[0]!r}, which no segment gives; build the bundle again."
+            known.add(wires.output)
+    if "logits" not in m.backbone.segments[-1].outputs:
+        yield "manifest.json: the last segment does not give 'logits'; build the bundle again."
+    for state in m.backbone.state:
+        if not 0 <= state.segment < len(m.backbone.segments):
+            yield f"manifest.json: state {state.input!r} belongs to segment {state.segment}, which does not exist."
+        elif state.output not in m.backbone.segments[state.segment].outputs or state.growing >= len(state.shape):
+            yield f"manifest.json: state {state.input!r} has no such output or axis; build the bundle again."
+        if any(size < 0 or size >= 2**31 for size in state.shape) or len(state.shape) > 8:
+            yield f"manifest.json: state {state.input!r} has shape {state.shape}; build the bundle again."
+
+
+def _files(path: Path, m: Manifest, hashes: bool) -> Iterator[str]:
+    wanted = {segment.file for segment in m.backbone.segments} | {m.backbone.weights}
+    wanted |= {m.shard(i) for i in range(len(m.layers))}
+    for name in sorted(wanted - set(m.files)):
+        yield f"manifest.json: files does not list {name}; build the bundle again."
+    for name, file in m.files.items():
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or "\0" in name or not re.fullmatch(r"[\w./-]{1,200}", name):
+            yield f"manifest.json: files names {name[:80]!r}, a path outside the bundle; do not trust this bundle."
+        elif name not in wanted and name not in OPTIONAL_FILES:
+            yield f"manifest.json: files lists {name}, which no part of a bundle is; build the bundle again."
+        elif (path / name).is_symlink() or not (path / name).is_file():
+            yield f"{name} is missing or not a plain file; copy the bundle again."
+        elif (path / name).stat().st_size != file.size:
+            size = (path / name).stat().st_size
+            yield f"{name} has {size} bytes, the manifest wants {file.size}; copy the bundle again."
+        elif hashes and (digest := sha256(path / name)) != file.sha256:
+            yield f"{name} has SHA-256 {digest[:12]}…, the manifest {file.sha256[:12]}…; copy the bundle again."
+
+
+def _shard(path: Path, m: Manifest, layer: int) -> None:
+    layout = record_layout(m.expert_shape(layer), m.experts.encoding, m.experts.page)
+    shard_start(path / m.shard(layer), layout, m.experts.page, m.layers[layer].experts)
+
+
+def _weights(path: Path, m: Manifest) -> None:
+    size = m.files[m.backbone.weights].size
+    for w in m.backbone.initializers:
+        dtype = safetensors_file.DTYPES.get(w.dtype)
+        nbytes = dtype.itemsize if dtype else 0
+        for extent in w.shape:
+            nbytes *= extent
+        if dtype is None or w.offset < 0 or nbytes != w.nbytes or w.offset + nbytes > size or w.offset % 64:
+            raise BundleError(
+                f"manifest.json: weight {w.name!r} is {w.dtype} {list(w.shape)} at {w.offset}, outside "
+                f"{m.backbone.weights} of {size} bytes or not of that size; build the bundle again."
+            )
+
+
+def _tables(path: Path, m: Manifest) -> None:
+    if "tables.safetensors" in m.files:
+        tables.load_tables(path / "tables.safetensors", [layer.experts for layer in m.layers])
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

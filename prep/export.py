@@ -1,0 +1,232 @@
+"""The backbone: everything but the experts, exported to ONNX and cut at the experts into plain segments.
+
+The experts run as one custom node per layer while `transformers`' own exporter traces the model (`experts.symbolic`),
+so no modelling code is repeated here. `cut.py` turns the graph into segments; this file makes the graph, decides what
+is state, and puts weights and segments on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+import transformers
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+from smoe.artifacts.manifest import Backbone, Initializer, Segment, State
+from smoe.artifacts.safetensors_file import DTYPES
+from smoe.prep import cut
+from smoe.prep.checkpoint import Checkpoint
+from smoe.prep.errors import PrepError
+from smoe.prep.experts import experts_run_by, symbolic
+
+# Two lengths that no other dimension of a sample has a reason to follow.
+PAST, NEW = 5, 3
+WEIGHTS = "backbone/weights.data"
+ALIGN = 64  # bytes, of every weight in the file
+INLINE = 256  # bytes: smaller constants stay in the graph, where constant folding sees them
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The backbone's part of the manifest, and what each layer's experts are wired to."""
+
+    backbone: Backbone
+    nodes: list[cut.ExpertsNode]
+
+
+@dataclass
+class _Sample:
+    """Inputs to trace with: a cache of `PAST` tokens and `NEW` tokens after it, and which cache axes grow."""
+
+    inputs: dict[str, object]
+    shapes: dict[str, object]
+    leaves: list[torch.Tensor]
+    growing: list[int] = field(default_factory=list)
+
+
+def export(checkpoint: Checkpoint, directory: Path, precision: str = "f32") -> Exported:
+    """Export the backbone into `directory`/backbone and say what is there.
+
+    Every segment is a plain ONNX model that passes `onnx.checker`; they share one weight file.
+    """
+    if precision != "f32":
+        raise PrepError(f"--backbone {precision} is not in this version yet; use f32.")
+    sample = _sample(checkpoint.model)
+    graph = _trace(checkpoint.model, sample)
+    state = _state(graph, sample)
+    _lengths_from_input(graph, sample, state)
+    pieces = cut.cut(graph)
+    (directory / "backbone").mkdir(parents=True, exist_ok=True)
+    initializers = _write_weights(directory / WEIGHTS, pieces.weights)
+    segments = []
+    for i, piece in enumerate(pieces.segments):
+        file = f"backbone/segment-{i:02d}.onnx"
+        segments.append(Segment(file, *_write_segment(directory / file, piece, initializers)))
+    placed = _place(state, segments)
+    backbone = Backbone(precision, WEIGHTS, tuple(segments), tuple(initializers.values()), tuple(placed))
+    return Exported(backbone, pieces.nodes)
+
+
+@torch.no_grad()
+def _sample(model: transformers.PreTrainedModel) -> _Sample:
+    """Run the model for real on a few tokens: what its cache is made of, and which axes grow, is read off."""
+    register_cache_pytrees_for_model(model)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (1, PAST + NEW), generator=torch.Generator().manual_seed(0))
+    cache = model(input_ids=ids[:, :PAST], use_cache=True).past_key_values
+    leaves = torch.utils._pytree.tree_leaves(cache)
+    longer = torch.utils._pytree.tree_leaves(model(input_ids=ids, use_cache=True).past_key_values)
+    inputs = {"input_ids": ids[:, PAST:], "past_key_values": cache, "use_cache": True}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = torch.tensor([0, NEW - 1])
+    growing = [_growing(a.shape, b.shape) for a, b in zip(leaves, longer, strict=True)]
+    auto = torch.export.Dim.AUTO
+    shapes: dict[str, object] = {
+        "input_ids": {1: auto},
+        "past_key_values": [{} if axis < 0 else {axis: auto} for axis in growing],
+    }
+    if "logits_to_keep" in inputs:
+        shapes["logits_to_keep"] = {0: auto}
+    return _Sample(inputs, shapes, leaves, growing)
+
+
+def _growing(short: torch.Size, long: torch.Size) -> int:
+    axes = [axis for axis, (a, b) in enumerate(zip(short, long, strict=True)) if a != b]
+    if len(axes) > 1 or any(long[axis] - short[axis] != NEW for axis in axes):
+        raise PrepError(f"The model's state goes from {tuple(short)} to {tuple(long)} in {NEW} tokens; this version "
+                        "keeps state that grows along one axis by one per token, or not at all.")
+    return axes[0] if axes else -1
+
+
+def _trace(model: transformers.PreTrainedModel, sample: _Sample) -> ir.Graph:
+    config = OnnxConfig(dynamic_shapes=sample.shapes, ort_fusions="cpu")
+    with experts_run_by(model, symbolic), _quiet():
+        model_ir = OnnxExporter().export(model, sample.inputs, config=config).program
+    LiftConstantsToInitializersPass()(model_ir)
+    return model_ir.graph
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's progress and its warnings about optional packages say nothing to our user."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), open("/dev/null", "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def _state(graph: ir.Graph, sample: _Sample) -> list[State]:
+    """Pair the graph's state inputs with its outputs, as their names do (`input.X`, `output.X`).
+
+    State is updated in place where one GroupQueryAttention alone reads the input and writes the output: bound to one
+    buffer it appends without copying.
+    """
+    outputs = {value.name: value for value in graph.outputs}
+    found = []
+    inputs = [value for value in graph.inputs if value.name.startswith("input.")]
+    for value, leaf, axis in zip(inputs, sample.leaves, sample.growing, strict=True):
+        name = value.name.replace("input.", "output.", 1)
+        if name not in outputs:
+            raise PrepError(f"The exported graph takes the state {value.name} but does not return it.")
+        readers = {node for node, _ in value.uses() if node.op_type != "Shape"}
+        writer = outputs[name].producer()
+        in_place = axis >= 0 and readers == {writer} and writer.op_type == "GroupQueryAttention"
+        dtype = next(n for n, d in DTYPES.items() if d == leaf.numpy().dtype)
+        found.append(State(-1, value.name, name, dtype, tuple(leaf.shape), axis, in_place))
+    return found
+
+
+def _lengths_from_input(graph: ir.Graph, sample: _Sample, state: list[State]) -> None:
+    """Every length that the graph takes from its state's shape becomes the input `past_length`, int64 `[1]`.
+
+    Then a buffer longer than what it holds can be bound as state.
+    """
+    length = ir.Value(name="past_length", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
+    graph.inputs.append(length)
+    by_name = {s.input: s for s in state}
+    for node in list(graph):
+        if node.op_type != "Shape" or node.inputs[0].name not in by_name:
+            continue
+        spec = by_name[node.inputs[0].name]
+        start = node.attributes.get_int("start", 0)
+        end = node.attributes.get_int("end", len(spec.shape))
+        axes = range(len(spec.shape))[start:end]
+        parts = [length if a == spec.growing else _constant(graph, spec.shape[a]) for a in axes]
+        if len(parts) == 1:
+            replacement = parts[0]
+        else:
+            concat = ir.node("Concat", parts, attributes={"axis": 0})
+            concat.outputs[0].dtype, concat.outputs[0].shape = ir.DataType.INT64, ir.Shape([len(parts)])
+            graph.insert_before(node, concat)
+            replacement = concat.outputs[0]
+        node.outputs[0].replace_all_uses_with(replacement)
+        graph.remove(node, safe=True)
+
+
+def _constant(graph: ir.Graph, value: int) -> ir.Value:
+    name = f"smoe_constant_{value}"
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.array([value], np.int64), name=name)
+        graph.register_initializer(ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype),
+                                            shape=tensor.shape))
+    return graph.initializers[name]
+
+
+def _write_weights(path: Path, weights: dict[str, ir.TensorProtocol]) -> dict[str, Initializer]:
+    """All weights one after another, aligned, each once; what is too small to matter stays in the segments."""
+    placed: dict[str, Initializer] = {}
+    offset = 0
+    with open(path, "wb") as file:
+        for name, tensor in weights.items():
+            array = np.ascontiguousarray(tensor.numpy())
+            if array.nbytes < INLINE:
+                continue
+            dtype = next(n for n, d in DTYPES.items() if d == array.dtype)
+            padding = -offset % ALIGN
+            file.write(b"\0" * padding)
+            file.write(array.reshape(-1).view(np.uint8).data)
+            offset += padding
+            placed[name] = Initializer(name, dtype, array.shape, offset, array.nbytes)
+            offset += array.nbytes
+    return placed
+
+
+def _write_segment(
+    path: Path, piece: cut.Piece, placed: dict[str, Initializer]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Write one ONNX file, its large weights as external data, and check it. Returns its input and output names."""
+    for tensor in piece.model.graph.initializer:
+        if tensor.name not in placed:
+            continue
+        where = placed[tensor.name]
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", Path(WEIGHTS).name), ("offset", where.offset), ("length", where.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+    path.write_bytes(piece.model.SerializeToString())
+    onnx.checker.check_model(str(path), full_check=False)
+    graph = piece.model.graph
+    return tuple(v.name for v in graph.input), tuple(v.name for v in graph.output)
+
+
+def _place(state: list[State], segments: list[Segment]) -> Iterator[State]:
+    """Say of each state which segment it belongs to."""
+    for s in state:
+        home = next(i for i, segment in enumerate(segments) if s.output in segment.outputs)
+        yield State(home, s.input, s.output, s.dtype, s.shape, s.growing, s.in_place)

@@ -1,0 +1,55 @@
+"""What runs where: pure decisions over scores and residency. No I/O, no clock: a simulator drives the same code.
+
+This version is lossless: every active expert is computed, so a decision is the list of slots of each expert and the
+order in which to take them, residents first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from smoe.artifacts.manifest import Routing
+
+
+def route(rule: Routing, scores: np.ndarray, raw: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids `[T, k]` int64, best first, and mixing weights `[T, k]` float32, from scores and raw weights `[T, E]`."""
+    ids = np.argsort(-scores, axis=-1, kind="stable")[:, :k]
+    return ids, weigh(rule, raw, ids)
+
+
+def weigh(rule: Routing, raw: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Mixing weights of any choice of ids `[T, k]`, from the raw weights `[T, E]`: float32 `[T, k]`."""
+    w = np.take_along_axis(raw, ids, axis=-1).astype(np.float32)
+    if rule.normaliser == "softmax":
+        w = np.exp(w - w.max(-1, keepdims=True))
+        w = w / w.sum(-1, keepdims=True)
+    elif rule.normaliser == "sum":
+        w = w / (w.sum(-1, keepdims=True) + np.float32(rule.epsilon))
+    return w * np.float32(rule.scale)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One expert to compute: `tokens` and `ranks` int64 say which slots (token, place among its k) are its."""
+
+    expert: int
+    tokens: np.ndarray
+    ranks: np.ndarray
+
+
+def decide(ids: np.ndarray, resident: Callable[[int], bool]) -> list[Task]:
+    """The tasks of one layer for ids `[T, k]`: resident experts first, so that a load never evicts what is still
+    needed; each group by expert number. The result of a step does not depend on this order (`Engine` combines by
+    rank), only the number of loads does."""
+    flat = ids.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    experts, starts = np.unique(flat[order], return_index=True)
+    groups = np.split(order, starts[1:])
+    tasks = [
+        Task(int(expert), slots // ids.shape[1], slots % ids.shape[1])
+        for expert, slots in zip(experts, groups, strict=True)
+    ]
+    return sorted(tasks, key=lambda task: (not resident(task.expert), task.expert))
