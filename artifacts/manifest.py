@@ -100,11 +100,13 @@ class State:
 
 @dataclass(frozen=True)
 class Segment:
-    """One ONNX graph of the backbone: files relative to the bundle, the names it takes and gives."""
+    """One ONNX graph of the backbone: its file in the bundle, the names it takes and gives, and those of its
+    initializers that lie in the weight file."""
 
     file: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    weights: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,7 @@ def _geometry(m: Manifest) -> Iterator[str]:
 def _wiring(m: Manifest) -> Iterator[str]:
     """Every input of a segment must have a source before it, so that running never looks for what is not there."""
     known = {"input_ids", "past_length", "logits_to_keep"} | {state.input for state in m.backbone.state}
+    weights = {w.name for w in m.backbone.initializers}
     if len(m.backbone.segments) != len(m.layers) + 1:
         yield (
             f"manifest.json: {len(m.backbone.segments)} segments for {len(m.layers)} layers, {len(m.layers) + 1} "
@@ -118,6 +119,8 @@ def _wiring(m: Manifest) -> Iterator[str]:
         lost = [name for name in segment.inputs if name not in known]
         if lost:
             yield f"manifest.json: segment {i} takes {lost[0]!r}, which nothing before gives; build the bundle again."
+        if not weights.issuperset(segment.weights):
+            yield f"manifest.json: segment {i} names weights that are not listed; build the bundle again."
         known |= set(segment.outputs)
         if i < len(m.layers):
             wires = m.layers[i].wires

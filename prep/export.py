@@ -20,7 +20,7 @@ import onnx
 import onnx_ir as ir
 import torch
 import transformers
-from onnx_ir.passes.common import LiftConstantsToInitializersPass
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
@@ -73,7 +73,7 @@ def export(checkpoint: Checkpoint, directory: Path, precision: str = "f32") -> E
     segments = []
     for i, piece in enumerate(pieces.segments):
         file = f"backbone/segment-{i:02d}.onnx"
-        segments.append(Segment(file, *_write_segment(directory / file, piece, initializers)))
+        segments.append(_write_segment(directory, file, piece, initializers))
     placed = _place(state, segments)
     backbone = Backbone(precision, WEIGHTS, tuple(segments), tuple(initializers.values()), tuple(placed))
     return Exported(backbone, pieces.nodes)
@@ -115,6 +115,7 @@ def _trace(model: transformers.PreTrainedModel, sample: _Sample) -> ir.Graph:
     with experts_run_by(model, symbolic), _quiet():
         model_ir = OnnxExporter().export(model, sample.inputs, config=config).program
     LiftConstantsToInitializersPass()(model_ir)
+    ShapeInferencePass()(model_ir)  # the exporter's fusions leave values without a type
     return model_ir.graph
 
 
@@ -207,22 +208,20 @@ def _write_weights(path: Path, weights: dict[str, ir.TensorProtocol]) -> dict[st
     return placed
 
 
-def _write_segment(
-    path: Path, piece: cut.Piece, placed: dict[str, Initializer]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Write one ONNX file, its large weights as external data, and check it. Returns its input and output names."""
-    for tensor in piece.model.graph.initializer:
-        if tensor.name not in placed:
-            continue
+def _write_segment(directory: Path, file: str, piece: cut.Piece, placed: dict[str, Initializer]) -> Segment:
+    """Write one ONNX file, its large weights as external data, and check it."""
+    graph = piece.model.graph
+    outside = [tensor for tensor in graph.initializer if tensor.name in placed]
+    for tensor in outside:
         where = placed[tensor.name]
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", Path(WEIGHTS).name), ("offset", where.offset), ("length", where.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
-    path.write_bytes(piece.model.SerializeToString())
-    onnx.checker.check_model(str(path), full_check=False)
-    graph = piece.model.graph
-    return tuple(v.name for v in graph.input), tuple(v.name for v in graph.output)
+    (directory / file).write_bytes(piece.model.SerializeToString())
+    onnx.checker.check_model(str(directory / file))
+    names = [tuple(v.name for v in values) for values in (graph.input, graph.output, outside)]
+    return Segment(file, *names)
 
 
 def _place(state: list[State], segments: list[Segment]) -> Iterator[State]:

@@ -1,0 +1,139 @@
+"""The backbone: segments in ONNX Runtime, and the state of each sequence.
+
+Weights are read once into memory that this process owns and are shared by all segments: a file that shrinks under a
+running engine can then not kill it, and the bytes are counted exactly. State that grows in place is one buffer of the
+context's length, bound as input and output of its segment, so that a step appends without copying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from smoe.artifacts.manifest import Manifest, State
+from smoe.artifacts.safetensors_file import DTYPES
+from smoe.runtime.errors import EngineError
+
+Values = dict[str, ort.OrtValue]
+
+
+def ort_value(array: np.ndarray) -> ort.OrtValue:
+    """An OrtValue over `array`'s own memory; the caller keeps the array alive."""
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+class Sequence:
+    """What one request has consumed: its token ids, and the state that the segments left."""
+
+    def __init__(self, state: tuple[State, ...], context: int):
+        self.ids: list[int] = []
+        self._spec = state
+        self._context = context
+        self._arrays: dict[str, np.ndarray] = {}
+        self.state: Values = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self.ids = []
+        for spec in self._spec:
+            shape = list(spec.shape)
+            if spec.growing >= 0:
+                shape[spec.growing] = self._context if spec.in_place else 0
+            if spec.input not in self._arrays or not spec.in_place:
+                self._arrays[spec.input] = np.zeros(shape, DTYPES[spec.dtype])
+                self.state[spec.input] = ort_value(self._arrays[spec.input])
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens; state that cannot be shortened is rebuilt from nothing, so look
+        at `length` afterwards."""
+        if length < self.length:
+            if all(spec.in_place for spec in self._spec):
+                del self.ids[length:]  # what lies behind is overwritten before it is read
+            else:
+                self._clear()
+
+
+class Backbone:
+    """All segments of a bundle. Not thread-safe: one step at a time."""
+
+    def __init__(self, path: Path, manifest: Manifest, threads: int):
+        self._segments = manifest.backbone.segments
+        self._state = manifest.backbone.state
+        self._in_place = {s.output: s.input for s in self._state if s.in_place}
+        self._replaced = [[s for s in self._state if s.segment == i and not s.in_place]
+                          for i in range(len(self._segments))]
+        self._weights = _read_weights(path, manifest)
+        self._sessions = [self._session(path, i, threads) for i in range(len(self._segments))]
+
+    def _session(self, path: Path, index: int, threads: int) -> ort.InferenceSession:
+        segment = self._segments[index]
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.enable_cpu_mem_arena = False  # an arena keeps its peak for ever, once per segment
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning starves the kernels
+        options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of every weight
+        options.log_severity_level = 3
+        if segment.weights:
+            options.add_external_initializers(list(segment.weights), [self._weights[n] for n in segment.weights])
+        try:
+            model = (path / segment.file).read_bytes()
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime raises its own classes straight under Exception
+            reason = str(error).strip().splitlines()[0][:200]
+            raise EngineError(f"{path / segment.file} does not load in ONNX Runtime {ort.__version__}: {reason}") from error
+
+    def begin(self, sequence: Sequence, ids: np.ndarray, keep: np.ndarray) -> Values:
+        """The values a step starts from: `ids` int64 `[T]` to consume, `keep` int64 positions whose logits are wanted."""
+        return {
+            "input_ids": ort_value(ids.reshape(1, -1)),
+            "past_length": ort_value(np.array([sequence.length], np.int64)),
+            "logits_to_keep": ort_value(keep),
+            **sequence.state,
+        }
+
+    def run(self, index: int, values: Values, sequence: Sequence) -> None:
+        """Run segment `index`: its outputs are added to `values`, its state to `sequence`."""
+        segment, session = self._segments[index], self._sessions[index]
+        binding = session.io_binding()
+        for name in segment.inputs:
+            binding.bind_ortvalue_input(name, values[name])
+        for name in segment.outputs:
+            if name in self._in_place:
+                binding.bind_ortvalue_output(name, sequence.state[self._in_place[name]])
+            else:
+                binding.bind_output(name, "cpu")
+        session.run_with_iobinding(binding)
+        values.update(zip(segment.outputs, binding.get_outputs(), strict=True))
+        for spec in self._replaced[index]:
+            sequence.state[spec.input] = values[spec.output]
+
+
+def _read_weights(path: Path, manifest: Manifest) -> Mapping[str, ort.OrtValue]:
+    file = path / manifest.backbone.weights
+    data = np.fromfile(file, np.uint8)
+    found = {}
+    for w in manifest.backbone.initializers:
+        piece = data[w.offset : w.offset + w.nbytes]
+        if piece.size != w.nbytes:
+            raise EngineError(f"{file} became shorter while it was read; copy the bundle again.")
+        found[w.name] = ort_value(piece.view(DTYPES[w.dtype]).reshape(w.shape))
+    return found
+
+
+def state_bytes(state: tuple[State, ...], context: int) -> int:
+    """Bytes of one sequence's state at its longest. State that is replaced exists twice while a segment runs."""
+    total = 0
+    for spec in state:
+        count = 1
+        for axis, size in enumerate(spec.shape):
+            count *= context if axis == spec.growing else size
+        total += count * DTYPES[spec.dtype].itemsize * (1 if spec.in_place else 2)
+    return total

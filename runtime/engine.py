@@ -1,0 +1,272 @@
+"""The engine: opens a bundle, runs sequences through segments and experts, generates.
+
+`Engine.step` is the page to read first. Everything below it is one of: the backbone (`backbone`), deciding
+(`scheduler`, `residency`), bytes (`store`, `memory`), arithmetic (`kernels`), text (`text`, `sampling`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence as SequenceOf
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from smoe.artifacts import open_bundle
+from smoe.artifacts.manifest import Layer, Manifest
+from smoe.runtime import kernels, memory, scheduler
+from smoe.runtime.backbone import Backbone, Sequence, Values, ort_value
+from smoe.runtime.errors import EngineError
+from smoe.runtime.residency import Residency
+from smoe.runtime.sampling import Sampler, Sampling
+from smoe.runtime.store import Shards
+from smoe.runtime.text import StopWhen, Stream, Text
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token. `text` may be empty while a character or a stop string is undecided; joined it is the text."""
+
+    id: int
+    text: str
+
+
+@dataclass
+class Stats:
+    """Counters since the engine was opened. Times are in seconds of wall clock."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    slots: int = 0  # token x active expert
+    hits: int = 0  # expert needed by a step and resident; one per expert, layer and step
+    misses: int = 0
+    bytes_read: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    load_seconds: float = 0.0  # part of both above: waiting for records
+    finish: str = ""  # of the last generation: length, end, stop or cancelled
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+    def as_dict(self) -> dict[str, float | int | str]:
+        return dataclasses.asdict(self) | {"hit_rate": self.hit_rate}
+
+
+class Engine:
+    """One bundle in memory. Use it from one thread; close it, or use it in a `with`."""
+
+    def __init__(self, path: Path, manifest: Manifest, plan: memory.Plan, context: int, threads: int):
+        self.path, self.manifest, self.plan, self.context = path, manifest, plan, context
+        self.stats = Stats()
+        self.text = Text(path)
+        self._kernels = kernels.choose()
+        self._backbone = Backbone(path, manifest, threads)
+        self._shards = Shards(path, manifest)
+        self._residency = Residency(plan.capacity)
+        self._slots = np.empty((plan.capacity, plan.record), np.uint8)
+        self._sequence = Sequence(manifest.backbone.state, context)
+        self._threads = threads
+        if plan.capacity == plan.experts:
+            for layer, spec in enumerate(manifest.layers):
+                for expert in range(spec.experts):
+                    self._load(layer, expert)
+            self.stats = Stats()
+
+    @classmethod
+    def open(cls, path: str | Path, memory: str | int | None = None, context: int | None = None,
+             threads: int = 2) -> Engine:
+        """Open the bundle at `path` within `memory` (bytes, or text like "64MiB"; None: all experts resident) for
+        sequences of up to `context` tokens (None: 2048, or what the model was made for if that is less).
+
+        A damaged bundle is a `BundleError`, a budget that is too small an `EngineError` that names the minimum.
+        """
+        path = Path(path)
+        manifest = open_bundle(path)
+        longest = manifest.model.context
+        context = min(2048, longest) if context is None else context
+        if not 1 <= context <= longest:
+            raise EngineError(f"A context of {context} tokens was asked for; this model takes 1 to {longest}.")
+        return cls(path, manifest, _plan(manifest, memory, context), context, threads)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._shards.close()
+
+    def mode_lines(self) -> list[str]:
+        """Every automatic choice with its reason, for people."""
+        experts, model = self.manifest.experts, self.manifest.model
+        refused = [layer.routing_refusal for layer in self.manifest.layers if layer.routing is None]
+        return [
+            f"model: {model.model_type}, {len(self.manifest.layers)} MoE layers, experts {experts.encoding}, "
+            f"backbone {self.manifest.backbone.precision}, context {self.context}",
+            f"kernels: {self._kernels.name} ({self._kernels.reason}); {self._threads} threads in the backbone",
+            *self.plan.lines(),
+            *([f"substitution: not possible with this model: {refused[0]}"] if refused else []),
+        ]
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def step(self, sequence: Sequence, ids: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        """Consume `ids` int64 `[T]`; the logits float32 `[len(keep), vocabulary]` at positions `keep` int64 of them."""
+        values = self._backbone.begin(sequence, ids, keep)
+        for index, layer in enumerate(self.manifest.layers):
+            self._backbone.run(index, values, sequence)
+            self._experts(index, layer, values)
+        self._backbone.run(len(self.manifest.layers), values, sequence)
+        sequence.ids.extend(ids.tolist())
+        logits = values["logits"].numpy()[0]
+        return logits if len(logits) == len(keep) else logits[keep]
+
+    def _experts(self, index: int, layer: Layer, values: Values) -> None:
+        """Schedule, load, compute and combine the experts of one layer; the result becomes the layer's output value."""
+        wires = layer.wires
+        hidden = values[wires.hidden].numpy()
+        x = hidden.reshape(-1, layer.hidden)
+        ids = values[wires.ids].numpy().reshape(len(x), -1)
+        weights = values[wires.weights].numpy().reshape(ids.shape)
+        outputs = np.empty((*ids.shape, layer.hidden), np.float32)  # by rank: the sum below never depends on arrival
+        for task in scheduler.decide(ids, lambda expert: (index, expert) in self._residency):
+            tensors = self._load(index, task.expert)
+            outputs[task.tokens, task.ranks] = self._kernels.ffn(self.manifest.experts.gate, tensors, x[task.tokens])
+        combined = outputs[:, 0] * weights[:, :1]
+        for rank in range(1, ids.shape[1]):
+            combined += outputs[:, rank] * weights[:, rank, None]
+        self.stats.slots += ids.size
+        values[wires.output] = ort_value(combined.reshape(hidden.shape))
+
+    def _load(self, layer: int, expert: int) -> dict[str, np.ndarray]:
+        """The tensors of an expert, read from its shard if it is not resident."""
+        slot, hit = self._residency.ensure((layer, expert))
+        if hit:
+            self.stats.hits += 1
+        else:
+            started = time.perf_counter()
+            try:
+                self.stats.bytes_read += self._shards.read(layer, expert, self._slots[slot])
+            except EngineError:
+                self._residency.forget((layer, expert))
+                raise
+            self.stats.misses += 1
+            self.stats.load_seconds += time.perf_counter() - started
+        return self._shards.layouts[layer].views(self._slots[slot])
+
+    # -- what users call -------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | SequenceOf[int] | np.ndarray,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: StopWhen | None = None,
+        reuse: bool = False,
+    ) -> Iterator[Token]:
+        """Tokens as they are made, up to `max_new_tokens`, an end token (which is yielded, without text) or `stop`.
+
+        With `reuse`, what the prompt shares with the call before is not computed again: the turns of a conversation
+        keep their state. Leaving the loop early cancels; the engine stays usable.
+        """
+        ids = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        how = Sampling(temperature, top_k, top_p, seed)
+        stop = stop or StopWhen()
+        if max_new_tokens < 1:
+            raise EngineError(f"max_new_tokens is {max_new_tokens}; at least 1 is wanted.")
+        checked = self._checked_ids(ids, max_new_tokens)
+        stream = Stream(self.text, stop.strings)
+        return self._generate(checked, max_new_tokens, Sampler(how), stop, stream, reuse)
+
+    def _generate(
+        self, ids: np.ndarray, count: int, sampler: Sampler, stop: StopWhen, stream: Stream, reuse: bool
+    ) -> Iterator[Token]:
+        ends = self.manifest.model.end_ids if stop.ids is None else stop.ids
+        self.stats.finish = "cancelled"  # until proven otherwise: the caller may leave the loop
+        logits = self._prefill(ids, reuse)
+        for made in range(1, count + 1):
+            started = time.perf_counter()
+            token = sampler.draw(logits)
+            text = "" if token in ends else stream.push(token)
+            last = "end" if token in ends else "stop" if stream.stopped else "length" if made == count else ""
+            self.stats.new_tokens += 1
+            if last:
+                self.stats.finish = last
+                yield Token(token, text + ("" if stream.stopped else stream.finish()))
+                return
+            yield Token(token, text)
+            logits = self._decode(token, started)
+
+    def logits(self, ids: SequenceOf[int] | np.ndarray) -> np.ndarray:
+        """Logits at every position of `ids`, from a prefill: float32 `[T, vocabulary]`. For evaluation."""
+        checked = self._checked_ids(ids)
+        self._sequence.rewind(0)
+        return np.concatenate([
+            self.step(self._sequence, part, np.arange(len(part))) for part in _chunks(checked)
+        ])
+
+    def score(self, ids: SequenceOf[int] | np.ndarray) -> Iterator[np.ndarray]:
+        """The same token by token, through the decode path: after each id, logits float32 `[vocabulary]`."""
+        checked = self._checked_ids(ids)
+        self._sequence.rewind(0)
+        for token in checked:
+            yield self.step(self._sequence, np.array([token]), np.array([0]))[0]
+
+    # -- the parts of a generation -----------------------------------------------------------------------------------
+
+    def _prefill(self, ids: np.ndarray, reuse: bool) -> np.ndarray:
+        """Make the sequence hold `ids`; the logits float32 `[vocabulary]` at the last of them."""
+        started = time.perf_counter()
+        self._sequence.rewind(min(_shared(self._sequence.ids, ids), len(ids) - 1) if reuse else 0)
+        rest = ids[self._sequence.length :]
+        for part in _chunks(rest):
+            logits = self.step(self._sequence, part, np.array([len(part) - 1]))
+        self.stats.prompt_tokens += len(rest)
+        self.stats.prefill_seconds += time.perf_counter() - started
+        return logits[-1]
+
+    def _decode(self, token: int, started: float) -> np.ndarray:
+        logits = self.step(self._sequence, np.array([token]), np.array([0]))[0]
+        self.stats.decode_seconds += time.perf_counter() - started
+        return logits
+
+    def _checked_ids(self, ids: SequenceOf[int] | np.ndarray, more: int = 0) -> np.ndarray:
+        """`ids` as int64 `[T]`, if they and `more` new tokens fit the vocabulary and the context."""
+        array, vocabulary = np.asarray(ids), self.manifest.model.vocabulary
+        if array.size == 0:
+            raise EngineError("The prompt is empty; give at least one token.")
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise EngineError("Token ids must be a flat sequence of integers.")
+        if not (0 <= array.min() and array.max() < vocabulary):
+            raise EngineError(f"Token ids go from {array.min()} to {array.max()}; this model has 0 to {vocabulary - 1}.")
+        if len(array) + more > self.context:
+            raise EngineError(
+                f"{len(array)} prompt tokens and {more} new ones are more than the context of {self.context}; shorten "
+                f"the prompt, ask for fewer tokens, or open the bundle with a longer context "
+                f"(this model takes up to {self.manifest.model.context})."
+            )
+        return array.astype(np.int64)
+
+
+def _plan(manifest: Manifest, budget: str | int | None, context: int) -> memory.Plan:
+    return memory.plan(manifest, None if budget is None else memory.parse_size(budget), context)
+
+
+def _chunks(ids: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(ids), memory.CHUNK):
+        yield ids[start : start + memory.CHUNK]
+
+
+def _shared(held: list[int], ids: np.ndarray) -> int:
+    """How many tokens two sequences share at their start."""
+    n = min(len(held), len(ids))
+    differ = np.flatnonzero(np.asarray(held[:n], np.int64) != ids[:n])
+    return int(differ[0]) if len(differ) else n

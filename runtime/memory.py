@@ -1,0 +1,97 @@
+"""The budget: what the engine will hold, added up before anything is loaded, and what is left for experts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from smoe.artifacts.encodings import record_layout
+from smoe.artifacts.manifest import Manifest
+from smoe.runtime.backbone import state_bytes
+from smoe.runtime.errors import EngineError
+
+MIB = 1 << 20
+_UNITS = {"": 1, "b": 1, "k": 1 << 10, "kib": 1 << 10, "kb": 10**3, "m": MIB, "mib": MIB, "mb": 10**6,
+          "g": 1 << 30, "gib": 1 << 30, "gb": 10**9}
+
+CHUNK = 128  # tokens of a prompt that run at once; a constant, so that logits do not depend on the budget
+
+# Measured on x86-64 with ONNX Runtime 1.31 (bench/memory.py): what a session holds besides its weights, and how many
+# bytes of intermediate values a token needs per unit of hidden size and per position of context.
+SESSION = 1 * MIB
+PER_HIDDEN = 24 * 4
+PER_POSITION = 24 * 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by purpose. `capacity` is how many experts may be resident; `experts` how many there are."""
+
+    budget: int | None
+    backbone: int
+    state: int
+    workspace: int
+    record: int
+    capacity: int
+    experts: int
+    token_cycle: int
+
+    @property
+    def total(self) -> int:
+        return self.backbone + self.state + self.workspace + self.capacity * self.record
+
+    def lines(self) -> list[str]:
+        """For people: what the memory is used for, and a warning where the budget lies below a known cliff."""
+        stated = "no budget stated" if self.budget is None else f"of {show(self.budget)} stated"
+        out = [
+            f"memory: {show(self.total)} {stated}: backbone {show(self.backbone)}, state {show(self.state)}, "
+            f"workspace {show(self.workspace)}, {self.capacity} of {self.experts} experts "
+            f"{show(self.capacity * self.record)}"
+        ]
+        if self.capacity < min(self.token_cycle, self.experts):
+            out.append(
+                f"warning: {self.capacity} resident experts are fewer than one token uses ({self.token_cycle}): "
+                "least-recently-used order then seldom hits; allow "
+                f"{show(self.total + (self.token_cycle - self.capacity) * self.record)} for it to work"
+            )
+        return out
+
+
+def plan(manifest: Manifest, budget: int | None, context: int) -> Plan:
+    """Divide `budget` bytes (None: as much as it takes); an `EngineError` names the minimum where it is too small."""
+    layers = manifest.layers
+    record = max(
+        record_layout(manifest.expert_shape(i), manifest.experts.encoding, manifest.experts.page).nbytes
+        for i in range(len(layers))
+    )
+    backbone = sum(w.nbytes for w in manifest.backbone.initializers) + SESSION * len(manifest.backbone.segments)
+    state = state_bytes(manifest.backbone.state, context)
+    widest = max(layer.hidden * (PER_HIDDEN + 8 * layer.top_k) + 12 * layer.width for layer in layers)
+    workspace = CHUNK * (widest + PER_POSITION * context) + 8 * manifest.model.vocabulary
+    experts, smallest = sum(layer.experts for layer in layers), max(layer.top_k for layer in layers)
+    fixed = backbone + state + workspace
+    if budget is not None and budget < fixed + smallest * record:
+        raise EngineError(
+            f"A budget of {show(budget)} is too small: this bundle needs at least {show(fixed + smallest * record, up=True)} "
+            f"with a context of {context} (backbone {show(backbone)}, state {show(state)}, workspace {show(workspace)}, "
+            f"{smallest} experts {show(smallest * record)}). State more memory or a shorter context."
+        )
+    capacity = experts if budget is None else min(experts, (budget - fixed) // record)
+    cycle = sum(layer.top_k for layer in layers)
+    return Plan(budget, backbone, state, workspace, record, capacity, experts, cycle)
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "64MiB", "1.5G", "500 MB" or an integer; an `EngineError` for anything else."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].lower() not in _UNITS:
+        raise EngineError(f"{text!r} is not a size; write it like 64MiB, 1.5GiB or 500MB.")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def show(size: int, up: bool = False) -> str:
+    """Bytes for people. With `up` rounded up, so that the figure can be given back as a budget."""
+    mib = size / MIB
+    return f"{-(-size * 10 // MIB) / 10:.1f}MiB" if up else f"{mib:.1f}MiB"

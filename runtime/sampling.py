@@ -1,0 +1,52 @@
+"""From logits to a token: greedy, or seeded sampling with temperature, top-k and top-p."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from smoe.runtime.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.temperature) and self.temperature >= 0):
+            raise EngineError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number.")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise EngineError(f"top_k is {self.top_k} and top_p {self.top_p}; wanted are 0 or more, and above 0 up to 1.")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.seed is not None):
+            raise EngineError("top_k, top_p and seed have no effect at temperature 0; give a temperature or leave them out.")
+
+
+class Sampler:
+    """Draws tokens in sequence; the same seed and logits give the same tokens."""
+
+    def __init__(self, how: Sampling):
+        self._how = how
+        self._random = np.random.default_rng(how.seed)
+
+    def draw(self, logits: np.ndarray) -> int:
+        """A token id from float32 logits `[vocabulary]`. Filters apply in the order top-k, top-p (nucleus)."""
+        how = self._how
+        if how.temperature == 0:
+            return int(np.argmax(logits))
+        order = np.argsort(-logits, kind="stable")
+        if how.top_k:
+            order = order[: how.top_k]
+        scaled = logits[order].astype(np.float64) / how.temperature
+        weights = np.exp(scaled - scaled[0])
+        probabilities = weights / weights.sum()
+        if how.top_p < 1:
+            # The smallest set whose mass reaches top_p: the token that crosses the line is still in.
+            enough = int(np.searchsorted(np.cumsum(probabilities), how.top_p)) + 1
+            probabilities = probabilities[:enough] / probabilities[:enough].sum()
+        return int(order[self._random.choice(len(probabilities), p=probabilities)])

@@ -1,0 +1,54 @@
+"""The expert shards on disk: one record, one read, into memory that the engine owns.
+
+Reads rather than mappings: the bytes count once, in the budget; and a shard that shrinks or fails under a running
+engine is an error code here, where a mapping would be a signal that kills the process.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from smoe.artifacts.encodings import record_layout
+from smoe.artifacts.layout import RecordLayout
+from smoe.artifacts.manifest import Manifest
+from smoe.artifacts.shard import shard_start
+from smoe.runtime.errors import EngineError
+
+
+class Shards:
+    """All shards of a bundle, open for reading. `layouts[l]` is the record layout of layer l."""
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.layouts: list[RecordLayout] = []
+        self._files: list[tuple[Path, int, int]] = []  # path, descriptor, start of record 0
+        experts = manifest.experts
+        for index, layer in enumerate(manifest.layers):
+            layout = record_layout(manifest.expert_shape(index), experts.encoding, experts.page)
+            file = path / manifest.shard(index)
+            start = shard_start(file, layout, experts.page, layer.experts)
+            self.layouts.append(layout)
+            self._files.append((file, os.open(file, os.O_RDONLY | os.O_CLOEXEC), start))
+
+    def read(self, layer: int, expert: int, into: np.ndarray) -> int:
+        """Fill `into` (uint8, at least a record long) with a record; returns the bytes read, or raises `EngineError`."""
+        file, descriptor, start = self._files[layer]
+        size = self.layouts[layer].nbytes
+        view, done = memoryview(into)[:size], 0
+        offset = start + expert * size
+        while done < size:
+            try:
+                got = os.preadv(descriptor, [view[done:]], offset + done)
+            except OSError as error:
+                raise EngineError(f"{file}: reading expert {expert} failed: {error.strerror}.") from error
+            if not got:
+                raise EngineError(f"{file} ends inside expert {expert}: it became shorter; copy the bundle again.")
+            done += got
+        return size
+
+    def close(self) -> None:
+        for _, descriptor, _ in self._files:
+            os.close(descriptor)
+        self._files = []
