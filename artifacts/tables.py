@@ -23,6 +23,7 @@ class Table:
     dtype: str
     unit: str
     formula: str
+    optional: bool = False
 
 
 TABLES: dict[str, Table] = {
@@ -32,7 +33,7 @@ TABLES: dict[str, Table] = {
     "output_norm": Table("E", "F64", "norm", "mean over tokens routed to e of |y_e|"),
     "coactivation": Table("E,E", "I64", "tokens", "tokens routed to both; the diagonal is counts"),
     "transition": Table("P,E", "I64", "tokens", "tokens routed to p in the previous MoE layer and e in this one"),
-    "score_similarity": Table("E,E", "F32", "1", "Pearson correlation over tokens of the selection scores"),
+    "score_similarity": Table("E,E", "F32", "1", "Pearson correlation over tokens of the selection scores", True),
     "output_similarity": Table("E,E", "F32", "1", "mean cosine(y_e, y_s) over sampled tokens routed to e (row)"),
     "output_error": Table("E,E", "F32", "1", "sum |y_s - y_e|^2 / sum |y_e|^2 over sampled tokens routed to e (row)"),
     "sampled": Table("E", "I64", "tokens", "sampled tokens routed to e, the basis of the two above"),
@@ -43,7 +44,7 @@ TABLES: dict[str, Table] = {
 TRACE: dict[str, Table] = {
     "ids": Table("T,K", "I16", "expert", "experts routed to, in the router's order"),
     "weights": Table("T,K", "F32", "weight", "their mixing weights"),
-    "scores": Table("T,E", "F16", "score", "selection scores of all experts; absent where the router has none"),
+    "scores": Table("T,E", "F16", "score", "selection scores of all experts", True),
 }
 
 # Once per trace, not per layer: the token ids, and 1 where a sequence starts.
@@ -67,7 +68,7 @@ def load_tables(path: Path, experts: list[int]) -> list[dict[str, np.ndarray]]:
         sizes = {"E": count, "P": experts[layer - 1]}
         for name, table in TABLES.items():
             entry = header.entries.get(key(layer, name))
-            if name == "transition" and layer == 0:
+            if entry is None and (table.optional or (name == "transition" and layer == 0)):
                 continue
             if entry is None or entry.dtype != table.dtype or not _fits(entry.shape, table.shape, sizes):
                 found = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"

@@ -92,7 +92,7 @@ def _statistics(
 def _manifest(checkpoint: Checkpoint, partial: Path, experts: Experts, exported: Exported) -> Manifest:
     config = checkpoint.config
     layers = [
-        _layer(name, module, node, int(config.num_experts_per_tok))
+        _layer(name, module, node)
         for (name, module), node in zip(experts_modules(checkpoint.model), exported.nodes, strict=True)
     ]
     model = Model(
@@ -112,13 +112,13 @@ def _manifest(checkpoint: Checkpoint, partial: Path, experts: Experts, exported:
     return dataclasses.replace(checked, files=files)
 
 
-def _layer(name: str, module, node: cut.ExpertsNode, top_k: int) -> Layer:
+def _layer(name: str, module, node: cut.ExpertsNode) -> Layer:
     count, hidden, width = expert_geometry(module)
     scores, raw = (node.found.scores, node.found.raw) if node.found else ("", "")
     rule = node.found.rule if node.found else None
     refusal = "" if node.found else f"no known pattern leads from {name}'s router scores to its choice"
     wires = Wires(node.hidden, node.ids, node.weights, node.output, scores, raw)
-    return Layer(name, count, top_k, hidden, width, wires, rule, refusal)
+    return Layer(name, count, 1, hidden, width, wires, rule, refusal)  # top_k follows from running it
 
 
 def _check_routing(manifest: Manifest, nodes: list[cut.ExpertsNode], partial: Path) -> Manifest:

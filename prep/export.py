@@ -8,7 +8,6 @@ is state, and puts weights and segments on disk.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -35,6 +34,8 @@ from smoe.prep.experts import experts_run_by, symbolic
 PAST, NEW = 5, 3
 WEIGHTS = "backbone/weights.data"
 ALIGN = 64  # bytes, of every weight in the file
+ELEMENTWISE = ("Mul", "Div", "Add", "Tanh", "Cast", "Identity")  # what may follow the last product (scales, caps)
+PRODUCTS = ("MatMul", "FusedMatMul", "Gemm")
 INLINE = 256  # bytes: smaller constants stay in the graph, where constant folding sees them
 
 
@@ -66,7 +67,8 @@ def export(checkpoint: Checkpoint, directory: Path, precision: str = "f32") -> E
     sample = _sample(checkpoint.model)
     graph = _trace(checkpoint.model, sample)
     state = _state(graph, sample)
-    _lengths_from_input(graph, sample, state)
+    _lengths_from_input(graph, state)
+    _keep_positions(graph)
     pieces = cut.cut(graph)
     (directory / "backbone").mkdir(parents=True, exist_ok=True)
     initializers = _write_weights(directory / WEIGHTS, pieces.weights)
@@ -89,16 +91,12 @@ def _sample(model: transformers.PreTrainedModel) -> _Sample:
     leaves = torch.utils._pytree.tree_leaves(cache)
     longer = torch.utils._pytree.tree_leaves(model(input_ids=ids, use_cache=True).past_key_values)
     inputs = {"input_ids": ids[:, PAST:], "past_key_values": cache, "use_cache": True}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs["logits_to_keep"] = torch.tensor([0, NEW - 1])
     growing = [_growing(a.shape, b.shape) for a, b in zip(leaves, longer, strict=True)]
     auto = torch.export.Dim.AUTO
     shapes: dict[str, object] = {
         "input_ids": {1: auto},
         "past_key_values": [{} if axis < 0 else {axis: auto} for axis in growing],
     }
-    if "logits_to_keep" in inputs:
-        shapes["logits_to_keep"] = {0: auto}
     return _Sample(inputs, shapes, leaves, growing)
 
 
@@ -153,7 +151,7 @@ def _state(graph: ir.Graph, sample: _Sample) -> list[State]:
     return found
 
 
-def _lengths_from_input(graph: ir.Graph, sample: _Sample, state: list[State]) -> None:
+def _lengths_from_input(graph: ir.Graph, state: list[State]) -> None:
     """Every length that the graph takes from its state's shape becomes the input `past_length`, int64 `[1]`.
 
     Then a buffer longer than what it holds can be bound as state.
@@ -178,6 +176,28 @@ def _lengths_from_input(graph: ir.Graph, sample: _Sample, state: list[State]) ->
             replacement = concat.outputs[0]
         node.outputs[0].replace_all_uses_with(replacement)
         graph.remove(node, safe=True)
+
+
+def _keep_positions(graph: ir.Graph) -> None:
+    """Compute logits only at the positions of the new input `logits_to_keep`, int64 `[n]`: over a long prompt all of
+    them would be most of the work and the memory.
+
+    The hidden state is gathered before the last product, which is found by walking back over elementwise operations.
+    (`transformers`' own argument of this name exports to a product that ONNX Runtime 1.31 refuses.)
+    """
+    value = next(v for v in graph.outputs if v.name == cut.LOGITS)
+    node = value.producer()
+    while node is not None and node.op_type in ELEMENTWISE:
+        varying = [v for v in node.inputs if v is not None and v.const_value is None]
+        node = varying[0].producer() if len(varying) == 1 else None
+    if node is None or node.op_type not in PRODUCTS or len(node.inputs[0].shape or ()) != 3:
+        return  # all logits then; the runtime picks
+    keep = ir.Value(name="logits_to_keep", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([None]))
+    gather = ir.node("Gather", [node.inputs[0], keep], attributes={"axis": 1})
+    gather.outputs[0].dtype = node.inputs[0].dtype
+    graph.inputs.append(keep)
+    graph.insert_before(node, gather)
+    node.replace_input_with(0, gather.outputs[0])
 
 
 def _constant(graph: ir.Graph, value: int) -> ir.Value:
