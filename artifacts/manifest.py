@@ -122,7 +122,10 @@ class Initializer:
 
 @dataclass(frozen=True)
 class Backbone:
+    """Everything but the experts. `heads` is the number of attention heads, for the memory plan."""
+
     precision: str
+    heads: int
     weights: str
     segments: tuple[Segment, ...]
     initializers: tuple[Initializer, ...]

@@ -87,6 +87,8 @@ def _geometry(m: Manifest) -> Iterator[str]:
         yield bad("vocabulary, context", (m.model.vocabulary, m.model.context), "1 to 2^31")
     if m.experts.page < 512 or m.experts.page > 1 << 24 or m.experts.page & (m.experts.page - 1):
         yield bad("experts.page", m.experts.page, "a power of two from 512 to 16 MiB")
+    if not 1 <= m.backbone.heads <= 65536:
+        yield bad("backbone.heads", m.backbone.heads, "1 to 65536")
     gate = m.experts.gate
     if gate.kind not in GATES or (gate.kind != "clamped" and gate.activation not in ACTIVATIONS):
         yield bad("experts.gate", (gate.kind, gate.activation), f"one of {GATES} with one of {ACTIVATIONS}")

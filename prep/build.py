@@ -126,7 +126,7 @@ def _check_routing(manifest: Manifest, nodes: list[cut.ExpertsNode], partial: Pa
 
     The experts' outputs are noise here: any hidden state exercises a router. top_k is read off the ids.
     """
-    backbone = Running(partial, manifest, threads=2)
+    backbone = Running(partial, manifest)
     random = np.random.default_rng(0)
     ids = random.integers(0, manifest.model.vocabulary, 64)
     sequence = Sequence(manifest.backbone.state, 64)

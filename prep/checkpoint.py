@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from smoe.prep.errors import PrepError
@@ -76,18 +76,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _load(path: Path, config) -> transformers.PreTrainedModel:
-    quiet = logging.getLogger("transformers.modeling_utils")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)  # what is missing is said below, as an error
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # what is missing is said below, as an error
     transformers.utils.logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
+    except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise PrepError(f"{path} cannot be loaded by transformers: {_first_line(error)}") from error
     finally:
-        quiet.setLevel(level)
+        transformers.utils.logging.set_verbosity(level)
+        transformers.utils.logging.enable_progress_bar()
     missing = sorted(info["missing_keys"]) + sorted(info["mismatched_keys"])
     if missing:
         raise PrepError(

@@ -77,7 +77,8 @@ def export(checkpoint: Checkpoint, directory: Path, precision: str = "f32") -> E
         file = f"backbone/segment-{i:02d}.onnx"
         segments.append(_write_segment(directory, file, piece, initializers))
     placed = _place(state, segments)
-    backbone = Backbone(precision, WEIGHTS, tuple(segments), tuple(initializers.values()), tuple(placed))
+    heads = int(getattr(checkpoint.config, "num_attention_heads", 1))
+    backbone = Backbone(precision, heads, WEIGHTS, tuple(segments), tuple(initializers.values()), tuple(placed))
     return Exported(backbone, pieces.nodes)
 
 

@@ -12,12 +12,49 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from smoe.artifacts.manifest import Manifest, State
 from smoe.artifacts.safetensors_file import DTYPES
 from smoe.runtime.errors import EngineError
 
 Values = dict[str, ort.OrtValue]
+
+# ONNX Runtime's exceptions have no base of their own.
+ORT_ERRORS = (
+    ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.InvalidProtobuf,
+    ort_errors.NoModel, ort_errors.NoSuchFile, ort_errors.NotImplemented, ort_errors.RuntimeException,
+    RuntimeError, ValueError,
+)  # fmt: skip
+
+_shared_threads: int | None = None  # of this process's one pool, once there is one
+
+
+def share_threads(threads: int | None) -> int:
+    """One thread pool and one arena for all sessions of the process; returns the pool's threads.
+
+    With a pool per session idle workers steal the cores from the segment that runs, and with an arena per session
+    every one keeps its own peak (docs/log.md, 2026-11-21). ONNX Runtime sizes the pool once per process: asking for
+    another size later is an `EngineError`.
+    """
+    global _shared_threads
+    if _shared_threads is None:
+        try:
+            ort.set_global_thread_pool_sizes(threads or 2, 1)
+        except ort_errors.Fail as error:
+            raise EngineError(
+                "This process made ONNX Runtime sessions before it opened a bundle, so that the engine cannot size "
+                "their common thread pool; open the bundle first."
+            ) from error
+        info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+        ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 1}))  # grow as requested
+        _shared_threads = threads or 2
+    if threads not in (None, _shared_threads):
+        raise EngineError(
+            f"{threads} threads were asked for, but this process already runs its backbone on {_shared_threads}; "
+            "leave threads out, or use a new process."
+        )
+    return _shared_threads
 
 
 def ort_value(array: np.ndarray) -> ort.OrtValue:
@@ -34,9 +71,10 @@ class Sequence:
         self._context = context
         self._arrays: dict[str, np.ndarray] = {}
         self.state: Values = {}
-        self._clear()
+        self.reset()
 
-    def _clear(self) -> None:
+    def reset(self) -> None:
+        """Back to nothing consumed."""
         self.ids = []
         for spec in self._spec:
             shape = list(spec.shape)
@@ -57,38 +95,35 @@ class Sequence:
             if all(spec.in_place for spec in self._spec):
                 del self.ids[length:]  # what lies behind is overwritten before it is read
             else:
-                self._clear()
+                self.reset()
 
 
 class Backbone:
     """All segments of a bundle. Not thread-safe: one step at a time."""
 
-    def __init__(self, path: Path, manifest: Manifest, threads: int):
+    def __init__(self, path: Path, manifest: Manifest, threads: int | None = None):
         self._segments = manifest.backbone.segments
-        self._state = manifest.backbone.state
-        self._in_place = {s.output: s.input for s in self._state if s.in_place}
-        self._replaced = [[s for s in self._state if s.segment == i and not s.in_place]
+        self._in_place = {s.output: s.input for s in manifest.backbone.state if s.in_place}
+        self._replaced = [[s for s in manifest.backbone.state if s.segment == i and not s.in_place]
                           for i in range(len(self._segments))]
         self._weights = _read_weights(path, manifest)
-        self._sessions = [self._session(path, i, threads) for i in range(len(self._segments))]
+        self.threads = share_threads(threads)
+        self._sessions = [self._session(path, i) for i in range(len(self._segments))]
 
-    def _session(self, path: Path, index: int, threads: int) -> ort.InferenceSession:
+    def _session(self, path: Path, index: int) -> ort.InferenceSession:
         segment = self._segments[index]
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.enable_cpu_mem_arena = False  # an arena keeps its peak for ever, once per segment
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning starves the kernels
+        options.use_per_session_threads = False
+        options.add_session_config_entry("session.use_env_allocators", "1")
         options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of every weight
-        options.log_severity_level = 3
-        if segment.weights:
-            options.add_external_initializers(list(segment.weights), [self._weights[n] for n in segment.weights])
+        options.log_severity_level = 4  # what fails is raised
+        for name in segment.weights:
+            options.add_initializer(name, self._weights[name])  # shared; external initializers would be copied
         try:
-            model = (path / segment.file).read_bytes()
-            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001 - ONNX Runtime raises its own classes straight under Exception
-            reason = str(error).strip().splitlines()[0][:200]
-            raise EngineError(f"{path / segment.file} does not load in ONNX Runtime {ort.__version__}: {reason}") from error
+            return ort.InferenceSession(str(path / segment.file), options, providers=["CPUExecutionProvider"])
+        except ORT_ERRORS as error:
+            raise EngineError(f"{path / segment.file} does not load in ONNX Runtime {ort.__version__}: "
+                              f"{_first_line(error)}") from error
 
     def begin(self, sequence: Sequence, ids: np.ndarray, keep: np.ndarray) -> Values:
         """The values a step starts from: `ids` int64 `[T]` to consume, `keep` int64 positions whose logits are wanted."""
@@ -110,7 +145,10 @@ class Backbone:
                 binding.bind_ortvalue_output(name, sequence.state[self._in_place[name]])
             else:
                 binding.bind_output(name, "cpu")
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding)
+        except ORT_ERRORS as error:
+            raise EngineError(f"Segment {index} of the backbone failed: {_first_line(error)}") from error
         values.update(zip(segment.outputs, binding.get_outputs(), strict=True))
         for spec in self._replaced[index]:
             sequence.state[spec.input] = values[spec.output]
@@ -126,6 +164,10 @@ def _read_weights(path: Path, manifest: Manifest) -> Mapping[str, ort.OrtValue]:
             raise EngineError(f"{file} became shorter while it was read; copy the bundle again.")
         found[w.name] = ort_value(piece.view(DTYPES[w.dtype]).reshape(w.shape))
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
 
 
 def state_bytes(state: tuple[State, ...], context: int) -> int:

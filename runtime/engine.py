@@ -59,7 +59,8 @@ class Stats:
 class Engine:
     """One bundle in memory. Use it from one thread; close it, or use it in a `with`."""
 
-    def __init__(self, path: Path, manifest: Manifest, plan: memory.Plan, context: int, threads: int):
+    def __init__(self, path: Path, manifest: Manifest, plan: memory.Plan, context: int,
+                 threads: int | None):
         self.path, self.manifest, self.plan, self.context = path, manifest, plan, context
         self.stats = Stats()
         self.text = Text(path)
@@ -69,7 +70,6 @@ class Engine:
         self._residency = Residency(plan.capacity)
         self._slots = np.empty((plan.capacity, plan.record), np.uint8)
         self._sequence = Sequence(manifest.backbone.state, context)
-        self._threads = threads
         if plan.capacity == plan.experts:
             for layer, spec in enumerate(manifest.layers):
                 for expert in range(spec.experts):
@@ -78,9 +78,10 @@ class Engine:
 
     @classmethod
     def open(cls, path: str | Path, memory: str | int | None = None, context: int | None = None,
-             threads: int = 2) -> Engine:
+             threads: int | None = None) -> Engine:
         """Open the bundle at `path` within `memory` (bytes, or text like "64MiB"; None: all experts resident) for
-        sequences of up to `context` tokens (None: 2048, or what the model was made for if that is less).
+        sequences of up to `context` tokens (None: 2048, or what the model was made for if that is less). `threads`
+        (None: 2) run the backbone; all engines of a process share them.
 
         A damaged bundle is a `BundleError`, a budget that is too small an `EngineError` that names the minimum.
         """
@@ -108,7 +109,7 @@ class Engine:
         return [
             f"model: {model.model_type}, {len(self.manifest.layers)} MoE layers, experts {experts.encoding}, "
             f"backbone {self.manifest.backbone.precision}, context {self.context}",
-            f"kernels: {self._kernels.name} ({self._kernels.reason}); {self._threads} threads in the backbone",
+            f"kernels: {self._kernels.name} ({self._kernels.reason}); {self._backbone.threads} threads in the backbone",
             *self.plan.lines(),
             *([f"substitution: not possible with this model: {refused[0]}"] if refused else []),
         ]
@@ -116,12 +117,19 @@ class Engine:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def step(self, sequence: Sequence, ids: np.ndarray, keep: np.ndarray) -> np.ndarray:
-        """Consume `ids` int64 `[T]`; the logits float32 `[len(keep), vocabulary]` at positions `keep` int64 of them."""
+        """Consume `ids` int64 `[T]`; the logits float32 `[len(keep), vocabulary]` at positions `keep` int64 of them.
+
+        A step that fails leaves the sequence empty and the engine usable.
+        """
         values = self._backbone.begin(sequence, ids, keep)
-        for index, layer in enumerate(self.manifest.layers):
-            self._backbone.run(index, values, sequence)
-            self._experts(index, layer, values)
-        self._backbone.run(len(self.manifest.layers), values, sequence)
+        try:
+            for index, layer in enumerate(self.manifest.layers):
+                self._backbone.run(index, values, sequence)
+                self._experts(index, layer, values)
+            self._backbone.run(len(self.manifest.layers), values, sequence)
+        except EngineError:
+            sequence.reset()
+            raise
         sequence.ids.extend(ids.tolist())
         logits = values["logits"].numpy()[0]
         return logits if len(logits) == len(keep) else logits[keep]

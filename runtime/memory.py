@@ -16,11 +16,11 @@ _UNITS = {"": 1, "b": 1, "k": 1 << 10, "kib": 1 << 10, "kb": 10**3, "m": MIB, "m
 
 CHUNK = 128  # tokens of a prompt that run at once; a constant, so that logits do not depend on the budget
 
-# Measured on x86-64 with ONNX Runtime 1.31 (bench/memory.py): what a session holds besides its weights, and how many
-# bytes of intermediate values a token needs per unit of hidden size and per position of context.
-SESSION = 1 * MIB
-PER_HIDDEN = 24 * 4
-PER_POSITION = 24 * 4
+# Measured with bench/memory.py on x86-64, ONNX Runtime 1.31: the code pages that ONNX Runtime touches when it first
+# runs, what a session holds besides its weights, and what a tokenizer holds per byte of its file.
+RUNTIME = 14 * MIB
+SESSION = MIB // 2
+TOKENIZER = 16
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,11 @@ def plan(manifest: Manifest, budget: int | None, context: int) -> Plan:
         record_layout(manifest.expert_shape(i), manifest.experts.encoding, manifest.experts.page).nbytes
         for i in range(len(layers))
     )
+    tokenizer = manifest.files["tokenizer.json"].size if "tokenizer.json" in manifest.files else 0
     backbone = sum(w.nbytes for w in manifest.backbone.initializers) + SESSION * len(manifest.backbone.segments)
+    backbone += RUNTIME + TOKENIZER * tokenizer
     state = state_bytes(manifest.backbone.state, context)
-    widest = max(layer.hidden * (PER_HIDDEN + 8 * layer.top_k) + 12 * layer.width for layer in layers)
-    workspace = CHUNK * (widest + PER_POSITION * context) + 8 * manifest.model.vocabulary
+    workspace = _workspace(manifest, context)
     experts, smallest = sum(layer.experts for layer in layers), max(layer.top_k for layer in layers)
     fixed = backbone + state + workspace
     if budget is not None and budget < fixed + smallest * record:
@@ -79,6 +80,15 @@ def plan(manifest: Manifest, budget: int | None, context: int) -> Plan:
     capacity = experts if budget is None else min(experts, (budget - fixed) // record)
     cycle = sum(layer.top_k for layer in layers)
     return Plan(budget, backbone, state, workspace, record, capacity, experts, cycle)
+
+
+def _workspace(manifest: Manifest, context: int) -> int:
+    """Intermediate values of one chunk: a few copies of the hidden state and of every slot's output, the attention
+    scores of all heads and the mask, and the logits of one token."""
+    widest = max(layer.hidden * (64 + 8 * layer.top_k) + 12 * layer.width for layer in manifest.layers)
+    fused = all(state.in_place for state in manifest.backbone.state)
+    per_position = 4 * manifest.backbone.heads * (1 if fused else 3) + 16
+    return CHUNK * (widest + per_position * context) + 8 * manifest.model.vocabulary
 
 
 def parse_size(text: str | int) -> int:

@@ -1,0 +1,29 @@
+"""`smoe-prep`: this stub loads nothing heavy, so that a device without the extra is told what to install."""
+
+from __future__ import annotations
+
+import sys
+
+from smoe.artifacts import SmoeError
+
+NEEDED = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "datasets", "sklearn")
+
+
+def main() -> None:
+    try:
+        from smoe.prep.cli import cli
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in NEEDED:
+            raise
+        print(f"smoe-prep needs {error.name}, which is not installed. Install it with:  pip install 'smoe[prep]'",
+              file=sys.stderr)
+        sys.exit(1)
+    try:
+        cli(prog_name="smoe-prep")
+    except SmoeError as error:
+        print(f"smoe-prep: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

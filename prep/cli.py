@@ -1,0 +1,156 @@
+"""The commands of `smoe-prep`: build does all; profile, pack, export and verify are its steps.
+
+Each parses, calls one library function and prints. Results on stdout, progress on stderr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from smoe.artifacts.encodings import ENCODINGS
+from smoe.prep import build as building
+from smoe.prep.calibration import Calibration
+from smoe.prep.checkpoint import open_checkpoint
+from smoe.prep.export import export as export_backbone
+from smoe.prep.pack import pack as pack_experts
+from smoe.prep.profile import profile as run_profile
+from smoe.prep.progress import Progress
+from smoe.prep.verify import verify as compare
+
+RECIPE = building.Recipe()
+CALIBRATION = Calibration("")
+
+_model = click.argument("model", type=click.Path(path_type=Path))
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+_output = click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="What to write.")
+_encoding = click.option("--encoding", default=RECIPE.encoding, show_default=True,
+                         help=f"How experts are stored: {', '.join(ENCODINGS)}.")
+_backbone = click.option("--backbone", default=RECIPE.backbone, show_default=True, help="Precision of the backbone: f32.")
+
+
+def _calibration(required: bool) -> Callable:
+    options = (
+        click.option("--calibration", metavar="SOURCE", required=required,
+                     help=".txt, .jsonl (text or input_ids), a dataset directory, or name[subset](split):n."),
+        click.option("--tokens", type=int, help="How many tokens to use. Default: 65536, or all there are."),
+        click.option("--seed", type=int, default=CALIBRATION.seed, show_default=True, help="Order of documents, sample."),
+    )
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="smoe")
+def cli() -> None:
+    """Prepare a mixture-of-experts model once, for small devices."""
+
+
+@cli.command()
+@_model
+@_output
+@_calibration(required=False)
+@click.option("--profile", "profiled", type=click.Path(path_type=Path), help="What `smoe-prep profile` wrote, instead of profiling.")
+@_encoding
+@_backbone
+@_json
+def build(model: Path, output: Path, calibration: str | None, tokens: int | None, seed: int, profiled: Path | None,
+          encoding: str, backbone: str, as_json: bool) -> None:
+    """Make a bundle of the checkpoint MODEL: profile, pack, export."""
+    if profiled is not None and calibration is not None:
+        raise click.UsageError("--profile and --calibration both say where statistics come from; give one of them.")
+    source = None if calibration is None else Calibration(calibration, tokens, seed)
+    manifest = building.build(model, output, source, building.Recipe(encoding, backbone), profiled, Progress())
+    size = sum(file.size for file in manifest.files.values())
+    _print({"bundle": str(output), "bytes": size}, f"{output}: {size / 1e6:.1f} MB", as_json)
+
+
+@cli.command()
+@_model
+@_output
+@_calibration(required=True)
+@_json
+def profile(model: Path, output: Path, calibration: str, tokens: int | None, seed: int, as_json: bool) -> None:
+    """Learn which experts matter, which resemble each other and which follow each other; write PROFILE."""
+    with _beside(output) as partial:
+        about = run_profile(open_checkpoint(model), partial, Calibration(calibration, tokens, seed), Progress())
+    _print(about, _profile_text(about), as_json)
+
+
+@cli.command()
+@_model
+@_output
+@_encoding
+@_json
+def pack(model: Path, output: Path, encoding: str, as_json: bool) -> None:
+    """Write only the experts, as shards, with experts.json beside them."""
+    with _beside(output) as partial:
+        experts = pack_experts(open_checkpoint(model), partial, encoding, Progress())
+        (partial / "experts.json").write_text(json.dumps(dataclasses.asdict(experts), indent=1) + "\n")
+    _print(dataclasses.asdict(experts), f"{output}: experts in {encoding}", as_json)
+
+
+@cli.command()
+@_model
+@_output
+@_backbone
+@_json
+def export(model: Path, output: Path, backbone: str, as_json: bool) -> None:
+    """Write only the backbone, as ONNX segments, with backbone.json beside them."""
+    with _beside(output) as partial:
+        exported = export_backbone(open_checkpoint(model), partial, backbone)
+        parts = {"backbone": dataclasses.asdict(exported.backbone),
+                 "experts": [dataclasses.asdict(node) for node in exported.nodes]}
+        (partial / "backbone.json").write_text(json.dumps(parts, indent=1) + "\n")
+    _print(parts, f"{output}: {len(exported.backbone.segments)} segments", as_json)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@_model
+@click.option("--text", required=True, metavar="SOURCE", help="Held-out text, in any form that --calibration takes.")
+@click.option("--tokens", type=int, default=4096, show_default=True)
+@click.option("--memory", metavar="SIZE", help="Budget of the runtime, as in `smoe run`.")
+@_json
+def verify(bundle: Path, model: Path, text: str, tokens: int, memory: str | None, as_json: bool) -> None:
+    """Compare BUNDLE with the checkpoint MODEL token by token on held-out text, through the runtime's own path."""
+    found = compare(bundle, model, Calibration(text, tokens, length=256), memory, Progress())
+    lines = "\n".join(f"{name.replace('_', ' '):28} {value}" for name, value in found.items())
+    _print(found, lines, as_json)
+
+
+@contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """A directory to write into that becomes `output` when the block ends well."""
+    building.refuse_existing(output)
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(output)
+
+
+def _profile_text(about: dict) -> str:
+    lines = [f"{about['model']}: {about['calibration']['tokens']} tokens of {about['calibration']['source']} in "
+             f"{about['seconds']} s",
+             f"{'layer':32} experts  unreached  effective  busiest  output similarity  best stand-in error"]
+    for layer in about["layers"]:
+        similarity, error = layer["mean_output_similarity"], layer["best_standin_error"]
+        lines.append(f"{layer['name']:32} {layer['experts']:7}  {len(layer['unreached']):9}  {layer['effective_experts']:9}"
+                     f"  {layer['busiest_share']:7.1%}  {similarity!s:>17}  {error!s:>19}")
+    return "\n".join(lines)
+
+
+def _print(data: dict, text: str, as_json: bool) -> None:
+    click.echo(json.dumps(data) if as_json else text)

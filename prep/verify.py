@@ -1,0 +1,48 @@
+"""Bundle against original on held-out text, token by token through the runtime's decode path.
+
+Wide batches hide what a cache or a shortcut does to one token, so the runtime side reads one token at a time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from smoe.prep.calibration import Calibration
+from smoe.prep.checkpoint import open_checkpoint
+from smoe.prep.errors import PrepError
+from smoe.prep.progress import Progress
+from smoe.runtime import Engine
+
+
+def verify(bundle: Path, model: Path, text: Calibration, memory: str | None, progress: Progress) -> dict[str, float | int]:
+    """Perplexities, mean KL divergence (nats per token, original to bundle) with its standard error, top-1 agreement
+    and the largest relative logit error of `bundle` against the float32 checkpoint at `model`, on `text`."""
+    checkpoint = open_checkpoint(model)
+    rows = text.rows(checkpoint)
+    kl, agree, nats, wanted_nats, worst = [], [], [], [], 0.0
+    with Engine.open(bundle, memory, context=max(len(row) for row in rows)) as engine, torch.no_grad():
+        if engine.manifest.provenance.get("source_fingerprint") != checkpoint.fingerprint():
+            raise PrepError(f"{bundle} was not built from {model}: their fingerprints differ.")
+        for row in progress.over(rows, "verify", "row"):
+            wanted = checkpoint.model(torch.from_numpy(row)[None]).logits[0].double()
+            for position, logits in enumerate(engine.score(row)):
+                found = torch.from_numpy(logits).double()
+                p, q = wanted[position].log_softmax(-1), found.log_softmax(-1)
+                kl.append(float((p.exp() * (p - q)).sum()))
+                agree.append(bool(p.argmax() == q.argmax()))
+                worst = max(worst, float((wanted[position] - found).abs().max() / wanted[position].abs().max()))
+                if position + 1 < len(row):
+                    nats.append(-float(q[row[position + 1]]))
+                    wanted_nats.append(-float(p[row[position + 1]]))
+    return {
+        "tokens": len(kl),
+        "perplexity_original": round(float(np.exp(np.mean(wanted_nats))), 4),
+        "perplexity_bundle": round(float(np.exp(np.mean(nats))), 4),
+        "kl_nats_per_token": float(f"{np.mean(kl):.3g}"),
+        "kl_standard_error": float(f"{np.std(kl) / len(kl) ** 0.5:.2g}"),
+        "top1_agreement": round(float(np.mean(agree)), 5),
+        "largest_logit_error": float(f"{worst:.2g}"),
+    }

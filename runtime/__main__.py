@@ -1,0 +1,21 @@
+"""`smoe`: what the command line says becomes a call, what it returns is printed. Errors are one sentence, exit code 1."""
+
+from __future__ import annotations
+
+import sys
+
+from smoe.artifacts import SmoeError
+
+
+def main() -> None:
+    from smoe.runtime.cli import cli
+
+    try:
+        cli(prog_name="smoe")
+    except SmoeError as error:
+        print(f"smoe: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

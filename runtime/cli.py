@@ -1,0 +1,207 @@
+"""The commands of `smoe`: run, chat, info, verify. Text on stdout; mode lines and statistics on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from smoe.artifacts import open_bundle
+from smoe.runtime import memory as budget
+from smoe.runtime.engine import Engine, Stats
+from smoe.runtime.errors import EngineError
+from smoe.runtime.text import StopWhen
+
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
+@click.group(context_settings=HELP)
+@click.version_option(package_name="smoe")
+def cli() -> None:
+    """Run a prepared mixture-of-experts model inside a memory budget."""
+
+
+def _options(*options: Callable) -> Callable:
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text.")
+_engine = _options(
+    click.argument("bundle", type=click.Path(path_type=Path)),
+    click.option("--memory", metavar="SIZE", help="Budget for everything the engine holds, like 64MiB. "
+                 "Default: all experts resident."),
+    click.option("--context", type=int, metavar="TOKENS", help="Longest sequence. Default: 2048, or the model's own."),
+    click.option("--threads", type=click.IntRange(1), help="Threads of the backbone. Default: 2."),
+)
+_generation = _options(
+    click.option("--max-new-tokens", type=int, default=64, show_default=True),
+    click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+    click.option("--top-k", type=int, default=0, help="Draw from the k best tokens only."),
+    click.option("--top-p", type=float, default=1.0, help="Draw from the smallest set of this probability."),
+    click.option("--seed", type=int, help="Makes a draw repeat."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times."),
+)
+
+
+@cli.command()
+@_engine
+@click.argument("prompt")
+@_generation
+@click.option("--ids", is_flag=True, help="PROMPT is token ids, separated by spaces; so is the answer.")
+@_json
+def run(bundle: Path, prompt: str, memory: str | None, context: int | None, threads: int | None, ids: bool, as_json: bool,
+        stop: tuple[str, ...], **generation: Any) -> None:
+    """Generate from PROMPT ("-" reads it from stdin)."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with Engine.open(bundle, memory, context, threads) as engine:
+        _say(*engine.mode_lines())
+        asked = _parse_ids(text) if ids else text
+        tokens = []
+        try:
+            for token in engine.generate(asked, stop=StopWhen(stop), **generation):
+                tokens.append(token)
+                if not as_json:
+                    click.echo(f"{token.id} " if ids else token.text, nl=False)
+        except KeyboardInterrupt:
+            _say("", "cancelled")
+        if as_json:
+            click.echo(json.dumps({
+                "text": "".join(token.text for token in tokens),
+                "ids": [token.id for token in tokens],
+                "stats": engine.stats.as_dict(),
+                "memory": _plan(engine.plan),
+            }))
+        else:
+            click.echo()
+            _say(_statistics(engine.stats))
+
+
+@cli.command()
+@_engine
+@_generation
+@click.option("--system", help="What the model is told before the first turn.")
+@click.option("--chat-template", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="A Jinja template in place of the bundle's.")
+@_json
+def chat(bundle: Path, memory: str | None, context: int | None, threads: int | None, system: str | None,
+         chat_template: Path | None, as_json: bool, stop: tuple[str, ...], **generation: Any) -> None:
+    """Talk, a line a turn; an empty line or end of input ends it. Ctrl-C cuts an answer short."""
+    template = chat_template.read_text("utf-8") if chat_template else None
+    messages = [{"role": "system", "content": system}] if system else []
+    with Engine.open(bundle, memory, context, threads) as engine:
+        engine.text.chat([*messages, {"role": "user", "content": "?"}], template)  # no template: say so now
+        _say(*engine.mode_lines())
+        while line := _ask():
+            messages.append({"role": "user", "content": line})
+            answer = _answer(engine, engine.text.chat(messages, template), stop, generation, not as_json)
+            messages.append({"role": "assistant", "content": answer})
+            click.echo(json.dumps({"text": answer, "stats": engine.stats.as_dict()}) if as_json else "")
+        if not as_json:
+            _say(_statistics(engine.stats))
+
+
+def _ask() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return ""
+
+
+def _answer(engine: Engine, ids: list[int], stop: tuple[str, ...], generation: dict[str, Any], show: bool) -> str:
+    parts = []
+    try:
+        for token in engine.generate(ids, stop=StopWhen(stop), reuse=True, **generation):
+            parts.append(token.text)
+            if show:
+                click.echo(token.text, nl=False)
+    except KeyboardInterrupt:
+        _say("", "cancelled")
+    return "".join(parts)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--context", type=int, metavar="TOKENS", help="Longest sequence, for the memory figures.")
+@_json
+def info(bundle: Path, context: int | None, as_json: bool) -> None:
+    """Say what a bundle holds, and how much memory it needs."""
+    manifest = open_bundle(bundle)
+    context = min(2048, manifest.model.context) if context is None else context
+    full = budget.plan(manifest, None, context)
+    smallest = full.total - (full.capacity - max(layer.top_k for layer in manifest.layers)) * full.record
+    layers = manifest.layers
+    found = {
+        "model": manifest.model.model_type,
+        "architecture": manifest.model.architecture,
+        "moe_layers": len(layers),
+        "experts": sum(layer.experts for layer in layers),
+        "experts_per_token": sum(layer.top_k for layer in layers),
+        "encoding": manifest.experts.encoding,
+        "record_bytes": full.record,
+        "backbone": manifest.backbone.precision,
+        "vocabulary": manifest.model.vocabulary,
+        "longest_context": manifest.model.context,
+        "bytes": sum(file.size for file in manifest.files.values()),
+        "context": context,
+        "memory_minimum": smallest,
+        "memory_one_token_cycle": smallest + max(0, full.token_cycle - max(layer.top_k for layer in layers)) * full.record,
+        "memory_all_resident": full.total,
+        "substitution": "possible" if all(layer.routing for layer in layers) else layers[0].routing_refusal,
+        **manifest.provenance,
+    }
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for name, value in found.items():
+        shown = budget.show(value) if name.startswith("memory") or name.endswith("bytes") else value
+        click.echo(f"{name.replace('_', ' '):24} {shown}")
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@_json
+def verify(bundle: Path, as_json: bool) -> None:
+    """Check every file of a bundle against its manifest: sizes, layout and SHA-256. Integrity, not origin."""
+    manifest = open_bundle(bundle, hashes=True)
+    size = sum(file.size for file in manifest.files.values())
+    if as_json:
+        click.echo(json.dumps({"ok": True, "files": len(manifest.files), "bytes": size}))
+    else:
+        click.echo(f"{bundle}: {len(manifest.files)} files, {budget.show(size)}, all as the manifest says")
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise EngineError(f"--ids wants token ids separated by spaces, not {text[:40]!r}.") from error
+
+
+def _plan(plan: budget.Plan) -> dict[str, int | None]:
+    return {"budget": plan.budget, "total": plan.total, "backbone": plan.backbone, "state": plan.state,
+            "workspace": plan.workspace, "record": plan.record, "resident_experts": plan.capacity,
+            "experts": plan.experts}
+
+
+def _statistics(stats: Stats) -> str:
+    decoded = max(0, stats.new_tokens - 1)
+    rate = f"{decoded / stats.decode_seconds:.1f} tok/s" if stats.decode_seconds else "no decode"
+    return (
+        f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} new ({rate}, "
+        f"{stats.finish}); experts: {stats.hits} hits, {stats.misses} misses ({stats.hit_rate:.1%} hit), "
+        f"{budget.show(stats.bytes_read)} read in {stats.load_seconds:.2f} s"
+    )
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        click.echo(line, err=True)
