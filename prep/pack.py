@@ -29,7 +29,7 @@ def pack(checkpoint: Checkpoint, directory: Path, encoding: str, progress: Progr
         raise PrepError(f"The layers' experts differ in kind ({gates}); this version packs one kind per model.")
     experts = Experts(encoding, PAGE, gates.pop(), biased.pop())
     (directory / "experts").mkdir(parents=True, exist_ok=True)
-    for layer, module in enumerate(progress.over(modules, "pack", "layer")):
+    for layer, module in enumerate(progress.over(modules, "pack", "layers")):
         count, hidden, width = expert_geometry(module)
         shape = ExpertShape(hidden, width, experts.gate.kind != "plain", experts.biased)
         layout = record_layout(shape, encoding, PAGE)

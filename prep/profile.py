@@ -43,7 +43,7 @@ def profile(checkpoint: Checkpoint, directory: Path, calibration: Calibration, p
     sample = np.sort(np.random.default_rng(calibration.seed).permutation(total)[:SAMPLE])
     observer = _Observer(checkpoint, sample)
     with torch.no_grad(), experts_run_by(checkpoint.model, observer.run), observer.scores:
-        for batch in progress.over(list(_batches(rows)), "profile", "batch"):
+        for batch in progress.over(list(_batches(rows)), "profile", "batches"):
             observer.begin(batch)
             checkpoint.model(input_ids=torch.from_numpy(batch), use_cache=False)
     tables = [sums.tables() for sums in observer.sums]

@@ -34,4 +34,4 @@ class Progress:
                 print(f"\r{stage}: {unit} {done}/{total or '?'}{left}   ", end="", file=sys.stderr, flush=True)
         if self._live:
             print("\r\033[K", end="", file=sys.stderr)
-        self.say(f"{stage}: {done} {unit}s in {time.monotonic() - started:.1f} s")
+        self.say(f"{stage}: {done} {unit} in {time.monotonic() - started:.1f} s")

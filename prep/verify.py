@@ -26,7 +26,7 @@ def verify(bundle: Path, model: Path, text: Calibration, memory: str | None, pro
     with Engine.open(bundle, memory, context=max(len(row) for row in rows)) as engine, torch.no_grad():
         if engine.manifest.provenance.get("source_fingerprint") != checkpoint.fingerprint():
             raise PrepError(f"{bundle} was not built from {model}: their fingerprints differ.")
-        for row in progress.over(rows, "verify", "row"):
+        for row in progress.over(rows, "verify", "rows"):
             wanted = checkpoint.model(torch.from_numpy(row)[None]).logits[0].double()
             for position, logits in enumerate(engine.score(row)):
                 found = torch.from_numpy(logits).double()

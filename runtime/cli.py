@@ -135,25 +135,22 @@ def _answer(engine: Engine, ids: list[int], stop: tuple[str, ...], generation: d
 def info(bundle: Path, context: int | None, as_json: bool) -> None:
     """Say what a bundle holds, and how much memory it needs."""
     manifest = open_bundle(bundle)
-    context = min(2048, manifest.model.context) if context is None else context
-    full = budget.plan(manifest, None, context)
-    smallest = full.total - (full.capacity - max(layer.top_k for layer in manifest.layers)) * full.record
-    layers = manifest.layers
+    full, layers = budget.plan(manifest, None, context), manifest.layers
     found = {
         "model": manifest.model.model_type,
         "architecture": manifest.model.architecture,
         "moe_layers": len(layers),
         "experts": sum(layer.experts for layer in layers),
-        "experts_per_token": sum(layer.top_k for layer in layers),
+        "experts_per_token": full.token_cycle,
         "encoding": manifest.experts.encoding,
         "record_bytes": full.record,
         "backbone": manifest.backbone.precision,
         "vocabulary": manifest.model.vocabulary,
         "longest_context": manifest.model.context,
         "bytes": sum(file.size for file in manifest.files.values()),
-        "context": context,
-        "memory_minimum": smallest,
-        "memory_one_token_cycle": smallest + max(0, full.token_cycle - max(layer.top_k for layer in layers)) * full.record,
+        "context": full.context,
+        "memory_minimum": full.fixed + full.smallest * full.record,
+        "memory_one_token_cycle": full.fixed + full.token_cycle * full.record,
         "memory_all_resident": full.total,
         "substitution": "possible" if all(layer.routing for layer in layers) else layers[0].routing_refusal,
         **manifest.provenance,

@@ -59,9 +59,8 @@ class Stats:
 class Engine:
     """One bundle in memory. Use it from one thread; close it, or use it in a `with`."""
 
-    def __init__(self, path: Path, manifest: Manifest, plan: memory.Plan, context: int,
-                 threads: int | None):
-        self.path, self.manifest, self.plan, self.context = path, manifest, plan, context
+    def __init__(self, path: Path, manifest: Manifest, plan: memory.Plan, threads: int | None = None):
+        self.path, self.manifest, self.plan, self.context = path, manifest, plan, plan.context
         self.stats = Stats()
         self.text = Text(path)
         self._kernels = kernels.choose()
@@ -69,7 +68,7 @@ class Engine:
         self._shards = Shards(path, manifest)
         self._residency = Residency(plan.capacity)
         self._slots = np.empty((plan.capacity, plan.record), np.uint8)
-        self._sequence = Sequence(manifest.backbone.state, context)
+        self._sequence = Sequence(manifest.backbone.state, plan.context)
         if plan.capacity == plan.experts:
             for layer, spec in enumerate(manifest.layers):
                 for expert in range(spec.experts):
@@ -87,11 +86,8 @@ class Engine:
         """
         path = Path(path)
         manifest = open_bundle(path)
-        longest = manifest.model.context
-        context = min(2048, longest) if context is None else context
-        if not 1 <= context <= longest:
-            raise EngineError(f"A context of {context} tokens was asked for; this model takes 1 to {longest}.")
-        return cls(path, manifest, _plan(manifest, memory, context), context, threads)
+        plan = _plan(manifest, memory, context)
+        return cls(path, manifest, plan, threads)
 
     def __enter__(self) -> Engine:
         return self
@@ -264,7 +260,7 @@ class Engine:
         return array.astype(np.int64)
 
 
-def _plan(manifest: Manifest, budget: str | int | None, context: int) -> memory.Plan:
+def _plan(manifest: Manifest, budget: str | int | None, context: int | None) -> memory.Plan:
     return memory.plan(manifest, None if budget is None else memory.parse_size(budget), context)
 
 

@@ -25,8 +25,10 @@ TOKENIZER = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose. `capacity` is how many experts may be resident; `experts` how many there are."""
+    """Bytes by purpose. Experts: `capacity` may be resident, `experts` there are, `smallest` are needed to run at all,
+    `token_cycle` are used by one token."""
 
+    context: int
     budget: int | None
     backbone: int
     state: int
@@ -34,11 +36,17 @@ class Plan:
     record: int
     capacity: int
     experts: int
+    smallest: int
     token_cycle: int
 
     @property
+    def fixed(self) -> int:
+        """What is not experts."""
+        return self.backbone + self.state + self.workspace
+
+    @property
     def total(self) -> int:
-        return self.backbone + self.state + self.workspace + self.capacity * self.record
+        return self.fixed + self.capacity * self.record
 
     def lines(self) -> list[str]:
         """For people: what the memory is used for, and a warning where the budget lies below a known cliff."""
@@ -57,9 +65,13 @@ class Plan:
         return out
 
 
-def plan(manifest: Manifest, budget: int | None, context: int) -> Plan:
-    """Divide `budget` bytes (None: as much as it takes); an `EngineError` names the minimum where it is too small."""
-    layers = manifest.layers
+def plan(manifest: Manifest, budget: int | None, context: int | None = None) -> Plan:
+    """Divide `budget` bytes (None: as much as it takes) for sequences of `context` tokens (None: 2048, or what the
+    model was made for if that is less). An `EngineError` names the minimum where the budget is too small."""
+    layers, longest = manifest.layers, manifest.model.context
+    context = min(2048, longest) if context is None else context
+    if not 1 <= context <= longest:
+        raise EngineError(f"A context of {context} tokens was asked for; this model takes 1 to {longest}.")
     record = max(
         record_layout(manifest.expert_shape(i), manifest.experts.encoding, manifest.experts.page).nbytes
         for i in range(len(layers))
@@ -79,7 +91,7 @@ def plan(manifest: Manifest, budget: int | None, context: int) -> Plan:
         )
     capacity = experts if budget is None else min(experts, (budget - fixed) // record)
     cycle = sum(layer.top_k for layer in layers)
-    return Plan(budget, backbone, state, workspace, record, capacity, experts, cycle)
+    return Plan(context, budget, backbone, state, workspace, record, capacity, experts, smallest, cycle)
 
 
 def _workspace(manifest: Manifest, context: int) -> int:

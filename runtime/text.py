@@ -14,6 +14,10 @@ from tokenizers.decoders import DecodeStream
 
 from smoe.runtime.errors import EngineError
 
+# A template is part of an untrusted bundle: the sandbox keeps it from Python, and what it does wrong is an error.
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+                   RecursionError, MemoryError)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class StopWhen:
@@ -55,7 +59,7 @@ class Text:
         tokens = {key: _content(value) for key, value in settings.items() if key.endswith("_token")}
         try:
             rendered = environment.from_string(source).render(messages=messages, add_generation_prompt=True, **tokens)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except TEMPLATE_ERRORS as error:
             raise EngineError(f"The chat template cannot render these messages: {error}.") from error
         return self.encode(rendered, special=False)  # the template writes the special tokens itself
 

@@ -53,6 +53,7 @@ NB_MODULE(_native, m) {
         for (std::size_t i = 0; i < count; ++i) names.emplace_back(found[i].name);
         return names;
     }, "Instruction sets that this processor runs, best first.");
-    m.def("linear", &linear, "variant"_a, "x"_a, "w"_a, "scale"_a.none(), "y"_a,
+    m.def("linear", &linear, "variant"_a, "x"_a.noconvert(), "w"_a.noconvert(), "scale"_a.noconvert().none(),
+          "y"_a.noconvert(),
           "y = (x @ w.T) * scale, in the order of linear.h. The interpreter lock is released.");
 }

@@ -1,0 +1,25 @@
+"""FORMAT.md is the specification: what it lists is what the code has."""
+
+import re
+
+from smoe.artifacts import tables
+from smoe.artifacts.encodings import ENCODINGS
+
+
+def _rows(text: str) -> dict[str, list[str]]:
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("| ")]
+    return {cells[0].strip(): [cell.strip().replace("\\|", "|") for cell in cells[1:]] for cells in lines}
+
+
+def test_the_tables_are_those_of_the_code(root):
+    text = (root / "artifacts" / "FORMAT.md").read_text()
+    written = _rows(text[text.index("## tables.safetensors") :])
+    for name, table in (tables.TABLES | tables.TRACE).items():
+        assert written.pop(name) == [table.shape, table.dtype, table.unit, table.formula]
+    assert set(written) == {"table"}
+
+
+def test_the_encodings_are_those_of_the_code(root):
+    text = (root / "artifacts" / "FORMAT.md").read_text()
+    section = text[text.index("### Records") : text.index("## tables.safetensors")]
+    assert set(_rows(section)) - {"encoding"} == set(ENCODINGS)

@@ -1,0 +1,146 @@
+"""The door: the golden bundle passes, and every broken one is refused with a sentence that names what is wrong."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from smoe.artifacts import BundleError, Manifest, open_bundle
+from smoe.artifacts.validate import ACTIVATIONS, sha256
+
+
+def test_the_golden_bundle_of_every_version_opens(golden):
+    manifest = open_bundle(golden, hashes=True)
+    assert manifest.version == 1
+    assert Manifest.parse(manifest.to_json(), "again") == manifest
+
+
+def _edit(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    def damage(bundle: Path) -> None:
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        change(manifest)
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+def _set(*path_and_value) -> Callable[[Path], None]:
+    *path, key, value = path_and_value
+
+    def change(manifest: dict) -> None:
+        for step in path:
+            manifest = manifest[step]
+        manifest[key] = value
+
+    return _edit(change)
+
+
+def _rename_file(new: str) -> Callable[[Path], None]:
+    def change(manifest: dict) -> None:
+        manifest["files"][new] = manifest["files"].pop("tokenizer.json")
+
+    return _edit(change)
+
+
+def _truncate(name: str, by: int, tell: bool = False) -> Callable[[Path], None]:
+    """Cut a file; with `tell`, the manifest agrees with the new size, as an attacker would have it."""
+
+    def damage(bundle: Path) -> None:
+        size = (bundle / name).stat().st_size - by
+        os.truncate(bundle / name, size)
+        if tell:
+            _set("files", name, {"size": size, "sha256": sha256(bundle / name)})(bundle)
+
+    return damage
+
+
+def _link(bundle: Path) -> None:
+    (bundle / "tokenizer.json").unlink()
+    (bundle / "tokenizer.json").symlink_to("/etc/passwd")
+
+
+def _swap_shards(bundle: Path) -> None:
+    (bundle / "experts/layer-01.safetensors").write_bytes((bundle / "tables.safetensors").read_bytes())
+    size = (bundle / "experts/layer-01.safetensors").stat().st_size
+    _set("files", "experts/layer-01.safetensors", "size", size)(bundle)
+
+
+BROKEN = {
+    "no manifest": (lambda b: (b / "manifest.json").unlink(), "no manifest.json"),
+    "manifest is not json": (lambda b: (b / "manifest.json").write_text("{"), "not JSON"),
+    "manifest is not utf-8": (lambda b: (b / "manifest.json").write_bytes(b"\xff\xfe"), "not UTF-8"),
+    "manifest nests deeply": (lambda b: (b / "manifest.json").write_text("[" * 200_000), "not JSON"),
+    "another format": (_set("format", "gguf"), "not a smoe bundle"),
+    "from the future": (_set("version", 2), "format version 2, this smoe reads 1"),
+    "unknown field": (_set("surprise", 1), "surprise are missing or unknown"),
+    "missing field": (_edit(lambda m: m.pop("experts")), "experts are missing or unknown"),
+    "text for a number": (_set("model", "vocabulary", "many"), "vocabulary: int was wanted"),
+    "true for a number": (_set("layers", 0, "experts", True), "experts: int was wanted"),
+    "no layers": (_set("layers", []), "number of layers"),
+    "more experts than there are": (_set("layers", 0, "experts", 8), "layer-00.safetensors: tensor"),
+    "fewer experts than there are": (_set("layers", 0, "experts", 6), "layer-00.safetensors: tensor"),
+    "absurd experts": (_set("layers", 0, "experts", 2**40), r"layers\[0\].experts"),
+    "absurd width": (_set("layers", 1, "width", 2**40), "hidden, width"),
+    "another width": (_set("layers", 1, "width", 41), "layer-01.safetensors: tensor"),
+    "top_k above experts": (_set("layers", 0, "top_k", 8), "top_k"),
+    "another encoding": (_set("experts", "encoding", "int8"), "layer-00.safetensors: tensor"),
+    "unknown encoding": (_set("experts", "encoding", "zip"), "no encoding 'zip'"),
+    "odd page": (_set("experts", "page", 1000), "experts.page"),
+    "unknown gate": (_set("experts", "gate", "kind", "eval"), "experts.gate"),
+    "unknown activation": (_set("experts", "gate", "activation", "os.system"), "experts.gate"),
+    "unknown normaliser": (_set("layers", 0, "routing", "normaliser", "max"), "normaliser"),
+    "wires to nowhere": (_set("layers", 0, "wires", "hidden", "nothing"), "which no segment gives"),
+    "input from nowhere": (_set("backbone", "segments", 1, "inputs", ["ghost"]), "takes 'ghost'"),
+    "too few segments": (_edit(lambda m: m["backbone"]["segments"].pop()), "2 segments for 2 layers"),
+    "state of no segment": (_set("backbone", "state", 0, "segment", 9), "does not exist"),
+    "state of absurd size": (_set("backbone", "state", 0, "shape", [1, 2, 2**40, 8]), "has shape"),
+    "weight outside its file": (_set("backbone", "initializers", 0, "offset", 2**40), "outside backbone/weights.data"),
+    "weight before its file": (_set("backbone", "initializers", 0, "offset", -64), "outside backbone/weights.data"),
+    "weight of absurd shape": (_set("backbone", "initializers", 0, "shape", [2**40, 2**40]), "outside"),
+    "absolute path": (_rename_file("/etc/passwd"), "outside the bundle"),
+    "path that climbs": (_rename_file("../../etc/passwd"), "outside the bundle"),
+    "path with a null": (_rename_file("a\0b"), "outside the bundle"),
+    "file that is no part": (_rename_file("run_me.py"), "no part of a bundle"),
+    "link for a file": (_link, "not a plain file"),
+    "missing shard": (lambda b: (b / "experts/layer-00.safetensors").unlink(), "layer-00.safetensors is missing"),
+    "shard cut short": (_truncate("experts/layer-00.safetensors", 1), "layer-00.safetensors has"),
+    "shard cut, manifest agrees": (_truncate("experts/layer-00.safetensors", 512, tell=True), "layer-00.safetensors"),
+    "shard is another file": (_swap_shards, "layer-01.safetensors"),
+    "weights cut, manifest agrees": (_truncate("backbone/weights.data", 64, tell=True), "weights.data"),
+    "tables cut": (_truncate("tables.safetensors", 8, tell=True), "tables.safetensors"),
+    "weights not listed": (_edit(lambda m: m["files"].pop("backbone/weights.data")), "does not list backbone/weights"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_bundle_is_refused(copied, name):
+    damage, expected = BROKEN[name]
+    damage(copied)
+    with pytest.raises(BundleError, match=expected):
+        open_bundle(copied)
+
+
+def test_a_flipped_bit_is_found_by_its_hash(copied):
+    file = copied / "experts" / "layer-01.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-20000] ^= 1
+    file.write_bytes(data)
+    open_bundle(copied)
+    with pytest.raises(BundleError, match="layer-01.safetensors has SHA-256"):
+        open_bundle(copied, hashes=True)
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.write_text("x"), lambda p: p.mkdir()])
+def test_what_is_not_a_bundle_is_said(tmp_path, make):
+    path = tmp_path / "thing"
+    make(path)
+    with pytest.raises(BundleError, match="thing"):
+        open_bundle(path)
+
+
+def test_the_manifest_knows_the_activations_that_the_runtime_runs():
+    from smoe.runtime import reference
+
+    assert set(ACTIVATIONS) == set(reference.ACTIVATIONS)

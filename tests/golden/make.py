@@ -1,0 +1,66 @@
+"""Makes the golden bundle of the current format version:  python tests/golden/make.py DIRECTORY
+
+A pico model (every dimension different), a tokenizer trained on a few lines, and what `transformers` answers, so that
+the runtime can be tested where torch is not installed. Run once per format version; the result is checked in and must
+open for ever.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from smoe.artifacts import safetensors_file
+from smoe.prep.build import Recipe, build
+from smoe.prep.calibration import Calibration
+
+LINES = ["def main(argument): return argument + 1", "Grüße aus Köln: ä, ö, ü und ß", "日本語のテキスト 🙂 emoji"] * 4
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def checkpoint(path: Path) -> Qwen3MoeForCausalLM:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=307, special_tokens=["<end>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(LINES, trainer)
+    torch.manual_seed(11)
+    config = Qwen3MoeConfig(
+        vocab_size=307, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
+        intermediate_size=56, moe_intermediate_size=40, num_experts=7, num_experts_per_tok=3, norm_topk_prob=True,
+        max_position_embeddings=300, eos_token_id=0, bos_token_id=0, pad_token_id=0, initializer_range=0.15,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).eval()
+    model.save_pretrained(path)
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "chat_template": CHAT}))
+    return model
+
+
+def main(output: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch)
+        model = checkpoint(source)
+        ids = np.random.default_rng(3).integers(1, 307, (40, 200)).tolist()
+        text = source / "text.jsonl"
+        text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+        build(source, output, Calibration(str(text), tokens=2048, length=100), Recipe(encoding="f32"))
+        prompt = torch.tensor([ids[0][:150]])  # longer than a chunk
+        with torch.no_grad():
+            logits = model(prompt).logits[0].numpy()
+            greedy = model.generate(prompt, max_new_tokens=24, do_sample=False)[0, 150:].numpy()
+        answer = {"prompt": prompt[0].numpy(), "logits": logits, "greedy": greedy}
+        safetensors_file.save(output.with_suffix(".answer.safetensors"), answer)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,78 @@
+"""`smoe` as a user meets it: a real process each time."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def smoe(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "smoe.runtime", *map(str, arguments)], input=stdin, text=True,
+                          capture_output=True, env={**os.environ, **environment}, timeout=120)
+
+
+def test_run_prints_text_on_stdout_and_the_rest_on_stderr(golden, answer):
+    ids = " ".join(map(str, answer["prompt"].tolist()))
+    done = smoe("run", golden, ids, "--ids", "--max-new-tokens", 24)
+    assert done.returncode == 0
+    assert [int(i) for i in done.stdout.split()] == answer["greedy"].tolist()
+    assert "memory:" in done.stderr and "kernels:" in done.stderr and "hits" in done.stderr
+
+
+def test_run_as_json_and_from_stdin(golden):
+    done = smoe("run", golden, "-", "--json", "--max-new-tokens", 5, "--memory", "40MiB", "--context", 64, stdin="def main")
+    said = json.loads(done.stdout)
+    assert len(said["ids"]) == said["stats"]["new_tokens"] == 5
+    assert said["memory"]["budget"] == 40 << 20 and said["memory"]["total"] <= 40 << 20
+    assert said["text"] == json.loads(smoe("run", golden, "def main", "--json", "--max-new-tokens", 5).stdout)["text"]
+
+
+def test_chat_answers_every_line_and_reuses_its_state(golden):
+    done = smoe("chat", golden, "--json", "--max-new-tokens", 4, "--system", "be brief", stdin="hello\nagain\n\n")
+    turns = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(turns) == 2 and done.returncode == 0
+    # The second turn runs its own words only, not the first again: fewer tokens than the whole conversation has.
+    first, both = (turn["stats"]["prompt_tokens"] for turn in turns)
+    assert 0 < both - first < first + 30
+
+
+def test_info_and_verify(golden, copied):
+    assert "memory minimum" in smoe("info", golden).stdout
+    said = json.loads(smoe("info", golden, "--json").stdout)
+    assert said["experts"] == 14 and said["experts_per_token"] == 6 and said["substitution"] == "possible"
+    assert json.loads(smoe("verify", golden, "--json").stdout)["ok"] is True
+    with open(copied / "backbone" / "weights.data", "r+b") as file:
+        file.write(b"\1")
+    done = smoe("verify", copied)
+    assert done.returncode == 1 and "weights.data has SHA-256" in done.stderr
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (("run", "/no/such/bundle", "x"), "/no/such/bundle does not exist"),
+    (("run", "{root}", "x"), "has no manifest.json"),
+    (("run", "{golden}", ""), "prompt is empty"),
+    (("run", "{golden}", "x", "--memory", "1MiB"), "needs at least"),
+    (("run", "{golden}", "x", "--memory", "much"), "'much' is not a size"),
+    (("run", "{golden}", "x", "--context", "9999"), "this model takes 1 to 300"),
+    (("run", "{golden}", "x", "--max-new-tokens", "400"), "more than the context of 300"),
+    (("run", "{golden}", "x", "--top-k", "3"), "no effect at temperature 0"),
+    (("run", "{golden}", "one two", "--ids"), "--ids wants token ids"),
+    (("info", "{golden}", "--context", "0"), "context"),
+])  # fmt: skip
+def test_mistakes_are_one_sentence_without_a_traceback(golden, root, arguments, said):
+    done = smoe(*(str(a).format(golden=golden, root=root) for a in arguments))
+    assert done.returncode != 0 and done.stdout == ""
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_unknown_kernel_is_refused(golden):
+    done = smoe("run", golden, "x", SMOE_KERNELS="abacus")
+    assert done.returncode == 1 and "no kernels 'abacus'" in done.stderr
+
+
+def test_help_is_there(golden):
+    for command in ("", "run", "chat", "info", "verify"):
+        done = smoe(*command.split(), "-h")
+        assert done.returncode == 0 and "Usage:" in done.stdout

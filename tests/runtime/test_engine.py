@@ -1,0 +1,193 @@
+"""The engine on the golden bundle: against what `transformers` said, across budgets, and under misuse."""
+
+import os
+
+import numpy as np
+import pytest
+
+from smoe.artifacts import open_bundle
+from smoe.runtime import Engine, EngineError, StopWhen, kernels, memory
+
+
+def _relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.fixture(scope="module")
+def engine(golden):
+    with Engine.open(golden) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def budgets(golden):
+    """Bytes that leave room for so many experts."""
+    plan = memory.plan(open_bundle(golden), None, 300)
+    return lambda experts: plan.total - (plan.capacity - experts) * plan.record
+
+
+def test_logits_and_greedy_tokens_are_those_of_transformers(engine, answer):
+    assert _relative(engine.logits(answer["prompt"]), answer["logits"]) < 1e-4
+    tokens = [token.id for token in engine.generate(answer["prompt"], max_new_tokens=24)]
+    assert tokens == answer["greedy"].tolist()
+
+
+def test_scoring_token_by_token_gives_the_same(engine, answer):
+    logits = np.stack(list(engine.score(answer["prompt"])))
+    assert _relative(logits, answer["logits"]) < 1e-4
+
+
+@pytest.mark.parametrize("experts", [3, 4, 7, 13])
+def test_a_budget_changes_no_bit(golden, engine, answer, budgets, experts):
+    with Engine.open(golden, memory=budgets(experts)) as small:
+        assert small.plan.capacity == experts
+        assert np.array_equal(small.logits(answer["prompt"]), engine.logits(answer["prompt"]))
+        assert np.array_equal(np.stack(list(small.score(answer["prompt"][:20]))),
+                              np.stack(list(engine.score(answer["prompt"][:20]))))
+        assert small.stats.misses > 0
+
+
+def test_all_resident_never_misses(golden, answer):
+    with Engine.open(golden) as engine:
+        engine.logits(answer["prompt"])
+        assert engine.stats.misses == engine.stats.bytes_read == 0 and engine.stats.hits > 0
+        assert engine.stats.slots == len(answer["prompt"]) * 2 * 3
+
+
+def test_bytes_read_are_records_missed(golden, answer, budgets):
+    with Engine.open(golden, memory=budgets(4)) as engine:
+        list(engine.score(answer["prompt"][:30]))
+        assert engine.stats.bytes_read == engine.stats.misses * engine.plan.record
+        assert engine.stats.hits + engine.stats.misses == engine.stats.slots  # one token: an expert is a slot
+
+
+@pytest.mark.parametrize("variant", kernels.available())
+def test_kernels_change_no_bit(golden, engine, answer, monkeypatch, variant):
+    monkeypatch.setenv("SMOE_KERNELS", variant)
+    with Engine.open(golden) as other:
+        assert f"kernels: {variant}" in "\n".join(other.mode_lines())
+        assert np.array_equal(other.logits(answer["prompt"]), engine.logits(answer["prompt"]))
+
+
+def test_a_budget_below_the_minimum_names_the_minimum(golden, budgets):
+    with pytest.raises(EngineError, match=r"needs at least ([0-9.]+MiB)") as caught:
+        Engine.open(golden, memory=budgets(3) - 1)
+    said = str(caught.value).split("at least ")[1].split(" ")[0]
+    with Engine.open(golden, memory=said) as engine:  # the figure that it names works
+        assert engine.plan.capacity >= 3
+
+
+def test_below_one_token_cycle_a_warning_says_what_would_do(golden, budgets):
+    with Engine.open(golden, memory=budgets(5)) as engine:
+        assert "warning: 5 resident experts are fewer than one token uses (6)" in "\n".join(engine.mode_lines())
+    with Engine.open(golden, memory=budgets(6)) as engine:
+        assert "warning" not in "\n".join(engine.mode_lines())
+
+
+def test_generation_repeats_and_is_seeded(engine, answer):
+    prompt = answer["prompt"][:10]
+
+    def draw(seed):
+        return [t.id for t in engine.generate(prompt, max_new_tokens=12, temperature=1.5, seed=seed)]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_text_streams_and_joins_to_the_decoded_tokens(engine):
+    tokens = list(engine.generate("Grüße", max_new_tokens=30, temperature=1.0, seed=4))
+    ids = [t.id for t in tokens]
+    decoded = engine.text.tokenizer.decode(ids)
+    # An unfinished character at the very end is not shown.
+    assert decoded.rstrip("\ufffd").startswith("".join(t.text for t in tokens).rstrip("\ufffd"))
+    assert "".join(t.text for t in tokens)
+
+
+def test_a_stop_token_and_a_stop_string_end_it(engine, answer):
+    greedy = answer["greedy"].tolist()
+    made = list(engine.generate(answer["prompt"], max_new_tokens=24, stop=StopWhen(ids=(greedy[5],))))
+    first = greedy.index(greedy[5])
+    assert [t.id for t in made] == greedy[: first + 1] and made[-1].text == "" and engine.stats.finish == "end"
+    text = "".join(t.text for t in engine.generate(answer["prompt"], max_new_tokens=24))
+    stop = text[len(text) // 2 :][:3]
+    made = list(engine.generate(answer["prompt"], max_new_tokens=24, stop=StopWhen((stop,))))
+    assert "".join(t.text for t in made) == text.split(stop)[0] and engine.stats.finish == "stop"
+
+
+def test_leaving_early_cancels_and_the_engine_lives(engine, answer):
+    for _ in engine.generate(answer["prompt"], max_new_tokens=24):
+        break
+    assert engine.stats.finish == "cancelled"
+    tokens = [token.id for token in engine.generate(answer["prompt"], max_new_tokens=24)]
+    assert tokens == answer["greedy"].tolist() and engine.stats.finish == "length"
+
+
+def test_turns_reuse_the_state(engine, answer):
+    prompt = answer["prompt"].tolist()
+    fresh = [t.id for t in engine.generate(prompt, max_new_tokens=8)]
+    list(engine.generate(prompt[:100], max_new_tokens=1))
+    before = engine.stats.prompt_tokens
+    again = [t.id for t in engine.generate(prompt, max_new_tokens=8, reuse=True)]
+    assert again == fresh and engine.stats.prompt_tokens - before == 50
+    before = engine.stats.prompt_tokens
+    again = [t.id for t in engine.generate(prompt, max_new_tokens=8, reuse=True)]  # the very same: one token is run
+    assert again == fresh and engine.stats.prompt_tokens - before == 1
+    diverged = [*prompt[:90], (prompt[90] + 1) % 307, *prompt[91:]]
+    wanted = [t.id for t in engine.generate(diverged, max_new_tokens=8)]
+    list(engine.generate(prompt, max_new_tokens=8))
+    assert [t.id for t in engine.generate(diverged, max_new_tokens=8, reuse=True)] == wanted
+
+
+@pytest.mark.parametrize("prompt, options, said", [
+    ([], {}, "prompt is empty"),
+    ("", {}, "prompt is empty"),
+    ([307], {}, "this model has 0 to 306"),
+    ([-1], {}, "this model has 0 to 306"),
+    ([1.5], {}, "flat sequence of integers"),
+    ([[1, 2]], {}, "flat sequence of integers"),
+    ([1] * 290, dict(max_new_tokens=11), "290 prompt tokens and 11 new ones are more than the context of 300"),
+    ([1], dict(max_new_tokens=0), "max_new_tokens is 0"),
+    ([1], dict(temperature=-1.0), "temperature is -1"),
+    ([1], dict(stop=StopWhen(("",))), "stop string is empty"),
+])  # fmt: skip
+def test_a_bad_request_is_a_sentence_and_the_engine_lives(engine, answer, prompt, options, said):
+    with pytest.raises(EngineError, match=said):
+        engine.generate(prompt, **options)
+    assert [t.id for t in engine.generate(answer["prompt"], max_new_tokens=2)] == answer["greedy"][:2].tolist()
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(context=301), "A context of 301 tokens was asked for; this model takes 1 to 300"),
+    (dict(context=0), "A context of 0"),
+    (dict(memory="lots"), "'lots' is not a size"),
+    (dict(memory="-5MiB"), "is not a size"),
+    (dict(memory=-5), "too small"),
+    (dict(threads=3), "3 threads were asked for"),
+])  # fmt: skip
+def test_a_bad_option_is_a_sentence(golden, engine, options, said):
+    with pytest.raises(EngineError, match=said):
+        Engine.open(golden, **options)
+
+
+def test_a_shard_that_shrinks_under_a_running_engine_is_a_sentence(copied, answer, budgets):
+    shard = copied / "experts" / "layer-01.safetensors"
+    whole = shard.read_bytes()
+    with Engine.open(copied, memory=budgets(3)) as engine:
+        os.truncate(shard, len(whole) // 3)
+        with pytest.raises(EngineError, match="ends inside expert"):
+            list(engine.generate(answer["prompt"], max_new_tokens=4))
+        with open(shard, "r+b") as file:
+            file.write(whole)
+        tokens = [t.id for t in engine.generate(answer["prompt"], max_new_tokens=24)]
+        assert tokens == answer["greedy"].tolist()
+
+
+def test_a_damaged_segment_is_a_sentence(copied):
+    segment = copied / "backbone" / "segment-01.onnx"
+    segment.write_bytes(b"\x00" * segment.stat().st_size)
+    with pytest.raises(EngineError, match=r"segment-01.onnx does not load in ONNX Runtime"):
+        Engine.open(copied)
+
+
+@pytest.mark.parametrize("text, size", [("64MiB", 64 << 20), ("1.5G", 3 << 29), ("500 MB", 500 * 10**6), ("7", 7), (9, 9)])
+def test_sizes(text, size):
+    assert memory.parse_size(text) == size

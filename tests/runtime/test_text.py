@@ -1,0 +1,100 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smoe.runtime import EngineError
+from smoe.runtime.text import Stream, Text
+
+HARD = "Köln 日本語 🙂👩‍👩‍👧 ß — end"
+
+
+@pytest.fixture(scope="module")
+def text(golden):
+    return Text(golden)
+
+
+@pytest.mark.parametrize("sample", [HARD, "def main(argument):\n    return 1\n", "ü" * 9])
+def test_a_stream_never_splits_a_character(text, sample):
+    stream = Stream(text, ())
+    pieces = [stream.push(i) for i in text.encode(sample)] + [stream.finish()]
+    assert "".join(pieces) == sample
+    assert not any("\ufffd" in piece for piece in pieces)
+    if sample == HARD:
+        assert sum(map(bool, pieces)) > 5, "it should not all come at the end"
+
+
+@settings(deadline=None)
+@given(sample=st.text(st.characters(exclude_categories=["Cs"]), max_size=40), stop=st.text("ab ü", min_size=1, max_size=3))
+def test_text_ends_before_a_stop_string_and_nothing_is_lost(golden, sample, stop):
+    text = Text(golden)
+    stream = Stream(text, (stop,))
+    shown = "".join(stream.push(i) for i in text.encode(sample)) + stream.finish()
+    whole = text.tokenizer.decode(text.encode(sample))
+    assert shown == whole.split(stop)[0]
+    assert stream.stopped == (stop in whole)
+
+
+def test_what_may_begin_a_stop_string_is_held_back(text):
+    stream = Stream(text, ("##end",))
+    pieces = [stream.push(i) for i in text.encode("a##e##en##end b")]
+    assert "".join(pieces) == "a##e##en" and stream.stopped
+    stream = Stream(text, ("##end",))
+    pieces = [stream.push(i) for i in text.encode("a##en")]
+    assert "".join(pieces) == "a" and stream.finish() == "##en"
+
+
+def test_an_empty_stop_string_is_refused(text):
+    with pytest.raises(EngineError, match="stop string is empty"):
+        Stream(text, ("",))
+
+
+def test_without_a_tokenizer_text_is_an_error_and_ids_are_not(tmp_path):
+    text = Text(tmp_path)
+    with pytest.raises(EngineError, match="no tokenizer; give token ids"):
+        text.encode("hello")
+    assert Stream(text, ()).push(3) == ""
+    with pytest.raises(EngineError, match="no tokenizer"):
+        Stream(text, ("x",))
+
+
+def test_a_damaged_tokenizer_is_a_sentence(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(EngineError, match="is not a tokenizer"):
+        Text(tmp_path)
+
+
+def test_a_conversation_is_rendered_by_the_template(text):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}, {"role": "user", "content": "?"}]
+    wanted = "<user>hi</user>\n<assistant>yo</assistant>\n<user>?</user>\n<assistant>"
+    assert text.chat(messages) == text.encode(wanted)
+
+
+def test_a_template_can_be_a_file_or_one_of_several(text, tmp_path, golden):
+    (tmp_path / "tokenizer.json").write_bytes((golden / "tokenizer.json").read_bytes())
+    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ messages[0].content }}"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    message = [{"role": "user", "content": "hello"}]
+    assert Text(tmp_path).chat(message) == text.encode("hello")
+    (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}{{ messages[0].content | tojson }}")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<end>"}}))
+    assert Text(tmp_path).chat(message) == text.encode('<end>"hello"')
+
+
+@pytest.mark.parametrize("template", [
+    "{{ messages.__class__.__mro__ }}",
+    "{{ ''.__class__.__base__.__subclasses__() }}",
+    "{{ raise_exception('roles must alternate') }}",
+    "{% for x in range(999999999) %}{% endfor %}",
+    "{{ messages | nofilter }}",
+    "{% if %}",
+])  # fmt: skip
+def test_a_template_cannot_reach_python_and_its_errors_are_sentences(text, template):
+    with pytest.raises(EngineError, match="chat template cannot render"):
+        text.chat([{"role": "user", "content": "x"}], template)
+
+
+def test_no_template_says_what_to_do(tmp_path):
+    with pytest.raises(EngineError, match="no chat template.*smoe run"):
+        Text(tmp_path).chat([{"role": "user", "content": "x"}])
