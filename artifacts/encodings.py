@@ -113,5 +113,8 @@ def decode_expert(layout: RecordLayout, encoding: str, record: np.ndarray) -> di
     """Float32 matrices and biases of a record `uint8 [layout.nbytes]`: the inverse of `encode_expert`."""
     views = layout.views(record)
     decode = encoding_named(encoding).decode
-    return {name: view if name.endswith("_bias") else decode(name, views) for name, view in views.items()
-            if not name.endswith("_scale")}
+    return {
+        name: view if name.endswith("_bias") else decode(name, views)
+        for name, view in views.items()
+        if not name.endswith("_scale")
+    }

@@ -59,8 +59,7 @@ class RecordLayout:
     def views(self, record: np.ndarray) -> dict[str, np.ndarray]:
         """The tensors of a record `uint8 [nbytes]` as views of it, by name; nothing is copied."""
         return {
-            f.name: record[f.offset : f.offset + f.nbytes].view(DTYPES[f.dtype]).reshape(f.shape)
-            for f in self.fields
+            f.name: record[f.offset : f.offset + f.nbytes].view(DTYPES[f.dtype]).reshape(f.shape) for f in self.fields
         }
 
     def tensors(self, expert: int) -> list[Planned]:

@@ -196,7 +196,7 @@ def _parse(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
     if origin in (typing.Union, types.UnionType):
         inner = next(a for a in args if a is not type(None))
         return None if value is None else _parse(inner, value, where)
-    if dataclasses.is_dataclass(wanted):
+    if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
         if not isinstance(value, dict):
             raise _wrong(where, "an object", value)
         hints = typing.get_type_hints(wanted)

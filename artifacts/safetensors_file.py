@@ -202,9 +202,7 @@ def write(
     os.replace(beside, path)
 
 
-def save(
-    path: str | os.PathLike[str], arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None
-) -> None:
+def save(path: str | os.PathLike[str], arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Write named arrays, largest item size first so that every tensor is aligned to its dtype."""
     order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
     write(

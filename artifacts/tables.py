@@ -77,9 +77,7 @@ def load_tables(path: Path, experts: list[int]) -> list[dict[str, np.ndarray]]:
                     "wanted; profile and build again."
                 )
     loaded = safetensors_file.load(path)
-    return [
-        {name: loaded[key(i, name)] for name in TABLES if key(i, name) in loaded} for i in range(len(experts))
-    ]
+    return [{name: loaded[key(i, name)] for name in TABLES if key(i, name) in loaded} for i in range(len(experts))]
 
 
 def _fits(shape: tuple[int, ...], letters: str, sizes: dict[str, int]) -> bool:

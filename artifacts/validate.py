@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from smoe.artifacts import safetensors_file, tables
@@ -68,8 +69,8 @@ def problems(path: Path, manifest: Manifest, hashes: bool = False) -> Iterator[s
     yield from missing
     if wrong or missing:
         return  # what follows would repeat the same faults in other words
-    checks = [lambda i=i: _shard(path, manifest, i) for i in range(len(manifest.layers))]
-    checks += [lambda: _weights(path, manifest), lambda: _tables(path, manifest)]
+    checks = [partial(_shard, path, manifest, layer) for layer in range(len(manifest.layers))]
+    checks += [partial(_weights, path, manifest), partial(_tables, path, manifest)]
     for check in checks:
         try:
             check()

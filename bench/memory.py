@@ -29,8 +29,12 @@ print(json.dumps({"peak": status("VmHWM") - before, "opened": opened, "plan": pl
 
 
 def measure(bundle: str, memory: str, context: int, tokens: int) -> dict:
-    done = subprocess.run([sys.executable, "-c", CHILD, bundle, memory, str(context), str(tokens)],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, bundle, memory, str(context), str(tokens)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return json.loads(done.stdout) if done.returncode == 0 else {"refused": done.stderr.strip().splitlines()[-1]}
 
 
@@ -47,5 +51,7 @@ if __name__ == "__main__":
                     print(f"{shown:>8} {context:>8} {tokens:>7} {got['refused'][:90]}")
                     break
                 budget = got["plan"] if memory == "none" else int(memory)
-                print(f"{shown:>8} {context:>8} {tokens:>7} {got['plan'] / mib:>8.1f} {got['opened'] / mib:>8.1f} "
-                      f"{got['peak'] / mib:>8.1f}  {got['peak'] / budget:>10.2f}")
+                print(
+                    f"{shown:>8} {context:>8} {tokens:>7} {got['plan'] / mib:>8.1f} {got['opened'] / mib:>8.1f} "
+                    f"{got['peak'] / mib:>8.1f}  {got['peak'] / budget:>10.2f}"
+                )

@@ -47,9 +47,13 @@ if __name__ == "__main__":
     got = {setting: [] for setting in settings}
     for _ in range(5):
         for setting in settings:
-            done = subprocess.run([sys.executable, "-c", CHILD, sys.argv[1], *setting], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", CHILD, sys.argv[1], *setting], capture_output=True, text=True, check=True
+            )
             got[setting].append(json.loads(done.stdout))
     print("pool    spin threads   us/segment   us/decode step   us/prefill of 500")
     for setting, rounds in got.items():
         medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
-        print(f"{setting[0]:7} {setting[1]:4} {setting[2]:7}   {medians[0]:10.1f}   {medians[1]:14.0f}   {medians[2]:17.0f}")
+        print(
+            f"{setting[0]:7} {setting[1]:4} {setting[2]:7}   {medians[0]:10.1f}   {medians[1]:14.0f}   {medians[2]:17.0f}"
+        )

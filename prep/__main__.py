@@ -15,8 +15,10 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in NEEDED:
             raise
-        print(f"smoe-prep needs {error.name}, which is not installed. Install it with:  pip install 'smoe[prep]'",
-              file=sys.stderr)
+        print(
+            f"smoe-prep needs {error.name}, which is not installed. Install it with:  pip install 'smoe[prep]'",
+            file=sys.stderr,
+        )
         sys.exit(1)
     try:
         cli(prog_name="smoe-prep")

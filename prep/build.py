@@ -76,7 +76,10 @@ def refuse_existing(output: Path) -> None:
 
 
 def _statistics(
-    checkpoint: Checkpoint, partial: Path, calibration: Calibration | None, profiled: str | Path | None,
+    checkpoint: Checkpoint,
+    partial: Path,
+    calibration: Calibration | None,
+    profiled: str | Path | None,
     progress: Progress,
 ) -> None:
     if profiled is None:

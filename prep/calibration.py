@@ -52,8 +52,10 @@ class Calibration:
                 "Give more text."
             )
         if self.tokens is not None and len(stream) < wanted:
-            raise PrepError(f"{self.source} holds {len(stream)} tokens, fewer than the {wanted} asked for; "
-                            "give more text or a smaller --tokens.")
+            raise PrepError(
+                f"{self.source} holds {len(stream)} tokens, fewer than the {wanted} asked for; "
+                "give more text or a smaller --tokens."
+            )
         return [stream[i : i + self.length] for i in range(0, len(stream), self.length)]
 
 
@@ -68,7 +70,9 @@ def read_documents(source: str) -> Iterator[str | list[int]]:
         yield from _read_dataset(source, None, None, None)
     elif path.suffix in (".txt", ".jsonl") or path.exists():
         what = "is not a .txt or .jsonl file" if path.exists() else "does not exist"
-        raise PrepError(f"{source} {what}; give calibration text as .txt, .jsonl, a dataset directory or a datasets name.")
+        raise PrepError(
+            f"{source} {what}; give calibration text as .txt, .jsonl, a dataset directory or a datasets name."
+        )
     else:
         match = re.fullmatch(r"([\w./-]+)(?:\[([\w.-]+)\])?(?:\(([\w.-]+)\))?(?::(\d+))?", source)
         if not match:
@@ -130,8 +134,10 @@ def _encode(documents: list[str | list[int]], checkpoint: Checkpoint, source: st
     for document in documents:
         if isinstance(document, str):
             if tokenizer is None:
-                raise PrepError(f"{checkpoint.path} has no tokenizer.json, so text cannot be used; give a .jsonl file "
-                                "with `input_ids`.")
+                raise PrepError(
+                    f"{checkpoint.path} has no tokenizer.json, so text cannot be used; give a .jsonl file "
+                    "with `input_ids`."
+                )
             document = tokenizer.encode(document).ids
         ids = np.asarray(document, np.int64)
         if ids.size and ids.max() >= vocabulary:

@@ -65,10 +65,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         json.loads((path / "config.json").read_text("utf-8"))
     except (ValueError, KeyError, OSError) as error:
-        raise PrepError(f"{path}/config.json is not one that transformers {transformers.__version__} reads: "
-                        f"{_first_line(error)}") from error
+        raise PrepError(
+            f"{path}/config.json is not one that transformers {transformers.__version__} reads: {_first_line(error)}"
+        ) from error
     if not list(path.glob("*.safetensors")):
-        raise PrepError(f"{path} has no .safetensors files; download the weights, or convert them with save_pretrained.")
+        raise PrepError(
+            f"{path} has no .safetensors files; download the weights, or convert them with save_pretrained."
+        )
     model = _load(path, config)
     _refuse_without_seam(path, model)
     model.config.get_text_config().output_router_logits = False

@@ -30,17 +30,26 @@ CALIBRATION = Calibration("")
 _model = click.argument("model", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 _output = click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="What to write.")
-_encoding = click.option("--encoding", default=RECIPE.encoding, show_default=True,
-                         help=f"How experts are stored: {', '.join(ENCODINGS)}.")
-_backbone = click.option("--backbone", default=RECIPE.backbone, show_default=True, help="Precision of the backbone: f32.")
+_encoding = click.option(
+    "--encoding", default=RECIPE.encoding, show_default=True, help=f"How experts are stored: {', '.join(ENCODINGS)}."
+)
+_backbone = click.option(
+    "--backbone", default=RECIPE.backbone, show_default=True, help="Precision of the backbone: f32."
+)
 
 
 def _calibration(required: bool) -> Callable:
     options = (
-        click.option("--calibration", metavar="SOURCE", required=required,
-                     help=".txt, .jsonl (text or input_ids), a dataset directory, or name[subset](split):n."),
+        click.option(
+            "--calibration",
+            metavar="SOURCE",
+            required=required,
+            help=".txt, .jsonl (text or input_ids), a dataset directory, or name[subset](split):n.",
+        ),
         click.option("--tokens", type=int, help="How many tokens to use. Default: 65536, or all there are."),
-        click.option("--seed", type=int, default=CALIBRATION.seed, show_default=True, help="Order of documents, sample."),
+        click.option(
+            "--seed", type=int, default=CALIBRATION.seed, show_default=True, help="Order of documents, sample."
+        ),
     )
 
     def decorate(command: Callable) -> Callable:
@@ -61,12 +70,26 @@ def cli() -> None:
 @_model
 @_output
 @_calibration(required=False)
-@click.option("--profile", "profiled", type=click.Path(path_type=Path), help="What `smoe-prep profile` wrote, instead of profiling.")
+@click.option(
+    "--profile",
+    "profiled",
+    type=click.Path(path_type=Path),
+    help="What `smoe-prep profile` wrote, instead of profiling.",
+)
 @_encoding
 @_backbone
 @_json
-def build(model: Path, output: Path, calibration: str | None, tokens: int | None, seed: int, profiled: Path | None,
-          encoding: str, backbone: str, as_json: bool) -> None:
+def build(
+    model: Path,
+    output: Path,
+    calibration: str | None,
+    tokens: int | None,
+    seed: int,
+    profiled: Path | None,
+    encoding: str,
+    backbone: str,
+    as_json: bool,
+) -> None:
     """Make a bundle of the checkpoint MODEL: profile, pack, export."""
     if profiled is not None and calibration is not None:
         raise click.UsageError("--profile and --calibration both say where statistics come from; give one of them.")
@@ -110,8 +133,10 @@ def export(model: Path, output: Path, backbone: str, as_json: bool) -> None:
     """Write only the backbone, as ONNX segments, with backbone.json beside them."""
     with _beside(output) as partial:
         exported = export_backbone(open_checkpoint(model), partial, backbone)
-        parts = {"backbone": dataclasses.asdict(exported.backbone),
-                 "experts": [dataclasses.asdict(node) for node in exported.nodes]}
+        parts = {
+            "backbone": dataclasses.asdict(exported.backbone),
+            "experts": [dataclasses.asdict(node) for node in exported.nodes],
+        }
         (partial / "backbone.json").write_text(json.dumps(parts, indent=1) + "\n")
     _print(parts, f"{output}: {len(exported.backbone.segments)} segments", as_json)
 
@@ -142,13 +167,17 @@ def _beside(output: Path) -> Iterator[Path]:
 
 
 def _profile_text(about: dict) -> str:
-    lines = [f"{about['model']}: {about['calibration']['tokens']} tokens of {about['calibration']['source']} in "
-             f"{about['seconds']} s",
-             f"{'layer':32} experts  unreached  effective  busiest  output similarity  best stand-in error"]
+    lines = [
+        f"{about['model']}: {about['calibration']['tokens']} tokens of {about['calibration']['source']} in "
+        f"{about['seconds']} s",
+        f"{'layer':32} experts  unreached  effective  busiest  output similarity  best stand-in error",
+    ]
     for layer in about["layers"]:
         similarity, error = layer["mean_output_similarity"], layer["best_standin_error"]
-        lines.append(f"{layer['name']:32} {layer['experts']:7}  {len(layer['unreached']):9}  {layer['effective_experts']:9}"
-                     f"  {layer['busiest_share']:7.1%}  {similarity!s:>17}  {error!s:>19}")
+        lines.append(
+            f"{layer['name']:32} {layer['experts']:7}  {len(layer['unreached']):9}  {layer['effective_experts']:9}"
+            f"  {layer['busiest_share']:7.1%}  {similarity!s:>17}  {error!s:>19}"
+        )
     return "\n".join(lines)
 
 

@@ -104,8 +104,10 @@ def _sample(model: transformers.PreTrainedModel) -> _Sample:
 def _growing(short: torch.Size, long: torch.Size) -> int:
     axes = [axis for axis, (a, b) in enumerate(zip(short, long, strict=True)) if a != b]
     if len(axes) > 1 or any(long[axis] - short[axis] != NEW for axis in axes):
-        raise PrepError(f"The model's state goes from {tuple(short)} to {tuple(long)} in {NEW} tokens; this version "
-                        "keeps state that grows along one axis by one per token, or not at all.")
+        raise PrepError(
+            f"The model's state goes from {tuple(short)} to {tuple(long)} in {NEW} tokens; this version "
+            "keeps state that grows along one axis by one per token, or not at all."
+        )
     return axes[0] if axes else -1
 
 
@@ -205,8 +207,9 @@ def _constant(graph: ir.Graph, value: int) -> ir.Value:
     name = f"smoe_constant_{value}"
     if name not in graph.initializers:
         tensor = ir.tensor(np.array([value], np.int64), name=name)
-        graph.register_initializer(ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype),
-                                            shape=tensor.shape))
+        graph.register_initializer(
+            ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+        )
     return graph.initializers[name]
 
 

@@ -158,14 +158,20 @@ class _Observer:
         return {name: np.concatenate(parts)[:TRACE] for name, parts in self._trace.items()}
 
 
-def _about(checkpoint: Checkpoint, calibration: Calibration, total: int, sampled: int, tables: list[dict],
-           seconds: float) -> dict:
+def _about(
+    checkpoint: Checkpoint, calibration: Calibration, total: int, sampled: int, tables: list[dict], seconds: float
+) -> dict:
     names = [name for name, _ in experts_modules(checkpoint.model)]
     return {
         "model": checkpoint.model.config.model_type,
         "fingerprint": checkpoint.fingerprint(),
-        "calibration": {"source": Path(calibration.source).name, "tokens": total, "length": calibration.length,
-                        "seed": calibration.seed, "sampled_tokens": sampled},
+        "calibration": {
+            "source": Path(calibration.source).name,
+            "tokens": total,
+            "length": calibration.length,
+            "seed": calibration.seed,
+            "sampled_tokens": sampled,
+        },
         "date": datetime.date.today().isoformat(),
         "seconds": round(seconds, 1),
         "layers": [_summary(name, t) for name, t in zip(names, tables, strict=True)],

@@ -51,7 +51,9 @@ class LayerSums:
         names = [field.name for field in dataclasses.fields(self)]
         return LayerSums(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
-    def add_routing(self, ids: np.ndarray, weights: np.ndarray, norms: np.ndarray, before: np.ndarray | None) -> np.ndarray:
+    def add_routing(
+        self, ids: np.ndarray, weights: np.ndarray, norms: np.ndarray, before: np.ndarray | None
+    ) -> np.ndarray:
         """Add a batch: ids, mixing weights and output norms `[T, k]`, and `before`, the activity of the previous
         layer. Returns this layer's activity, bool `[T, E]`."""
         tokens, experts = len(ids), len(self.counts)

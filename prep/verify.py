@@ -17,7 +17,9 @@ from smoe.prep.progress import Progress
 from smoe.runtime import Engine
 
 
-def verify(bundle: Path, model: Path, text: Calibration, memory: str | None, progress: Progress) -> dict[str, float | int]:
+def verify(
+    bundle: Path, model: Path, text: Calibration, memory: str | None, progress: Progress
+) -> dict[str, float | int]:
     """Perplexities, mean KL divergence (nats per token, original to bundle) with its standard error, top-1 agreement
     and the largest relative logit error of `bundle` against the float32 checkpoint at `model`, on `text`."""
     checkpoint = open_checkpoint(model)

@@ -104,8 +104,10 @@ class Backbone:
     def __init__(self, path: Path, manifest: Manifest, threads: int | None = None):
         self._segments = manifest.backbone.segments
         self._in_place = {s.output: s.input for s in manifest.backbone.state if s.in_place}
-        self._replaced = [[s for s in manifest.backbone.state if s.segment == i and not s.in_place]
-                          for i in range(len(self._segments))]
+        self._replaced = [
+            [s for s in manifest.backbone.state if s.segment == i and not s.in_place]
+            for i in range(len(self._segments))
+        ]
         self._weights = _read_weights(path, manifest)
         self.threads = share_threads(threads)
         self._sessions = [self._session(path, i) for i in range(len(self._segments))]
@@ -122,8 +124,9 @@ class Backbone:
         try:
             return ort.InferenceSession(str(path / segment.file), options, providers=["CPUExecutionProvider"])
         except ORT_ERRORS as error:
-            raise EngineError(f"{path / segment.file} does not load in ONNX Runtime {ort.__version__}: "
-                              f"{_first_line(error)}") from error
+            raise EngineError(
+                f"{path / segment.file} does not load in ONNX Runtime {ort.__version__}: {_first_line(error)}"
+            ) from error
 
     def begin(self, sequence: Sequence, ids: np.ndarray, keep: np.ndarray) -> Values:
         """The values a step starts from: `ids` int64 `[T]` to consume, `keep` int64 positions whose logits are wanted."""

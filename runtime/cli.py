@@ -37,8 +37,11 @@ def _options(*options: Callable) -> Callable:
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text.")
 _engine = _options(
     click.argument("bundle", type=click.Path(path_type=Path)),
-    click.option("--memory", metavar="SIZE", help="Budget for everything the engine holds, like 64MiB. "
-                 "Default: all experts resident."),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        help="Budget for everything the engine holds, like 64MiB. Default: all experts resident.",
+    ),
     click.option("--context", type=int, metavar="TOKENS", help="Longest sequence. Default: 2048, or the model's own."),
     click.option("--threads", type=click.IntRange(1), help="Threads of the backbone. Default: 2."),
 )
@@ -58,8 +61,17 @@ _generation = _options(
 @_generation
 @click.option("--ids", is_flag=True, help="PROMPT is token ids, separated by spaces; so is the answer.")
 @_json
-def run(bundle: Path, prompt: str, memory: str | None, context: int | None, threads: int | None, ids: bool, as_json: bool,
-        stop: tuple[str, ...], **generation: Any) -> None:
+def run(
+    bundle: Path,
+    prompt: str,
+    memory: str | None,
+    context: int | None,
+    threads: int | None,
+    ids: bool,
+    as_json: bool,
+    stop: tuple[str, ...],
+    **generation: Any,
+) -> None:
     """Generate from PROMPT ("-" reads it from stdin)."""
     text = sys.stdin.read() if prompt == "-" else prompt
     with Engine.open(bundle, memory, context, threads) as engine:
@@ -74,12 +86,16 @@ def run(bundle: Path, prompt: str, memory: str | None, context: int | None, thre
         except KeyboardInterrupt:
             _say("", "cancelled")
         if as_json:
-            click.echo(json.dumps({
-                "text": "".join(token.text for token in tokens),
-                "ids": [token.id for token in tokens],
-                "stats": engine.stats.as_dict(),
-                "memory": _plan(engine.plan),
-            }))
+            click.echo(
+                json.dumps(
+                    {
+                        "text": "".join(token.text for token in tokens),
+                        "ids": [token.id for token in tokens],
+                        "stats": engine.stats.as_dict(),
+                        "memory": _plan(engine.plan),
+                    }
+                )
+            )
         else:
             click.echo()
             _say(_statistics(engine.stats))
@@ -89,11 +105,23 @@ def run(bundle: Path, prompt: str, memory: str | None, context: int | None, thre
 @_engine
 @_generation
 @click.option("--system", help="What the model is told before the first turn.")
-@click.option("--chat-template", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-              help="A Jinja template in place of the bundle's.")
+@click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A Jinja template in place of the bundle's.",
+)
 @_json
-def chat(bundle: Path, memory: str | None, context: int | None, threads: int | None, system: str | None,
-         chat_template: Path | None, as_json: bool, stop: tuple[str, ...], **generation: Any) -> None:
+def chat(
+    bundle: Path,
+    memory: str | None,
+    context: int | None,
+    threads: int | None,
+    system: str | None,
+    chat_template: Path | None,
+    as_json: bool,
+    stop: tuple[str, ...],
+    **generation: Any,
+) -> None:
     """Talk, a line a turn; an empty line or end of input ends it. Ctrl-C cuts an answer short."""
     template = chat_template.read_text("utf-8") if chat_template else None
     messages = [{"role": "system", "content": system}] if system else []
@@ -136,7 +164,7 @@ def info(bundle: Path, context: int | None, as_json: bool) -> None:
     """Say what a bundle holds, and how much memory it needs."""
     manifest = open_bundle(bundle)
     full, layers = budget.plan(manifest, None, context), manifest.layers
-    found = {
+    found: dict[str, Any] = {
         "model": manifest.model.model_type,
         "architecture": manifest.model.architecture,
         "moe_layers": len(layers),
@@ -159,7 +187,8 @@ def info(bundle: Path, context: int | None, as_json: bool) -> None:
         click.echo(json.dumps(found))
         return
     for name, value in found.items():
-        shown = budget.show(value) if name.startswith("memory") or name.endswith("bytes") else value
+        sized = isinstance(value, int) and (name.startswith("memory") or name.endswith("bytes"))
+        shown = budget.show(value) if sized else value
         click.echo(f"{name.replace('_', ' '):24} {shown}")
 
 
@@ -184,9 +213,16 @@ def _parse_ids(text: str) -> list[int]:
 
 
 def _plan(plan: budget.Plan) -> dict[str, int | None]:
-    return {"budget": plan.budget, "total": plan.total, "backbone": plan.backbone, "state": plan.state,
-            "workspace": plan.workspace, "record": plan.record, "resident_experts": plan.capacity,
-            "experts": plan.experts}
+    return {
+        "budget": plan.budget,
+        "total": plan.total,
+        "backbone": plan.backbone,
+        "state": plan.state,
+        "workspace": plan.workspace,
+        "record": plan.record,
+        "resident_experts": plan.capacity,
+        "experts": plan.experts,
+    }
 
 
 def _statistics(stats: Stats) -> str:

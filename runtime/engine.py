@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence as SequenceOf
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +77,9 @@ class Engine:
             self.stats = Stats()
 
     @classmethod
-    def open(cls, path: str | Path, memory: str | int | None = None, context: int | None = None,
-             threads: int | None = None) -> Engine:
+    def open(
+        cls, path: str | Path, memory: str | int | None = None, context: int | None = None, threads: int | None = None
+    ) -> Engine:
         """Open the bundle at `path` within `memory` (bytes, or text like "64MiB"; None: all experts resident) for
         sequences of up to `context` tokens (None: 2048, or what the model was made for if that is less). `threads`
         (None: 2) run the backbone; all engines of a process share them.
@@ -213,9 +215,7 @@ class Engine:
         """Logits at every position of `ids`, from a prefill: float32 `[T, vocabulary]`. For evaluation."""
         checked = self._checked_ids(ids)
         self._sequence.rewind(0)
-        return np.concatenate([
-            self.step(self._sequence, part, np.arange(len(part))) for part in _chunks(checked)
-        ])
+        return np.concatenate([self.step(self._sequence, part, np.arange(len(part))) for part in _chunks(checked)])
 
     def score(self, ids: SequenceOf[int] | np.ndarray) -> Iterator[np.ndarray]:
         """The same token by token, through the decode path: after each id, logits float32 `[vocabulary]`."""
@@ -250,7 +250,9 @@ class Engine:
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise EngineError("Token ids must be a flat sequence of integers.")
         if not (0 <= array.min() and array.max() < vocabulary):
-            raise EngineError(f"Token ids go from {array.min()} to {array.max()}; this model has 0 to {vocabulary - 1}.")
+            raise EngineError(
+                f"Token ids go from {array.min()} to {array.max()}; this model has 0 to {vocabulary - 1}."
+            )
         if len(array) + more > self.context:
             raise EngineError(
                 f"{len(array)} prompt tokens and {more} new ones are more than the context of {self.context}; shorten "

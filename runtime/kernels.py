@@ -19,7 +19,7 @@ from smoe.runtime.errors import EngineError
 try:
     from smoe.runtime import _native
 except ModuleNotFoundError:  # chosen at build time with SMOE_NO_NATIVE=1; the mode line says so
-    _native = None
+    _native = None  # type: ignore[assignment]
 
 Linear = Callable[[np.ndarray, np.ndarray, "np.ndarray | None"], np.ndarray]
 

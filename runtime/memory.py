@@ -11,8 +11,19 @@ from smoe.runtime.backbone import state_bytes
 from smoe.runtime.errors import EngineError
 
 MIB = 1 << 20
-_UNITS = {"": 1, "b": 1, "k": 1 << 10, "kib": 1 << 10, "kb": 10**3, "m": MIB, "mib": MIB, "mb": 10**6,
-          "g": 1 << 30, "gib": 1 << 30, "gb": 10**9}
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "k": 1 << 10,
+    "kib": 1 << 10,
+    "kb": 10**3,
+    "m": MIB,
+    "mib": MIB,
+    "mb": 10**6,
+    "g": 1 << 30,
+    "gib": 1 << 30,
+    "gb": 10**9,
+}
 
 CHUNK = 128  # tokens of a prompt that run at once; a constant, so that logits do not depend on the budget
 

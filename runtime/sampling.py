@@ -22,9 +22,13 @@ class Sampling:
         if not (np.isfinite(self.temperature) and self.temperature >= 0):
             raise EngineError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number.")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise EngineError(f"top_k is {self.top_k} and top_p {self.top_p}; wanted are 0 or more, and above 0 up to 1.")
+            raise EngineError(
+                f"top_k is {self.top_k} and top_p {self.top_p}; wanted are 0 or more, and above 0 up to 1."
+            )
         if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.seed is not None):
-            raise EngineError("top_k, top_p and seed have no effect at temperature 0; give a temperature or leave them out.")
+            raise EngineError(
+                "top_k, top_p and seed have no effect at temperature 0; give a temperature or leave them out."
+            )
 
 
 class Sampler:

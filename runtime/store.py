@@ -36,7 +36,7 @@ class Shards:
         """Fill `into` (uint8, at least a record long) with a record; returns the bytes read, or raises `EngineError`."""
         file, descriptor, start = self._files[layer]
         size = self.layouts[layer].nbytes
-        view, done = memoryview(into)[:size], 0
+        view, done = into[:size].data, 0
         offset = start + expert * size
         while done < size:
             try:

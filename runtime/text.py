@@ -38,7 +38,7 @@ class Text:
         if file.is_file():
             try:
                 self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
-            except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a bad file
+            except Exception as error:
                 raise EngineError(f"{file} is not a tokenizer: {error}; copy the bundle again.") from error
 
     def encode(self, text: str, special: bool = True) -> list[int]:

@@ -31,7 +31,9 @@ def test_a_record_gives_back_what_went_in(encoding, gated, biased):
     assert decoded.keys() == weights.keys()
     # f32 exactly; bf16 to half a unit of its 8 bits; int8 to half a step of the row's scale.
     for name, w in weights.items():
-        bound = {"f32": 0, "bf16": np.abs(w) * 2**-8, "int8": np.abs(w).max(-1, keepdims=True) / 127 * 0.5001}[encoding]
+        bound = {"f32": 0, "bf16": np.abs(w) * 2**-8, "int8": np.abs(w).max(-1, keepdims=True) / 127 * 0.5001}[
+            encoding
+        ]
         assert np.all(np.abs(decoded[name] - w) <= (0 if name.endswith("_bias") else bound)), name
 
 

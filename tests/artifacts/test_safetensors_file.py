@@ -65,8 +65,10 @@ BROKEN = {
     "overlap": _file({"t": _tensor(0, 4), "u": _tensor(0, 4)}, b"1234"),
     "file too long": _file({"t": _tensor()}, b"12345"),
     "file too short": _file({"t": _tensor()}, b"123"),
-    "twice the same name": _file(b'{"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
-                                 b'"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"1"),
+    "twice the same name": _file(
+        b'{"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        b"1",
+    ),
     "metadata that is no text": _file({"__metadata__": {"a": 1}}),
 }
 
@@ -87,5 +89,16 @@ def test_a_missing_file_is_a_sentence(tmp_path):
 
 def test_every_dtype_has_its_size():
     sizes = {name: dtype.itemsize for name, dtype in safetensors_file.DTYPES.items()}
-    assert sizes == {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U16": 2,
-                     "U8": 1, "BOOL": 1}
+    assert sizes == {
+        "F64": 8,
+        "F32": 4,
+        "F16": 2,
+        "BF16": 2,
+        "I64": 8,
+        "I32": 4,
+        "I16": 2,
+        "I8": 1,
+        "U16": 2,
+        "U8": 1,
+        "BOOL": 1,
+    }

@@ -9,8 +9,14 @@ import pytest
 
 
 def smoe(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "smoe.runtime", *map(str, arguments)], input=stdin, text=True,
-                          capture_output=True, env={**os.environ, **environment}, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "smoe.runtime", *map(str, arguments)],
+        input=stdin,
+        text=True,
+        capture_output=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
 
 
 def test_run_prints_text_on_stdout_and_the_rest_on_stderr(golden, answer):
@@ -22,7 +28,9 @@ def test_run_prints_text_on_stdout_and_the_rest_on_stderr(golden, answer):
 
 
 def test_run_as_json_and_from_stdin(golden):
-    done = smoe("run", golden, "-", "--json", "--max-new-tokens", 5, "--memory", "40MiB", "--context", 64, stdin="def main")
+    done = smoe(
+        "run", golden, "-", "--json", "--max-new-tokens", 5, "--memory", "40MiB", "--context", 64, stdin="def main"
+    )
     said = json.loads(done.stdout)
     assert len(said["ids"]) == said["stats"]["new_tokens"] == 5
     assert said["memory"]["budget"] == 40 << 20 and said["memory"]["total"] <= 40 << 20

@@ -42,8 +42,9 @@ def test_a_budget_changes_no_bit(golden, engine, answer, budgets, experts):
     with Engine.open(golden, memory=budgets(experts)) as small:
         assert small.plan.capacity == experts
         assert np.array_equal(small.logits(answer["prompt"]), engine.logits(answer["prompt"]))
-        assert np.array_equal(np.stack(list(small.score(answer["prompt"][:20]))),
-                              np.stack(list(engine.score(answer["prompt"][:20]))))
+        assert np.array_equal(
+            np.stack(list(small.score(answer["prompt"][:20]))), np.stack(list(engine.score(answer["prompt"][:20])))
+        )
         assert small.stats.misses > 0
 
 
@@ -188,6 +189,8 @@ def test_a_damaged_segment_is_a_sentence(copied):
         Engine.open(copied)
 
 
-@pytest.mark.parametrize("text, size", [("64MiB", 64 << 20), ("1.5G", 3 << 29), ("500 MB", 500 * 10**6), ("7", 7), (9, 9)])
+@pytest.mark.parametrize(
+    "text, size", [("64MiB", 64 << 20), ("1.5G", 3 << 29), ("500 MB", 500 * 10**6), ("7", 7), (9, 9)]
+)
 def test_sizes(text, size):
     assert memory.parse_size(text) == size

@@ -60,7 +60,9 @@ def test_the_twin_is_the_product():
     x, w = random.standard_normal((5, 333)).astype(np.float32), random.standard_normal((7, 333)).astype(np.float32)
     assert np.allclose(reference.linear(x, w), x.astype(np.float64) @ w.astype(np.float64).T, rtol=1e-5, atol=1e-5)
     bits = to_bf16(w)
-    assert np.allclose(reference.linear(x, bits), x.astype(np.float64) @ from_bf16(bits).T.astype(np.float64), atol=1e-4)
+    assert np.allclose(
+        reference.linear(x, bits), x.astype(np.float64) @ from_bf16(bits).T.astype(np.float64), atol=1e-4
+    )
 
 
 @pytest.mark.skipif(len(VARIANTS) == 1, reason="built without native kernels")
@@ -77,7 +79,9 @@ def test_the_binding_refuses_what_does_not_fit(x, w, scale):
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("spec", [Gate("gated", "silu"), Gate("plain", "relu2"), Gate("clamped", "", 1.702, 0.5)], ids=str)
+@pytest.mark.parametrize(
+    "spec", [Gate("gated", "silu"), Gate("plain", "relu2"), Gate("clamped", "", 1.702, 0.5)], ids=str
+)
 def test_the_ffn_is_the_formula(encoding, biased, spec):
     shape = ExpertShape(23, 18, gated=spec.kind != "plain", biased=biased)
     random = np.random.default_rng(5)

@@ -26,7 +26,9 @@ def test_a_stream_never_splits_a_character(text, sample):
 
 
 @settings(deadline=None)
-@given(sample=st.text(st.characters(exclude_categories=["Cs"]), max_size=40), stop=st.text("ab ü", min_size=1, max_size=3))
+@given(
+    sample=st.text(st.characters(exclude_categories=["Cs"]), max_size=40), stop=st.text("ab ü", min_size=1, max_size=3)
+)
 def test_text_ends_before_a_stop_string_and_nothing_is_lost(golden, sample, stop):
     text = Text(golden)
     stream = Stream(text, (stop,))
@@ -66,7 +68,11 @@ def test_a_damaged_tokenizer_is_a_sentence(tmp_path):
 
 
 def test_a_conversation_is_rendered_by_the_template(text):
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}, {"role": "user", "content": "?"}]
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yo"},
+        {"role": "user", "content": "?"},
+    ]
     wanted = "<user>hi</user>\n<assistant>yo</assistant>\n<user>?</user>\n<assistant>"
     assert text.chat(messages) == text.encode(wanted)
 

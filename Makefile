@@ -1,0 +1,54 @@
+# Two commands do all set-up on a fresh machine:  make demo   and   make test
+PYTHON ?= python3
+# Pinned, because an unpinned torch brings gigabytes of CUDA on some machines. Another build: make demo TORCH="torch ..."
+TORCH  ?= torch==2.13.0
+BIN    := .venv/bin
+LEAN   := .venv-lean/bin
+SOURCES := pyproject.toml $(shell find artifacts prep runtime -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+
+.PHONY: demo test lint types check lean golden clean
+
+## Build the example model into demo.smoe and generate from it inside a budget smaller than its experts.
+demo: .venv/installed
+	test -d demo.smoe || $(BIN)/smoe-prep build examples/reference -o demo.smoe --calibration examples/calibration.jsonl
+	$(BIN)/smoe run demo.smoe "def main(" --memory 48MiB --context 512 --max-new-tokens 96
+
+## Everything that CI runs: lint, import contracts, types, all tests, and the device side without torch.
+test: lint check lean
+
+lint: .venv/tested
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy -p smoe.artifacts -p smoe.runtime
+
+check: .venv/tested
+	$(BIN)/pytest -q
+
+## The runtime's tests in an environment that `pip install smoe` makes: no torch, no transformers.
+lean: .venv-lean/installed
+	! $(LEAN)/python -c "import torch" 2>/dev/null
+	$(LEAN)/pytest -q tests/artifacts tests/runtime
+
+.venv/made:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/pip install -q "$(TORCH)"
+	touch $@
+
+.venv/installed: .venv/made $(SOURCES)
+	$(BIN)/pip install -q '.[prep]'
+	touch $@
+
+.venv/tested: .venv/installed
+	$(BIN)/pip install -q --group test --group lint
+	touch $@
+
+.venv-lean/installed: $(SOURCES)
+	$(PYTHON) -m venv .venv-lean
+	$(LEAN)/python -m pip install -q --upgrade pip
+	$(LEAN)/pip install -q .
+	$(LEAN)/pip install -q --group test
+	touch $@
+
+clean:
+	rm -rf .venv .venv-lean build demo.smoe demo.smoe.partial
