@@ -6,6 +6,8 @@ import dataclasses
 import importlib.metadata
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,31 +50,40 @@ def build(
     written beside and renamed once it is whole; an existing `output` is never touched.
     """
     recipe, progress, output = recipe or Recipe(), progress or Progress(), Path(output)
-    refuse_existing(output)
-    checkpoint = open_checkpoint(model)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # ours: the rest of a build that did not finish
-    partial.mkdir(parents=True)
-    _statistics(checkpoint, partial, calibration, profiled, progress)
-    experts = pack(checkpoint, partial, recipe.encoding, progress)
-    progress.say("export: tracing the backbone")
-    exported = export(checkpoint, partial, recipe.backbone)
-    for file in checkpoint.text_files():
-        shutil.copyfile(file, partial / file.name)
-    manifest = _manifest(checkpoint, partial, experts, exported)
-    (partial / "manifest.json").write_text(manifest.to_json(), "utf-8")
-    open_bundle(partial)
-    partial.rename(output)
+    with beside(output) as partial:
+        checkpoint = open_checkpoint(model)
+        _statistics(checkpoint, partial, calibration, profiled, progress)
+        experts = pack(checkpoint, partial, recipe.encoding, progress)
+        progress.say("export: tracing the backbone")
+        exported = export(checkpoint, partial, recipe.backbone)
+        for file in checkpoint.text_files():
+            shutil.copyfile(file, partial / file.name)
+        manifest = _manifest(checkpoint, partial, experts, exported)
+        (partial / "manifest.json").write_text(manifest.to_json(), "utf-8")
+        open_bundle(partial)
     progress.say(f"build: {output} is ready, {sum(f.size for f in manifest.files.values()) / 1e6:.1f} MB")
     return manifest
 
 
-def refuse_existing(output: Path) -> None:
-    """A `PrepError` if `output` exists or cannot be made."""
+@contextmanager
+def beside(output: Path) -> Iterator[Path]:
+    """A directory to write into that becomes `output` when the block ends well, and is gone when it fails.
+
+    What a killed run left there is removed; `output` itself is never overwritten (a `PrepError`).
+    """
     if output.exists() or output.is_symlink():
         raise PrepError(f"{output} exists; smoe does not overwrite. Remove it, or give another -o.")
     if not output.parent.is_dir():
         raise PrepError(f"{output.parent} is not a directory; make it first, or give another -o.")
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    partial.rename(output)
 
 
 def _statistics(

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -106,7 +104,7 @@ def build(
 @_json
 def profile(model: Path, output: Path, calibration: str, tokens: int | None, seed: int, as_json: bool) -> None:
     """Learn which experts matter, which resemble each other and which follow each other; write PROFILE."""
-    with _beside(output) as partial:
+    with building.beside(output) as partial:
         about = run_profile(open_checkpoint(model), partial, Calibration(calibration, tokens, seed), Progress())
     _print(about, _profile_text(about), as_json)
 
@@ -118,7 +116,7 @@ def profile(model: Path, output: Path, calibration: str, tokens: int | None, see
 @_json
 def pack(model: Path, output: Path, encoding: str, as_json: bool) -> None:
     """Write only the experts, as shards, with experts.json beside them."""
-    with _beside(output) as partial:
+    with building.beside(output) as partial:
         experts = pack_experts(open_checkpoint(model), partial, encoding, Progress())
         (partial / "experts.json").write_text(json.dumps(dataclasses.asdict(experts), indent=1) + "\n")
     _print(dataclasses.asdict(experts), f"{output}: experts in {encoding}", as_json)
@@ -131,7 +129,7 @@ def pack(model: Path, output: Path, encoding: str, as_json: bool) -> None:
 @_json
 def export(model: Path, output: Path, backbone: str, as_json: bool) -> None:
     """Write only the backbone, as ONNX segments, with backbone.json beside them."""
-    with _beside(output) as partial:
+    with building.beside(output) as partial:
         exported = export_backbone(open_checkpoint(model), partial, backbone)
         parts = {
             "backbone": dataclasses.asdict(exported.backbone),
@@ -153,17 +151,6 @@ def verify(bundle: Path, model: Path, text: str, tokens: int, memory: str | None
     found = compare(bundle, model, Calibration(text, tokens, length=256), memory, Progress())
     lines = "\n".join(f"{name.replace('_', ' '):28} {value}" for name, value in found.items())
     _print(found, lines, as_json)
-
-
-@contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """A directory to write into that becomes `output` when the block ends well."""
-    building.refuse_existing(output)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    partial.rename(output)
 
 
 def _profile_text(about: dict) -> str:

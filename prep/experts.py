@@ -130,7 +130,7 @@ def probe_gate(module: torch.nn.Module) -> Gate:
 
 def _clamped_candidates(module: torch.nn.Module) -> list[Gate]:
     """The clamped gate with its two numbers read off the function itself: with up = 0 it is g * sigmoid(alpha * g)
-    below the limit, and the limit (times a sigmoid of 1) far above it."""
+    below the limit, and limit * sigmoid(alpha * limit) far above it."""
 
     def at(g: float) -> float:
         pair = torch.tensor([[g, 0.0]])  # one pair reads the same concatenated and interleaved
@@ -140,4 +140,7 @@ def _clamped_candidates(module: torch.nn.Module) -> list[Gate]:
     if not 0 < ratio < 1:
         return []
     alpha = float(np.log(ratio / (1 - ratio)) / 0.5)
-    return [Gate("clamped", "", round(alpha, 4), round(at(1e4), 4))]
+    ceiling = limit = at(1e4)  # limit * sigmoid(alpha * limit): solved for the limit by iteration, which contracts
+    for _ in range(50):
+        limit = ceiling * (1 + np.exp(-alpha * limit))
+    return [Gate("clamped", "", round(alpha, 4), round(float(limit), 4))]

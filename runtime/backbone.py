@@ -27,34 +27,45 @@ ORT_ERRORS = (
     RuntimeError, ValueError,
 )  # fmt: skip
 
-_shared_threads: int | None = None  # of this process's one pool, once there is one
+_shared_threads: int | None = None  # of this process's one pool, where somebody called share_threads
+_arena_made = False
 
 
-def share_threads(threads: int | None) -> int:
-    """One thread pool and one arena for all sessions of the process; returns the pool's threads.
+def share_threads(threads: int) -> None:
+    """Run all backbones of this process on one pool of `threads`; call it before anything makes an ONNX Runtime session.
 
-    With a pool per session idle workers steal the cores from the segment that runs, and with an arena per session
-    every one keeps its own peak (docs/log.md, 2026-11-21). ONNX Runtime sizes the pool once per process: asking for
-    another size later is an `EngineError`.
+    The segments are many small sessions that never run at once, so one pool serves them better than one each
+    (bench/segments.py). It is not the default because ONNX Runtime then refuses every session in the process that
+    does not set `use_per_session_threads = False`: a choice for whoever owns the process, as `smoe run` does.
     """
     global _shared_threads
-    if _shared_threads is None:
-        try:
-            ort.set_global_thread_pool_sizes(threads or 2, 1)
-        except ort_errors.Fail as error:
-            raise EngineError(
-                "This process made ONNX Runtime sessions before it opened a bundle, so that the engine cannot size "
-                "their common thread pool; open the bundle first."
-            ) from error
+    try:
+        ort.set_global_thread_pool_sizes(threads, 1)
+    except ort_errors.Fail as error:
+        raise EngineError(
+            "The pool of threads can be shared only once, and before the first ONNX Runtime session of the process."
+        ) from error
+    _shared_threads = threads
+
+
+def _share_arena() -> None:
+    """One arena for all segments of the process: with one each, every session keeps its own peak."""
+    global _arena_made
+    if not _arena_made:
         info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
         ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 1}))  # grow as requested
-        _shared_threads = threads or 2
+        _arena_made = True
+
+
+def _pool(threads: int | None) -> tuple[int, str]:
+    """How many threads a backbone runs on, and whose they are; `threads` None is 2, or what the process shares."""
+    if _shared_threads is None:
+        return threads or 2, "a pool per segment"
     if threads not in (None, _shared_threads):
         raise EngineError(
-            f"{threads} threads were asked for, but this process already runs its backbone on {_shared_threads}; "
-            "leave threads out, or use a new process."
+            f"{threads} threads were asked for, but this process shares a pool of {_shared_threads}; leave threads out."
         )
-    return _shared_threads
+    return _shared_threads, "one pool for the process"
 
 
 def ort_value(array: np.ndarray) -> ort.OrtValue:
@@ -109,13 +120,18 @@ class Backbone:
             for i in range(len(self._segments))
         ]
         self._weights = _read_weights(path, manifest)
-        self.threads = share_threads(threads)
+        self.threads, self.pool = _pool(threads)
+        _share_arena()
         self._sessions = [self._session(path, i) for i in range(len(self._segments))]
 
     def _session(self, path: Path, index: int) -> ort.InferenceSession:
         segment = self._segments[index]
         options = ort.SessionOptions()
-        options.use_per_session_threads = False
+        options.use_per_session_threads = _shared_threads is None
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        # Idle workers that spin take the cores from the segment that runs: 6 times slower with a pool per session.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of every weight
         options.log_severity_level = 4  # what fails is raised

@@ -12,6 +12,7 @@ import click
 
 from smoe.artifacts import open_bundle
 from smoe.runtime import memory as budget
+from smoe.runtime.backbone import share_threads
 from smoe.runtime.engine import Engine, Stats
 from smoe.runtime.errors import EngineError
 from smoe.runtime.text import StopWhen
@@ -43,7 +44,7 @@ _engine = _options(
         help="Budget for everything the engine holds, like 64MiB. Default: all experts resident.",
     ),
     click.option("--context", type=int, metavar="TOKENS", help="Longest sequence. Default: 2048, or the model's own."),
-    click.option("--threads", type=click.IntRange(1), help="Threads of the backbone. Default: 2."),
+    click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Threads of the backbone."),
 )
 _generation = _options(
     click.option("--max-new-tokens", type=int, default=64, show_default=True),
@@ -66,7 +67,7 @@ def run(
     prompt: str,
     memory: str | None,
     context: int | None,
-    threads: int | None,
+    threads: int,
     ids: bool,
     as_json: bool,
     stop: tuple[str, ...],
@@ -74,7 +75,7 @@ def run(
 ) -> None:
     """Generate from PROMPT ("-" reads it from stdin)."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    with Engine.open(bundle, memory, context, threads) as engine:
+    with _open(bundle, memory, context, threads) as engine:
         _say(*engine.mode_lines())
         asked = _parse_ids(text) if ids else text
         tokens = []
@@ -115,7 +116,7 @@ def chat(
     bundle: Path,
     memory: str | None,
     context: int | None,
-    threads: int | None,
+    threads: int,
     system: str | None,
     chat_template: Path | None,
     as_json: bool,
@@ -125,7 +126,7 @@ def chat(
     """Talk, a line a turn; an empty line or end of input ends it. Ctrl-C cuts an answer short."""
     template = chat_template.read_text("utf-8") if chat_template else None
     messages = [{"role": "system", "content": system}] if system else []
-    with Engine.open(bundle, memory, context, threads) as engine:
+    with _open(bundle, memory, context, threads) as engine:
         engine.text.chat([*messages, {"role": "user", "content": "?"}], template)  # no template: say so now
         _say(*engine.mode_lines())
         while line := _ask():
@@ -135,6 +136,11 @@ def chat(
             click.echo(json.dumps({"text": answer, "stats": engine.stats.as_dict()}) if as_json else "")
         if not as_json:
             _say(_statistics(engine.stats))
+
+
+def _open(bundle: Path, memory: str | None, context: int | None, threads: int) -> Engine:
+    share_threads(threads)  # the process is ours
+    return Engine.open(bundle, memory, context)
 
 
 def _ask() -> str:

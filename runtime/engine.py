@@ -82,7 +82,7 @@ class Engine:
     ) -> Engine:
         """Open the bundle at `path` within `memory` (bytes, or text like "64MiB"; None: all experts resident) for
         sequences of up to `context` tokens (None: 2048, or what the model was made for if that is less). `threads`
-        (None: 2) run the backbone; all engines of a process share them.
+        (None: 2) run the backbone.
 
         A damaged bundle is a `BundleError`, a budget that is too small an `EngineError` that names the minimum.
         """
@@ -107,7 +107,7 @@ class Engine:
         return [
             f"model: {model.model_type}, {len(self.manifest.layers)} MoE layers, experts {experts.encoding}, "
             f"backbone {self.manifest.backbone.precision}, context {self.context}",
-            f"kernels: {self._kernels.name} ({self._kernels.reason}); {self._backbone.threads} threads in the backbone",
+            f"kernels: {self._kernels.name} ({self._kernels.reason}); backbone on {self._backbone.threads} threads, {self._backbone.pool}",
             *self.plan.lines(),
             *([f"substitution: not possible with this model: {refused[0]}"] if refused else []),
         ]

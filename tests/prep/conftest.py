@@ -92,7 +92,9 @@ def bundles(tmp_path_factory, checkpoints, ids_file):
     def get(family: str) -> Path:
         if family not in made:
             made[family] = tmp_path_factory.mktemp("bundles") / f"{family}.smoe"
-            build(checkpoints(family), made[family], Calibration(str(ids_file)), Recipe("f32"), progress=Progress(True))
+            build(
+                checkpoints(family), made[family], Calibration(str(ids_file)), Recipe("f32"), progress=Progress(True)
+            )
         return made[family]
 
     return get

@@ -52,7 +52,9 @@ def test_scores_and_raw_weights_explain_ids_and_mixing_weights(bundles, family, 
         assert np.allclose(w * layer.routing.scale, weights, rtol=1e-5, atol=1e-6)
         hidden = values[layer.wires.hidden]
         with torch.no_grad():
-            out = modules[i](torch.from_numpy(hidden).reshape(37, -1), torch.from_numpy(chosen), torch.from_numpy(weights))
+            out = modules[i](
+                torch.from_numpy(hidden).reshape(37, -1), torch.from_numpy(chosen), torch.from_numpy(weights)
+            )
         values[layer.wires.output] = out.numpy().reshape(hidden.shape)
     with torch.no_grad():
         wanted = model(torch.from_numpy(ids)).logits[0, -1].numpy()
@@ -72,7 +74,8 @@ def test_every_file_opens_in_its_official_reader(bundles, family, make):
     manifest = open_bundle(path, hashes=True)
     for segment in manifest.backbone.segments:
         onnx.checker.check_model(str(path / segment.file))
-        assert "/" not in onnx.load(path / segment.file, load_external_data=False).SerializeToString().decode("latin1")
+        raw = (path / segment.file).read_bytes()
+        assert b"site-packages" not in raw and b"modeling_" not in raw  # traces of the author's machine
     down = [m.down_proj for _, m in model.named_modules() if hasattr(m, "is_concatenated")]
     transposed = [m.is_transposed for _, m in model.named_modules() if hasattr(m, "is_concatenated")]
     for i in range(len(manifest.layers)):

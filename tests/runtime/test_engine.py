@@ -1,6 +1,8 @@
 """The engine on the golden bundle: against what `transformers` said, across budgets, and under misuse."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -162,7 +164,6 @@ def test_a_bad_request_is_a_sentence_and_the_engine_lives(engine, answer, prompt
     (dict(memory="lots"), "'lots' is not a size"),
     (dict(memory="-5MiB"), "is not a size"),
     (dict(memory=-5), "too small"),
-    (dict(threads=3), "3 threads were asked for"),
 ])  # fmt: skip
 def test_a_bad_option_is_a_sentence(golden, engine, options, said):
     with pytest.raises(EngineError, match=said):
@@ -194,3 +195,30 @@ def test_a_damaged_segment_is_a_sentence(copied):
 )
 def test_sizes(text, size):
     assert memory.parse_size(text) == size
+
+
+def test_a_process_may_share_one_pool(golden, answer):
+    """In a process of its own: the choice cannot be taken back."""
+    code = """
+import sys, numpy as np, onnxruntime
+from smoe.runtime import Engine, EngineError, share_threads
+share_threads(2)
+with Engine.open(sys.argv[1]) as engine:
+    assert "backbone on 2 threads, one pool for the process" in "\\n".join(engine.mode_lines())
+    print([t.id for t in engine.generate([1, 2, 3], max_new_tokens=5)])
+for wrong in (lambda: Engine.open(sys.argv[1], threads=1), lambda: share_threads(1)):
+    try: wrong()
+    except EngineError as error: print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(golden)], capture_output=True, text=True, check=True)
+    tokens, threads, twice = done.stdout.splitlines()
+    with Engine.open(golden, threads=1) as engine:
+        assert str([t.id for t in engine.generate([1, 2, 3], max_new_tokens=5)]) == tokens
+    assert "1 threads were asked for, but this process shares a pool of 2" in threads
+    assert "shared only once" in twice
+
+
+def test_other_sessions_of_the_process_are_left_alone(golden, engine):
+    import onnxruntime
+
+    onnxruntime.InferenceSession(str(golden / "backbone" / "segment-00.onnx"), providers=["CPUExecutionProvider"])
