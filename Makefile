@@ -6,12 +6,12 @@ BIN    := .venv/bin
 LEAN   := .venv-lean/bin
 SOURCES := pyproject.toml $(shell find artifacts prep runtime -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: demo test lint types check lean golden clean
+.PHONY: demo test lint check lean docs clean
 
 ## Build the example model into demo.smoe and generate from it inside a budget smaller than its experts.
 demo: .venv/installed
-	test -d demo.smoe || $(BIN)/smoe-prep build examples/reference -o demo.smoe --calibration examples/calibration.jsonl
-	$(BIN)/smoe run demo.smoe "def main(" --memory 48MiB --context 512 --max-new-tokens 96
+	test -d demo.smoe || $(BIN)/smoe-prep build examples/reference -o demo.smoe --calibration examples/calibration.jsonl --encoding f32
+	$(BIN)/smoe run demo.smoe "def main(" --memory 56MiB --context 512 --max-new-tokens 96
 
 ## Everything that CI runs: lint, import contracts, types, all tests, and the device side without torch.
 test: lint check lean
@@ -49,6 +49,10 @@ lean: .venv-lean/installed
 	$(LEAN)/pip install -q .
 	$(LEAN)/pip install -q --group test
 	touch $@
+
+## docs/commands.md from what the commands print.
+docs: .venv/installed
+	$(BIN)/python docs/make_commands.py
 
 clean:
 	rm -rf .venv .venv-lean build demo.smoe demo.smoe.partial

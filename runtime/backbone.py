@@ -128,8 +128,8 @@ class Backbone:
         segment = self._segments[index]
         options = ort.SessionOptions()
         options.use_per_session_threads = _shared_threads is None
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
+        if options.use_per_session_threads:
+            options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         # Idle workers that spin take the cores from the segment that runs: 6 times slower with a pool per session.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.use_env_allocators", "1")
