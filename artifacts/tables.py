@@ -48,7 +48,7 @@ TRACE: dict[str, Table] = {
 }
 
 # Once per trace, not per layer: the token ids, and 1 where a sequence starts.
-TRACE_TOKENS = ("tokens", "starts")
+TRACE_TOKENS = {"tokens": "I32", "starts": "U8"}
 
 
 def key(layer: int, name: str) -> str:
@@ -62,22 +62,45 @@ def save_tables(path: Path, layers: list[dict[str, np.ndarray]], metadata: dict[
 
 
 def load_tables(path: Path, experts: list[int]) -> list[dict[str, np.ndarray]]:
-    """Read and check tables for layers of so many `experts`; a wrong shape or dtype is a `BundleError`."""
-    header = safetensors_file.read_header(path)
-    for layer, count in enumerate(experts):
-        sizes = {"E": count, "P": experts[layer - 1]}
-        for name, table in TABLES.items():
-            entry = header.entries.get(key(layer, name))
-            if entry is None and (table.optional or (name == "transition" and layer == 0)):
-                continue
-            if entry is None or entry.dtype != table.dtype or not _fits(entry.shape, table.shape, sizes):
-                found = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
-                raise BundleError(
-                    f"{path}: table {key(layer, name)} is {found}, {table.dtype} [{table.shape}] with {sizes} was "
-                    "wanted; profile and build again."
-                )
+    """The tables of layers of so many `experts`, checked."""
+    check_tables(path, experts)
     loaded = safetensors_file.load(path)
     return [{name: loaded[key(i, name)] for name in TABLES if key(i, name) in loaded} for i in range(len(experts))]
+
+
+def check_tables(path: Path, experts: list[int]) -> None:
+    """Look at the header alone: a missing table, a wrong shape or dtype is a `BundleError`."""
+    header = safetensors_file.read_header(path)
+    for layer, count in enumerate(experts):
+        wanted = {n: t for n, t in TABLES.items() if n != "transition" or layer > 0}
+        _check(path, header, layer, wanted, {"E": count, "P": experts[layer - 1]})
+
+
+def check_trace(path: Path, layers: list[tuple[int, int]]) -> None:
+    """The same for a trace of layers of (experts, top_k)."""
+    header = safetensors_file.read_header(path)
+    for name, dtype in TRACE_TOKENS.items():
+        entry = header.entries.get(name)
+        if entry is None or entry.dtype != dtype or len(entry.shape) != 1:
+            raise BundleError(f"{path}: {dtype} {name!r} with one axis was wanted; profile and build again.")
+    tokens = header.entries["tokens"].shape[0]
+    for layer, (experts, k) in enumerate(layers):
+        _check(path, header, layer, TRACE, {"T": tokens, "E": experts, "K": k})
+
+
+def _check(
+    path: Path, header: safetensors_file.Header, layer: int, wanted: dict[str, Table], sizes: dict[str, int]
+) -> None:
+    for name, table in wanted.items():
+        entry = header.entries.get(key(layer, name))
+        if entry is None and table.optional:
+            continue
+        if entry is None or entry.dtype != table.dtype or not _fits(entry.shape, table.shape, sizes):
+            found = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+            raise BundleError(
+                f"{path}: table {key(layer, name)} is {found}, {table.dtype} [{table.shape}] with {sizes} was wanted; "
+                "profile and build again."
+            )
 
 
 def _fits(shape: tuple[int, ...], letters: str, sizes: dict[str, int]) -> bool:

@@ -7,6 +7,7 @@ do); `open_bundle` raises them. Sizes are checked always; the SHA-256 of every f
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -19,6 +20,7 @@ from smoe.artifacts.manifest import Manifest
 from smoe.artifacts.shard import shard_start
 
 MAX_MANIFEST = 64 << 20
+MAX_STATE = 1 << 40  # bytes of one sequence at its longest, in the widest dtype
 GATES = ("gated", "plain", "clamped")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "identity")
 NORMALISERS = ("none", "sum", "softmax")
@@ -136,13 +138,19 @@ def _wiring(m: Manifest) -> Iterator[str]:
             known.add(wires.output)
     if "logits" not in m.backbone.segments[-1].outputs:
         yield "manifest.json: the last segment does not give 'logits'; build the bundle again."
+    total = 0
     for state in m.backbone.state:
+        total += math.prod((*state.shape, m.model.context if state.growing >= 0 else 1, 8))
+        if state.dtype not in safetensors_file.DTYPES:
+            yield f"manifest.json: state {state.input!r} has dtype {state.dtype!r}; build the bundle again."
         if not 0 <= state.segment < len(m.backbone.segments):
             yield f"manifest.json: state {state.input!r} belongs to segment {state.segment}, which does not exist."
         elif state.output not in m.backbone.segments[state.segment].outputs or state.growing >= len(state.shape):
             yield f"manifest.json: state {state.input!r} has no such output or axis; build the bundle again."
         if any(size < 0 or size >= 2**31 for size in state.shape) or len(state.shape) > 8:
             yield f"manifest.json: state {state.input!r} has shape {state.shape}; build the bundle again."
+    if total > MAX_STATE:
+        yield f"manifest.json: the state of one sequence may take {total} bytes, more than {MAX_STATE}; do not trust it."
 
 
 def _files(path: Path, m: Manifest, hashes: bool) -> Iterator[str]:
@@ -156,8 +164,8 @@ def _files(path: Path, m: Manifest, hashes: bool) -> Iterator[str]:
             yield f"manifest.json: files names {name[:80]!r}, a path outside the bundle; do not trust this bundle."
         elif name not in wanted and name not in OPTIONAL_FILES:
             yield f"manifest.json: files lists {name}, which no part of a bundle is; build the bundle again."
-        elif (path / name).is_symlink() or not (path / name).is_file():
-            yield f"{name} is missing or not a plain file; copy the bundle again."
+        elif not (path / name).is_file() or (path / name).resolve() != path.resolve() / name:
+            yield f"{name} is missing or not a plain file of the bundle; copy the bundle again."
         elif (path / name).stat().st_size != file.size:
             size = (path / name).stat().st_size
             yield f"{name} has {size} bytes, the manifest wants {file.size}; copy the bundle again."
@@ -171,22 +179,28 @@ def _shard(path: Path, m: Manifest, layer: int) -> None:
 
 
 def _weights(path: Path, m: Manifest) -> None:
-    size = m.files[m.backbone.weights].size
+    size, end = m.files[m.backbone.weights].size, 0
     for w in m.backbone.initializers:
         dtype = safetensors_file.DTYPES.get(w.dtype)
         nbytes = dtype.itemsize if dtype else 0
         for extent in w.shape:
             nbytes *= extent
-        if dtype is None or w.offset < 0 or nbytes != w.nbytes or w.offset + nbytes > size or w.offset % 64:
+        end = max(end, w.offset + nbytes)
+        outside = w.offset < 0 or w.offset + nbytes > size or w.offset % 64
+        if dtype is None or min(w.shape, default=1) < 1 or nbytes != w.nbytes or outside:
             raise BundleError(
                 f"manifest.json: weight {w.name!r} is {w.dtype} {list(w.shape)} at {w.offset}, outside "
                 f"{m.backbone.weights} of {size} bytes or not of that size; build the bundle again."
             )
+    if end != size:  # the runtime reads the file whole
+        raise BundleError(f"{m.backbone.weights} has {size} bytes, its last weight ends at {end}; build it again.")
 
 
 def _tables(path: Path, m: Manifest) -> None:
     if "tables.safetensors" in m.files:
-        tables.load_tables(path / "tables.safetensors", [layer.experts for layer in m.layers])
+        tables.check_tables(path / "tables.safetensors", [layer.experts for layer in m.layers])
+    if "trace.safetensors" in m.files:
+        tables.check_trace(path / "trace.safetensors", [(layer.experts, layer.top_k) for layer in m.layers])
 
 
 def sha256(path: Path) -> str:

@@ -14,8 +14,8 @@ from smoe.artifacts import open_bundle
 from smoe.artifacts.encodings import ENCODINGS
 from smoe.prep.build import Recipe, build
 from smoe.prep.calibration import Calibration
-from smoe.prep.profile import profile
 from smoe.prep.checkpoint import open_checkpoint
+from smoe.prep.profile import profile
 from smoe.prep.progress import Progress
 from smoe.prep.verify import verify
 from smoe.runtime import Engine, memory, share_threads

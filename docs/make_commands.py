@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = {"smoe.prep": ("smoe-prep", "build profile pack export verify"), "smoe.runtime": ("smoe", "run chat info verify")}
+COMMANDS = {
+    "smoe.prep": ("smoe-prep", "build profile pack export verify"),
+    "smoe.runtime": ("smoe", "run chat info verify"),
+}
 
 
 def main() -> None:

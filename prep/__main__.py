@@ -22,7 +22,7 @@ def main() -> None:
         sys.exit(1)
     try:
         cli(prog_name="smoe-prep")
-    except SmoeError as error:
+    except (SmoeError, OSError) as error:
         print(f"smoe-prep: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -8,9 +8,8 @@
 `engine.Engine.step` is the page to read first.
 """
 
-from smoe.runtime.backbone import share_threads
 from smoe.runtime.engine import Engine, Stats, Token
 from smoe.runtime.errors import EngineError
 from smoe.runtime.text import StopWhen
 
-__all__ = ["Engine", "EngineError", "Stats", "StopWhen", "Token", "share_threads"]
+__all__ = ["Engine", "EngineError", "Stats", "StopWhen", "Token"]

@@ -12,7 +12,7 @@ def main() -> None:
 
     try:
         cli(prog_name="smoe")
-    except SmoeError as error:
+    except (SmoeError, OSError) as error:
         print(f"smoe: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -7,6 +7,7 @@ context's length, bound as input and output of its segment, so that a step appen
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,25 +28,10 @@ ORT_ERRORS = (
     RuntimeError, ValueError,
 )  # fmt: skip
 
-_shared_threads: int | None = None  # of this process's one pool, where somebody called share_threads
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+THREADS = 2
+
 _arena_made = False
-
-
-def share_threads(threads: int) -> None:
-    """Run all backbones of this process on one pool of `threads`; call it before anything makes an ONNX Runtime session.
-
-    The segments are many small sessions that never run at once, so one pool serves them better than one each
-    (bench/segments.py). It is not the default because ONNX Runtime then refuses every session in the process that
-    does not set `use_per_session_threads = False`: a choice for whoever owns the process, as `smoe run` does.
-    """
-    global _shared_threads
-    try:
-        ort.set_global_thread_pool_sizes(threads, 1)
-    except ort_errors.Fail as error:
-        raise EngineError(
-            "The pool of threads can be shared only once, and before the first ONNX Runtime session of the process."
-        ) from error
-    _shared_threads = threads
 
 
 def _share_arena() -> None:
@@ -57,15 +43,16 @@ def _share_arena() -> None:
         _arena_made = True
 
 
-def _pool(threads: int | None) -> tuple[int, str]:
-    """How many threads a backbone runs on, and whose they are; `threads` None is 2, or what the process shares."""
-    if _shared_threads is None:
-        return threads or 2, "a pool per segment"
-    if threads not in (None, _shared_threads):
-        raise EngineError(
-            f"{threads} threads were asked for, but this process shares a pool of {_shared_threads}; leave threads out."
-        )
-    return _shared_threads, "one pool for the process"
+def session_options(threads: int) -> ort.SessionOptions:
+    """How every segment runs. The choices and their figures are in docs/log.md (2026-11-21)."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # Idle workers that spin take the cores from the segment that runs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of every weight
+    options.log_severity_level = 4  # what fails is raised
+    return options
 
 
 def ort_value(array: np.ndarray) -> ort.OrtValue:
@@ -112,7 +99,7 @@ class Sequence:
 class Backbone:
     """All segments of a bundle. Not thread-safe: one step at a time."""
 
-    def __init__(self, path: Path, manifest: Manifest, threads: int | None = None):
+    def __init__(self, path: Path, manifest: Manifest, threads: int = THREADS):
         self._segments = manifest.backbone.segments
         self._in_place = {s.output: s.input for s in manifest.backbone.state if s.in_place}
         self._replaced = [
@@ -120,26 +107,24 @@ class Backbone:
             for i in range(len(self._segments))
         ]
         self._weights = _read_weights(path, manifest)
-        self.threads, self.pool = _pool(threads)
+        self.threads = threads
         _share_arena()
-        self._sessions = [self._session(path, i) for i in range(len(self._segments))]
+        # Weights come from memory alone. ONNX Runtime would map whatever file an untrusted graph names, and a mapped file
+        # that shrinks kills the process: so it is shown a folder where the weight file is empty.
+        with tempfile.TemporaryDirectory() as empty:
+            (Path(empty) / Path(manifest.backbone.weights).name).touch()
+            self._sessions = [self._session(path, i, empty) for i in range(len(self._segments))]
 
-    def _session(self, path: Path, index: int) -> ort.InferenceSession:
+    def _session(self, path: Path, index: int, external: str) -> ort.InferenceSession:
         segment = self._segments[index]
-        options = ort.SessionOptions()
-        options.use_per_session_threads = _shared_threads is None
-        if options.use_per_session_threads:
-            options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
-        # Idle workers that spin take the cores from the segment that runs: 6 times slower with a pool per session.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of every weight
-        options.log_severity_level = 4  # what fails is raised
+        options = session_options(self.threads)
+        options.add_session_config_entry(EXTERNAL_FOLDER, external)
         for name in segment.weights:
             options.add_initializer(name, self._weights[name])  # shared; external initializers would be copied
         try:
-            return ort.InferenceSession(str(path / segment.file), options, providers=["CPUExecutionProvider"])
-        except ORT_ERRORS as error:
+            model = (path / segment.file).read_bytes()
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except (*ORT_ERRORS, OSError) as error:
             raise EngineError(
                 f"{path / segment.file} does not load in ONNX Runtime {ort.__version__}: {_first_line(error)}"
             ) from error
@@ -156,15 +141,15 @@ class Backbone:
     def run(self, index: int, values: Values, sequence: Sequence) -> None:
         """Run segment `index`: its outputs are added to `values`, its state to `sequence`."""
         segment, session = self._segments[index], self._sessions[index]
-        binding = session.io_binding()
-        for name in segment.inputs:
-            binding.bind_ortvalue_input(name, values[name])
-        for name in segment.outputs:
-            if name in self._in_place:
-                binding.bind_ortvalue_output(name, sequence.state[self._in_place[name]])
-            else:
-                binding.bind_output(name, "cpu")
         try:
+            binding = session.io_binding()
+            for name in segment.inputs:
+                binding.bind_ortvalue_input(name, values[name])
+            for name in segment.outputs:
+                if name in self._in_place:
+                    binding.bind_ortvalue_output(name, sequence.state[self._in_place[name]])
+                else:
+                    binding.bind_output(name, "cpu")
             session.run_with_iobinding(binding)
         except ORT_ERRORS as error:
             raise EngineError(f"Segment {index} of the backbone failed: {_first_line(error)}") from error
@@ -175,7 +160,7 @@ class Backbone:
 
 def _read_weights(path: Path, manifest: Manifest) -> Mapping[str, ort.OrtValue]:
     file = path / manifest.backbone.weights
-    data = np.fromfile(file, np.uint8)
+    data = np.fromfile(file, np.uint8)  # no longer than its last weight: the door has checked
     found = {}
     for w in manifest.backbone.initializers:
         piece = data[w.offset : w.offset + w.nbytes]

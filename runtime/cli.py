@@ -12,10 +12,10 @@ import click
 
 from smoe.artifacts import open_bundle
 from smoe.runtime import memory as budget
-from smoe.runtime.backbone import share_threads
+from smoe.runtime.backbone import THREADS
 from smoe.runtime.engine import Engine, Stats
 from smoe.runtime.errors import EngineError
-from smoe.runtime.text import StopWhen
+from smoe.runtime.text import StopWhen, read_text
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -44,7 +44,9 @@ _engine = _options(
         help="Budget for everything the engine holds, like 64MiB. Default: all experts resident.",
     ),
     click.option("--context", type=int, metavar="TOKENS", help="Longest sequence. Default: 2048, or the model's own."),
-    click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Threads of the backbone."),
+    click.option(
+        "--threads", type=click.IntRange(1), default=THREADS, show_default=True, help="Threads of the backbone."
+    ),
 )
 _generation = _options(
     click.option("--max-new-tokens", type=int, default=64, show_default=True),
@@ -75,7 +77,7 @@ def run(
 ) -> None:
     """Generate from PROMPT ("-" reads it from stdin)."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    with _open(bundle, memory, context, threads) as engine:
+    with Engine.open(bundle, memory, context, threads) as engine:
         _say(*engine.mode_lines())
         asked = _parse_ids(text) if ids else text
         tokens = []
@@ -124,23 +126,22 @@ def chat(
     **generation: Any,
 ) -> None:
     """Talk, a line a turn; an empty line or end of input ends it. Ctrl-C cuts an answer short."""
-    template = chat_template.read_text("utf-8") if chat_template else None
+    template = read_text(chat_template) if chat_template else None
     messages = [{"role": "system", "content": system}] if system else []
-    with _open(bundle, memory, context, threads) as engine:
+    with Engine.open(bundle, memory, context, threads) as engine:
         engine.text.chat([*messages, {"role": "user", "content": "?"}], template)  # no template: say so now
         _say(*engine.mode_lines())
         while line := _ask():
-            messages.append({"role": "user", "content": line})
-            answer = _answer(engine, engine.text.chat(messages, template), stop, generation, not as_json)
-            messages.append({"role": "assistant", "content": answer})
+            turn = [*messages, {"role": "user", "content": line}]
+            try:
+                answer = _answer(engine, engine.text.chat(turn, template), stop, generation, not as_json)
+            except EngineError as error:  # the conversation so far is kept
+                _say(f"smoe: {error}")
+                continue
+            messages = [*turn, {"role": "assistant", "content": answer}]
             click.echo(json.dumps({"text": answer, "stats": engine.stats.as_dict()}) if as_json else "")
         if not as_json:
             _say(_statistics(engine.stats))
-
-
-def _open(bundle: Path, memory: str | None, context: int | None, threads: int) -> Engine:
-    share_threads(threads)  # the process is ours
-    return Engine.open(bundle, memory, context)
 
 
 def _ask() -> str:
@@ -186,8 +187,8 @@ def info(bundle: Path, context: int | None, as_json: bool) -> None:
         "memory_minimum": full.fixed + full.smallest * full.record,
         "memory_one_token_cycle": full.fixed + full.token_cycle * full.record,
         "memory_all_resident": full.total,
-        "substitution": "possible" if all(layer.routing for layer in layers) else layers[0].routing_refusal,
-        **manifest.provenance,
+        "substitution": next((layer.routing_refusal for layer in layers if layer.routing is None), "possible"),
+        "provenance": manifest.provenance,
     }
     if as_json:
         click.echo(json.dumps(found))
@@ -195,7 +196,7 @@ def info(bundle: Path, context: int | None, as_json: bool) -> None:
     for name, value in found.items():
         sized = isinstance(value, int) and (name.startswith("memory") or name.endswith("bytes"))
         shown = budget.show(value) if sized else value
-        click.echo(f"{name.replace('_', ' '):24} {shown}")
+        click.echo(_printable(f"{name.replace('_', ' '):24} {shown}"))
 
 
 @cli.command()
@@ -209,6 +210,11 @@ def verify(bundle: Path, as_json: bool) -> None:
         click.echo(json.dumps({"ok": True, "files": len(manifest.files), "bytes": size}))
     else:
         click.echo(f"{bundle}: {len(manifest.files)} files, {budget.show(size)}, all as the manifest says")
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would obey: the manifest is somebody else's."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -232,8 +238,7 @@ def _plan(plan: budget.Plan) -> dict[str, int | None]:
 
 
 def _statistics(stats: Stats) -> str:
-    decoded = max(0, stats.new_tokens - 1)
-    rate = f"{decoded / stats.decode_seconds:.1f} tok/s" if stats.decode_seconds else "no decode"
+    rate = f"{stats.decode_steps / stats.decode_seconds:.1f} tok/s" if stats.decode_steps else "no decode"
     return (
         f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} new ({rate}, "
         f"{stats.finish}); experts: {stats.hits} hits, {stats.misses} misses ({stats.hit_rate:.1%} hit), "

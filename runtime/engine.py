@@ -18,7 +18,7 @@ import numpy as np
 from smoe.artifacts import open_bundle
 from smoe.artifacts.manifest import Layer, Manifest
 from smoe.runtime import kernels, memory, scheduler
-from smoe.runtime.backbone import Backbone, Sequence, Values, ort_value
+from smoe.runtime.backbone import THREADS, Backbone, Sequence, Values, ort_value
 from smoe.runtime.errors import EngineError
 from smoe.runtime.residency import Residency
 from smoe.runtime.sampling import Sampler, Sampling
@@ -45,7 +45,8 @@ class Stats:
     misses: int = 0
     bytes_read: int = 0
     prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    decode_steps: int = 0
+    decode_seconds: float = 0.0  # in the engine: what the caller does between tokens does not count
     load_seconds: float = 0.0  # part of both above: waiting for records
     finish: str = ""  # of the last generation: length, end, stop or cancelled
 
@@ -60,36 +61,43 @@ class Stats:
 class Engine:
     """One bundle in memory. Use it from one thread; close it, or use it in a `with`."""
 
-    def __init__(self, path: Path, manifest: Manifest, plan: memory.Plan, threads: int | None = None):
+    def __init__(self, path: Path, manifest: Manifest, plan: memory.Plan, threads: int = THREADS):
         self.path, self.manifest, self.plan, self.context = path, manifest, plan, plan.context
         self.stats = Stats()
-        self.text = Text(path)
+        self.text = Text(path, manifest.files)
+        self._turn = 0  # counts what has used the sequence, so that a paused generation notices
         self._kernels = kernels.choose()
         self._backbone = Backbone(path, manifest, threads)
-        self._shards = Shards(path, manifest)
         self._residency = Residency(plan.capacity)
-        self._slots = np.empty((plan.capacity, plan.record), np.uint8)
+        self._frames = np.empty((plan.capacity, plan.record), np.uint8)
         self._sequence = Sequence(manifest.backbone.state, plan.context)
-        if plan.capacity == plan.experts:
-            for layer, spec in enumerate(manifest.layers):
-                for expert in range(spec.experts):
-                    self._load(layer, expert)
-            self.stats = Stats()
+        self._shards = Shards(path, manifest)
 
     @classmethod
     def open(
-        cls, path: str | Path, memory: str | int | None = None, context: int | None = None, threads: int | None = None
+        cls, path: str | Path, memory: str | int | None = None, context: int | None = None, threads: int = THREADS
     ) -> Engine:
         """Open the bundle at `path` within `memory` (bytes, or text like "64MiB"; None: all experts resident) for
         sequences of up to `context` tokens (None: 2048, or what the model was made for if that is less). `threads`
-        (None: 2) run the backbone.
+        run the backbone.
 
         A damaged bundle is a `BundleError`, a budget that is too small an `EngineError` that names the minimum.
         """
         path = Path(path)
         manifest = open_bundle(path)
         plan = _plan(manifest, memory, context)
-        return cls(path, manifest, plan, threads)
+        try:
+            engine = cls(path, manifest, plan, threads)
+        except MemoryError as error:
+            raise EngineError(
+                f"{plan.lines()[0]}: that is more than this machine gives; state less memory."
+            ) from error
+        try:
+            engine._fill()
+        except BaseException:
+            engine.close()
+            raise
+        return engine
 
     def __enter__(self) -> Engine:
         return self
@@ -98,6 +106,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
+        """Close the shards. The engine cannot be used afterwards."""
         self._shards.close()
 
     def mode_lines(self) -> list[str]:
@@ -107,7 +116,7 @@ class Engine:
         return [
             f"model: {model.model_type}, {len(self.manifest.layers)} MoE layers, experts {experts.encoding}, "
             f"backbone {self.manifest.backbone.precision}, context {self.context}",
-            f"kernels: {self._kernels.name} ({self._kernels.reason}); backbone on {self._backbone.threads} threads, {self._backbone.pool}",
+            f"kernels: {self._kernels.name} ({self._kernels.reason}); backbone on {self._backbone.threads} threads",
             *self.plan.lines(),
             *([f"substitution: not possible with this model: {refused[0]}"] if refused else []),
         ]
@@ -125,7 +134,7 @@ class Engine:
                 self._backbone.run(index, values, sequence)
                 self._experts(index, layer, values)
             self._backbone.run(len(self.manifest.layers), values, sequence)
-        except EngineError:
+        except BaseException:  # an interrupt too: some segments have moved on, others have not
             sequence.reset()
             raise
         sequence.ids.extend(ids.tolist())
@@ -136,9 +145,7 @@ class Engine:
         """Schedule, load, compute and combine the experts of one layer; the result becomes the layer's output value."""
         wires = layer.wires
         hidden = values[wires.hidden].numpy()
-        x = hidden.reshape(-1, layer.hidden)
-        ids = values[wires.ids].numpy().reshape(len(x), -1)
-        weights = values[wires.weights].numpy().reshape(ids.shape)
+        x, ids, weights = _routed(index, layer, hidden, values[wires.ids].numpy(), values[wires.weights].numpy())
         outputs = np.empty((*ids.shape, layer.hidden), np.float32)  # by rank: the sum below never depends on arrival
         for task in scheduler.decide(ids, lambda expert: (index, expert) in self._residency):
             tensors = self._load(index, task.expert)
@@ -149,21 +156,29 @@ class Engine:
         self.stats.slots += ids.size
         values[wires.output] = ort_value(combined.reshape(hidden.shape))
 
+    def _fill(self) -> None:
+        """Where all experts fit, read them now: a step then never misses."""
+        if self.plan.capacity == self.plan.experts:
+            for layer, spec in enumerate(self.manifest.layers):
+                for expert in range(spec.experts):
+                    self._load(layer, expert)
+            self.stats = Stats()
+
     def _load(self, layer: int, expert: int) -> dict[str, np.ndarray]:
         """The tensors of an expert, read from its shard if it is not resident."""
-        slot, hit = self._residency.ensure((layer, expert))
+        frame, hit = self._residency.ensure((layer, expert))
         if hit:
             self.stats.hits += 1
         else:
             started = time.perf_counter()
             try:
-                self.stats.bytes_read += self._shards.read(layer, expert, self._slots[slot])
-            except EngineError:
+                self.stats.bytes_read += self._shards.read(layer, expert, self._frames[frame])
+            except BaseException:  # an interrupt too: half a record must not pass for resident
                 self._residency.forget((layer, expert))
                 raise
             self.stats.misses += 1
             self.stats.load_seconds += time.perf_counter() - started
-        return self._shards.layouts[layer].views(self._slots[slot])
+        return self._shards.layouts[layer].views(self._frames[frame])
 
     # -- what users call -------------------------------------------------------------------------------------------
 
@@ -198,8 +213,8 @@ class Engine:
         ends = self.manifest.model.end_ids if stop.ids is None else stop.ids
         self.stats.finish = "cancelled"  # until proven otherwise: the caller may leave the loop
         logits = self._prefill(ids, reuse)
+        turn = self._turn
         for made in range(1, count + 1):
-            started = time.perf_counter()
             token = sampler.draw(logits)
             text = "" if token in ends else stream.push(token)
             last = "end" if token in ends else "stop" if stream.stopped else "length" if made == count else ""
@@ -209,19 +224,30 @@ class Engine:
                 yield Token(token, text + ("" if stream.stopped else stream.finish()))
                 return
             yield Token(token, text)
-            logits = self._decode(token, started)
+            if self._turn != turn:
+                raise EngineError(
+                    "Another call used the engine while this generation was paused; open a second engine."
+                )
+            logits = self._decode(token)
 
     def logits(self, ids: SequenceOf[int] | np.ndarray) -> np.ndarray:
         """Logits at every position of `ids`, from a prefill: float32 `[T, vocabulary]`. For evaluation."""
         checked = self._checked_ids(ids)
+        self._turn += 1
         self._sequence.rewind(0)
         return np.concatenate([self.step(self._sequence, part, np.arange(len(part))) for part in _chunks(checked)])
 
     def score(self, ids: SequenceOf[int] | np.ndarray) -> Iterator[np.ndarray]:
         """The same token by token, through the decode path: after each id, logits float32 `[vocabulary]`."""
-        checked = self._checked_ids(ids)
+        return self._score(self._checked_ids(ids))
+
+    def _score(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        self._turn += 1
+        turn = self._turn
         self._sequence.rewind(0)
-        for token in checked:
+        for token in ids:
+            if self._turn != turn:
+                raise EngineError("Another call used the engine while this scoring was paused; open a second engine.")
             yield self.step(self._sequence, np.array([token]), np.array([0]))[0]
 
     # -- the parts of a generation -----------------------------------------------------------------------------------
@@ -229,6 +255,7 @@ class Engine:
     def _prefill(self, ids: np.ndarray, reuse: bool) -> np.ndarray:
         """Make the sequence hold `ids`; the logits float32 `[vocabulary]` at the last of them."""
         started = time.perf_counter()
+        self._turn += 1
         self._sequence.rewind(min(_shared(self._sequence.ids, ids), len(ids) - 1) if reuse else 0)
         rest = ids[self._sequence.length :]
         for part in _chunks(rest):
@@ -237,14 +264,21 @@ class Engine:
         self.stats.prefill_seconds += time.perf_counter() - started
         return logits[-1]
 
-    def _decode(self, token: int, started: float) -> np.ndarray:
+    def _decode(self, token: int) -> np.ndarray:
+        started = time.perf_counter()
         logits = self.step(self._sequence, np.array([token]), np.array([0]))[0]
+        self.stats.decode_steps += 1
         self.stats.decode_seconds += time.perf_counter() - started
         return logits
 
     def _checked_ids(self, ids: SequenceOf[int] | np.ndarray, more: int = 0) -> np.ndarray:
         """`ids` as int64 `[T]`, if they and `more` new tokens fit the vocabulary and the context."""
-        array, vocabulary = np.asarray(ids), self.manifest.model.vocabulary
+        if self._shards.closed:
+            raise EngineError("This engine is closed; open the bundle again.")
+        try:
+            array, vocabulary = np.asarray(ids), self.manifest.model.vocabulary
+        except (ValueError, OverflowError) as error:
+            raise EngineError("Token ids must be a flat sequence of integers.") from error
         if array.size == 0:
             raise EngineError("The prompt is empty; give at least one token.")
         if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -264,6 +298,25 @@ class Engine:
 
 def _plan(manifest: Manifest, budget: str | int | None, context: int | None) -> memory.Plan:
     return memory.plan(manifest, None if budget is None else memory.parse_size(budget), context)
+
+
+def _routed(
+    index: int, layer: Layer, hidden: np.ndarray, ids: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hidden float32 `[T, hidden]`, ids `[T, k]`, weights `[T, k]`, if they are what the manifest says: graphs come
+    from the bundle, and what they give is as untrusted as the rest of it."""
+    tokens, k = hidden.size // layer.hidden, layer.top_k
+    if (
+        (hidden.dtype, ids.dtype, weights.dtype) != (np.float32, np.int64, np.float32)
+        or (hidden.size, ids.size, weights.size) != (tokens * layer.hidden, tokens * k, tokens * k)
+        or not (ids.size and 0 <= ids.min() and ids.max() < layer.experts)
+    ):
+        raise EngineError(
+            f"Segment {index} gives hidden {hidden.dtype} {hidden.shape}, ids {ids.dtype} {ids.shape} and weights "
+            f"{weights.dtype} {weights.shape}, which is not what layer {index} of the manifest takes; copy the bundle "
+            "again, or build it again."
+        )
+    return hidden.reshape(tokens, layer.hidden), ids.reshape(tokens, k), weights.reshape(tokens, k)
 
 
 def _chunks(ids: np.ndarray) -> Iterator[np.ndarray]:

@@ -18,7 +18,10 @@ from smoe.runtime.errors import EngineError
 
 try:
     from smoe.runtime import _native
-except ModuleNotFoundError:  # chosen at build time with SMOE_NO_NATIVE=1; the mode line says so
+except ModuleNotFoundError:
+    # Only a build with SMOE_NO_NATIVE=1 carries this marker: without it a missing module is an error, not slowness.
+    from smoe.runtime import _without_native  # noqa: F401
+
     _native = None  # type: ignore[assignment]
 
 Linear = Callable[[np.ndarray, np.ndarray, "np.ndarray | None"], np.ndarray]
@@ -59,7 +62,7 @@ def choose(name: str | None = None) -> Kernels:
     if wanted and wanted not in names:
         raise EngineError(f"There are no kernels {wanted!r} on this machine; it has {', '.join(names)}.")
     chosen = wanted or names[0]
-    reason = "asked for" if wanted else "best of " + ", ".join(names) if _native else "built without native kernels"
+    reason = "asked for" if wanted else "best of " + ", ".join(names) if _native else "built with SMOE_NO_NATIVE=1"
     return Kernels(chosen, reason, reference.linear if chosen == "reference" else _native_linear(chosen))
 
 

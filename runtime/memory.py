@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from smoe.artifacts.encodings import record_layout
 from smoe.artifacts.manifest import Manifest
 from smoe.runtime.backbone import state_bytes
@@ -71,7 +73,7 @@ class Plan:
             out.append(
                 f"warning: {self.capacity} resident experts are fewer than one token uses ({self.token_cycle}): "
                 "least-recently-used order then seldom hits; allow "
-                f"{show(self.total + (self.token_cycle - self.capacity) * self.record)} for it to work"
+                f"{show(self.total + (self.token_cycle - self.capacity) * self.record, up=True)} for it to work"
             )
         return out
 
@@ -88,7 +90,7 @@ def plan(manifest: Manifest, budget: int | None, context: int | None = None) -> 
         for i in range(len(layers))
     )
     tokenizer = manifest.files["tokenizer.json"].size if "tokenizer.json" in manifest.files else 0
-    backbone = sum(w.nbytes for w in manifest.backbone.initializers) + SESSION * len(manifest.backbone.segments)
+    backbone = manifest.files[manifest.backbone.weights].size + SESSION * len(manifest.backbone.segments)
     backbone += RUNTIME + TOKENIZER * tokenizer
     state = state_bytes(manifest.backbone.state, context)
     workspace = _workspace(manifest, context)
@@ -107,17 +109,21 @@ def plan(manifest: Manifest, budget: int | None, context: int | None = None) -> 
 
 def _workspace(manifest: Manifest, context: int) -> int:
     """Intermediate values of one chunk: a few copies of the hidden state and of every slot's output, the attention
-    scores of all heads and the mask, and the logits of one token."""
+    scores of all heads and the mask, and the logits of one token (of a chunk, where the graph gives all)."""
     widest = max(layer.hidden * (64 + 8 * layer.top_k) + 12 * layer.width for layer in manifest.layers)
     fused = all(state.in_place for state in manifest.backbone.state)
     per_position = 4 * manifest.backbone.heads * (1 if fused else 3) + 16
-    return CHUNK * (widest + per_position * context) + 8 * manifest.model.vocabulary
+    sliced = "logits_to_keep" in manifest.backbone.segments[-1].inputs
+    logits = 4 * manifest.model.vocabulary * (2 if sliced else CHUNK + 1)
+    return CHUNK * (widest + per_position * context) + logits
 
 
 def parse_size(text: str | int) -> int:
     """Bytes of "64MiB", "1.5G", "500 MB" or an integer; an `EngineError` for anything else."""
-    if isinstance(text, int):
-        return text
+    if isinstance(text, (int, np.integer)) and not isinstance(text, bool):
+        return int(text)
+    if not isinstance(text, str):
+        raise EngineError(f"{text!r} is not a size; give an integer of bytes, or text like 64MiB.")
     match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in _UNITS:
         raise EngineError(f"{text!r} is not a size; write it like 64MiB, 1.5GiB or 500MB.")

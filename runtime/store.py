@@ -6,11 +6,12 @@ engine is an error code here, where a mapping would be a signal that kills the p
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from smoe.artifacts import BundleError
 from smoe.artifacts.encodings import record_layout
 from smoe.artifacts.layout import RecordLayout
 from smoe.artifacts.manifest import Manifest
@@ -23,32 +24,41 @@ class Shards:
 
     def __init__(self, path: Path, manifest: Manifest):
         self.layouts: list[RecordLayout] = []
-        self._files: list[tuple[Path, int, int]] = []  # path, descriptor, start of record 0
+        self._files: list[tuple[Path, BinaryIO, int]] = []  # path, file, start of record 0
         experts = manifest.experts
         for index, layer in enumerate(manifest.layers):
             layout = record_layout(manifest.expert_shape(index), experts.encoding, experts.page)
             file = path / manifest.shard(index)
-            start = shard_start(file, layout, experts.page, layer.experts)
+            try:
+                start = shard_start(file, layout, experts.page, layer.experts)
+                opened = open(file, "rb", buffering=0)
+            except (BundleError, OSError) as error:
+                self.close()
+                raise EngineError(f"{file} cannot be opened: {error}") from error
             self.layouts.append(layout)
-            self._files.append((file, os.open(file, os.O_RDONLY | os.O_CLOEXEC), start))
+            self._files.append((file, opened, start))
 
     def read(self, layer: int, expert: int, into: np.ndarray) -> int:
         """Fill `into` (uint8, at least a record long) with a record; returns the bytes read, or raises `EngineError`."""
-        file, descriptor, start = self._files[layer]
+        path, file, start = self._files[layer]
         size = self.layouts[layer].nbytes
         view, done = into[:size].data, 0
-        offset = start + expert * size
-        while done < size:
-            try:
-                got = os.preadv(descriptor, [view[done:]], offset + done)
-            except OSError as error:
-                raise EngineError(f"{file}: reading expert {expert} failed: {error.strerror}.") from error
-            if not got:
-                raise EngineError(f"{file} ends inside expert {expert}: it became shorter; copy the bundle again.")
-            done += got
+        try:
+            file.seek(start + expert * size)
+            while done < size:
+                got = file.readinto(view[done:])  # type: ignore[attr-defined]
+                if not got:
+                    raise EngineError(f"{path} ends inside expert {expert}: it became shorter; copy the bundle again.")
+                done += got
+        except OSError as error:
+            raise EngineError(f"{path}: reading expert {expert} failed: {error.strerror}.") from error
         return size
 
+    @property
+    def closed(self) -> bool:
+        return not self._files
+
     def close(self) -> None:
-        for _, descriptor, _ in self._files:
-            os.close(descriptor)
+        for _, file, _ in self._files:
+            file.close()
         self._files = []

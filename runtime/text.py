@@ -1,22 +1,18 @@
-"""Between text and token ids: the tokenizer, chat templates, streaming that never splits a character, stop strings."""
+"""Between text and token ids: the tokenizer, streaming that never splits a character, stop strings."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jinja2
-import jinja2.sandbox
-import tokenizers
-from tokenizers.decoders import DecodeStream
-
+from smoe.artifacts.manifest import File
 from smoe.runtime.errors import EngineError
 
-# A template is part of an untrusted bundle: the sandbox keeps it from Python, and what it does wrong is an error.
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
-                   RecursionError, MemoryError)  # fmt: skip
+if TYPE_CHECKING:
+    import tokenizers  # imported where it is used, as jinja2 is: together a third of `import smoe.runtime`
 
 
 @dataclass(frozen=True)
@@ -29,55 +25,60 @@ class StopWhen:
 
 
 class Text:
-    """The text side of a bundle. A bundle without a tokenizer has ids only; asking for text is then an error."""
+    """The text side of a bundle: of its files only those that the manifest lists.
 
-    def __init__(self, path: Path):
-        self._path = path
-        file = path / "tokenizer.json"
+    A bundle without a tokenizer has ids only; asking for text is then an error.
+    """
+
+    def __init__(self, path: Path, files: Mapping[str, File]):
+        self._path, self._files = path, files
         self.tokenizer: tokenizers.Tokenizer | None = None
-        if file.is_file():
+        if "tokenizer.json" in files:
+            import tokenizers
+
+            source = read_text(path / "tokenizer.json")
             try:
-                self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+                self.tokenizer = tokenizers.Tokenizer.from_str(source)
             except Exception as error:
-                raise EngineError(f"{file} is not a tokenizer: {error}; copy the bundle again.") from error
+                raise EngineError(
+                    f"{path}/tokenizer.json is not a tokenizer: {error}; copy the bundle again."
+                ) from error
 
     def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of `text`; with `special` as the model's authors frame a prompt."""
         if self.tokenizer is None:
             raise EngineError("This bundle has no tokenizer; give token ids instead of text.")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise EngineError(f"The text is not UTF-8 at character {error.start}; convert it first.") from error
         return self.tokenizer.encode(text, add_special_tokens=special).ids
 
     def chat(self, messages: list[dict[str, str]], template: str | None = None) -> list[int]:
         """Token ids of a conversation (`role`, `content`) rendered for the model's next turn."""
+        from smoe.runtime import chat  # loads jinja2, which only chats need
+
         settings = self._settings()
-        source = template or self._template(settings)
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        tokens = {key: _content(value) for key, value in settings.items() if key.endswith("_token")}
-        try:
-            rendered = environment.from_string(source).render(messages=messages, add_generation_prompt=True, **tokens)
-        except TEMPLATE_ERRORS as error:
-            raise EngineError(f"The chat template cannot render these messages: {error}.") from error
+        rendered = chat.render(template or self._template(settings), messages, settings)
         return self.encode(rendered, special=False)  # the template writes the special tokens itself
 
     def _settings(self) -> dict:
-        file = self._path / "tokenizer_config.json"
-        if not file.is_file():
+        if "tokenizer_config.json" not in self._files:
             return {}
+        file = self._path / "tokenizer_config.json"
         try:
-            settings = json.loads(file.read_text("utf-8"))
-        except ValueError as error:
+            settings = json.loads(read_text(file))
+        except (ValueError, RecursionError) as error:
             raise EngineError(f"{file} is not JSON: {error}; copy the bundle again.") from error
         return settings if isinstance(settings, dict) else {}
 
     def _template(self, settings: dict) -> str:
-        file = self._path / "chat_template.jinja"
-        template = file.read_text("utf-8") if file.is_file() else settings.get("chat_template")
+        template = settings.get("chat_template")
+        if "chat_template.jinja" in self._files:
+            template = read_text(self._path / "chat_template.jinja")
         if isinstance(template, list):  # several named ones
-            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+            named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = named[0].get("template") if named else None
         if not isinstance(template, str):
             raise EngineError(
                 "This bundle has no chat template: the model was not made for chat. Use `smoe run`, or give a template "
@@ -86,18 +87,21 @@ class Text:
         return template
 
 
-def _content(token: object) -> object:
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def read_text(path: Path) -> str:
+    """The text of a file; one that cannot be read or is not UTF-8 is an `EngineError`."""
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise EngineError(f"{path} is not UTF-8 at byte {error.start}.") from error
 
 
 class Stream:
-    """Text as it comes: `push(id)` returns what can be shown for sure, `finish()` the rest.
+    """Text as it comes: `push(id)` returns what can be shown for sure, `finish()` what was held back at the end.
 
-    Held back are the bytes of an unfinished character, and text that may turn out to begin a stop string.
+    Held back is text that may turn out to begin a stop string, and the bytes of an unfinished character; if those stay
+    unfinished to the end, they are never shown.
     """
 
     def __init__(self, text: Text, stops: tuple[str, ...]):
@@ -105,6 +109,8 @@ class Stream:
             raise EngineError("This bundle has no tokenizer, so that stop strings cannot be found; stop at token ids.")
         if "" in stops:
             raise EngineError("A stop string is empty; it would stop before the first token.")
+        from tokenizers.decoders import DecodeStream
+
         self._tokenizer = text.tokenizer
         self._decode = DecodeStream(skip_special_tokens=True)
         self._stops = stops

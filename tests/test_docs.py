@@ -6,7 +6,10 @@ import sys
 
 import pytest
 
-COMMANDS = {"smoe.runtime": ("run", "chat", "info", "verify"), "smoe.prep": ("build", "profile", "pack", "export", "verify")}
+COMMANDS = {
+    "smoe.runtime": ("run", "chat", "info", "verify"),
+    "smoe.prep": ("build", "profile", "pack", "export", "verify"),
+}
 
 
 def _tree(readme: str) -> list[tuple[str, str]]:

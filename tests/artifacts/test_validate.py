@@ -61,6 +61,24 @@ def _link(bundle: Path) -> None:
     (bundle / "tokenizer.json").symlink_to("/etc/passwd")
 
 
+def _link_folder(bundle: Path) -> None:
+    (bundle / "experts").rename(bundle.parent / "elsewhere")
+    (bundle / "experts").symlink_to(bundle.parent / "elsewhere")
+
+
+def _append(name: str) -> Callable[[Path], None]:
+    def damage(bundle: Path) -> None:
+        with open(bundle / name, "ab") as file:
+            file.write(b"\0" * 4096)
+        _set("files", name, "size", (bundle / name).stat().st_size)(bundle)
+
+    return damage
+
+
+def _noise(name: str) -> Callable[[Path], None]:
+    return lambda bundle: (bundle / name).write_bytes(os.urandom((bundle / name).stat().st_size)) and None
+
+
 def _swap_shards(bundle: Path) -> None:
     (bundle / "experts/layer-01.safetensors").write_bytes((bundle / "tables.safetensors").read_bytes())
     size = (bundle / "experts/layer-01.safetensors").stat().st_size
@@ -95,6 +113,12 @@ BROKEN = {
     "input from nowhere": (_set("backbone", "segments", 1, "inputs", ["ghost"]), "takes 'ghost'"),
     "too few segments": (_edit(lambda m: m["backbone"]["segments"].pop()), "2 segments for 2 layers"),
     "state of no segment": (_set("backbone", "state", 0, "segment", 9), "does not exist"),
+    "state of unknown dtype": (_set("backbone", "state", 0, "dtype", "Q7"), "dtype 'Q7'"),
+    "state of absurd product": (_set("backbone", "state", 0, "shape", [1, 2**30, 5, 2**20]), "do not trust it"),
+    "weight of negative shape": (_set("backbone", "initializers", 0, "shape", [-307, -48]), "outside"),
+    "weights file with a tail": (_append("backbone/weights.data"), "its last weight ends at"),
+    "linked folder": (_link_folder, "not a plain file of the bundle"),
+    "trace of random bytes": (_noise("trace.safetensors"), "trace.safetensors"),
     "state of absurd size": (_set("backbone", "state", 0, "shape", [1, 2, 2**40, 8]), "has shape"),
     "weight outside its file": (_set("backbone", "initializers", 0, "offset", 2**40), "outside backbone/weights.data"),
     "weight before its file": (_set("backbone", "initializers", 0, "offset", -64), "outside backbone/weights.data"),
@@ -103,7 +127,7 @@ BROKEN = {
     "path that climbs": (_rename_file("../../etc/passwd"), "outside the bundle"),
     "path with a null": (_rename_file("a\0b"), "outside the bundle"),
     "file that is no part": (_rename_file("run_me.py"), "no part of a bundle"),
-    "link for a file": (_link, "not a plain file"),
+    "link for a file": (_link, "not a plain file of the bundle"),
     "missing shard": (lambda b: (b / "experts/layer-00.safetensors").unlink(), "layer-00.safetensors is missing"),
     "shard cut short": (_truncate("experts/layer-00.safetensors", 1), "layer-00.safetensors has"),
     "shard cut, manifest agrees": (_truncate("experts/layer-00.safetensors", 512, tell=True), "layer-00.safetensors"),

@@ -46,6 +46,13 @@ def test_chat_answers_every_line_and_reuses_its_state(golden):
     assert 0 < both - first < first + 30
 
 
+def test_chat_goes_on_when_the_context_is_full(golden):
+    said = "a rather long sentence " * 8
+    done = smoe("chat", golden, "--json", "--max-new-tokens", 4, "--context", 120, stdin=f"hi\n{said}\nho\n\n")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+    assert "more than the context of 120" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_info_and_verify(golden, copied):
     assert "memory minimum" in smoe("info", golden).stdout
     said = json.loads(smoe("info", golden, "--json").stdout)

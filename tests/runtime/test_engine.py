@@ -1,8 +1,8 @@
 """The engine on the golden bundle: against what `transformers` said, across budgets, and under misuse."""
 
+import dataclasses
 import os
-import subprocess
-import sys
+import time
 
 import numpy as np
 import pytest
@@ -99,10 +99,9 @@ def test_generation_repeats_and_is_seeded(engine, answer):
 def test_text_streams_and_joins_to_the_decoded_tokens(engine):
     tokens = list(engine.generate("Grüße", max_new_tokens=30, temperature=1.0, seed=4))
     ids = [t.id for t in tokens]
-    decoded = engine.text.tokenizer.decode(ids)
+    shown = "".join(t.text for t in tokens)
     # An unfinished character at the very end is not shown.
-    assert decoded.rstrip("\ufffd").startswith("".join(t.text for t in tokens).rstrip("\ufffd"))
-    assert "".join(t.text for t in tokens)
+    assert shown.rstrip("\ufffd") == engine.text.tokenizer.decode(ids).rstrip("\ufffd") and len(shown) > 10
 
 
 def test_a_stop_token_and_a_stop_string_end_it(engine, answer):
@@ -149,7 +148,12 @@ def test_turns_reuse_the_state(engine, answer):
     ([[1, 2]], {}, "flat sequence of integers"),
     ([1] * 290, dict(max_new_tokens=11), "290 prompt tokens and 11 new ones are more than the context of 300"),
     ([1], dict(max_new_tokens=0), "max_new_tokens is 0"),
-    ([1], dict(temperature=-1.0), "temperature is -1"),
+    ([1], {"temperature": -1.0}, "temperature is -1"),
+    ([1], {"temperature": 1e-308}, "temperature is 1e-308"),
+    ([1], {"temperature": 1.0, "seed": -1}, "seed is -1"),
+    ([[1], [2, 3]], {}, "flat sequence of integers"),
+    ([2**70], {}, "flat sequence of integers"),
+    ("bad \udcff", {}, "not UTF-8 at character 4"),
     ([1], dict(stop=StopWhen(("",))), "stop string is empty"),
 ])  # fmt: skip
 def test_a_bad_request_is_a_sentence_and_the_engine_lives(engine, answer, prompt, options, said):
@@ -164,6 +168,7 @@ def test_a_bad_request_is_a_sentence_and_the_engine_lives(engine, answer, prompt
     (dict(memory="lots"), "'lots' is not a size"),
     (dict(memory="-5MiB"), "is not a size"),
     (dict(memory=-5), "too small"),
+    (dict(memory=64e6), "is not a size; give an integer"),
 ])  # fmt: skip
 def test_a_bad_option_is_a_sentence(golden, engine, options, said):
     with pytest.raises(EngineError, match=said):
@@ -197,28 +202,93 @@ def test_sizes(text, size):
     assert memory.parse_size(text) == size
 
 
-def test_a_process_may_share_one_pool(golden, answer):
-    """In a process of its own: the choice cannot be taken back."""
-    code = """
-import sys, numpy as np, onnxruntime
-from smoe.runtime import Engine, EngineError, share_threads
-share_threads(2)
-with Engine.open(sys.argv[1]) as engine:
-    assert "backbone on 2 threads, one pool for the process" in "\\n".join(engine.mode_lines())
-    print([t.id for t in engine.generate([1, 2, 3], max_new_tokens=5)])
-for wrong in (lambda: Engine.open(sys.argv[1], threads=1), lambda: share_threads(1)):
-    try: wrong()
-    except EngineError as error: print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(golden)], capture_output=True, text=True, check=True)
-    tokens, threads, twice = done.stdout.splitlines()
-    with Engine.open(golden, threads=1) as engine:
-        assert str([t.id for t in engine.generate([1, 2, 3], max_new_tokens=5)]) == tokens
-    assert "1 threads were asked for, but this process shares a pool of 2" in threads
-    assert "shared only once" in twice
-
-
 def test_other_sessions_of_the_process_are_left_alone(golden, engine):
     import onnxruntime
 
     onnxruntime.InferenceSession(str(golden / "backbone" / "segment-00.onnx"), providers=["CPUExecutionProvider"])
+
+
+class _Interrupt:
+    """Raises KeyboardInterrupt at the n-th call, as Ctrl-C would; before and after, calls go through."""
+
+    def __init__(self, function, at: int):
+        self._function, self._left = function, at
+
+    def __call__(self, *arguments):
+        self._left -= 1
+        if self._left == 0:
+            raise KeyboardInterrupt
+        return self._function(*arguments)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("where", ["_shards.read", "_backbone.run", "_kernels.linear"])
+def test_an_interrupt_anywhere_leaves_no_trace(golden, answer, budgets, monkeypatch, where, at):
+    with Engine.open(golden, memory=budgets(4)) as engine:
+        owner, name = where.split(".")
+        part = getattr(engine, owner)
+        if name == "linear":  # frozen
+            engine._kernels = dataclasses.replace(part, linear=_Interrupt(part.linear, at))
+        else:
+            monkeypatch.setattr(part, name, _Interrupt(getattr(part, name), at))
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.generate(answer["prompt"], max_new_tokens=24))
+        tokens = [t.id for t in engine.generate(answer["prompt"], max_new_tokens=24, reuse=True)]
+        assert tokens == answer["greedy"].tolist()
+
+
+def test_a_paused_generation_that_was_overtaken_says_so(engine, answer):
+    first = engine.generate(answer["prompt"], max_new_tokens=24)
+    next(first)
+    list(engine.generate([1, 2, 3], max_new_tokens=2))
+    with pytest.raises(EngineError, match="Another call used the engine"):
+        next(first)
+
+
+def test_the_time_of_the_caller_does_not_count(engine):
+    before = engine.stats.decode_seconds, engine.stats.decode_steps
+    for _ in engine.generate([1, 2, 3], max_new_tokens=3):
+        time.sleep(0.2)
+    assert engine.stats.decode_steps - before[1] == 2
+    assert engine.stats.decode_seconds - before[0] < 0.2
+
+
+def test_a_closed_engine_says_so_and_keeps_no_file_open(golden):
+    engine = Engine.open(golden)
+    engine.close()
+    with pytest.raises(EngineError, match="engine is closed"):
+        engine.generate([1])
+
+
+def test_what_cannot_be_opened_keeps_no_file_open(copied):
+    def opened():
+        return sum(str(copied) in os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
+
+    shard = copied / "experts" / "layer-01.safetensors"
+    manifest = open_bundle(copied)
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(EngineError, match=r"layer-01.safetensors cannot be opened"):
+        Engine(copied, manifest, memory.plan(manifest, None))
+    assert opened() == 0
+
+
+def test_a_graph_that_names_weights_of_its_own_is_refused(copied):
+    """ONNX Runtime would map the file behind our back."""
+    import json
+
+    text = json.loads((copied / "manifest.json").read_text())
+    text["backbone"]["segments"][0]["weights"] = []
+    (copied / "manifest.json").write_text(json.dumps(text))
+    with pytest.raises(EngineError, match=r"segment-00.onnx does not load"):
+        Engine.open(copied)
+
+
+@pytest.mark.parametrize("wire, value", [("hidden", "input_ids"), ("ids", "past_length"), ("weights", "input_ids")])
+def test_wires_to_values_of_another_kind_are_a_sentence(copied, wire, value):
+    import json
+
+    text = json.loads((copied / "manifest.json").read_text())
+    text["layers"][0]["wires"][wire] = value
+    (copied / "manifest.json").write_text(json.dumps(text))
+    with Engine.open(copied) as engine, pytest.raises(EngineError, match="not what layer 0 of the manifest takes"):
+        list(engine.generate([1, 2, 3], max_new_tokens=2))

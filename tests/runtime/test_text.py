@@ -4,15 +4,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smoe.artifacts import open_bundle
+from smoe.artifacts.manifest import File
 from smoe.runtime import EngineError
 from smoe.runtime.text import Stream, Text
+
+
+def _files(path):
+    """A manifest's files, as if it listed all that is there."""
+    return {file.name: File(0, "") for file in path.iterdir()}
+
 
 HARD = "Köln 日本語 🙂👩‍👩‍👧 ß — end"
 
 
 @pytest.fixture(scope="module")
 def text(golden):
-    return Text(golden)
+    return Text(golden, open_bundle(golden).files)
 
 
 @pytest.mark.parametrize("sample", [HARD, "def main(argument):\n    return 1\n", "ü" * 9])
@@ -30,7 +38,7 @@ def test_a_stream_never_splits_a_character(text, sample):
     sample=st.text(st.characters(exclude_categories=["Cs"]), max_size=40), stop=st.text("ab ü", min_size=1, max_size=3)
 )
 def test_text_ends_before_a_stop_string_and_nothing_is_lost(golden, sample, stop):
-    text = Text(golden)
+    text = Text(golden, open_bundle(golden).files)
     stream = Stream(text, (stop,))
     shown = "".join(stream.push(i) for i in text.encode(sample)) + stream.finish()
     whole = text.tokenizer.decode(text.encode(sample))
@@ -53,7 +61,7 @@ def test_an_empty_stop_string_is_refused(text):
 
 
 def test_without_a_tokenizer_text_is_an_error_and_ids_are_not(tmp_path):
-    text = Text(tmp_path)
+    text = Text(tmp_path, _files(tmp_path))
     with pytest.raises(EngineError, match="no tokenizer; give token ids"):
         text.encode("hello")
     assert Stream(text, ()).push(3) == ""
@@ -64,7 +72,7 @@ def test_without_a_tokenizer_text_is_an_error_and_ids_are_not(tmp_path):
 def test_a_damaged_tokenizer_is_a_sentence(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(EngineError, match="is not a tokenizer"):
-        Text(tmp_path)
+        Text(tmp_path, _files(tmp_path))
 
 
 def test_a_conversation_is_rendered_by_the_template(text):
@@ -82,10 +90,10 @@ def test_a_template_can_be_a_file_or_one_of_several(text, tmp_path, golden):
     named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ messages[0].content }}"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     message = [{"role": "user", "content": "hello"}]
-    assert Text(tmp_path).chat(message) == text.encode("hello")
+    assert Text(tmp_path, _files(tmp_path)).chat(message) == text.encode("hello")
     (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}{{ messages[0].content | tojson }}")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<end>"}}))
-    assert Text(tmp_path).chat(message) == text.encode('<end>"hello"')
+    assert Text(tmp_path, _files(tmp_path)).chat(message) == text.encode('<end>"hello"')
 
 
 @pytest.mark.parametrize("template", [
@@ -95,12 +103,34 @@ def test_a_template_can_be_a_file_or_one_of_several(text, tmp_path, golden):
     "{% for x in range(999999999) %}{% endfor %}",
     "{{ messages | nofilter }}",
     "{% if %}",
+    "{% for a in 'x' %}" * 25 + "{% endfor %}" * 25,
+    "{{ 'x' * 10 ** 12 }}",
 ])  # fmt: skip
 def test_a_template_cannot_reach_python_and_its_errors_are_sentences(text, template):
     with pytest.raises(EngineError, match="chat template cannot render"):
         text.chat([{"role": "user", "content": "x"}], template)
 
 
+def test_files_that_the_manifest_does_not_list_are_not_used(golden, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((golden / "tokenizer.json").read_bytes())
+    files = _files(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("planted")
+    assert Text(tmp_path, {}).tokenizer is None
+    with pytest.raises(EngineError, match="no chat template"):
+        Text(tmp_path, files).chat([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("chat_template.jinja", b"\xff", "not UTF-8 at byte 0"),
+    ("tokenizer_config.json", b"[" * 100_000, "not JSON"),
+    ("tokenizer_config.json", b'{"chat_template": ["x"]}', "no chat template"),
+])  # fmt: skip
+def test_damaged_settings_are_a_sentence(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(EngineError, match=said):
+        Text(tmp_path, _files(tmp_path)).chat([{"role": "user", "content": "x"}])
+
+
 def test_no_template_says_what_to_do(tmp_path):
     with pytest.raises(EngineError, match="no chat template.*smoe run"):
-        Text(tmp_path).chat([{"role": "user", "content": "x"}])
+        Text(tmp_path, _files(tmp_path)).chat([{"role": "user", "content": "x"}])
