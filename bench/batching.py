@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from smoe.runtime import Engine, share_threads
+from smoe.runtime import Engine
 
 HEADS, KV, SIZE, CONTEXT = 4, 2, 16, 40
 
@@ -29,9 +29,7 @@ def attention() -> ort.InferenceSession:
     outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in node.output]
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(helper.make_graph([node], "g", inputs, outputs), opset_imports=opsets, ir_version=10)
-    options = ort.SessionOptions()
-    options.use_per_session_threads = False
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def run(session, feeds, buffers):
@@ -80,7 +78,6 @@ def segments(engine: Engine, tokens: int, calls: int) -> float:
 
 
 if __name__ == "__main__":
-    share_threads(2)
     with Engine.open(sys.argv[1], context=512) as engine:
         print(f"lengths per sequence in one call: largest difference {lengths_per_sequence():.1e}")
         list(engine.generate(np.ones(200, np.int64), max_new_tokens=1))

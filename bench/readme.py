@@ -18,7 +18,7 @@ from smoe.prep.checkpoint import open_checkpoint
 from smoe.prep.profile import profile
 from smoe.prep.progress import Progress
 from smoe.prep.verify import verify
-from smoe.runtime import Engine, memory, share_threads
+from smoe.runtime import Engine, memory
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL, CALIBRATION, HELDOUT = EXAMPLES / "reference", EXAMPLES / "calibration.jsonl", EXAMPLES / "heldout.jsonl"
@@ -35,7 +35,7 @@ def encodings(scratch: Path) -> None:
     for encoding in ENCODINGS:
         bundle = scratch / f"{encoding}.smoe"
         manifest = build(MODEL, bundle, None, Recipe(encoding), profiled, QUIET)
-        found = verify(bundle, MODEL, Calibration(str(HELDOUT), tokens=8192, length=256), None, QUIET)
+        found = verify(bundle, MODEL, Calibration(str(HELDOUT), tokens=4096, length=256), None, QUIET)
         if encoding == "f32":
             print(f"| original | | {found['perplexity_original']:.3f} | | |")
         size = sum(file.size for file in manifest.files.values()) / 1e6
@@ -66,7 +66,6 @@ def budgets(scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    share_threads(2)
     with tempfile.TemporaryDirectory() as directory:
         encodings(Path(directory))
         budgets(Path(directory))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import shutil
@@ -27,6 +28,8 @@ from smoe.prep.progress import Progress
 from smoe.runtime.backbone import Backbone as Running
 from smoe.runtime.backbone import Sequence, ort_value
 
+MARKER = "smoe-prep.lock"  # in a directory that is being written: it is ours, and held by the process that writes
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -46,16 +49,18 @@ def build(
 ) -> Manifest:
     """Build the bundle `output` from the checkpoint at `model`.
 
-    `profiled` is a directory that `profile` wrote; without it the `calibration` text is profiled here. The bundle is
-    written beside and renamed once it is whole; an existing `output` is never touched.
+    `profiled` is a directory that `profile` wrote; without it the `calibration` text is profiled here. Given both, the
+    profile must have been made from that text. The bundle is written beside and renamed once it is whole; an existing
+    `output` is never touched.
     """
     recipe, progress, output = recipe or Recipe(), progress or Progress(), Path(output)
     with beside(output) as partial:
         checkpoint = open_checkpoint(model)
-        _statistics(checkpoint, partial, calibration, profiled, progress)
+        # What can be refused is refused before the long part, profiling.
         experts = pack(checkpoint, partial, recipe.encoding, progress)
         progress.say("export: tracing the backbone")
         exported = export(checkpoint, partial, recipe.backbone)
+        _statistics(checkpoint, partial, calibration, profiled, progress)
         for file in checkpoint.text_files():
             shutil.copyfile(file, partial / file.name)
         manifest = _manifest(checkpoint, partial, experts, exported)
@@ -76,14 +81,24 @@ def beside(output: Path) -> Iterator[Path]:
     if not output.parent.is_dir():
         raise PrepError(f"{output.parent} is not a directory; make it first, or give another -o.")
     partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    partial.rename(output)
+    if partial.exists() and not (partial / MARKER).is_file():
+        raise PrepError(f"{partial} is in the way and not smoe's; move it, or give another -o.")
+    partial.mkdir(exist_ok=True)
+    with open(partial / MARKER, "w") as marker:
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PrepError(f"Another smoe-prep is writing {output}; wait for it, or give another -o.") from error
+        try:
+            for left in partial.iterdir():
+                if left.name != MARKER:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        (partial / MARKER).unlink()
+        partial.rename(output)
 
 
 def _statistics(
@@ -98,9 +113,24 @@ def _statistics(
             raise PrepError("There is no calibration text; give --calibration FILE, or --profile PROFILE.")
         profile(checkpoint, partial, calibration, progress)
         return
-    open_profile(Path(profiled), checkpoint)
+    about = open_profile(Path(profiled), checkpoint)
+    if calibration is not None:
+        _refuse_other_text(Path(profiled), about["calibration"], calibration)
     for name in PROFILE_FILES:
         shutil.copyfile(Path(profiled) / name, partial / name)
+
+
+def _refuse_other_text(profiled: Path, made: dict, asked: Calibration) -> None:
+    """A `PrepError` if the profile was `made` from another text, or with other settings, than `asked`."""
+    wanted = {"source": Path(asked.source).name, "seed": asked.seed}
+    if asked.tokens is not None:
+        wanted["tokens"] = asked.tokens
+    for name, value in wanted.items():
+        if made.get(name) != value:
+            raise PrepError(
+                f"{profiled} was made with {name} {made.get(name)!r}, asked for is {value!r}; leave out --profile to "
+                "profile again, or the other options to use it as it is."
+            )
 
 
 def _manifest(checkpoint: Checkpoint, partial: Path, experts: Experts, exported: Exported) -> Manifest:
@@ -121,7 +151,7 @@ def _manifest(checkpoint: Checkpoint, partial: Path, experts: Experts, exported:
     files = {
         str(file.relative_to(partial)): File(file.stat().st_size, sha256(file))
         for file in sorted(partial.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.name != MARKER
     }
     return dataclasses.replace(checked, files=files)
 

@@ -35,8 +35,10 @@ class Calibration:
     def rows(self, checkpoint: Checkpoint) -> list[np.ndarray]:
         """Sequences of token ids, int64 `[length]` each but the last; a `PrepError` if there is too little text."""
         wanted = DEFAULT_TOKENS if self.tokens is None else self.tokens
-        if wanted < MINIMUM or not 1 < self.length <= 1 << 20:
+        if wanted < MINIMUM:
             raise PrepError(f"--tokens is {wanted}; at least {MINIMUM} are needed for statistics.")
+        if self.length < 2 or self.seed < 0:
+            raise PrepError(f"length is {self.length} and seed {self.seed}; 2 and more, and 0 and more, are wanted.")
         documents = list(read_documents(self.source))
         np.random.default_rng(self.seed).shuffle(documents)
         pieces, total = [], 0
@@ -88,12 +90,12 @@ def _utf8(path: Path) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[str | list[int]]:
-    for number, line in enumerate(_utf8(path).splitlines(), 1):
+    for number, line in enumerate(_utf8(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PrepError(f"{path}, line {number} is not JSON: {error}.") from error
         yield _document(record, f"{path}, line {number}")
 
@@ -103,7 +105,7 @@ def _document(record: object, where: str) -> str | list[int]:
     text, ids = fields.get("text"), fields.get("input_ids")
     if isinstance(text, str):
         return text
-    if isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids):
+    if isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids):
         return ids
     raise PrepError(f"{where} has neither a string `text` nor a list of token ids `input_ids`.")
 
@@ -130,7 +132,7 @@ def _read_dataset(name: str, subset: str | None, split: str | None, limit: int |
 
 def _encode(documents: list[str | list[int]], checkpoint: Checkpoint, source: str) -> Iterator[np.ndarray]:
     file, vocabulary = checkpoint.path / "tokenizer.json", checkpoint.config.vocab_size
-    tokenizer = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
+    tokenizer = _tokenizer(file) if file.is_file() else None
     for document in documents:
         if isinstance(document, str):
             if tokenizer is None:
@@ -143,3 +145,10 @@ def _encode(documents: list[str | list[int]], checkpoint: Checkpoint, source: st
         if ids.size and ids.max() >= vocabulary:
             raise PrepError(f"{source} has the token id {ids.max()}; this model has 0 to {vocabulary - 1}.")
         yield ids
+
+
+def _tokenizer(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise PrepError(f"{file} is not a tokenizer: {error}; download it again.") from error

@@ -7,12 +7,12 @@ layer at a time, so that loading them lazily changes this file alone.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,6 +21,8 @@ from smoe.prep.experts import experts_modules
 
 # Copied into the bundle as they are, where the checkpoint has them.
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+PIECE = 256 << 10  # bytes read at a time
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,17 @@ class Checkpoint:
         return [self.path / name for name in TEXT_FILES if (self.path / name).is_file()]
 
     def fingerprint(self) -> str:
-        """SHA-256 over config and weight files' names and sizes and heads: tells one checkpoint from another cheaply."""
+        """SHA-256 that tells one checkpoint from another: of the config, and of each weight file's name, size and bytes.
+        Of a file above 256 MiB, 1024 pieces spread evenly, so that 60 GB take a second."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for file in sorted(self.path.glob("*.safetensors")):
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            with open(file, "rb") as f:
-                digest.update(f.read(1 << 20))
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            pieces = 1024 if size > 256 << 20 else -(-size // PIECE)
+            with open(file, "rb") as opened:
+                for i in range(pieces):
+                    opened.seek(i * size // pieces if size > 256 << 20 else i * PIECE)
+                    digest.update(opened.read(PIECE))
         return digest.hexdigest()
 
 
@@ -63,14 +70,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        json.loads((path / "config.json").read_text("utf-8"))
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, TypeError, RecursionError, StrictDataclassError) as error:
         raise PrepError(
             f"{path}/config.json is not one that transformers {transformers.__version__} reads: {_first_line(error)}"
         ) from error
     if not list(path.glob("*.safetensors")):
         raise PrepError(
             f"{path} has no .safetensors files; download the weights, or convert them with save_pretrained."
+        )
+    if not (path / "tokenizer.json").is_file() and list(path.glob("tokenizer*.model")):
+        raise PrepError(
+            f"{path} has a tokenizer that only Python code reads (no tokenizer.json); convert it with "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
         )
     model = _load(path, config)
     _refuse_without_seam(path, model)

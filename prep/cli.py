@@ -72,7 +72,7 @@ def cli() -> None:
     "--profile",
     "profiled",
     type=click.Path(path_type=Path),
-    help="What `smoe-prep profile` wrote, instead of profiling.",
+    help="What `smoe-prep profile` wrote (from --calibration, if both are given), instead of profiling now.",
 )
 @_encoding
 @_backbone
@@ -89,8 +89,8 @@ def build(
     as_json: bool,
 ) -> None:
     """Make a bundle of the checkpoint MODEL: profile, pack, export."""
-    if profiled is not None and calibration is not None:
-        raise click.UsageError("--profile and --calibration both say where statistics come from; give one of them.")
+    if calibration is None and (tokens is not None or seed != CALIBRATION.seed):
+        raise click.UsageError("--tokens and --seed say how to read --calibration, which is not given.")
     source = None if calibration is None else Calibration(calibration, tokens, seed)
     manifest = building.build(model, output, source, building.Recipe(encoding, backbone), profiled, Progress())
     size = sum(file.size for file in manifest.files.values())

@@ -32,15 +32,10 @@ class ExpertsNode:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A segment in memory: weights still inside."""
-
-    model: onnx.ModelProto
-
-
-@dataclass(frozen=True)
 class Pieces:
-    segments: list[Piece]
+    """Segments in memory, their weights still inside, and the weights of all of them by name."""
+
+    segments: list[onnx.ModelProto]
     nodes: list[ExpertsNode]
     weights: dict[str, ir.TensorProtocol]
 
@@ -86,7 +81,7 @@ def _experts_node(layer: int, node: ir.Node) -> ExpertsNode:
     return ExpertsNode(layer, hidden.name, ids.name, weights.name, node.outputs[0].name, routing.find(ids, weights))
 
 
-def _segment(stage: int, members: list[ir.Node], stages: dict[ir.Node, int], wanted: set[str]) -> Piece:
+def _segment(stage: int, members: list[ir.Node], stages: dict[ir.Node, int], wanted: set[str]) -> onnx.ModelProto:
     own = set(members)
     inputs: dict[str, ir.Value] = {}
     constants: dict[str, ir.Value] = {}
@@ -111,7 +106,7 @@ def _segment(stage: int, members: list[ir.Node], stages: dict[ir.Node, int], wan
         [_tensor(v) for v in constants.values()],
     )
     opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid("com.microsoft", 1)]
-    return Piece(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="smoe"))
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="smoe")
 
 
 def _node(node: ir.Node) -> onnx.NodeProto:

@@ -109,9 +109,11 @@ def probe_gate(module: torch.nn.Module) -> Gate:
     For gated modules `_apply_gate` receives gate and up in the module's own order; the known functions are those of
     `smoe.runtime.reference`, so what is recognised here can be run there.
     """
-    n = 64
-    gate = torch.linspace(-9, 9, n).repeat(3, 1)
-    up = torch.randn(3, n, generator=torch.Generator().manual_seed(0)) * 4
+    # Far out too: a clamp that calibration never reaches is still part of the function.
+    far = torch.tensor([-1e4, -300.0, -100.0, -20.0, 20.0, 100.0, 300.0, 1e4])
+    gate = torch.cat([torch.linspace(-9, 9, 56), far]).repeat(3, 1)
+    up = torch.randn(gate.shape, generator=torch.Generator().manual_seed(0)) * 4
+    up[1], up[2] = gate[1].flip(0), 50 * up[2]
     if not module.has_gate:
         found = module.act_fn(up).numpy()
         candidates = [Gate("plain", name) for name in reference.ACTIVATIONS]
@@ -119,8 +121,12 @@ def probe_gate(module: torch.nn.Module) -> Gate:
         pair = torch.cat([gate, up], -1) if module.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
         found = module._apply_gate(pair).numpy()
         candidates = [Gate("gated", name) for name in reference.ACTIVATIONS] + _clamped_candidates(module)
+    # 1 + tanh and the like cancel: what is lost is relative to the inputs, not to the result.
+    rounding = 1e-6 * (1 + (gate * up if module.has_gate else up).abs().numpy())
     for candidate in candidates:
-        if np.allclose(reference.gate(candidate, gate.numpy(), up.numpy()), found, rtol=1e-5, atol=1e-6):
+        with np.errstate(over="ignore"):
+            wanted = reference.gate(candidate, gate.numpy(), up.numpy())
+        if np.all(np.abs(wanted - found) <= 1e-5 * np.abs(found) + rounding):
             return candidate
     raise PrepError(
         f"The experts' activation in {type(module).__name__} is none of the {len(candidates)} functions that the "

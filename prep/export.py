@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ def _quiet() -> Iterator[None]:
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), open("/dev/null", "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -232,9 +233,9 @@ def _write_weights(path: Path, weights: dict[str, ir.TensorProtocol]) -> dict[st
     return placed
 
 
-def _write_segment(directory: Path, file: str, piece: cut.Piece, placed: dict[str, Initializer]) -> Segment:
+def _write_segment(directory: Path, file: str, piece: onnx.ModelProto, placed: dict[str, Initializer]) -> Segment:
     """Write one ONNX file, its large weights as external data, and check it."""
-    graph = piece.model.graph
+    graph = piece.graph
     outside = [tensor for tensor in graph.initializer if tensor.name in placed]
     for tensor in outside:
         where = placed[tensor.name]
@@ -242,7 +243,7 @@ def _write_segment(directory: Path, file: str, piece: cut.Piece, placed: dict[st
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", Path(WEIGHTS).name), ("offset", where.offset), ("length", where.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
-    (directory / file).write_bytes(piece.model.SerializeToString())
+    (directory / file).write_bytes(piece.SerializeToString())
     onnx.checker.check_model(str(directory / file))
     names = [tuple(v.name for v in values) for values in (graph.input, graph.output, outside)]
     return Segment(file, *names)

@@ -8,6 +8,7 @@ be known. Output similarity and error come from a stated, seeded subsample of to
 from __future__ import annotations
 
 import datetime
+import inspect
 import json
 import time
 from pathlib import Path
@@ -45,7 +46,7 @@ def profile(checkpoint: Checkpoint, directory: Path, calibration: Calibration, p
     with torch.no_grad(), experts_run_by(checkpoint.model, observer.run), observer.scores:
         for batch in progress.over(list(_batches(rows)), "profile", "batches"):
             observer.begin(batch)
-            checkpoint.model(input_ids=torch.from_numpy(batch), use_cache=False)
+            checkpoint.model(input_ids=torch.from_numpy(batch), use_cache=False, **_fewest_logits(checkpoint.model))
     tables = [sums.tables() for sums in observer.sums]
     about = _about(checkpoint, calibration, total, len(sample), tables, time.monotonic() - started)
     save_tables(directory / "tables.safetensors", tables, {"fingerprint": about["fingerprint"]})
@@ -67,6 +68,12 @@ def open_profile(directory: Path, checkpoint: Checkpoint) -> dict:
     if fingerprint != checkpoint.fingerprint():
         raise PrepError(f"{directory} is the profile of another checkpoint ({about.get('model')}); profile this one.")
     return about
+
+
+def _fewest_logits(model: torch.nn.Module) -> dict[str, int]:
+    """Ask for one position's logits where the model can: nobody reads them, and over a large vocabulary they are most
+    of the memory."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _batches(rows: list[np.ndarray]):
@@ -108,12 +115,13 @@ class _Observer:
         self.scores = _Scores()
         self._sample = sample
         self._done = 0  # tokens of earlier batches
+        self._batch = np.zeros(0, np.int64)
         self._before: np.ndarray | None = None
         self._trace: dict[str, list[np.ndarray]] = {"tokens": [], "starts": []}
 
     def begin(self, batch: np.ndarray) -> None:
         """A batch of token ids int64 `[rows, length]` is about to run."""
-        self._done += len(self._batch) if hasattr(self, "_batch") else 0
+        self._done += len(self._batch)
         self._batch = batch.reshape(-1)
         self._before = None
         low, high = np.searchsorted(self._sample, [self._done, self._done + len(self._batch)])

@@ -81,6 +81,7 @@ class LayerSums:
 
     def add_outputs(self, outputs: np.ndarray, active: np.ndarray) -> None:
         """Add sampled tokens: `outputs` float `[n, E, H]` of every expert, `active` bool `[n, E]`."""
+        outputs = outputs.astype(np.float64)  # the error of near twins is a difference of large numbers
         gram = outputs @ outputs.transpose(0, 2, 1)  # [n, E, E]
         energy = np.einsum("nee->ne", gram).astype(np.float64)
         norms = np.sqrt(energy)

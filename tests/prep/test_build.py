@@ -13,11 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoe.artifacts import open_bundle
 from smoe.artifacts.encodings import decode_expert, record_layout
-from smoe.prep.build import Recipe, build
+from smoe.prep.build import MARKER, Recipe, beside, build
 from smoe.prep.calibration import Calibration
 from smoe.prep.checkpoint import open_checkpoint
 from smoe.prep.errors import PrepError
 from smoe.prep.pack import pack
+from smoe.prep.profile import profile
 from smoe.prep.progress import Progress
 from smoe.runtime.store import Shards
 
@@ -89,6 +90,7 @@ def test_a_dense_model_is_refused_by_name(tmp_path):
     (lambda p: (p.mkdir(), (p / "config.json").write_text("{")), "config.json is not one that transformers"),
     (lambda p: (p.mkdir(), (p / "config.json").write_text('{"model_type": "warp"}')), "config.json is not one that"),
     (lambda p: (p.mkdir(), (p / "config.json").write_text('{"model_type": "mixtral"}')), "has no .safetensors files"),
+    (lambda p: (p.mkdir(), (p / "config.json").write_text('{"model_type": "mixtral", "hidden_size": "abc"}')), "config.json is"),
 ])  # fmt: skip
 def test_what_is_no_checkpoint_is_said(tmp_path, make, said):
     make(tmp_path / "m")
@@ -134,6 +136,54 @@ def test_a_bundle_from_a_profile_is_the_same_as_one_from_text(checkpoints, bundl
     assert differ <= {"profile.json"}  # it says how long profiling took
 
 
+def test_profile_and_text_may_both_be_given_if_they_agree(checkpoints, ids_file, tmp_path):
+    source, calibration = checkpoints("mixtral"), Calibration(str(ids_file), tokens=200)
+    (tmp_path / "p").mkdir()
+    profile(open_checkpoint(source), tmp_path / "p", calibration, QUIET)
+    build(source, tmp_path / "b", calibration, Recipe("bf16"), tmp_path / "p", QUIET)
+    assert (tmp_path / "b" / "tables.safetensors").read_bytes() == (tmp_path / "p" / "tables.safetensors").read_bytes()
+    for other, said in ((Calibration("other.txt"), "made with source 'ids.jsonl', asked for is 'other.txt'"),
+                        (Calibration(str(ids_file), seed=3), "seed 0, asked for is 3"),
+                        (Calibration(str(ids_file), tokens=300), "tokens 200, asked for is 300")):  # fmt: skip
+        with pytest.raises(PrepError, match=said):
+            build(source, tmp_path / "c", other, Recipe("bf16"), tmp_path / "p", QUIET)
+
+
+def test_what_lies_in_the_way_is_kept(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious").write_text("data")
+    with pytest.raises(PrepError, match=r"out.partial is in the way and not smoe's"), beside(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out.partial" / "precious").read_text() == "data"
+
+
+def test_two_builds_of_one_output_do_not_meet(tmp_path):
+    with beside(tmp_path / "out") as first:
+        (first / "half").write_text("done")
+        with pytest.raises(PrepError, match="Another smoe-prep is writing"), beside(tmp_path / "out"):
+            pass
+        assert (first / "half").exists()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["half"]
+
+
+def test_what_a_killed_build_left_is_cleared(tmp_path):
+    (tmp_path / "out.partial" / "experts").mkdir(parents=True)
+    (tmp_path / "out.partial" / MARKER).touch()
+    with beside(tmp_path / "out") as partial:
+        assert [p.name for p in partial.iterdir()] == [MARKER]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_fingerprint_sees_the_last_byte(checkpoints, tmp_path):
+    for file in checkpoints("mixtral").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    before = open_checkpoint(tmp_path).fingerprint()
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    assert open_checkpoint(tmp_path).fingerprint() != before
+
+
 def test_steps_on_their_own(checkpoints, tmp_path):
     source = checkpoints("mixtral")
     assert smoe_prep("pack", source, "-o", tmp_path / "packed", "--encoding", "int8").returncode == 0
@@ -158,6 +208,7 @@ def test_verify_finds_no_difference_in_f32_and_refuses_another_model(checkpoints
     (("build", "{model}", "-o", "{tmp}/b"), "no calibration text; give --calibration FILE, or --profile"),
     (("build", "{model}", "-o", "{tmp}/b", "--calibration", "{ids}", "--encoding", "int3"), "no encoding 'int3'"),
     (("build", "{model}", "-o", "{tmp}/b", "--calibration", "{ids}", "--backbone", "int4"), "--backbone int4 is not"),
+    (("build", "{model}", "-o", "{tmp}/b", "--calibration", "{ids}", "--seed", "-1"), "seed -1"),
     (("build", "{model}", "-o", "{tmp}/no/b", "--calibration", "{ids}"), "is not a directory; make it first"),
     (("build", "{model}", "-o", "{tmp}/b", "--profile", "{tmp}"), "has no tables.safetensors"),
     (("profile", "{model}", "-o", "{tmp}/p", "--calibration", "{tmp}/none.txt"), "none.txt does not exist"),

@@ -65,6 +65,8 @@ def test_the_seed_orders_documents(pico, tmp_path):
     ("bad.jsonl", '{"input_ids": [1]}\n{oops', {}, "bad.jsonl, line 2 is not JSON"),
     ("other.jsonl", '{"content": "x"}', {}, "line 1 has neither a string `text` nor"),
     ("list.jsonl", "[1]", {}, "line 1 has neither"),
+    ("deep.jsonl", "[" * 100_000, {}, "line 1 is not JSON"),
+    ("wide.jsonl", '{"input_ids": [99999999999999999999]}', {}, "line 1 has neither"),
     ("neg.jsonl", '{"input_ids": [-1]}', {}, "line 1 has neither"),
     ("large.jsonl", json.dumps({"input_ids": [211] * 200}), {}, "token id 211; this model has 0 to 210"),
     ("text.jsonl", '{"text": "hello"}', {}, "no tokenizer.json, so text cannot be used"),
@@ -81,6 +83,11 @@ def test_a_name_that_is_no_dataset_is_a_sentence(pico, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(PrepError, match="dataset 'no-such/thing' cannot be loaded"):
         Calibration("no-such/thing[sub](train):5").rows(pico)
+
+
+def test_unusual_line_ends_belong_to_the_text(reference, tmp_path):
+    (tmp_path / "web.jsonl").write_text(json.dumps({"text": "a\u2028b\x85c " * 300}, ensure_ascii=False))
+    assert len(_stream(Calibration(str(tmp_path / "web.jsonl")), reference)) > 300
 
 
 def test_text_that_is_not_utf8_is_a_sentence(reference, tmp_path):

@@ -45,6 +45,15 @@ def test_a_clamped_gate_is_recognised_with_its_numbers(alpha, limit):
     assert probe_gate(_Experts(None, is_concatenated=False, apply_gate=clamped)) == Gate("clamped", "", alpha, limit)
 
 
+def test_a_clamp_far_out_is_not_overlooked():
+    def clamped(pair):
+        gate, up = pair.chunk(2, -1)
+        return torch.nn.functional.silu(gate.clamp(max=150)) * up.clamp(-150, 150)
+
+    with pytest.raises(PrepError, match="none of the"):
+        probe_gate(_Experts(None, apply_gate=clamped))
+
+
 def test_an_unknown_activation_is_refused():
     with pytest.raises(PrepError, match="activation in _Experts is none of the"):
         probe_gate(_Experts(torch.sin))
