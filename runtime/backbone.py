@@ -29,7 +29,7 @@ ORT_ERRORS = (
 )  # fmt: skip
 
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
-THREADS = 2
+LARGE = 8 << 20  # bytes of a weight from which on a second thread pays (bench/threads.py)
 
 _arena_made = False
 
@@ -99,7 +99,7 @@ class Sequence:
 class Backbone:
     """All segments of a bundle. Not thread-safe: one step at a time."""
 
-    def __init__(self, path: Path, manifest: Manifest, threads: int = THREADS):
+    def __init__(self, path: Path, manifest: Manifest, threads: int | None = None):
         self._segments = manifest.backbone.segments
         self._in_place = {s.output: s.input for s in manifest.backbone.state if s.in_place}
         self._replaced = [
@@ -107,7 +107,11 @@ class Backbone:
             for i in range(len(self._segments))
         ]
         self._weights = _read_weights(path, manifest)
-        self.threads = threads
+        nbytes = {w.name: w.nbytes for w in manifest.backbone.initializers}
+        self.threads = [
+            threads or (2 if max((nbytes[name] for name in segment.weights), default=0) >= LARGE else 1)
+            for segment in self._segments
+        ]
         _share_arena()
         # Weights come from memory alone. ONNX Runtime would map whatever file an untrusted graph names, and a mapped file
         # that shrinks kills the process: so it is shown a folder where the weight file is empty.
@@ -117,7 +121,7 @@ class Backbone:
 
     def _session(self, path: Path, index: int, external: str) -> ort.InferenceSession:
         segment = self._segments[index]
-        options = session_options(self.threads)
+        options = session_options(self.threads[index])
         options.add_session_config_entry(EXTERNAL_FOLDER, external)
         for name in segment.weights:
             options.add_initializer(name, self._weights[name])  # shared; external initializers would be copied

@@ -12,7 +12,6 @@ import click
 
 from smoe.artifacts import open_bundle
 from smoe.runtime import memory as budget
-from smoe.runtime.backbone import THREADS
 from smoe.runtime.engine import Engine, Stats
 from smoe.runtime.errors import EngineError
 from smoe.runtime.text import StopWhen, read_text
@@ -44,9 +43,7 @@ _engine = _options(
         help="Budget for everything the engine holds, like 64MiB. Default: all experts resident.",
     ),
     click.option("--context", type=int, metavar="TOKENS", help="Longest sequence. Default: 2048, or the model's own."),
-    click.option(
-        "--threads", type=click.IntRange(1), default=THREADS, show_default=True, help="Threads of the backbone."
-    ),
+    click.option("--threads", type=click.IntRange(1), help="Threads of the backbone. Default: as many as pay."),
 )
 _generation = _options(
     click.option("--max-new-tokens", type=int, default=64, show_default=True),
@@ -69,7 +66,7 @@ def run(
     prompt: str,
     memory: str | None,
     context: int | None,
-    threads: int,
+    threads: int | None,
     ids: bool,
     as_json: bool,
     stop: tuple[str, ...],
@@ -118,7 +115,7 @@ def chat(
     bundle: Path,
     memory: str | None,
     context: int | None,
-    threads: int,
+    threads: int | None,
     system: str | None,
     chat_template: Path | None,
     as_json: bool,

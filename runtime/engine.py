@@ -18,7 +18,7 @@ import numpy as np
 from smoe.artifacts import open_bundle
 from smoe.artifacts.manifest import Layer, Manifest
 from smoe.runtime import kernels, memory, scheduler
-from smoe.runtime.backbone import THREADS, Backbone, Sequence, Values, ort_value
+from smoe.runtime.backbone import LARGE, Backbone, Sequence, Values, ort_value
 from smoe.runtime.errors import EngineError
 from smoe.runtime.residency import Residency
 from smoe.runtime.sampling import Sampler, Sampling
@@ -61,7 +61,7 @@ class Stats:
 class Engine:
     """One bundle in memory. Use it from one thread; close it, or use it in a `with`."""
 
-    def __init__(self, path: Path, manifest: Manifest, plan: memory.Plan, threads: int = THREADS):
+    def __init__(self, path: Path, manifest: Manifest, plan: memory.Plan, threads: int | None = None):
         self.path, self.manifest, self.plan, self.context = path, manifest, plan, plan.context
         self.stats = Stats()
         self.text = Text(path, manifest.files)
@@ -75,11 +75,11 @@ class Engine:
 
     @classmethod
     def open(
-        cls, path: str | Path, memory: str | int | None = None, context: int | None = None, threads: int = THREADS
+        cls, path: str | Path, memory: str | int | None = None, context: int | None = None, threads: int | None = None
     ) -> Engine:
         """Open the bundle at `path` within `memory` (bytes, or text like "64MiB"; None: all experts resident) for
         sequences of up to `context` tokens (None: 2048, or what the model was made for if that is less). `threads`
-        run the backbone.
+        run the backbone (None: as many as pay, by the size of each segment's weights).
 
         A damaged bundle is a `BundleError`, a budget that is too small an `EngineError` that names the minimum.
         """
@@ -116,7 +116,8 @@ class Engine:
         return [
             f"model: {model.model_type}, {len(self.manifest.layers)} MoE layers, experts {experts.encoding}, "
             f"backbone {self.manifest.backbone.precision}, context {self.context}",
-            f"kernels: {self._kernels.name} ({self._kernels.reason}); backbone on {self._backbone.threads} threads",
+            f"kernels: {self._kernels.name} ({self._kernels.reason})",
+            _threads_line(self._backbone.threads),
             *self.plan.lines(),
             *([f"substitution: not possible with this model: {refused[0]}"] if refused else []),
         ]
@@ -166,16 +167,15 @@ class Engine:
 
     def _load(self, layer: int, expert: int) -> dict[str, np.ndarray]:
         """The tensors of an expert, read from its shard if it is not resident."""
-        frame, hit = self._residency.ensure((layer, expert))
-        if hit:
+        key = (layer, expert)
+        frame = self._residency.get(key)
+        if frame is not None:
             self.stats.hits += 1
         else:
             started = time.perf_counter()
-            try:
-                self.stats.bytes_read += self._shards.read(layer, expert, self._frames[frame])
-            except BaseException:  # an interrupt too: half a record must not pass for resident
-                self._residency.forget((layer, expert))
-                raise
+            frame = self._residency.reserve()
+            self.stats.bytes_read += self._shards.read(layer, expert, self._frames[frame])
+            self._residency.put(key)
             self.stats.misses += 1
             self.stats.load_seconds += time.perf_counter() - started
         return self._shards.layouts[layer].views(self._frames[frame])
@@ -294,6 +294,12 @@ class Engine:
                 f"(this model takes up to {self.manifest.model.context})."
             )
         return array.astype(np.int64)
+
+
+def _threads_line(threads: list[int]) -> str:
+    counts = {n: threads.count(n) for n in sorted(set(threads))}
+    shown = ", ".join(f"{count} segments on {n}" for n, count in counts.items())
+    return f"backbone threads: {shown} (a second thread pays from weights of {memory.show(LARGE)} on, unless told)"
 
 
 def _plan(manifest: Manifest, budget: str | int | None, context: int | None) -> memory.Plan:

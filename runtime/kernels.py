@@ -20,7 +20,7 @@ try:
     from smoe.runtime import _native
 except ModuleNotFoundError:
     # Only a build with SMOE_NO_NATIVE=1 carries this marker: without it a missing module is an error, not slowness.
-    from smoe.runtime import _without_native  # noqa: F401
+    from smoe.runtime import _without_native  # type: ignore[attr-defined]  # noqa: F401
 
     _native = None  # type: ignore[assignment]
 

@@ -8,7 +8,11 @@ Key = tuple[int, int]  # (layer, expert)
 
 
 class Residency:
-    """A pool of `capacity` frames (places for one record each) over all layers, least recently used out first."""
+    """A pool of `capacity` frames (places for one record each) over all layers, least recently used out first.
+
+    A miss takes two calls, with the read between them: until `put`, nothing claims that the record is there, so a read
+    that fails or is interrupted leaves no trace.
+    """
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -21,15 +25,19 @@ class Residency:
     def __len__(self) -> int:
         return len(self._frames)
 
-    def ensure(self, key: Key) -> tuple[int, bool]:
-        """(frame, hit): the frame that holds `key` from now on. On a miss the caller fills it, or calls `forget`."""
-        if key in self._frames:
-            self._frames.move_to_end(key)
-            return self._frames[key], True
-        frame = self._free.pop() if self._free else self._frames.popitem(last=False)[1]
-        self._frames[key] = frame
-        return frame, False
+    def get(self, key: Key) -> int | None:
+        """The frame that holds `key`, which becomes the most recently used; None on a miss."""
+        if key not in self._frames:
+            return None
+        self._frames.move_to_end(key)
+        return self._frames[key]
 
-    def forget(self, key: Key) -> None:
-        """Give up `key`'s frame: it could not be filled."""
-        self._free.append(self._frames.pop(key))
+    def reserve(self) -> int:
+        """A frame to fill; the least recently used expert goes if none is free. The same one until `put`."""
+        if not self._free:
+            self._free.append(self._frames.popitem(last=False)[1])
+        return self._free[-1]
+
+    def put(self, key: Key) -> None:
+        """The reserved frame holds `key` now."""
+        self._frames[key] = self._free.pop()

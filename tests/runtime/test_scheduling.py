@@ -44,35 +44,43 @@ def test_tasks_cover_every_slot_once_residents_first(tokens, k, experts, seed):
     assert order == sorted(order, reverse=True)
 
 
+def _ask(residency, key) -> tuple[int, bool]:
+    """(frame, hit), as the engine asks."""
+    frame = residency.get(key)
+    if frame is not None:
+        return frame, True
+    frame = residency.reserve()
+    residency.put(key)
+    return frame, False
+
+
 @given(st.integers(1, 6), st.lists(st.integers(0, 9), max_size=80))
 def test_residency_is_least_recently_used(capacity, requests):
     residency = Residency(capacity)
     held: list[int] = []  # least recently used first
     where: dict[int, int] = {}
     for expert in requests:
-        slot, hit = residency.ensure((0, expert))
+        frame, hit = _ask(residency, (0, expert))
         assert hit == (expert in held)
         if hit:
             held.remove(expert)
-            assert where[expert] == slot
+            assert where[expert] == frame
         elif len(held) == capacity:
-            assert where.pop(held.pop(0)) == slot  # the victim's slot is taken over
+            assert where.pop(held.pop(0)) == frame  # the victim's frame is taken over
         held.append(expert)
-        where[expert] = slot
-        assert len(set(where.values())) == len(where) and 0 <= slot < capacity
+        where[expert] = frame
+        assert len(set(where.values())) == len(where) and 0 <= frame < capacity
         assert {e for e in range(10) if (0, e) in residency} == set(held)
 
 
-def test_a_slot_that_could_not_be_filled_is_free_again():
+def test_a_frame_that_was_not_filled_claims_nothing_and_is_the_next_to_be_filled():
     residency = Residency(2)
-    residency.ensure((0, 1))
-    slot, _ = residency.ensure((0, 2))
-    residency.forget((0, 2))
-    assert (0, 2) not in residency and len(residency) == 1
-    assert residency.ensure((0, 3)) == (slot, False) and (0, 1) in residency
+    _ask(residency, (0, 1))
+    frame = residency.reserve()  # the read fails: no put
+    assert len(residency) == 1 and residency.reserve() == frame
+    assert _ask(residency, (0, 3)) == (frame, False) and (0, 1) in residency
 
 
 def test_below_one_cycle_least_recently_used_never_hits():
     residency = Residency(3)
-    hits = [residency.ensure((0, e))[1] for _ in range(20) for e in range(4)]
-    assert not any(hits)
+    assert not any(_ask(residency, (0, e))[1] for _ in range(20) for e in range(4))
