@@ -11,7 +11,7 @@ SOURCES := pyproject.toml $(shell find artifacts prep runtime -name '*.py' -o -n
 ## Build the example model into demo.smoe and generate from it inside a budget smaller than its experts.
 demo: .venv/installed
 	test -d demo.smoe || $(BIN)/smoe-prep build examples/reference -o demo.smoe --calibration examples/calibration.jsonl --encoding f32
-	$(BIN)/smoe run demo.smoe "def main(" --memory 56MiB --context 512 --max-new-tokens 96
+	$(BIN)/smoe run demo.smoe "def main(" --memory 60MiB --context 512 --max-new-tokens 96 --temperature 0.7 --seed 2
 
 ## Everything that CI runs: lint, import contracts, types, all tests, and the device side without torch.
 test: lint check lean

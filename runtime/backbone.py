@@ -39,7 +39,8 @@ def _share_arena() -> None:
     global _arena_made
     if not _arena_made:
         info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-        ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 1}))  # grow as requested
+        # Strategy 0 grows in powers of two: requests that grow with the context then find what was freed before.
+        ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 0}))
         _arena_made = True
 
 
