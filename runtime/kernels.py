@@ -17,12 +17,17 @@ from smoe.runtime import reference
 from smoe.runtime.errors import EngineError
 
 try:
-    from smoe.runtime import _native
+    import smoe.runtime._native as _native
 except ModuleNotFoundError:
-    # Only a build with SMOE_NO_NATIVE=1 carries this marker: without it a missing module is an error, not slowness.
-    from smoe.runtime import _without_native  # type: ignore[attr-defined]  # noqa: F401
-
     _native = None  # type: ignore[assignment]
+    # Only a build with SMOE_NO_NATIVE=1 carries this marker: without it a missing module is an error, not slowness.
+    try:
+        import smoe.runtime._without_native  # noqa: F401
+    except ModuleNotFoundError:
+        raise ImportError(
+            "This install of smoe lacks its native kernels. Install it again where there is a C++ compiler, or with "
+            "SMOE_NO_NATIVE=1 for the slow reference kernels."
+        ) from None
 
 Linear = Callable[[np.ndarray, np.ndarray, "np.ndarray | None"], np.ndarray]
 

@@ -56,3 +56,28 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "pip install 'smoe[prep]'" in done.stderr and "Traceback" not in done.stderr
+
+
+WITHOUT = """
+import importlib.machinery, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "smoe.runtime._native":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if name == "smoe.runtime._without_native" and sys.argv[1] == "chosen":
+            return importlib.machinery.ModuleSpec(name, None, is_package=True)
+        if name == "smoe.runtime._without_native":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+from smoe.runtime import kernels
+print(kernels.available(), kernels.choose().reason)
+"""
+
+
+def test_missing_native_kernels_are_an_error_unless_they_were_left_out_on_purpose():
+    def run(chosen):
+        return subprocess.run([sys.executable, "-c", WITHOUT, chosen], capture_output=True, text=True)
+
+    assert run("chosen").stdout == "['reference'] built with SMOE_NO_NATIVE=1\n"
+    broken = run("broken")
+    assert broken.returncode != 0 and "smoe lacks its native kernels" in broken.stderr
