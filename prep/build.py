@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from smoe.artifacts.encodings import encoding_named
 from smoe.artifacts.manifest import FORMAT, VERSION, Experts, File, Layer, Manifest, Model, Wires
 from smoe.artifacts.validate import open_bundle, sha256
 from smoe.prep import cut, routing
@@ -21,8 +22,8 @@ from smoe.prep.calibration import Calibration
 from smoe.prep.checkpoint import Checkpoint, open_checkpoint
 from smoe.prep.errors import PrepError
 from smoe.prep.experts import expert_geometry, experts_modules
-from smoe.prep.export import Exported, export
-from smoe.prep.pack import pack
+from smoe.prep.export import Exported, check_precision, export
+from smoe.prep.pack import common_gate, pack
 from smoe.prep.profile import PROFILE_FILES, open_profile, profile
 from smoe.prep.progress import Progress
 from smoe.runtime.backbone import Backbone as Running
@@ -56,11 +57,11 @@ def build(
     recipe, progress, output = recipe or Recipe(), progress or Progress(), Path(output)
     with beside(output) as partial:
         checkpoint = open_checkpoint(model)
-        # What can be refused is refused before the long part, profiling.
+        _refuse_early(checkpoint, recipe, calibration, profiled)
+        _statistics(checkpoint, partial, calibration, profiled, progress)
         experts = pack(checkpoint, partial, recipe.encoding, progress)
         progress.say("export: tracing the backbone")
         exported = export(checkpoint, partial, recipe.backbone)
-        _statistics(checkpoint, partial, calibration, profiled, progress)
         for file in checkpoint.text_files():
             shutil.copyfile(file, partial / file.name)
         manifest = _manifest(checkpoint, partial, experts, exported)
@@ -108,16 +109,28 @@ def _statistics(
     profiled: str | Path | None,
     progress: Progress,
 ) -> None:
-    if profiled is None:
-        if calibration is None:
-            raise PrepError("There is no calibration text; give --calibration FILE, or --profile PROFILE.")
+    if profiled is not None:
+        for name in PROFILE_FILES:
+            shutil.copyfile(Path(profiled) / name, partial / name)
+    elif calibration is not None:
         profile(checkpoint, partial, calibration, progress)
-        return
-    about = open_profile(Path(profiled), checkpoint)
-    if calibration is not None:
-        _refuse_other_text(Path(profiled), about["calibration"], calibration)
-    for name in PROFILE_FILES:
-        shutil.copyfile(Path(profiled) / name, partial / name)
+
+
+def _refuse_early(
+    checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | None, profiled: str | Path | None
+) -> None:
+    """Whatever the user may have got wrong is a `PrepError` now, not after hours of profiling."""
+    encoding_named(recipe.encoding)
+    check_precision(recipe.backbone)
+    common_gate(checkpoint)
+    if profiled is not None:
+        about = open_profile(Path(profiled), checkpoint)
+        if calibration is not None:
+            _refuse_other_text(Path(profiled), about["calibration"], calibration)
+    elif calibration is not None:
+        calibration.rows(checkpoint)
+    else:
+        raise PrepError("There is no calibration text; give --calibration FILE, or --profile PROFILE.")
 
 
 def _refuse_other_text(profiled: Path, made: dict, asked: Calibration) -> None:

@@ -63,8 +63,7 @@ def export(checkpoint: Checkpoint, directory: Path, precision: str = "f32") -> E
 
     Every segment is a plain ONNX model that passes `onnx.checker`; they share one weight file.
     """
-    if precision != "f32":
-        raise PrepError(f"--backbone {precision} is not in this version yet; use f32.")
+    check_precision(precision)
     sample = _sample(checkpoint.model)
     graph = _trace(checkpoint.model, sample)
     state = _state(graph, sample)
@@ -81,6 +80,12 @@ def export(checkpoint: Checkpoint, directory: Path, precision: str = "f32") -> E
     heads = int(getattr(checkpoint.config, "num_attention_heads", 1))
     backbone = Backbone(precision, heads, WEIGHTS, tuple(segments), tuple(initializers.values()), tuple(placed))
     return Exported(backbone, pieces.nodes)
+
+
+def check_precision(precision: str) -> None:
+    """A `PrepError` for a precision of the backbone that this version does not write."""
+    if precision != "f32":
+        raise PrepError(f"--backbone {precision} is not in this version yet; use f32.")
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 
 from smoe.artifacts.encodings import encode_expert, record_layout
 from smoe.artifacts.layout import ExpertShape, RecordLayout
-from smoe.artifacts.manifest import Experts, Manifest
+from smoe.artifacts.manifest import Experts, Gate, Manifest
 from smoe.artifacts.shard import write_shard
 from smoe.prep.checkpoint import Checkpoint
 from smoe.prep.errors import PrepError
@@ -23,11 +23,7 @@ PAGE = 16384  # bytes: some aarch64 kernels use pages of this size
 def pack(checkpoint: Checkpoint, directory: Path, encoding: str, progress: Progress) -> Experts:
     """Write every layer's experts to `directory`/experts in `encoding`; returns what all shards have in common."""
     modules = [module for _, module in experts_modules(checkpoint.model)]
-    gates = {probe_gate(module) for module in modules}
-    biased = {bool(module.has_bias) for module in modules}
-    if len(gates) > 1 or len(biased) > 1:
-        raise PrepError(f"The layers' experts differ in kind ({gates}); this version packs one kind per model.")
-    experts = Experts(encoding, PAGE, gates.pop(), biased.pop())
+    experts = Experts(encoding, PAGE, *common_gate(checkpoint))
     (directory / "experts").mkdir(parents=True, exist_ok=True)
     for layer, module in enumerate(progress.over(modules, "pack", "layers")):
         count, hidden, width = expert_geometry(module)
@@ -36,6 +32,15 @@ def pack(checkpoint: Checkpoint, directory: Path, encoding: str, progress: Progr
         records = _records(module, layout, encoding, count)
         write_shard(directory / Manifest.shard(layer), layout, PAGE, records, count)
     return experts
+
+
+def common_gate(checkpoint: Checkpoint) -> tuple[Gate, bool]:
+    """The gate of all experts, and whether their matrices have biases; a `PrepError` if layers differ."""
+    modules = [module for _, module in experts_modules(checkpoint.model)]
+    kinds = {(probe_gate(module), bool(module.has_bias)) for module in modules}
+    if len(kinds) > 1:
+        raise PrepError(f"The layers' experts differ in kind ({kinds}); this version packs one kind per model.")
+    return kinds.pop()
 
 
 def _records(module: torch.nn.Module, layout: RecordLayout, encoding: str, count: int) -> Iterator[np.ndarray]:

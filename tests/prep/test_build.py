@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smoe.artifacts import open_bundle
+from smoe.artifacts import BundleError, open_bundle
 from smoe.artifacts.encodings import decode_expert, record_layout
 from smoe.prep.build import MARKER, Recipe, beside, build
 from smoe.prep.calibration import Calibration
@@ -220,6 +220,23 @@ def test_mistakes_are_one_sentence_and_leave_no_output(checkpoints, ids_file, tm
     done = smoe_prep(*(a.format(**values) for a in arguments))
     assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
     assert list((tmp_path / "t").iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe, source, said", [
+    (Recipe("int3"), "ids", "no encoding 'int3'"), (Recipe("f32", "int4"), "ids", "--backbone int4"),
+    (Recipe(), "none.txt", "none.txt does not exist"),
+])  # fmt: skip
+def test_mistakes_are_found_before_the_long_part(checkpoints, ids_file, tmp_path, monkeypatch, recipe, source, said):
+    from smoe.prep import build as module
+
+    def never(*_):
+        raise AssertionError("profiling or packing began")
+
+    monkeypatch.setattr(module, "profile", never)
+    monkeypatch.setattr(module, "pack", never)
+    text = Calibration(str(ids_file) if source == "ids" else str(tmp_path / source))
+    with pytest.raises(PrepError if "encoding" not in said else BundleError, match=said):
+        build(checkpoints("mixtral"), tmp_path / "b", text, recipe, progress=QUIET)
 
 
 def test_an_unfinished_build_leaves_no_bundle_and_the_next_one_succeeds(checkpoints, ids_file, tmp_path, monkeypatch):
