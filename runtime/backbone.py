@@ -128,7 +128,7 @@ class Backbone:
             options.add_initializer(name, self._weights[name])  # shared; external initializers would be copied
         try:
             model = (path / segment.file).read_bytes()
-            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
         except (*ORT_ERRORS, OSError) as error:
             raise EngineError(
                 f"{path / segment.file} does not load in ONNX Runtime {ort.__version__}: {_first_line(error)}"
