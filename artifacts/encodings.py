@@ -39,6 +39,8 @@ class Encoding:
             plane += self.matrix(name, dims)
             if shape.biased:
                 plane.append(Planned(f"{name}_bias", "F32", (dims[0],)))
+        if shape.normed:
+            plane.append(Planned("norm", "F32", (shape.hidden,)))
         return [plane]
 
 
@@ -103,7 +105,7 @@ def encode_expert(layout: RecordLayout, encoding: str, weights: dict[str, np.nda
     record = np.zeros(layout.nbytes, np.uint8)
     views = layout.views(record)
     for name, w in weights.items():
-        encoded = {name: w} if name.endswith("_bias") else encoding_named(encoding).encode(name, w)
+        encoded = {name: w} if _is_vector(name) else encoding_named(encoding).encode(name, w)
         for tensor, values in encoded.items():
             views[tensor][...] = values
     return record
@@ -114,7 +116,11 @@ def decode_expert(layout: RecordLayout, encoding: str, record: np.ndarray) -> di
     views = layout.views(record)
     decode = encoding_named(encoding).decode
     return {
-        name: view if name.endswith("_bias") else decode(name, views)
+        name: view if _is_vector(name) else decode(name, views)
         for name, view in views.items()
         if not name.endswith("_scale")
     }
+
+
+def _is_vector(name: str) -> bool:
+    return name.endswith("_bias") or name == "norm"

@@ -21,13 +21,15 @@ ALIGN = 64  # bytes: every tensor of a record starts on a multiple, so that vect
 class ExpertShape:
     """The matrices of one expert: gate and up `[width, hidden]`, down `[hidden, width]`.
 
-    `gated` is False where the expert is down(act(up(x))); `biased` adds a vector per matrix.
+    `gated` is False where the expert is down(act(up(x))); `biased` adds a vector per matrix, `normed` one that scales
+    the output before it is normalised.
     """
 
     hidden: int
     width: int
     gated: bool = True
     biased: bool = False
+    normed: bool = False
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         gate = {"gate": (self.width, self.hidden)} if self.gated else {}

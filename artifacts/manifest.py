@@ -16,7 +16,7 @@ from smoe.artifacts.errors import BundleError
 from smoe.artifacts.layout import ExpertShape
 
 FORMAT = "smoe"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Gate:
     """How an expert's first matrices become the input of its last (formulas in FORMAT.md).
 
     kind "gated": act(gate) * up. kind "plain": act(up). kind "clamped": gate' = min(gate, limit),
-    up' = clip(up, -limit, limit), (up' + 1) * gate' * sigmoid(alpha * gate').
+    up' = clip(up, -limit, limit), (up' + 1) * gate' * sigmoid(alpha * gate'). kind "bounded": act(gate') * up'.
+    kind "softcapped": limit * tanh(gate / limit) * sigmoid(gate) * alpha * tanh(up / alpha).
     """
 
     kind: str
@@ -122,7 +123,8 @@ class Initializer:
 
 @dataclass(frozen=True)
 class Backbone:
-    """Everything but the experts. `heads` is the number of attention heads, for the memory plan."""
+    """Everything but the experts. `heads` is the number of attention heads, for the memory plan. `one_at_a_time` says
+    that a call takes exactly one token."""
 
     precision: str
     heads: int
@@ -130,16 +132,19 @@ class Backbone:
     segments: tuple[Segment, ...]
     initializers: tuple[Initializer, ...]
     state: tuple[State, ...]
+    one_at_a_time: bool = False
 
 
 @dataclass(frozen=True)
 class Experts:
-    """What all shards have in common: encoding, page size in bytes, gate, and whether matrices have biases."""
+    """What all shards have in common: encoding, page size in bytes, gate, whether matrices have biases, and whether
+    an expert's output is normalised (FORMAT.md, "Gate")."""
 
     encoding: str
     page: int
     gate: Gate
     biased: bool
+    normed: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,8 @@ class Manifest:
 
     def expert_shape(self, layer: int) -> ExpertShape:
         spec = self.layers[layer]
-        return ExpertShape(spec.hidden, spec.width, self.experts.gate.kind != "plain", self.experts.biased)
+        gated = self.experts.gate.kind != "plain"
+        return ExpertShape(spec.hidden, spec.width, gated, self.experts.biased, self.experts.normed)
 
     @staticmethod
     def shard(layer: int) -> str:
@@ -182,9 +188,9 @@ class Manifest:
             raise BundleError(f"{where} is not JSON ({error}); copy the bundle again.") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(f"{where} does not say format {FORMAT!r}; this is not a smoe bundle.")
-        if data.get("version") != VERSION:
+        if type(data.get("version")) is not int or not 1 <= data["version"] <= VERSION:
             raise BundleError(
-                f"{where} has format version {data.get('version')!r}, this smoe reads {VERSION}; "
+                f"{where} has format version {data.get('version')!r}, this smoe reads 1 to {VERSION}; "
                 "upgrade smoe, or build the bundle again with it."
             )
         return _parse(cls, data, where)
@@ -200,10 +206,11 @@ def _parse(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
         if not isinstance(value, dict):
             raise _wrong(where, "an object", value)
         hints = typing.get_type_hints(wanted)
-        if set(value) != set(hints):
-            odd = sorted(set(value) ^ set(hints))
+        later = {field.name for field in dataclasses.fields(wanted) if field.default is not dataclasses.MISSING}
+        odd = sorted((set(value) ^ set(hints)) - (later - set(value)))  # older versions lack what has a default
+        if odd:
             raise BundleError(f"{where}: the fields {', '.join(odd)} are missing or unknown; build the bundle again.")
-        return wanted(**{key: _parse(hints[key], value[key], f"{where}: {key}") for key in hints})
+        return wanted(**{key: _parse(hints[key], value[key], f"{where}: {key}") for key in value})
     if origin is tuple:
         if not isinstance(value, list):
             raise _wrong(where, "a list", value)

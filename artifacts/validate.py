@@ -21,7 +21,7 @@ from smoe.artifacts.shard import shard_start
 
 MAX_MANIFEST = 64 << 20
 MAX_STATE = 1 << 40  # bytes of one sequence at its longest, in the widest dtype
-GATES = ("gated", "plain", "clamped")
+GATES = ("gated", "plain", "clamped", "bounded", "softcapped")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "identity")
 NORMALISERS = ("none", "sum", "softmax")
 OPTIONAL_FILES = (
@@ -93,8 +93,13 @@ def _geometry(m: Manifest) -> Iterator[str]:
     if not 1 <= m.backbone.heads <= 65536:
         yield bad("backbone.heads", m.backbone.heads, "1 to 65536")
     gate = m.experts.gate
-    if gate.kind not in GATES or (gate.kind != "clamped" and gate.activation not in ACTIVATIONS):
+    named = gate.kind in ("gated", "plain", "bounded")
+    if gate.kind not in GATES or (named and gate.activation not in ACTIVATIONS):
         yield bad("experts.gate", (gate.kind, gate.activation), f"one of {GATES} with one of {ACTIVATIONS}")
+    elif gate.kind not in ("gated", "plain") and not (
+        0 < gate.limit < math.inf and 0 < abs(gate.alpha or 1) < math.inf
+    ):
+        yield bad("experts.gate limit, alpha", (gate.limit, gate.alpha), "finite numbers, limit above 0")
     try:
         record_layout(m.expert_shape(0), m.experts.encoding, 512) if m.layers else None
     except BundleError as error:

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from smoe.artifacts.encodings import encoding_named
 from smoe.artifacts.manifest import FORMAT, VERSION, Experts, File, Layer, Manifest, Model, Wires
 from smoe.artifacts.validate import open_bundle, sha256
-from smoe.prep import cut, routing
+from smoe.prep import cut
 from smoe.prep.calibration import Calibration
+from smoe.prep.check import check_backbone
 from smoe.prep.checkpoint import Checkpoint, open_checkpoint
 from smoe.prep.errors import PrepError
-from smoe.prep.experts import expert_geometry, experts_modules
+from smoe.prep.experts import expert_geometry
 from smoe.prep.export import Exported, check_precision, export
-from smoe.prep.pack import common_gate, pack
+from smoe.prep.pack import common_kind, pack
 from smoe.prep.profile import PROFILE_FILES, open_profile, profile
 from smoe.prep.progress import Progress
-from smoe.runtime.backbone import Backbone as Running
-from smoe.runtime.backbone import Sequence, ort_value
-
-MARKER = "smoe-prep.lock"  # in a directory that is being written: it is ours, and held by the process that writes
+from smoe.prep.resume import FINISHED, MARKER, beside, refuse_existing, write_whole
+from smoe.prep.trace import continues
 
 
 @dataclass(frozen=True)
@@ -52,54 +46,36 @@ def build(
 
     `profiled` is a directory that `profile` wrote; without it the `calibration` text is profiled here. Given both, the
     profile must have been made from that text. The bundle is written beside and renamed once it is whole; an existing
-    `output` is never touched.
+    `output` is never touched. After an interruption the same call goes on from the layers that are finished, and gives
+    the same bytes.
     """
     recipe, progress, output = recipe or Recipe(), progress or Progress(), Path(output)
-    with beside(output) as partial:
-        checkpoint = open_checkpoint(model)
-        _refuse_early(checkpoint, recipe, calibration, profiled)
+    refuse_existing(output)
+    checkpoint = open_checkpoint(model)
+    _refuse_early(checkpoint, recipe, calibration, profiled)
+    with beside(output, _settings(checkpoint, recipe, calibration, profiled)) as partial:
         _statistics(checkpoint, partial, calibration, profiled, progress)
         experts = pack(checkpoint, partial, recipe.encoding, progress)
-        progress.say("export: tracing the backbone")
-        exported = export(checkpoint, partial, recipe.backbone)
+        draft = _backbone(checkpoint, partial, experts, recipe.backbone, progress)
         for file in checkpoint.text_files():
             shutil.copyfile(file, partial / file.name)
-        manifest = _manifest(checkpoint, partial, experts, exported)
-        (partial / "manifest.json").write_text(manifest.to_json(), "utf-8")
+        manifest = dataclasses.replace(draft, files=_files(partial))
+        write_whole(partial / "manifest.json", manifest.to_json())
         open_bundle(partial)
     progress.say(f"build: {output} is ready, {sum(f.size for f in manifest.files.values()) / 1e6:.1f} MB")
     return manifest
 
 
-@contextmanager
-def beside(output: Path) -> Iterator[Path]:
-    """A directory to write into that becomes `output` when the block ends well, and is gone when it fails.
-
-    What a killed run left there is removed; `output` itself is never overwritten (a `PrepError`).
-    """
-    if output.exists() or output.is_symlink():
-        raise PrepError(f"{output} exists; smoe does not overwrite. Remove it, or give another -o.")
-    if not output.parent.is_dir():
-        raise PrepError(f"{output.parent} is not a directory; make it first, or give another -o.")
-    partial = output.with_name(output.name + ".partial")
-    if partial.exists() and not (partial / MARKER).is_file():
-        raise PrepError(f"{partial} is in the way and not smoe's; move it, or give another -o.")
-    partial.mkdir(exist_ok=True)
-    with open(partial / MARKER, "w") as marker:
-        try:
-            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PrepError(f"Another smoe-prep is writing {output}; wait for it, or give another -o.") from error
-        try:
-            for left in partial.iterdir():
-                if left.name != MARKER:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield partial
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        (partial / MARKER).unlink()
-        partial.rename(output)
+def _settings(
+    checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | None, profiled: str | Path | None
+) -> dict[str, str]:
+    """All that the bundle's bytes depend on: an interrupted build goes on only with the same."""
+    about = {"--encoding": recipe.encoding, "--backbone": recipe.backbone}
+    if profiled is not None:
+        about["--profile"] = f"{profiled} ({sha256(Path(profiled) / 'tables.safetensors')[:12]})"
+    elif calibration is not None:
+        about |= calibration.settings(checkpoint)
+    return about | made_by(checkpoint)
 
 
 def _statistics(
@@ -109,11 +85,46 @@ def _statistics(
     profiled: str | Path | None,
     progress: Progress,
 ) -> None:
-    if profiled is not None:
+    if (partial / "profile.json").exists():
+        progress.say("profile: kept from an earlier run")
+    elif profiled is not None:
         for name in PROFILE_FILES:
             shutil.copyfile(Path(profiled) / name, partial / name)
     elif calibration is not None:
         profile(checkpoint, partial, calibration, progress)
+
+
+def _backbone(checkpoint: Checkpoint, partial: Path, experts: Experts, precision: str, progress: Progress) -> Manifest:
+    """The manifest, but for its files, of a backbone that is exported and does what the model does.
+
+    A graph for any number of tokens is tried first; where the model or the graph does not go on from its state with
+    several, one for single tokens.
+    """
+    file = partial / FINISHED / "export.json"
+    if not file.exists():
+        manifest = _exported(checkpoint, partial, experts, precision, progress)
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, manifest.to_json())
+    return Manifest.parse(file.read_text("utf-8"), str(file))
+
+
+def _exported(checkpoint: Checkpoint, partial: Path, experts: Experts, precision: str, progress: Progress) -> Manifest:
+    why = ""
+    for one_at_a_time in (False, True) if continues(checkpoint) else (True,):
+        progress.say("export: tracing the backbone" + (" for one token at a time" if one_at_a_time else ""))
+        try:
+            exported = export(checkpoint, partial, precision, one_at_a_time)
+        except PrepError as error:
+            why = why or str(error)
+            continue
+        draft = _draft(checkpoint, experts, exported)
+        manifest, wrong = check_backbone(checkpoint, partial, draft, exported.nodes)
+        if not wrong:
+            return manifest
+        why = why or wrong
+    raise PrepError(
+        f"{checkpoint.path}: the backbone of this {checkpoint.model.config.model_type} cannot be exported: {why}"
+    )
 
 
 def _refuse_early(
@@ -122,7 +133,7 @@ def _refuse_early(
     """Whatever the user may have got wrong is a `PrepError` now, not after hours of profiling."""
     encoding_named(recipe.encoding)
     check_precision(recipe.backbone)
-    common_gate(checkpoint)
+    common_kind(checkpoint)
     if profiled is not None:
         about = open_profile(Path(profiled), checkpoint)
         if calibration is not None:
@@ -146,11 +157,11 @@ def _refuse_other_text(profiled: Path, made: dict, asked: Calibration) -> None:
             )
 
 
-def _manifest(checkpoint: Checkpoint, partial: Path, experts: Experts, exported: Exported) -> Manifest:
+def _draft(checkpoint: Checkpoint, experts: Experts, exported: Exported) -> Manifest:
+    """The manifest, but for its files and what only running the segments shows."""
     config = checkpoint.config
     layers = [
-        _layer(name, module, node)
-        for (name, module), node in zip(experts_modules(checkpoint.model), exported.nodes, strict=True)
+        _layer(name, module, node) for (name, module), node in zip(checkpoint.layers, exported.nodes, strict=True)
     ]
     model = Model(
         checkpoint.model.config.model_type,
@@ -159,14 +170,15 @@ def _manifest(checkpoint: Checkpoint, partial: Path, experts: Experts, exported:
         int(getattr(config, "max_position_embeddings", None) or 2048),
         checkpoint.end_ids,
     )
-    draft = Manifest(FORMAT, VERSION, model, tuple(layers), experts, exported.backbone, _provenance(checkpoint), {})
-    checked = _check_routing(draft, exported.nodes, partial)
-    files = {
+    return Manifest(FORMAT, VERSION, model, tuple(layers), experts, exported.backbone, _provenance(checkpoint), {})
+
+
+def _files(partial: Path) -> dict[str, File]:
+    return {
         str(file.relative_to(partial)): File(file.stat().st_size, sha256(file))
         for file in sorted(partial.rglob("*"))
-        if file.is_file() and file.name != MARKER
+        if file.is_file() and file.name != MARKER and FINISHED not in file.relative_to(partial).parts
     }
-    return dataclasses.replace(checked, files=files)
 
 
 def _layer(name: str, module, node: cut.ExpertsNode) -> Layer:
@@ -178,38 +190,16 @@ def _layer(name: str, module, node: cut.ExpertsNode) -> Layer:
     return Layer(name, count, 1, hidden, width, wires, rule, refusal)  # top_k follows from running it
 
 
-def _check_routing(manifest: Manifest, nodes: list[cut.ExpertsNode], partial: Path) -> Manifest:
-    """Run the segments on random tokens and replay every layer's routing rule; drop those that do not reproduce it.
-
-    The experts' outputs are noise here: any hidden state exercises a router. top_k is read off the ids.
-    """
-    backbone = Running(partial, manifest)
-    random = np.random.default_rng(0)
-    ids = random.integers(0, manifest.model.vocabulary, 64)
-    sequence = Sequence(manifest.backbone.state, 64)
-    values = backbone.begin(sequence, ids, np.array([63]))
-    layers = []
-    for index, layer in enumerate(manifest.layers):
-        backbone.run(index, values, sequence)
-        wires = layer.wires
-        chosen = values[wires.ids].numpy().reshape(64, -1)
-        layer = dataclasses.replace(layer, top_k=chosen.shape[1])
-        found = nodes[index].found
-        if found:
-            scores, raw = (values[n].numpy().reshape(64, -1) for n in (found.scores, found.raw))
-            why = routing.check(found, scores, raw, chosen, values[wires.weights].numpy().reshape(64, -1))
-            if why:
-                layer = dataclasses.replace(layer, routing=None, routing_refusal=f"{layer.name}: {why}")
-        layers.append(layer)
-        hidden = values[wires.hidden].numpy()
-        values[wires.output] = ort_value(random.standard_normal(hidden.shape, np.float32) * hidden.std())
-    return dataclasses.replace(manifest, layers=tuple(layers))
-
-
 def _provenance(checkpoint: Checkpoint) -> dict[str, str]:
-    versions = {name: importlib.metadata.version(name) for name in ("smoe", "torch", "transformers", "onnxruntime")}
+    made = made_by(checkpoint)
     return {
         "source": checkpoint.path.resolve().name,
-        "source_fingerprint": checkpoint.fingerprint(),
-        "versions": json.dumps(versions, sort_keys=True),
+        "source_fingerprint": made.pop("model"),
+        "versions": json.dumps(made, sort_keys=True),
     }
+
+
+def made_by(checkpoint: Checkpoint) -> dict[str, str]:
+    """What every result depends on: the checkpoint's fingerprint, and the versions of what reads and writes."""
+    names = ("smoe", "torch", "transformers", "onnxruntime")
+    return {"model": checkpoint.fingerprint()} | {name: importlib.metadata.version(name) for name in names}

@@ -6,6 +6,7 @@ row may be shorter and is run as it is, so there is no padding anywhere.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -59,6 +60,12 @@ class Calibration:
                 "give more text or a smaller --tokens."
             )
         return [stream[i : i + self.length] for i in range(0, len(stream), self.length)]
+
+    def settings(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """What the rows depend on, and a digest of them."""
+        digest = hashlib.sha256(np.concatenate(self.rows(checkpoint)).tobytes()).hexdigest()[:12]
+        tokens = "all there are" if self.tokens is None else str(self.tokens)
+        return {"--calibration": f"{self.source} ({digest})", "--tokens": tokens, "--seed": str(self.seed)}
 
 
 def read_documents(source: str) -> Iterator[str | list[int]]:

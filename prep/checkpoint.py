@@ -1,23 +1,26 @@
 """A Hugging Face checkpoint on disk: opened, or refused with the reason.
 
-`Checkpoint.model` is the whole model in float32 for now; everything that reads experts goes through `experts.py`, one
-layer at a time, so that loading them lazily changes this file alone.
+The backbone is loaded in float32. Experts stay on disk: `Checkpoint.experts` reads one layer's, in the dtype they are
+stored in, and lets them go.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, GenerationConfig
 
 from smoe.prep.errors import PrepError
-from smoe.prep.experts import experts_modules
+from smoe.prep.experts import ExpertsLayer, experts_modules, layers_used
+from smoe.prep.families import empty_model, refuse_without_seam
+from smoe.prep.weights import Weights, open_weights
 
 # Copied into the bundle as they are, where the checkpoint has them.
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -27,8 +30,14 @@ PIECE = 256 << 10  # bytes read at a time
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """`model` has its backbone in memory and its experts on the meta device; `layers` are those that text reaches, in
+    the order in which they run."""
+
     path: Path
     model: transformers.PreTrainedModel
+    weights: Weights
+    layers: list[ExpertsLayer]
+    sources: list[list[str]]  # per layer: the stored tensors that its experts are made from
 
     @property
     def config(self):
@@ -37,7 +46,9 @@ class Checkpoint:
     @property
     def end_ids(self) -> tuple[int, ...]:
         """Token ids that end a generation, from generation_config.json or the config."""
-        ids = self.model.generation_config.eos_token_id
+        ids = None
+        if (self.path / "generation_config.json").is_file():
+            ids = GenerationConfig.from_pretrained(self.path, local_files_only=True).eos_token_id
         ids = self.config.eos_token_id if ids is None else ids
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
@@ -48,7 +59,7 @@ class Checkpoint:
         """SHA-256 that tells one checkpoint from another: of the config, and of each weight file's name, size and bytes.
         Of a file above 256 MiB, 1024 pieces spread evenly, so that 60 GB take a second."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for file in sorted(self.path.glob("*.safetensors")):
+        for file in self.weights.files:
             size = file.stat().st_size
             digest.update(f"{file.name} {size}\n".encode())
             pieces = 1024 if size > 256 << 20 else -(-size // PIECE)
@@ -58,10 +69,52 @@ class Checkpoint:
                     digest.update(opened.read(PIECE))
         return digest.hexdigest()
 
+    @contextlib.contextmanager
+    def experts(self, layer: int) -> Iterator[torch.nn.Module]:
+        """The module of one layer's experts with its weights read, for the length of the block.
+
+        Weights that are not finite are a `PrepError` that names them.
+        """
+        name, module = self.layers[layer]
+        try:
+            self.weights.load(self.model, self.sources[layer])
+            _refuse_infinite(self.path, name, module)
+            yield module
+        finally:
+            _forget(module)
+
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Load the checkpoint directory at `path` in float32; a `PrepError` says why it cannot be prepared."""
+    """Open the checkpoint directory at `path`; a `PrepError` says why it cannot be prepared.
+
+    Everything that can be known from config and headers is checked before a weight is read.
+    """
     path = Path(path)
+    config = _config(path)
+    if getattr(config, "quantization_config", None) is not None:
+        method = getattr(config.quantization_config, "quant_method", None) or config.quantization_config
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise PrepError(
+            f"{path} is quantised ({method}); smoe quantises from the original weights: give the bf16 checkpoint."
+        )
+    weights = open_weights(path)
+    if not (path / "tokenizer.json").is_file() and list(path.glob("tokenizer*.model")):
+        raise PrepError(
+            f"{path} has a tokenizer that only Python code reads (no tokenizer.json); convert it with "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
+        )
+    model = empty_model(config, path)
+    refuse_without_seam(model, path)
+    _load_backbone(path, model, weights)
+    layers = layers_used(model)
+    targets = weights.targets(model)
+    sources = [[source for source, target in targets.items() if target.startswith(f"{name}.")] for name, _ in layers]
+    for (_, module), names in zip(layers, sources, strict=True):
+        _keep_stored_dtype(module, [weights.stored[name].dtype for name in names])
+    return Checkpoint(path, model, weights, layers, sources)
+
+
+def _config(path: Path):
     if not (path / "config.json").is_file():
         what = "has no config.json" if path.is_dir() else "is not a directory"
         raise PrepError(
@@ -69,61 +122,57 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             "or `save_pretrained` leaves it."
         )
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        return AutoConfig.from_pretrained(path, local_files_only=True)
     except (ValueError, KeyError, OSError, TypeError, RecursionError, StrictDataclassError) as error:
         raise PrepError(
             f"{path}/config.json is not one that transformers {transformers.__version__} reads: {_first_line(error)}"
         ) from error
-    if not list(path.glob("*.safetensors")):
-        raise PrepError(
-            f"{path} has no .safetensors files; download the weights, or convert them with save_pretrained."
-        )
-    if not (path / "tokenizer.json").is_file() and list(path.glob("tokenizer*.model")):
-        raise PrepError(
-            f"{path} has a tokenizer that only Python code reads (no tokenizer.json); convert it with "
-            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
-        )
-    model = _load(path, config)
-    _refuse_without_seam(path, model)
-    model.config.get_text_config().output_router_logits = False
-    return Checkpoint(path, model)
 
 
-def _load(path: Path, config) -> transformers.PreTrainedModel:
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # what is missing is said below, as an error
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:
-        raise PrepError(f"{path} cannot be loaded by transformers: {_first_line(error)}") from error
-    finally:
-        transformers.utils.logging.set_verbosity(level)
-        transformers.utils.logging.enable_progress_bar()
-    missing = sorted(info["missing_keys"]) + sorted(info["mismatched_keys"])
-    if missing:
-        raise PrepError(
-            f"{path}: {len(missing)} weights are missing or have another shape, {missing[0]} first; "
-            "download the checkpoint again."
-        )
+def _load_backbone(path: Path, model: transformers.PreTrainedModel, weights: Weights) -> None:
+    """Fill `model`, but not its experts: whatever is missing or not finite is a `PrepError`."""
+    experts = tuple(f"{name}." for name, _ in experts_modules(model))
+    info = weights.check(model)
+    _refuse_missing(path, {name for name in info.missing_keys if name.startswith(experts)})
+    weights.load(
+        model, [source for source, target in weights.targets(model).items() if not target.startswith(experts)]
+    )
+    weights.complete(model, info)  # ties weights, and fills buffers that no checkpoint holds
+    _refuse_missing(path, info.missing_keys)
     for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
+        if not weight.is_meta and not torch.isfinite(weight).all():
             raise PrepError(f"{path}: {name} holds values that are not finite; the checkpoint is damaged.")
-    return model.eval()
 
 
-def _refuse_without_seam(path: Path, model: transformers.PreTrainedModel) -> None:
-    found = experts_modules(model)
-    family = model.config.model_type
-    if not found:
+def _refuse_missing(path: Path, names: set[str]) -> None:
+    if names:
         raise PrepError(
-            f"{path} is a {family} model without experts on transformers' experts interface: either it is dense, or "
-            "its family does not offer the interface. smoe prepares mixture-of-experts models that do."
+            f"{path}: {len(names)} weights are missing, {min(names)} first; download the checkpoint again."
         )
-    if any(module.has_post_expert_norm for _, module in found):
-        raise PrepError(f"{path}: {family} normalises each expert's output, which this version does not run yet.")
+
+
+def _keep_stored_dtype(module: torch.nn.Module, stored: list[torch.dtype]) -> None:
+    """Let the experts' parameters have the dtype that they are stored in: half the memory of float32 for bfloat16."""
+    floating = {dtype for dtype in stored if dtype.is_floating_point}
+    if len(floating) == 1:
+        module.to(floating.pop())
+
+
+def _refuse_infinite(path: Path, layer: str, module: torch.nn.Module) -> None:
+    for name, weight in module.named_parameters():
+        for expert, part in enumerate(weight):  # one at a time: isfinite makes copies
+            if not torch.isfinite(part).all():
+                raise PrepError(
+                    f"{path}: {layer}.{name} of expert {expert} holds values that are not finite; the checkpoint is "
+                    "damaged. Download it again."
+                )
+
+
+def _forget(module: torch.nn.Module) -> None:
+    """Back to the meta device, which frees the memory."""
+    for owner in module.modules():
+        for name, weight in list(owner.named_parameters(recurse=False)):
+            setattr(owner, name, torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False))
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from smoe.prep.export import export as export_backbone
 from smoe.prep.pack import pack as pack_experts
 from smoe.prep.profile import profile as run_profile
 from smoe.prep.progress import Progress
+from smoe.prep.resume import beside, refuse_existing
 from smoe.prep.verify import verify as compare
 
 RECIPE = building.Recipe()
@@ -104,8 +105,10 @@ def build(
 @_json
 def profile(model: Path, output: Path, calibration: str, tokens: int | None, seed: int, as_json: bool) -> None:
     """Learn which experts matter, which resemble each other and which follow each other; write PROFILE."""
-    with building.beside(output) as partial:
-        about = run_profile(open_checkpoint(model), partial, Calibration(calibration, tokens, seed), Progress())
+    refuse_existing(output)
+    checkpoint, source = open_checkpoint(model), Calibration(calibration, tokens, seed)
+    with beside(output, source.settings(checkpoint) | building.made_by(checkpoint)) as partial:
+        about = run_profile(checkpoint, partial, source, Progress())
     _print(about, _profile_text(about), as_json)
 
 
@@ -116,8 +119,10 @@ def profile(model: Path, output: Path, calibration: str, tokens: int | None, see
 @_json
 def pack(model: Path, output: Path, encoding: str, as_json: bool) -> None:
     """Write only the experts, as shards, with experts.json beside them."""
-    with building.beside(output) as partial:
-        experts = pack_experts(open_checkpoint(model), partial, encoding, Progress())
+    refuse_existing(output)
+    checkpoint = open_checkpoint(model)
+    with beside(output, {"--encoding": encoding} | building.made_by(checkpoint)) as partial:
+        experts = pack_experts(checkpoint, partial, encoding, Progress())
         (partial / "experts.json").write_text(json.dumps(dataclasses.asdict(experts), indent=1) + "\n")
     _print(dataclasses.asdict(experts), f"{output}: experts in {encoding}", as_json)
 
@@ -129,8 +134,10 @@ def pack(model: Path, output: Path, encoding: str, as_json: bool) -> None:
 @_json
 def export(model: Path, output: Path, backbone: str, as_json: bool) -> None:
     """Write only the backbone, as ONNX segments, with backbone.json beside them."""
-    with building.beside(output) as partial:
-        exported = export_backbone(open_checkpoint(model), partial, backbone)
+    refuse_existing(output)
+    checkpoint = open_checkpoint(model)
+    with beside(output, {"--backbone": backbone} | building.made_by(checkpoint)) as partial:
+        exported = export_backbone(checkpoint, partial, backbone)
         parts = {
             "backbone": dataclasses.asdict(exported.backbone),
             "experts": [dataclasses.asdict(node) for node in exported.nodes],
@@ -155,8 +162,7 @@ def verify(bundle: Path, model: Path, text: str, tokens: int, memory: str | None
 
 def _profile_text(about: dict) -> str:
     lines = [
-        f"{about['model']}: {about['calibration']['tokens']} tokens of {about['calibration']['source']} in "
-        f"{about['seconds']} s",
+        f"{about['model']}: {about['calibration']['tokens']} tokens of {about['calibration']['source']}",
         f"{'layer':32} experts  unreached  effective  busiest  output similarity  best stand-in error",
     ]
     for layer in about["layers"]:

@@ -19,22 +19,42 @@ from smoe.prep.errors import PrepError
 from smoe.runtime import reference
 
 Run = Callable[[int, torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+ExpertsLayer = tuple[str, torch.nn.Module]
 _NAME = "smoe"
 
 
-def experts_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """Every module on the seam with its name, in the order of the layers."""
+def experts_modules(model: torch.nn.Module) -> list[ExpertsLayer]:
+    """Every module on the seam with its name, as they are listed in the model."""
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
     return [(n, m) for n, m in model.named_modules() if all(hasattr(m, flag) for flag in flags)]
 
 
+@torch.no_grad()
+def layers_used(model: torch.nn.Module) -> list[ExpertsLayer]:
+    """The modules on the seam that text reaches, in the order in which they run: seen by running a few tokens.
+
+    A multimodal model may have experts for pictures besides. The experts themselves are left out.
+    """
+    found = experts_modules(model)
+    seen: list[int] = []
+
+    def note(layer, module, hidden, ids, weights):
+        seen.append(layer)
+        return torch.zeros_like(hidden)
+
+    with experts_run_by(model, found, note):
+        model(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
+    return [found[layer] for layer in seen]
+
+
 @contextmanager
-def experts_run_by(model: torch.nn.Module, run: Run) -> Iterator[None]:
-    """Within the block the model's experts are `run(layer, module, hidden, ids, weights)`.
+def experts_run_by(model: torch.nn.Module, modules: list[ExpertsLayer], run: Run) -> Iterator[None]:
+    """Within the block the model's experts are `run(layer, module, hidden, ids, weights)`, layer being the place in
+    `modules`.
 
     hidden float `[T, H]`, ids int64 `[T, k]`, weights float `[T, k]`; `run` returns the weighted sum, shaped as hidden.
     """
-    layers = {id(module): layer for layer, (_, module) in enumerate(experts_modules(model))}
+    layers = {id(module): layer for layer, (_, module) in enumerate(modules)}
 
     def dispatch(module, hidden, ids, weights):
         return run(layers[id(module)], module, hidden, ids, weights)
@@ -55,13 +75,18 @@ def symbolic(layer, module, hidden, ids, weights):
     )
 
 
+def zeros(layer, module, hidden, ids, weights):
+    """An implementation that leaves the experts out, for what does not depend on them."""
+    return torch.zeros_like(hidden)
+
+
 def expert_outputs(module: torch.nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
     """The output of one expert on `x` `[n, H]`, before its mixing weight, as the module itself defines it."""
 
     def linear(x, name):
-        w = getattr(module, name)[expert]
+        w = getattr(module, name)[expert].float()  # stored in half precision, perhaps
         y = x @ (w if module.is_transposed else w.T)
-        return y + getattr(module, f"{name}_bias")[expert] if module.has_bias else y
+        return y + getattr(module, f"{name}_bias")[expert].float() if module.has_bias else y
 
     if module.has_gate:
         inner = module._apply_gate(linear(x, "gate_up_proj"))
@@ -69,6 +94,19 @@ def expert_outputs(module: torch.nn.Module, expert: int, x: torch.Tensor) -> tor
         inner = module.act_fn(linear(x, "up_proj"))
     y = linear(inner, "down_proj")
     return module.post_expert_norm(y) if module.has_post_expert_norm else y
+
+
+def mixed_outputs(
+    module: torch.nn.Module, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted sum of the chosen experts' outputs `[T, H]`, and the norm of each output `[T, k]`."""
+    mixed, norms = torch.zeros_like(x), torch.zeros_like(weights)
+    for expert in ids.unique().tolist():
+        tokens, ranks = torch.where(ids == expert)
+        y = expert_outputs(module, expert, x[tokens])
+        norms[tokens, ranks] = y.norm(dim=-1)
+        mixed.index_add_(0, tokens, y * weights[tokens, ranks, None])
+    return mixed, norms
 
 
 def expert_weights(module: torch.nn.Module, expert: int) -> dict[str, np.ndarray]:
@@ -92,6 +130,8 @@ def expert_weights(module: torch.nn.Module, expert: int) -> dict[str, np.ndarray
             tensors["gate_bias"], tensors["up_bias"] = halves(module.gate_up_proj_bias[expert])
         else:
             tensors["up_bias"] = module.up_proj_bias[expert]
+    if module.has_post_expert_norm:
+        tensors["norm"] = probe_norm(module)
     return {name: t.detach().float().contiguous().numpy() for name, t in tensors.items()}
 
 
@@ -120,7 +160,7 @@ def probe_gate(module: torch.nn.Module) -> Gate:
     else:
         pair = torch.cat([gate, up], -1) if module.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
         found = module._apply_gate(pair).numpy()
-        candidates = [Gate("gated", name) for name in reference.ACTIVATIONS] + _clamped_candidates(module)
+        candidates = [Gate("gated", name) for name in reference.ACTIVATIONS] + _limited_candidates(module)
     # 1 + tanh and the like cancel: what is lost is relative to the inputs, not to the result.
     rounding = 1e-6 * (1 + (gate * up if module.has_gate else up).abs().numpy())
     for candidate in candidates:
@@ -134,19 +174,53 @@ def probe_gate(module: torch.nn.Module) -> Gate:
     )
 
 
-def _clamped_candidates(module: torch.nn.Module) -> list[Gate]:
-    """The clamped gate with its two numbers read off the function itself: with up = 0 it is g * sigmoid(alpha * g)
-    below the limit, and limit * sigmoid(alpha * limit) far above it."""
+def _limited_candidates(module: torch.nn.Module) -> list[Gate]:
+    """Gates with limits, the limits read off the function itself.
 
-    def at(g: float) -> float:
-        pair = torch.tensor([[g, 0.0]])  # one pair reads the same concatenated and interleaved
+    With up = 0 the clamped gate is g * sigmoid(alpha * g) below its limit, and limit * sigmoid(alpha * limit) far above.
+    The others are 0 there. Far out in gate and up the bounded one is limit^2 (for an activation that becomes the
+    identity), the softcapped one limit * alpha; with one of them far out and the other small the limits come apart.
+    """
+
+    def at(g: float, u: float) -> float:
+        pair = torch.tensor([[g, u]])  # one pair reads the same concatenated and interleaved
         return float(module._apply_gate(pair))
 
-    ratio = at(0.5) / 0.5
-    if not 0 < ratio < 1:
-        return []
-    alpha = float(np.log(ratio / (1 - ratio)) / 0.5)
-    ceiling = limit = at(1e4)  # limit * sigmoid(alpha * limit): solved for the limit by iteration, which contracts
-    for _ in range(50):
-        limit = ceiling * (1 + np.exp(-alpha * limit))
-    return [Gate("clamped", "", round(alpha, 4), round(float(limit), 4))]
+    found = []
+    ratio = at(0.5, 0) / 0.5
+    if 0 < ratio < 1:
+        alpha = float(np.log(ratio / (1 - ratio)) / 0.5)
+        ceiling = limit = at(1e4, 0)  # limit * sigmoid(alpha * limit): solved by iteration, which contracts
+        for _ in range(50):
+            limit = ceiling * (1 + np.exp(-alpha * limit))
+        found.append(Gate("clamped", "", round(alpha, 4), round(float(limit), 4)))
+    highest, small = at(1e4, 1e4), 2.0**-10
+    if 0 < highest < 1e6:
+        bound = at(1e4, small) / small  # act(limit), or the gate's cap
+        found += [Gate("bounded", name, 0.0, round(highest / bound, 4)) for name in reference.ACTIVATIONS]
+        for up_cap in (highest / bound, round(highest / bound)):
+            found.append(Gate("softcapped", "", round(up_cap, 4), round(bound, 4)))
+    return found
+
+
+@torch.no_grad()
+def probe_norm(module: torch.nn.Module) -> torch.Tensor:
+    """The scale `[H]` with which `reference.normalise` is the module's norm of an expert's output, found by comparing
+    values; a `PrepError` if there is none.
+
+    On a large constant the norm is the scale divided by its root mean square; on a tiny one its epsilon shows.
+    """
+    hidden = expert_geometry(module)[1]
+    shape = module.post_expert_norm(torch.full((1, hidden), 1e4))[0]
+    tiny = module.post_expert_norm(torch.full((1, hidden), 1e-6))[0]
+    largest = shape.abs().argmax()
+    epsilon = (1e-6 * shape[largest] / tiny[largest]) ** 2 - 1e-12  # of shape's own size
+    scale = shape * (reference.NORM_EPSILON / epsilon.clamp(min=1e-20)) ** 0.5
+    y = torch.randn(16, hidden, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 2, 16)[:, None]
+    wanted = module.post_expert_norm(y)
+    if not torch.allclose(torch.from_numpy(reference.normalise(y.numpy(), scale.numpy())), wanted, 1e-4, 1e-6):
+        raise PrepError(
+            f"The norm of the experts' outputs in {type(module).__name__} is not one that the runtime knows (a scale, "
+            "then a root mean square); this model cannot be prepared. Please report its name."
+        )
+    return scale

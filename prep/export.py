@@ -7,32 +7,22 @@ is state, and puts weights and segments on disk.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
-import transformers
-from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
-from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
-from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from smoe.artifacts.manifest import Backbone, Initializer, Segment, State
 from smoe.artifacts.safetensors_file import DTYPES
 from smoe.prep import cut
+from smoe.prep import trace as tracing
 from smoe.prep.checkpoint import Checkpoint
 from smoe.prep.errors import PrepError
-from smoe.prep.experts import experts_run_by, symbolic
+from smoe.prep.trace import Sample
 
-# Two lengths that no other dimension of a sample has a reason to follow.
-PAST, NEW = 5, 3
 WEIGHTS = "backbone/weights.data"
 ALIGN = 64  # bytes, of every weight in the file
 ELEMENTWISE = ("Mul", "Div", "Add", "Tanh", "Cast", "Identity")  # what may follow the last product (scales, caps)
@@ -45,27 +35,18 @@ class Exported:
     """The backbone's part of the manifest, and what each layer's experts are wired to."""
 
     backbone: Backbone
-    nodes: list[cut.ExpertsNode]
+    nodes: tuple[cut.ExpertsNode, ...]
 
 
-@dataclass
-class _Sample:
-    """Inputs to trace with: a cache of `PAST` tokens and `NEW` tokens after it, and which cache axes grow."""
-
-    inputs: dict[str, object]
-    shapes: dict[str, object]
-    leaves: list[torch.Tensor]
-    growing: list[int] = field(default_factory=list)
-
-
-def export(checkpoint: Checkpoint, directory: Path, precision: str = "f32") -> Exported:
+def export(checkpoint: Checkpoint, directory: Path, precision: str = "f32", one_at_a_time: bool = False) -> Exported:
     """Export the backbone into `directory`/backbone and say what is there.
 
-    Every segment is a plain ONNX model that passes `onnx.checker`; they share one weight file.
+    Every segment is a plain ONNX model that passes `onnx.checker`; they share one weight file. With `one_at_a_time` they
+    take exactly one token per call.
     """
     check_precision(precision)
-    sample = _sample(checkpoint.model)
-    graph = _trace(checkpoint.model, sample)
+    sample = tracing.sample(checkpoint, one_at_a_time)
+    graph = tracing.trace(checkpoint, sample)
     state = _state(graph, sample)
     _lengths_from_input(graph, state)
     _keep_positions(graph)
@@ -78,8 +59,10 @@ def export(checkpoint: Checkpoint, directory: Path, precision: str = "f32") -> E
         segments.append(_write_segment(directory, file, piece, initializers))
     placed = _place(state, segments)
     heads = int(getattr(checkpoint.config, "num_attention_heads", 1))
-    backbone = Backbone(precision, heads, WEIGHTS, tuple(segments), tuple(initializers.values()), tuple(placed))
-    return Exported(backbone, pieces.nodes)
+    backbone = Backbone(
+        precision, heads, WEIGHTS, tuple(segments), tuple(initializers.values()), tuple(placed), one_at_a_time
+    )
+    return Exported(backbone, tuple(pieces.nodes))
 
 
 def check_precision(precision: str) -> None:
@@ -88,58 +71,7 @@ def check_precision(precision: str) -> None:
         raise PrepError(f"--backbone {precision} is not in this version yet; use f32.")
 
 
-@torch.no_grad()
-def _sample(model: transformers.PreTrainedModel) -> _Sample:
-    """Run the model for real on a few tokens: what its cache is made of, and which axes grow, is read off."""
-    register_cache_pytrees_for_model(model)
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (1, PAST + NEW), generator=torch.Generator().manual_seed(0))
-    cache = model(input_ids=ids[:, :PAST], use_cache=True).past_key_values
-    leaves = torch.utils._pytree.tree_leaves(cache)
-    longer = torch.utils._pytree.tree_leaves(model(input_ids=ids, use_cache=True).past_key_values)
-    inputs = {"input_ids": ids[:, PAST:], "past_key_values": cache, "use_cache": True}
-    growing = [_growing(a.shape, b.shape) for a, b in zip(leaves, longer, strict=True)]
-    auto = torch.export.Dim.AUTO
-    shapes: dict[str, object] = {
-        "input_ids": {1: auto},
-        "past_key_values": [{} if axis < 0 else {axis: auto} for axis in growing],
-    }
-    return _Sample(inputs, shapes, leaves, growing)
-
-
-def _growing(short: torch.Size, long: torch.Size) -> int:
-    axes = [axis for axis, (a, b) in enumerate(zip(short, long, strict=True)) if a != b]
-    if len(axes) > 1 or any(long[axis] - short[axis] != NEW for axis in axes):
-        raise PrepError(
-            f"The model's state goes from {tuple(short)} to {tuple(long)} in {NEW} tokens; this version "
-            "keeps state that grows along one axis by one per token, or not at all."
-        )
-    return axes[0] if axes else -1
-
-
-def _trace(model: transformers.PreTrainedModel, sample: _Sample) -> ir.Graph:
-    config = OnnxConfig(dynamic_shapes=sample.shapes, ort_fusions="cpu")
-    with experts_run_by(model, symbolic), _quiet():
-        model_ir = OnnxExporter().export(model, sample.inputs, config=config).program
-    LiftConstantsToInitializersPass()(model_ir)
-    ShapeInferencePass()(model_ir)  # the exporter's fusions leave values without a type
-    return model_ir.graph
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's progress and its warnings about optional packages say nothing to our user."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
-
-
-def _state(graph: ir.Graph, sample: _Sample) -> list[State]:
+def _state(graph: ir.Graph, sample: Sample) -> list[State]:
     """Pair the graph's state inputs with its outputs, as their names do (`input.X`, `output.X`).
 
     State is updated in place where one GroupQueryAttention alone reads the input and writes the output: bound to one

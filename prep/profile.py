@@ -1,16 +1,16 @@
 """Profiling: calibration text runs through the model, and every layer's statistics are written as tables.
 
-The model's experts are run by `_Observer` through the seam; it sees what each layer received and chose. Selection
-scores are the input of the topk whose indices reach the experts, caught as the router calls it, so no router needs to
+All text runs in lockstep, one layer at a time; the experts are run by `_Observer` through the seam, which sees what
+each layer received and chose. Selection scores are the input of the topk whose indices reach the experts, caught as the router calls it, so no router needs to
 be known. Output similarity and error come from a stated, seeded subsample of tokens on which all experts are run.
 """
 
 from __future__ import annotations
 
-import datetime
 import inspect
 import json
-import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,36 +22,39 @@ from smoe.artifacts.tables import key, save_tables
 from smoe.prep.calibration import Calibration
 from smoe.prep.checkpoint import Checkpoint
 from smoe.prep.errors import PrepError
-from smoe.prep.experts import expert_geometry, expert_outputs, experts_modules, experts_run_by
+from smoe.prep.experts import expert_geometry, expert_outputs, mixed_outputs
+from smoe.prep.lockstep import Arrived, lockstep
 from smoe.prep.progress import Progress
+from smoe.prep.resume import Finished, write_whole
 from smoe.prep.statistics import LayerSums
 
 PROFILE_FILES = ("tables.safetensors", "trace.safetensors", "profile.json")
 SAMPLE = 2048  # tokens on which all experts are run
 TRACE = 8192  # tokens kept in the trace
 BATCH = 4  # rows at once
-GROUP = 32  # sampled tokens whose experts' outputs are held at once
+SAMPLED_AT_ONCE = 64 << 20  # bytes, in float64, of all experts' outputs for sampled tokens
 
 
 def profile(checkpoint: Checkpoint, directory: Path, calibration: Calibration, progress: Progress) -> dict:
     """Profile `checkpoint` on `calibration` and write tables, trace and profile.json into `directory`.
 
-    Returns what profile.json says.
+    Layers that an interrupted run finished there are not profiled again. Returns what profile.json says.
     """
-    started = time.monotonic()
-    rows = calibration.rows(checkpoint)
-    total = sum(len(row) for row in rows)
+    batches = list(_batches(calibration.rows(checkpoint)))
+    total = sum(batch.size for batch in batches)
     sample = np.sort(np.random.default_rng(calibration.seed).permutation(total)[:SAMPLE])
-    observer = _Observer(checkpoint, sample)
-    with torch.no_grad(), experts_run_by(checkpoint.model, observer.run), observer.scores:
-        for batch in progress.over(list(_batches(rows)), "profile", "batches"):
-            observer.begin(batch)
-            checkpoint.model(input_ids=torch.from_numpy(batch), use_cache=False, **_fewest_logits(checkpoint.model))
+    finished = Finished(directory)
+    observer = _Observer(checkpoint, batches, sample, finished, progress)
+    passes = [partial(_run, checkpoint.model, batch) for batch in batches]
+    with observer.scores:
+        for _ in lockstep(checkpoint, passes, observer.visit, observer.scores.take):
+            pass
     tables = [sums.tables() for sums in observer.sums]
-    about = _about(checkpoint, calibration, total, len(sample), tables, time.monotonic() - started)
+    about = _about(checkpoint, calibration, total, len(sample), tables)
     save_tables(directory / "tables.safetensors", tables, {"fingerprint": about["fingerprint"]})
     safetensors_file.save(directory / "trace.safetensors", observer.trace())
-    (directory / "profile.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+    write_whole(directory / "profile.json", json.dumps(about, indent=1) + "\n")
+    finished.clear()
     return about
 
 
@@ -68,6 +71,10 @@ def open_profile(directory: Path, checkpoint: Checkpoint) -> dict:
     if fingerprint != checkpoint.fingerprint():
         raise PrepError(f"{directory} is the profile of another checkpoint ({about.get('model')}); profile this one.")
     return about
+
+
+def _run(model: torch.nn.Module, batch: np.ndarray) -> None:
+    model(input_ids=torch.from_numpy(batch), use_cache=False, **_fewest_logits(model))
 
 
 def _fewest_logits(model: torch.nn.Module) -> dict[str, int]:
@@ -109,56 +116,76 @@ class _Scores(TorchFunctionMode):
 class _Observer:
     """Runs the experts of every layer and adds up what it sees."""
 
-    def __init__(self, checkpoint: Checkpoint, sample: np.ndarray):
-        sizes = [expert_geometry(module)[0] for _, module in experts_modules(checkpoint.model)]
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        batches: list[np.ndarray],
+        sample: np.ndarray,
+        finished: Finished,
+        progress: Progress,
+    ):
+        self._checkpoint, self._finished = checkpoint, finished
+        sizes = [expert_geometry(module)[0] for _, module in checkpoint.layers]
         self.sums = [LayerSums.zeros(e, sizes[i - 1] if i else 0) for i, e in enumerate(sizes)]
         self.scores = _Scores()
-        self._sample = sample
-        self._done = 0  # tokens of earlier batches
-        self._batch = np.zeros(0, np.int64)
-        self._before: np.ndarray | None = None
-        self._trace: dict[str, list[np.ndarray]] = {"tokens": [], "starts": []}
+        ends = np.cumsum([batch.size for batch in batches])
+        self._starts = ends - [batch.size for batch in batches]
+        self._picked = [
+            sample[slice(*np.searchsorted(sample, (low, high)))] - low
+            for low, high in zip(self._starts, ends, strict=True)
+        ]
+        self._before: list[np.ndarray | None] = [None] * len(batches)  # the previous layer's activity
+        self._trace: dict[str, list[np.ndarray]] = {}
+        for i, batch in enumerate(batches):
+            starts = np.zeros(batch.shape, np.uint8)
+            starts[:, 0] = 1
+            self._note(i, "tokens", batch.reshape(-1).astype(np.int32))
+            self._note(i, "starts", starts.reshape(-1))
+        self._count = progress.counter("profile", "layers", len(sizes))
 
-    def begin(self, batch: np.ndarray) -> None:
-        """A batch of token ids int64 `[rows, length]` is about to run."""
-        self._done += len(self._batch)
-        self._batch = batch.reshape(-1)
-        self._before = None
-        low, high = np.searchsorted(self._sample, [self._done, self._done + len(self._batch)])
-        self._picked = self._sample[low:high] - self._done
-        starts = np.zeros(batch.shape, np.uint8)
-        starts[:, 0] = 1
-        self._note("tokens", self._batch.astype(np.int32))
-        self._note("starts", starts.reshape(-1))
+    def visit(self, layer: int, arrived: list[Arrived]) -> Iterator[torch.Tensor]:
+        """The experts of one layer, as `lockstep` wants them."""
+        known = self._finished.sums(layer, self.sums[layer])
+        if known is not None:
+            self.sums[layer] = known
+            outputs = self._finished.outputs(layer, [slots.hidden for slots in arrived])
+        else:
+            outputs = self._finished.keeping(layer, self._observed(layer, arrived), self.sums[layer])
+        for i, output in enumerate(outputs):
+            self._remember(i, layer, arrived[i])
+            yield output
+        self._count.done(layer + 1, worked=known is None)
 
-    def run(self, layer, module, hidden, ids, weights):
-        """The experts of one layer, as `experts_run_by` wants them."""
-        scores = self.scores.take(ids)
-        x = hidden.reshape(-1, hidden.shape[-1])
-        out = torch.zeros_like(x)
-        norms = torch.zeros_like(weights)
-        for expert in ids.unique().tolist():
-            tokens, ranks = torch.where(ids == expert)
-            y = expert_outputs(module, expert, x[tokens])
-            norms[tokens, ranks] = y.norm(dim=-1)
-            out.index_add_(0, tokens, y * weights[tokens, ranks, None])
+    def _observed(self, layer: int, arrived: list[Arrived]) -> Iterator[torch.Tensor]:
         sums = self.sums[layer]
-        mixed = weights.double().numpy()
-        active = sums.add_routing(ids.numpy(), mixed, norms.double().numpy(), self._before)
-        if scores is not None:
-            sums.add_scores(scores.numpy())
-            self._note(key(layer, "scores"), scores.numpy().astype(np.float16))
-        for group in np.array_split(self._picked, -(-len(self._picked) // GROUP) or 1):
-            if len(group):
-                every = [expert_outputs(module, e, x[group]) for e in range(active.shape[1])]
-                sums.add_outputs(torch.stack(every, 1).numpy(), active[group])
-        self._before = active
-        self._note(key(layer, "ids"), ids.numpy().astype(np.int16))
-        self._note(key(layer, "weights"), mixed.astype(np.float32))
-        return out.reshape(hidden.shape)
+        with self._checkpoint.experts(layer) as module:
+            for i, slots in enumerate(arrived):
+                x = slots.tokens
+                mixed, norms = mixed_outputs(module, x, slots.ids, slots.weights)
+                weights = slots.weights.double().numpy()
+                active = sums.add_routing(slots.ids.numpy(), weights, norms.double().numpy(), self._before[i])
+                if slots.noted is not None:
+                    sums.add_scores(slots.noted.numpy())
+                experts = active.shape[1]
+                at_once = max(1, SAMPLED_AT_ONCE // (experts * x.shape[1] * 8))
+                for group in np.split(self._picked[i], range(at_once, len(self._picked[i]), at_once)):
+                    if len(group):
+                        every = [expert_outputs(module, e, x[group]) for e in range(experts)]
+                        sums.add_outputs(torch.stack(every, 1).numpy(), active[group])
+                yield mixed.reshape(slots.hidden.shape)
 
-    def _note(self, name: str, values: np.ndarray) -> None:
-        if self._done < TRACE:
+    def _remember(self, i: int, layer: int, slots: Arrived) -> None:
+        """What the next layer and the trace need of this one."""
+        ids = slots.ids.numpy()
+        self._before[i] = np.zeros((len(ids), expert_geometry(self._checkpoint.layers[layer][1])[0]), bool)
+        np.put_along_axis(self._before[i], ids, True, axis=1)
+        self._note(i, key(layer, "ids"), ids.astype(np.int16))
+        self._note(i, key(layer, "weights"), slots.weights.float().numpy())
+        if slots.noted is not None:
+            self._note(i, key(layer, "scores"), slots.noted.numpy().astype(np.float16))
+
+    def _note(self, i: int, name: str, values: np.ndarray) -> None:
+        if self._starts[i] < TRACE:
             self._trace.setdefault(name, []).append(values)
 
     def trace(self) -> dict[str, np.ndarray]:
@@ -166,10 +193,8 @@ class _Observer:
         return {name: np.concatenate(parts)[:TRACE] for name, parts in self._trace.items()}
 
 
-def _about(
-    checkpoint: Checkpoint, calibration: Calibration, total: int, sampled: int, tables: list[dict], seconds: float
-) -> dict:
-    names = [name for name, _ in experts_modules(checkpoint.model)]
+def _about(checkpoint: Checkpoint, calibration: Calibration, total: int, sampled: int, tables: list[dict]) -> dict:
+    names = [name for name, _ in checkpoint.layers]
     return {
         "model": checkpoint.model.config.model_type,
         "fingerprint": checkpoint.fingerprint(),
@@ -180,8 +205,6 @@ def _about(
             "seed": calibration.seed,
             "sampled_tokens": sampled,
         },
-        "date": datetime.date.today().isoformat(),
-        "seconds": round(seconds, 1),
         "layers": [_summary(name, t) for name, t in zip(names, tables, strict=True)],
     }
 

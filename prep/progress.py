@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 class Progress:
-    """`over` wraps a loop; `say` prints a line. A quiet one does neither."""
+    """`over` wraps a loop, `counter` counts, `say` prints a line. A quiet one does nothing."""
 
     def __init__(self, quiet: bool = False):
         self._quiet = quiet
@@ -21,17 +22,49 @@ class Progress:
         if not self._quiet:
             print(line, file=sys.stderr, flush=True)
 
-    def over(self, items: Iterable[T], stage: str, unit: str) -> Iterator[T]:
-        """Yield `items`, saying how many of how many are done and how long the rest will take at this pace."""
-        total = len(items) if isinstance(items, Sized) else 0
-        started = time.monotonic()
-        done = 0
+    def counter(self, stage: str, unit: str, total: int) -> Counter:
+        return Counter(self, stage, unit, total)
+
+    def over(self, items: Iterable[T], stage: str, unit: str, total: int) -> Iterator[T]:
+        """Yield `items`, counting them."""
+        count = self.counter(stage, unit, total)
         for done, item in enumerate(items, 1):
             yield item
-            if self._live:
-                spent = time.monotonic() - started
-                left = f", {spent / done * (total - done):.0f} s left" if total else ""
-                print(f"\r{stage}: {unit} {done}/{total or '?'}{left}   ", end="", file=sys.stderr, flush=True)
+            count.done(done)
+
+    def line(self, text: str) -> None:
+        """Show `text` in place of the line before, on a terminal."""
         if self._live:
-            print("\r\033[K", end="", file=sys.stderr)
-        self.say(f"{stage}: {done} {unit} in {time.monotonic() - started:.1f} s")
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+class Counter:
+    """How many of `total` are done, and how long the rest takes at the pace of those that were worked on: what an
+    earlier run finished takes no time and says nothing about the rest."""
+
+    def __init__(self, progress: Progress, stage: str, unit: str, total: int):
+        self._progress, self._stage, self._unit, self._total = progress, stage, unit, total
+        self._started = time.monotonic()
+        self._last = self._started
+        self._paces: list[float] = []  # seconds each
+
+    def done(self, count: int, worked: bool = True) -> None:
+        """`count` are done; the last of them took work, or was there already."""
+        now = time.monotonic()
+        if worked:
+            self._paces.append(now - self._last)
+        self._last = now
+        if count < self._total:
+            left = f", {_duration(statistics.median(self._paces) * (self._total - count))} left" if self._paces else ""
+            self._progress.line(f"{self._stage}: {self._unit} {count}/{self._total}{left}")
+            return
+        before = self._total - len(self._paces)
+        kept = f" ({before} of an earlier run kept)" if before else ""
+        self._progress.line("")
+        self._progress.say(f"{self._stage}: {count} {self._unit} in {_duration(now - self._started)}{kept}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -5,14 +5,16 @@ Wide batches hide what a cache or a shortcut does to one token, so the runtime s
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from smoe.prep.calibration import Calibration
-from smoe.prep.checkpoint import open_checkpoint
+from smoe.prep.checkpoint import Checkpoint, open_checkpoint
 from smoe.prep.errors import PrepError
+from smoe.prep.lockstep import as_trained, lockstep
 from smoe.prep.progress import Progress
 from smoe.runtime import Engine
 
@@ -28,8 +30,9 @@ def verify(
     with Engine.open(bundle, memory, context=max(len(row) for row in rows)) as engine, torch.no_grad():
         if engine.manifest.provenance.get("source_fingerprint") != checkpoint.fingerprint():
             raise PrepError(f"{bundle} was not built from {model}: their fingerprints differ.")
-        for row in progress.over(rows, "verify", "rows"):
-            wanted = checkpoint.model(torch.from_numpy(row)[None]).logits[0].double()
+        passes = [partial(_logits, checkpoint, row) for row in rows]
+        originals = lockstep(checkpoint, passes, as_trained(checkpoint))
+        for row, wanted in progress.over(zip(rows, originals, strict=True), "verify", "rows", len(rows)):
             for position, logits in enumerate(engine.score(row)):
                 found = torch.from_numpy(logits).double()
                 p, q = wanted[position].log_softmax(-1), found.log_softmax(-1)
@@ -48,3 +51,8 @@ def verify(
         "top1_agreement": round(float(np.mean(agree)), 5),
         "largest_logit_error": float(f"{worst:.2g}"),
     }
+
+
+def _logits(checkpoint: Checkpoint, row: np.ndarray) -> torch.Tensor:
+    """What the original says of a row: float64 `[T, vocabulary]`."""
+    return checkpoint.model(input_ids=torch.from_numpy(row)[None], use_cache=False).logits[0].double()

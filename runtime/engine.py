@@ -235,7 +235,9 @@ class Engine:
         checked = self._checked_ids(ids)
         self._turn += 1
         self._sequence.rewind(0)
-        return np.concatenate([self.step(self._sequence, part, np.arange(len(part))) for part in _chunks(checked)])
+        return np.concatenate(
+            [self.step(self._sequence, part, np.arange(len(part))) for part in self._chunks(checked)]
+        )
 
     def score(self, ids: SequenceOf[int] | np.ndarray) -> Iterator[np.ndarray]:
         """The same token by token, through the decode path: after each id, logits float32 `[vocabulary]`."""
@@ -258,7 +260,7 @@ class Engine:
         self._turn += 1
         self._sequence.rewind(min(_shared(self._sequence.ids, ids), len(ids) - 1) if reuse else 0)
         rest = ids[self._sequence.length :]
-        for part in _chunks(rest):
+        for part in self._chunks(rest):
             logits = self.step(self._sequence, part, np.array([len(part) - 1]))
         self.stats.prompt_tokens += len(rest)
         self.stats.prefill_seconds += time.perf_counter() - started
@@ -270,6 +272,11 @@ class Engine:
         self.stats.decode_steps += 1
         self.stats.decode_seconds += time.perf_counter() - started
         return logits
+
+    def _chunks(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        chunk = memory.chunk(self.manifest)
+        for start in range(0, len(ids), chunk):
+            yield ids[start : start + chunk]
 
     def _checked_ids(self, ids: SequenceOf[int] | np.ndarray, more: int = 0) -> np.ndarray:
         """`ids` as int64 `[T]`, if they and `more` new tokens fit the vocabulary and the context."""
@@ -323,11 +330,6 @@ def _routed(
             "again, or build it again."
         )
     return hidden.reshape(tokens, layer.hidden), ids.reshape(tokens, k), weights.reshape(tokens, k)
-
-
-def _chunks(ids: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(ids), memory.CHUNK):
-        yield ids[start : start + memory.CHUNK]
 
 
 def _shared(held: list[int], ids: np.ndarray) -> int:

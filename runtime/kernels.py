@@ -52,7 +52,8 @@ class Kernels:
 
         up = matrix("up", x)
         inner = reference.gate(spec, matrix("gate", x) if "gate" in tensors else None, up)
-        return matrix("down", np.ascontiguousarray(inner, np.float32))
+        y = matrix("down", np.ascontiguousarray(inner, np.float32))
+        return reference.normalise(y, tensors["norm"]) if "norm" in tensors else y
 
 
 def available() -> list[str]:

@@ -114,8 +114,14 @@ def _workspace(manifest: Manifest, context: int) -> int:
     fused = all(state.in_place for state in manifest.backbone.state)
     per_position = 4 * manifest.backbone.heads * (1 if fused else 3) + 16
     sliced = "logits_to_keep" in manifest.backbone.segments[-1].inputs
-    logits = 4 * manifest.model.vocabulary * (2 if sliced else CHUNK + 1)
-    return CHUNK * (widest + per_position * context) + logits
+    tokens = chunk(manifest)
+    logits = 4 * manifest.model.vocabulary * (2 if sliced else tokens + 1)
+    return tokens * (widest + per_position * context) + logits
+
+
+def chunk(manifest: Manifest) -> int:
+    """How many tokens of a prompt run at once."""
+    return 1 if manifest.backbone.one_at_a_time else CHUNK
 
 
 def parse_size(text: str | int) -> int:

@@ -15,6 +15,7 @@ from smoe.artifacts.encodings import from_bf16
 from smoe.artifacts.manifest import Gate
 
 LANES = 16
+NORM_EPSILON = 1e-6  # the scale takes up what a model has instead
 
 
 def linear(x: np.ndarray, w: np.ndarray, scale: np.ndarray | None = None) -> np.ndarray:
@@ -70,5 +71,16 @@ def gate(spec: Gate, gate: np.ndarray | None, up: np.ndarray) -> np.ndarray:
     if spec.kind == "gated":
         return ACTIVATIONS[spec.activation](gate) * up
     limit, alpha = np.float32(spec.limit), np.float32(spec.alpha)
+    if spec.kind == "softcapped":
+        return limit * np.tanh(gate / limit) * _sigmoid(gate) * alpha * np.tanh(up / alpha)
     bounded = np.minimum(gate, limit)
+    if spec.kind == "bounded":
+        return ACTIVATIONS[spec.activation](bounded) * np.clip(up, -limit, limit)
     return (np.clip(up, -limit, limit) + 1) * bounded * _sigmoid(alpha * bounded)
+
+
+def normalise(y: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """An expert's output where the model normalises it: z = scale * y, then z / sqrt(mean(z^2) + 1e-6) over the last
+    axis. y float32 `[n, hidden]`, scale float32 `[hidden]`."""
+    z = y * scale
+    return z / np.sqrt(np.mean(np.square(z), axis=-1, keepdims=True) + np.float32(NORM_EPSILON))

@@ -1,0 +1,136 @@
+"""What an interrupted run leaves, so that the next one goes on: a directory beside the output, finished layers in it.
+
+Everything is written under another name and renamed when it is whole, so that whatever carries its final name can be
+trusted after a kill at any moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from smoe.artifacts import safetensors_file
+from smoe.prep.errors import PrepError
+from smoe.prep.statistics import LayerSums
+
+MARKER = (
+    "smoe-prep.lock"  # in a directory that is being written: it is ours, held by the process that writes, and says
+)
+# with which settings
+FINISHED = "finished"  # layers whose profile is done
+
+
+@contextlib.contextmanager
+def beside(output: Path, settings: dict[str, str]) -> Iterator[Path]:
+    """A directory to write into that becomes `output` when the block ends well.
+
+    If it does not, what is finished stays for the next run with the same `settings`; with others that is a `PrepError`
+    which names both. `output` itself is never overwritten.
+    """
+    partial = _partial(output)
+    with open(partial / MARKER, "a+", encoding="utf-8") as marker:
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PrepError(f"Another smoe-prep is writing {output}; wait for it, or give another -o.") from error
+        _same_settings(marker, partial, settings)
+        for left in partial.rglob("*.part"):
+            left.unlink()
+        yield partial
+        shutil.rmtree(partial / FINISHED, ignore_errors=True)
+        (partial / MARKER).unlink()
+        partial.rename(output)
+
+
+def refuse_existing(output: Path) -> None:
+    """A `PrepError` if `output` cannot become a new directory."""
+    if output.exists() or output.is_symlink():
+        raise PrepError(f"{output} exists; smoe does not overwrite. Remove it, or give another -o.")
+    if not output.parent.is_dir():
+        raise PrepError(f"{output.parent} is not a directory; make it first, or give another -o.")
+
+
+def _partial(output: Path) -> Path:
+    refuse_existing(output)
+    partial = output.with_name(output.name + ".partial")
+    if partial.exists() and not (partial / MARKER).is_file() and any(partial.iterdir()):
+        raise PrepError(f"{partial} is in the way and not smoe's; move it, or give another -o.")
+    partial.mkdir(exist_ok=True)
+    return partial
+
+
+def _same_settings(marker, partial: Path, settings: dict[str, str]) -> None:
+    """Write the settings down, or compare them with those that the directory was begun with."""
+    marker.seek(0)
+    try:
+        begun = json.loads(marker.read() or "null")
+    except ValueError:
+        begun = None  # killed while they were written: nothing else is there yet
+    if begun is None:
+        marker.truncate(0)
+        marker.write(json.dumps(settings, indent=1))
+        marker.flush()
+        os.fsync(marker.fileno())
+        return
+    for name in sorted({*begun, *settings}):
+        if begun.get(name) != settings.get(name):
+            raise PrepError(
+                f"{partial} was begun with {name} {begun.get(name)}, now it is {settings.get(name)}; run it with the "
+                "same settings to go on, or remove that directory to start again."
+            )
+
+
+class Finished:
+    """Layers whose profile is done, in `directory`: their sums, and their experts' outputs, which later layers need."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory / FINISHED
+        self._directory.mkdir(exist_ok=True)
+
+    def sums(self, layer: int, like: LayerSums) -> LayerSums | None:
+        """The sums of `layer`, or None if it is not finished."""
+        file = self._directory / f"{layer:02d}.sums"
+        if not file.exists():
+            return None
+        loaded = safetensors_file.load(file)
+        fields = {f.name: loaded[f.name] for f in dataclasses.fields(like)}
+        return LayerSums(**{name: int(a) if a.ndim == 0 else a.copy() for name, a in fields.items()})
+
+    def outputs(self, layer: int, like: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The experts' outputs of a finished layer, float32 and shaped as `like`, one pass after another."""
+        with open(self._directory / f"{layer:02d}.outputs", "rb") as file:
+            for hidden in like:
+                output = torch.empty_like(hidden)
+                file.readinto(output.numpy().reshape(-1).view(np.uint8).data)
+                yield output
+
+    def keeping(self, layer: int, outputs: Iterator[torch.Tensor], sums: LayerSums) -> Iterator[torch.Tensor]:
+        """Pass `outputs` on and keep them; at the end keep `sums`, which says that the layer is finished."""
+        file = self._directory / f"{layer:02d}.outputs"
+        with open(file, "wb") as opened:
+            for output in outputs:
+                opened.write(output.contiguous().numpy().reshape(-1).view(np.uint8).data)
+                yield output
+            opened.flush()
+            os.fsync(opened.fileno())
+        arrays = {f.name: np.asarray(getattr(sums, f.name)) for f in dataclasses.fields(sums)}
+        safetensors_file.save(self._directory / f"{layer:02d}.sums", arrays)
+
+    def clear(self) -> None:
+        shutil.rmtree(self._directory)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, "utf-8")
+    os.replace(part, path)
