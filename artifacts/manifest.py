@@ -132,7 +132,7 @@ class Backbone:
     segments: tuple[Segment, ...]
     initializers: tuple[Initializer, ...]
     state: tuple[State, ...]
-    one_at_a_time: bool = False
+    one_at_a_time: bool = False  # since version 2
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Experts:
     page: int
     gate: Gate
     biased: bool
-    normed: bool = False
+    normed: bool = False  # since version 2
 
 
 @dataclass(frozen=True)

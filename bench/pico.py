@@ -44,29 +44,64 @@ LATENT = {"num_key_value_heads": 4, "head_dim": 8}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse"]}
+LINEAR_INDEXED = ["linear_attention", "indexed_attention"]
 ALL_SPARSE = {"mlp_layer_types": ["sparse", "sparse"]}
 FAMILIES: dict[str, dict] = {
     "afmoe": {"global_attn_every_n_layers": 2, "num_hidden_layers": 3},
-    "axk1": LATENT, "axk2": LATENT | DENSE_FIRST,
-    "bailing_hybrid": LATENT | LINEAR, "beam": SLIDING | ALL_SPARSE,
-    "cohere2_moe": {"sliding_window_pattern": 2, **ALL_SPARSE},
-    "deepseek_v2": LATENT | {"num_hidden_layers": 3}, "deepseek_v3": LATENT | {"num_hidden_layers": 3},
-    "deepseek_v32": LATENT, "dots3_note_text": LATENT, "ernie4_5_vl_moe": {"moe_intermediate_size": [40, 36]},
-    "exaone_moe": SLIDING, "flint": {"mlp_only_layers": [0], **SLIDING},
-    "gemma4_text": {"enable_moe_block": True, **SLIDING}, "glm4_moe_lite": LATENT,
-    "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4],
-                                      "partial_rotary_factor": 1.0}},
-    "glm5_next": LATENT | {"qk_rope_head_dim": 0, "head_dim": 0}, "glm_moe_dsa": LATENT,
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]}, "hy_v4": LATENT,
+    "axk1": LATENT,
+    "axk2": LATENT | DENSE_FIRST,
+    "bailing_hybrid": LATENT | LINEAR,
+    "beam": SLIDING | ALL_SPARSE,
+    "cohere2_moe": {"sliding_window_pattern": 2} | ALL_SPARSE,
+    "deepseek_ocr2": DENSE_FIRST,
+    "deepseek_v2": LATENT | {"num_hidden_layers": 3},
+    "deepseek_v3": LATENT | {"num_hidden_layers": 3},
+    "deepseek_v32": LATENT,
+    "dots3_note_text": LATENT,
+    "ernie4_5_vl_moe": {
+        "moe_intermediate_size": [40, 36],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+    },
+    "exaone_moe": SLIDING,
+    "flint": {"mlp_only_layers": [0]} | SLIDING,
+    "gemma4_text": {"enable_moe_block": True} | SLIDING,
+    "glm4_moe_lite": LATENT,
+    "glm4v_moe": {
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "partial_rotary_factor": 1.0
+        }
+    },
+    "glm5_next": LATENT | ALL_SPARSE | {"qk_rope_head_dim": 0, "head_dim": 0, "layer_types": LINEAR_INDEXED},
+    "glm_moe_dsa": LATENT,
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hy_v4": LATENT,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "kimi_linear": LATENT | LINEAR | {"first_k_dense_replace": 0}, "laguna": {}, "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"],
-    "num_dense_layers": 1, "num_hidden_layers": 3}, "mellum": SLIDING,
-    "minimax": LINEAR, "mistral4": LATENT, "mistral_large4": LATENT,
-    "olmoe": {"head_dim": 16}, "qwen3_5_moe_text": LINEAR, "qwen3_next": LINEAR,
-    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"]},
+    "kimi_linear": LATENT | LINEAR | {"first_k_dense_replace": 0},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1, "num_hidden_layers": 3},
+    "mellum": SLIDING,
+    "minimax": LINEAR,
+    "mistral4": LATENT,
+    "mistral_large4": LATENT,
+    "olmoe": {"head_dim": 16},
+    "qwen3_5_moe_text": LINEAR,
+    "qwen3_next": LINEAR,
+    "qwen4_exp_text": {
+        "layer_types": LINEAR_INDEXED, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 28,
+        "indexer_budget": 64, "indexer_compress_ratio": 4, "hc_lowrank": 10,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 TOWERS: dict[str, dict[str, dict]] = {
+    "mistral_large4": {
+        "vision_config": {
+            "model_type": "pixtral",
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "head_dim": 16,
+        }
+    },
     "muse_spark": {"audio_config": {"num_hidden_layers": 4, "hidden_sizes": [16, 16, 16, 16], "depths": [1, 1, 1, 1]}},
 }
 
@@ -98,7 +133,9 @@ def make_model(name: str, seed: int = 5, **changes):
     """A pico model with random weights: biases too, which are zero as made and would hide one that is lost."""
     torch.manual_seed(seed)
     config = make_config(name, **changes)
-    cls = next(mapping[type(config)] for mapping in MAPPINGS if type(config) in mapping)
+    cls = next((mapping[type(config)] for mapping in MAPPINGS if type(config) in mapping), None)
+    if cls is None:
+        raise SystemExit(f"no model generates text for the family {name}")
     model = cls._from_config(config).eval()
     for parameter_name, parameter in model.named_parameters():
         if "bias" in parameter_name:
@@ -118,6 +155,6 @@ def _known(cls, settings: dict) -> dict:
 
 def _tower(sub) -> dict:
     if not dataclasses.is_dataclass(sub):
-        return {"model_type": "pixtral"} | TOWER if not isinstance(sub, type) else {}
+        return {}
     nested = {part: _tower(inner) for part, inner in getattr(sub, "sub_configs", {}).items()}
     return _known(sub, TOWER) | nested

@@ -19,10 +19,11 @@ from smoe.prep.checkpoint import Checkpoint, open_checkpoint
 from smoe.prep.errors import PrepError
 from smoe.prep.experts import expert_geometry
 from smoe.prep.export import Exported, check_precision, export
+from smoe.prep.inspect import inspect
 from smoe.prep.pack import common_kind, pack
 from smoe.prep.profile import PROFILE_FILES, open_profile, profile
 from smoe.prep.progress import Progress
-from smoe.prep.resume import FINISHED, MARKER, beside, refuse_existing, write_whole
+from smoe.prep.resume import FINISHED, MARKER, beside, refuse_existing, refuse_full_disk, write_whole
 from smoe.prep.trace import continues
 
 
@@ -53,7 +54,9 @@ def build(
     refuse_existing(output)
     checkpoint = open_checkpoint(model)
     _refuse_early(checkpoint, recipe, calibration, profiled)
-    with beside(output, _settings(checkpoint, recipe, calibration, profiled)) as partial:
+    needed = inspect(checkpoint.path, recipe.encoding, 0 if calibration is None else calibration.count).disk
+    with beside(output, _settings(checkpoint, recipe, calibration, profiled), progress) as partial:
+        refuse_full_disk(partial, needed)
         _statistics(checkpoint, partial, calibration, profiled, progress)
         experts = pack(checkpoint, partial, recipe.encoding, progress)
         draft = _backbone(checkpoint, partial, experts, recipe.backbone, progress)

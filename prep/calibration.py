@@ -33,9 +33,14 @@ class Calibration:
     seed: int = 0
     length: int = 512
 
+    @property
+    def count(self) -> int:
+        """The most tokens that it may give."""
+        return DEFAULT_TOKENS if self.tokens is None else self.tokens
+
     def rows(self, checkpoint: Checkpoint) -> list[np.ndarray]:
         """Sequences of token ids, int64 `[length]` each but the last; a `PrepError` if there is too little text."""
-        wanted = DEFAULT_TOKENS if self.tokens is None else self.tokens
+        wanted = self.count
         if wanted < MINIMUM:
             raise PrepError(f"--tokens is {wanted}; at least {MINIMUM} are needed for statistics.")
         if self.length < 2 or self.seed < 0:

@@ -19,9 +19,10 @@ from smoe.prep.experts import experts_run_by
 from smoe.prep.trace import CLOSE
 from smoe.runtime.backbone import Backbone, Sequence, ort_value
 from smoe.runtime.errors import EngineError
+from smoe.runtime.memory import CHUNK
 
-TOKENS = 64
-PARTS = (29, 1, 34)  # a prompt, a decode step, a continuation
+# A prompt of a whole chunk, a decode step, two continuations: what a graph does with 3 tokens it need not do with 70.
+PARTS = (CHUNK, 1, 43, 70)
 
 
 def check_backbone(
@@ -30,7 +31,7 @@ def check_backbone(
     """`manifest` completed by what running the segments shows (top_k, and which routing rules hold), and why they do not
     do what the model does; '' if they do."""
     random = np.random.default_rng(0)
-    ids = random.integers(0, manifest.model.vocabulary, TOKENS)
+    ids = random.integers(0, manifest.model.vocabulary, min(sum(PARTS), manifest.model.context))
     try:
         logits, seen = _run(directory, manifest, ids, nodes)
     except EngineError as error:
@@ -61,6 +62,8 @@ def _run(
     parts = (1,) * len(ids) if manifest.backbone.one_at_a_time else PARTS
     for part in np.split(ids, np.cumsum(parts)[:-1]):
         count = len(part)
+        if not count:
+            break  # a model with a short context
         values = backbone.begin(sequence, part, np.arange(count))
         for index, node in enumerate(nodes):
             backbone.run(index, values, sequence)

@@ -90,21 +90,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Everything that can be known from config and headers is checked before a weight is read.
     """
     path = Path(path)
-    config = _config(path)
-    if getattr(config, "quantization_config", None) is not None:
-        method = getattr(config.quantization_config, "quant_method", None) or config.quantization_config
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise PrepError(
-            f"{path} is quantised ({method}); smoe quantises from the original weights: give the bf16 checkpoint."
-        )
+    model = empty_model(read_config(path), path)
+    refuse_without_seam(model, path)
     weights = open_weights(path)
     if not (path / "tokenizer.json").is_file() and list(path.glob("tokenizer*.model")):
         raise PrepError(
             f"{path} has a tokenizer that only Python code reads (no tokenizer.json); convert it with "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
         )
-    model = empty_model(config, path)
-    refuse_without_seam(model, path)
     _load_backbone(path, model, weights)
     layers = layers_used(model)
     targets = weights.targets(model)
@@ -114,7 +107,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, model, weights, layers, sources)
 
 
-def _config(path: Path):
+def read_config(path: Path) -> transformers.PreTrainedConfig:
+    """config.json of a checkpoint; a `PrepError` if it is none, or one of a quantised checkpoint."""
     if not (path / "config.json").is_file():
         what = "has no config.json" if path.is_dir() else "is not a directory"
         raise PrepError(
@@ -122,11 +116,18 @@ def _config(path: Path):
             "or `save_pretrained` leaves it."
         )
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (ValueError, KeyError, OSError, TypeError, RecursionError, StrictDataclassError) as error:
         raise PrepError(
             f"{path}/config.json is not one that transformers {transformers.__version__} reads: {_first_line(error)}"
         ) from error
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise PrepError(
+            f"{path} is quantised ({method}); smoe quantises from the original weights: give the bf16 checkpoint."
+        )
+    return config
 
 
 def _load_backbone(path: Path, model: transformers.PreTrainedModel, weights: Weights) -> None:

@@ -11,15 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+import transformers
 
 from smoe.artifacts.encodings import ENCODINGS
 from smoe.prep import build as building
-from smoe.prep.calibration import Calibration
+from smoe.prep.calibration import DEFAULT_TOKENS, Calibration
 from smoe.prep.checkpoint import open_checkpoint
 from smoe.prep.export import export as export_backbone
+from smoe.prep.inspect import Inspection, families
+from smoe.prep.inspect import inspect as look_at
 from smoe.prep.pack import pack as pack_experts
 from smoe.prep.profile import profile as run_profile
-from smoe.prep.progress import Progress
+from smoe.prep.progress import Progress, duration
 from smoe.prep.resume import beside, refuse_existing
 from smoe.prep.verify import verify as compare
 
@@ -99,6 +102,28 @@ def build(
 
 
 @cli.command()
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("--families", "list_families", is_flag=True, help="List the families that can be prepared, instead.")
+@_encoding
+@click.option("--tokens", type=int, default=DEFAULT_TOKENS, show_default=True, help="Of calibration text.")
+@_json
+def inspect(model: Path | None, list_families: bool, encoding: str, tokens: int, as_json: bool) -> None:
+    """Say whether the checkpoint MODEL can be prepared, and what that takes in disk, memory and time.
+
+    It needs a config.json and no more. Exits with 1 if the model cannot be prepared."""
+    if (model is None) != list_families:
+        raise click.UsageError("Give either MODEL or --families.")
+    if list_families or model is None:
+        found = families()
+        _print({"transformers": transformers.__version__, "families": found}, _families_text(found), as_json)
+        return
+    about = look_at(model, encoding, tokens)
+    _print(dataclasses.asdict(about), _inspection_text(about, encoding, tokens), as_json)
+    if about.refusal:
+        raise SystemExit(1)
+
+
+@cli.command()
 @_model
 @_output
 @_calibration(required=True)
@@ -107,7 +132,7 @@ def profile(model: Path, output: Path, calibration: str, tokens: int | None, see
     """Learn which experts matter, which resemble each other and which follow each other; write PROFILE."""
     refuse_existing(output)
     checkpoint, source = open_checkpoint(model), Calibration(calibration, tokens, seed)
-    with beside(output, source.settings(checkpoint) | building.made_by(checkpoint)) as partial:
+    with beside(output, source.settings(checkpoint) | building.made_by(checkpoint), Progress()) as partial:
         about = run_profile(checkpoint, partial, source, Progress())
     _print(about, _profile_text(about), as_json)
 
@@ -121,7 +146,7 @@ def pack(model: Path, output: Path, encoding: str, as_json: bool) -> None:
     """Write only the experts, as shards, with experts.json beside them."""
     refuse_existing(output)
     checkpoint = open_checkpoint(model)
-    with beside(output, {"--encoding": encoding} | building.made_by(checkpoint)) as partial:
+    with beside(output, {"--encoding": encoding} | building.made_by(checkpoint), Progress()) as partial:
         experts = pack_experts(checkpoint, partial, encoding, Progress())
         (partial / "experts.json").write_text(json.dumps(dataclasses.asdict(experts), indent=1) + "\n")
     _print(dataclasses.asdict(experts), f"{output}: experts in {encoding}", as_json)
@@ -136,7 +161,7 @@ def export(model: Path, output: Path, backbone: str, as_json: bool) -> None:
     """Write only the backbone, as ONNX segments, with backbone.json beside them."""
     refuse_existing(output)
     checkpoint = open_checkpoint(model)
-    with beside(output, {"--backbone": backbone} | building.made_by(checkpoint)) as partial:
+    with beside(output, {"--backbone": backbone} | building.made_by(checkpoint), Progress()) as partial:
         exported = export_backbone(checkpoint, partial, backbone)
         parts = {
             "backbone": dataclasses.asdict(exported.backbone),
@@ -158,6 +183,29 @@ def verify(bundle: Path, model: Path, text: str, tokens: int, memory: str | None
     found = compare(bundle, model, Calibration(text, tokens, length=256), memory, Progress())
     lines = "\n".join(f"{name.replace('_', ' '):28} {value}" for name, value in found.items())
     _print(found, lines, as_json)
+
+
+def _families_text(found: list[dict[str, str]]) -> str:
+    lines = [f"{len(found)} families of transformers {transformers.__version__} offer the experts interface:"]
+    for family in found:
+        lines.append(f"  {family['family']:22} {family['experts']:24} {family['text'] or 'no model generates text'}")
+    return "\n".join(lines)
+
+
+def _inspection_text(about: Inspection, encoding: str, tokens: int) -> str:
+    used = "" if about.top_k is None else f", {about.top_k} used per token"
+    active = "" if about.active_parameters is None else f", {about.active_parameters / 1e9:.2f} billion used per token"
+    hours = "" if about.seconds is None else f"; about {duration(about.seconds)} on this machine"
+    weights = about.weights or f"all there, {about.download / 1e9:.1f} GB"
+    return "\n".join([
+        f"{about.family} ({about.architecture}): "
+        + (f"cannot be prepared: {about.refusal}" if about.refusal else "can be prepared"),
+        f"{about.layers} MoE layers of {about.experts} experts{used}; hidden {about.hidden}, width {about.width}",
+        f"{about.parameters / 1e9:.2f} billion parameters, {about.expert_parameters / 1e9:.2f} in experts{active}",
+        f"weights: {weights}",
+        f"bundle: about {about.bundle / 1e9:.1f} GB with experts in {encoding}",
+        f"build: about {about.disk / 1e9:.1f} GB of disk, {about.memory / 1e9:.1f} GB of memory for {tokens} tokens{hours}",
+    ])  # fmt: skip
 
 
 def _profile_text(about: dict) -> str:

@@ -55,16 +55,17 @@ class Counter:
             self._paces.append(now - self._last)
         self._last = now
         if count < self._total:
-            left = f", {_duration(statistics.median(self._paces) * (self._total - count))} left" if self._paces else ""
+            left = f", {duration(statistics.median(self._paces) * (self._total - count))} left" if self._paces else ""
             self._progress.line(f"{self._stage}: {self._unit} {count}/{self._total}{left}")
             return
         before = self._total - len(self._paces)
         kept = f" ({before} of an earlier run kept)" if before else ""
         self._progress.line("")
-        self._progress.say(f"{self._stage}: {count} {self._unit} in {_duration(now - self._started)}{kept}")
+        self._progress.say(f"{self._stage}: {count} {self._unit} in {duration(now - self._started)}{kept}")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours for people."""
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

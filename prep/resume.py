@@ -20,6 +20,7 @@ import torch
 
 from smoe.artifacts import safetensors_file
 from smoe.prep.errors import PrepError
+from smoe.prep.progress import Progress
 from smoe.prep.statistics import LayerSums
 
 MARKER = (
@@ -30,7 +31,7 @@ FINISHED = "finished"  # layers whose profile is done
 
 
 @contextlib.contextmanager
-def beside(output: Path, settings: dict[str, str]) -> Iterator[Path]:
+def beside(output: Path, settings: dict[str, str], progress: Progress) -> Iterator[Path]:
     """A directory to write into that becomes `output` when the block ends well.
 
     If it does not, what is finished stays for the next run with the same `settings`; with others that is a `PrepError`
@@ -45,7 +46,14 @@ def beside(output: Path, settings: dict[str, str]) -> Iterator[Path]:
         _same_settings(marker, partial, settings)
         for left in partial.rglob("*.part"):
             left.unlink()
-        yield partial
+        try:
+            yield partial
+        except BaseException:
+            if any(path.is_file() and path.name != MARKER for path in partial.rglob("*")):
+                progress.say(f"What is finished is kept in {partial}; the same command goes on from there.")
+            else:
+                shutil.rmtree(partial)
+            raise
         shutil.rmtree(partial / FINISHED, ignore_errors=True)
         (partial / MARKER).unlink()
         partial.rename(output)
@@ -87,6 +95,17 @@ def _same_settings(marker, partial: Path, settings: dict[str, str]) -> None:
                 f"{partial} was begun with {name} {begun.get(name)}, now it is {settings.get(name)}; run it with the "
                 "same settings to go on, or remove that directory to start again."
             )
+
+
+def refuse_full_disk(partial: Path, needed: int) -> None:
+    """A `PrepError` if what is still to be written of `needed` bytes does not fit on the disk of `partial`."""
+    there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    free = shutil.disk_usage(partial).free
+    if needed - there > free:
+        raise PrepError(
+            f"{partial.parent} has {free / 1e6:.0f} MB free, about {(needed - there) / 1e6:.0f} MB are needed; make "
+            "room, or give another -o."
+        )
 
 
 class Finished:

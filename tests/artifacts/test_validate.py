@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from smoe.artifacts import BundleError, Manifest, open_bundle
+from smoe.artifacts.manifest import VERSION
 from smoe.artifacts.validate import ACTIVATIONS, sha256
 
 
@@ -91,7 +92,18 @@ BROKEN = {
     "manifest is not utf-8": (lambda b: (b / "manifest.json").write_bytes(b"\xff\xfe"), "not UTF-8"),
     "manifest nests deeply": (lambda b: (b / "manifest.json").write_text("[" * 200_000), "not JSON"),
     "another format": (_set("format", "gguf"), "not a smoe bundle"),
-    "from the future": (_set("version", 2), "format version 2, this smoe reads 1"),
+    "from the future": (_set("version", VERSION + 1), f"format version {VERSION + 1}, this smoe reads 1 to {VERSION}"),
+    "version zero": (_set("version", 0), "format version 0, this smoe reads 1"),
+    "version true": (_set("version", True), "format version True, this smoe reads 1"),
+    "gate without a limit": (
+        _set("experts", "gate", {"kind": "bounded", "activation": "silu", "alpha": 0.0, "limit": 0.0}),
+        "limit, alpha is .0.0, 0.0., finite numbers, limit above 0",
+    ),
+    "gate without a number": (
+        _set("experts", "gate", {"kind": "softcapped", "activation": "", "alpha": float("nan"), "limit": 7.0}),
+        "limit, alpha is .7.0, nan., finite numbers",
+    ),
+    "normed, but its records are not": (_set("experts", "normed", True), "the manifest wants"),
     "unknown field": (_set("surprise", 1), "surprise are missing or unknown"),
     "missing field": (_edit(lambda m: m.pop("experts")), "experts are missing or unknown"),
     "text for a number": (_set("model", "vocabulary", "many"), "vocabulary: int was wanted"),

@@ -1,8 +1,11 @@
-"""Pico models made on the spot, every dimension different so that a swapped axis fails. Needs torch."""
+"""Pico models made on the spot (bench/pico.py), saved and built once. Needs torch."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,44 +13,21 @@ import pytest
 
 pytest.importorskip("torch", reason="prep needs its extra; the lean environment does not run these tests")
 
-import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-BASE = {
-    "vocab_size": 211, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 24, "intermediate_size": 72, "moe_intermediate_size": 40, "num_experts_per_tok": 3, "num_experts": 6,
-    "num_local_experts": 6, "n_routed_experts": 6, "max_position_embeddings": 256, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.15,
-}  # fmt: skip
-FAMILIES = {
-    "mixtral": {},
-    "olmoe": {"head_dim": 16},
-    "qwen3_moe": {"norm_topk_prob": True},
-    "deepseek_v3": {
-        "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 28, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
-        "v_head_dim": 12, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
-        "routed_scaling_factor": 1.7, "head_dim": 8, "num_hidden_layers": 3,
-    },
-    "gpt_oss": {"sliding_window": 16},
-}  # fmt: skip
+import pico
+from transformers import AutoModelForCausalLM
 
 
-def make_model(family: str, seed: int = 5, **changes):
-    torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**{**BASE, **FAMILIES.get(family, {}), **changes})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        if "bias" in name:  # zero as made, which would hide a bias that is lost
-            torch.nn.init.normal_(parameter, std=0.3)
-    for name, buffer in model.named_buffers():
-        if "correction_bias" in name:
-            buffer.copy_(torch.linspace(-0.3, 0.3, buffer.numel()))
-    return model
+@pytest.fixture(scope="session")
+def smoe_prep():
+    """smoe_prep(*arguments) -> the finished process of the command as a user types it."""
 
+    def run(*arguments: object) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "smoe.prep", *map(str, arguments)],
+            capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
 
-def save_checkpoint(model, path: Path) -> Path:
-    model.save_pretrained(path)
-    return path
+    return run
 
 
 def write_ids(path: Path, rows: int = 12, length: int = 40, vocabulary: int = 211, seed: int = 0) -> Path:
@@ -59,7 +39,7 @@ def write_ids(path: Path, rows: int = 12, length: int = 40, vocabulary: int = 21
 
 @pytest.fixture(scope="session")
 def make():
-    return make_model
+    return pico.make_model
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +49,8 @@ def checkpoints(tmp_path_factory):
 
     def get(family: str) -> Path:
         if family not in made:
-            made[family] = save_checkpoint(make_model(family), tmp_path_factory.mktemp(family))
+            made[family] = tmp_path_factory.mktemp(family)
+            pico.make_model(family).save_pretrained(made[family])
         return made[family]
 
     return get
@@ -102,7 +83,7 @@ def bundles(tmp_path_factory, checkpoints, ids_file):
 
 @pytest.fixture(scope="session")
 def reference_model(root):
-    return AutoModelForCausalLM.from_pretrained(root / "examples" / "reference", dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(root / "examples" / "reference", dtype="float32").eval()
 
 
 @pytest.fixture(scope="session")

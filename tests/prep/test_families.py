@@ -6,13 +6,16 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from agreement import agreement
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from smoe.artifacts import open_bundle
 from smoe.runtime import Engine
 
+# One of each way to lay out weights and to route; all of ALL_FAMILIES have to give transformers' tokens.
 FAMILIES = ["mixtral", "olmoe", "qwen3_moe", "deepseek_v3", "gpt_oss"]
+ALL_FAMILIES = [*FAMILIES, "qwen2_moe", "deepseek_v2", "phimoe", "granitemoe", "glm4_moe", "ernie4_5_moe"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -85,21 +88,24 @@ def test_every_file_opens_in_its_official_reader(bundles, family, make):
                 assert torch.equal(shard.get_tensor(f"expert.{expert:04d}.down"), wanted)
 
 
-def test_the_runtime_says_what_transformers_says(bundles, checkpoints, family):
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_the_tokens_are_those_of_transformers(bundles, checkpoints, name):
+    """Greedy, up to the first place where the two best logits are closer than 10 x the logit error."""
+    found = agreement(bundles(name), checkpoints(name))
+    assert found.same and found.tokens >= 24, found
+    assert found.error < 1e-4 * found.scale
+
+
+def test_prefill_says_what_transformers_says_and_greedy_repeats(bundles, checkpoints, family):
     model = AutoModelForCausalLM.from_pretrained(checkpoints(family), dtype=torch.float32).eval()
     prompt = np.random.default_rng(2).integers(3, 211, 140)  # longer than a chunk
     with torch.no_grad():
         wanted = model(torch.from_numpy(prompt)[None]).logits[0].numpy()
-        greedy = model.generate(torch.from_numpy(prompt)[None], max_new_tokens=20, do_sample=False)[0, 140:].tolist()
     with Engine.open(bundles(family)) as engine:
         logits = engine.logits(prompt)
-        scored = np.stack(list(engine.score(prompt)))
         tokens = [t.id for t in engine.generate(prompt, max_new_tokens=20)]
-        repeated = [t.id for t in engine.generate(prompt, max_new_tokens=20)]
-    scale = np.abs(wanted).max()
-    assert np.abs(logits - wanted).max() < 1e-4 * scale
-    assert np.abs(scored - wanted).max() < 1e-4 * scale
-    assert tokens == greedy == repeated
+        assert tokens == [t.id for t in engine.generate(prompt, max_new_tokens=20)]
+    assert np.abs(logits - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
 def test_a_model_without_a_tokenizer_works_with_ids(bundles):

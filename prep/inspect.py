@@ -1,0 +1,186 @@
+"""What a model is, whether it can be prepared, and what that takes: from its config and the headers of its weights.
+
+Nothing large is read or computed, so it works before the weights are downloaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from smoe.artifacts.encodings import record_layout
+from smoe.artifacts.layout import ExpertShape
+from smoe.prep.checkpoint import read_config
+from smoe.prep.errors import PrepError
+from smoe.prep.experts import expert_geometry, experts_modules, probe_gate
+from smoe.prep.families import empty_model, refuse_without_seam
+from smoe.prep.pack import PAGE
+from smoe.prep.profile import SAMPLE, TRACE
+from smoe.prep.weights import open_weights
+
+# Measured with bench/large.py (docs/log.md, 2026-11-22); all of them are about, and say so where they are shown.
+PROCESS = 1.0e9  # bytes: Python, torch and transformers, and what an export takes besides the weights
+READ = 0.5e9  # bytes per second of a disk
+PACK = 0.25e9  # bytes of experts per second
+EXPORT = 5.0  # seconds per MoE layer
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Sizes in bytes, counts of parameters, time in seconds. `refusal` says why the model cannot be prepared, `weights`
+    what is wrong with its weights; both are empty if nothing is."""
+
+    family: str
+    architecture: str
+    refusal: str
+    weights: str
+    layers: int
+    experts: int  # of the largest layer
+    top_k: int | None
+    hidden: int
+    width: int
+    parameters: int
+    expert_parameters: int
+    active_parameters: int | None
+    download: int | None  # of the weights, if they or their index are there
+    bundle: int
+    disk: int
+    memory: int
+    seconds: float | None
+
+
+def inspect(path: str | Path, encoding: str = "bf16", tokens: int = 65536) -> Inspection:
+    """Look at the checkpoint directory `path`, which needs a config.json and no more, for a build in `encoding` with so
+    many calibration `tokens`. A config that cannot be read, or is of a family that cannot be run, is a `PrepError`."""
+    path = Path(path)
+    model = empty_model(read_config(path), path)
+    refuse_without_seam(model, path)
+    refusal, shape = _kind(model)
+    sizes = _Sizes.of(model, encoding, tokens, shape)
+    download, wrong = _weights(path, model)
+    config = model.config.get_text_config()
+    return Inspection(
+        model.config.model_type, type(model).__name__, refusal, wrong,
+        len(sizes.layers), max(count for count, _, _ in sizes.layers), sizes.top_k,
+        config.hidden_size, sizes.layers[0][2],
+        sizes.backbone + sizes.in_experts, sizes.in_experts, sizes.active,
+        download, sizes.bundle, sizes.bundle + sizes.outputs, sizes.memory, _seconds(sizes, tokens),
+    )  # fmt: skip
+
+
+def families() -> list[dict[str, str]]:
+    """Every family of the installed `transformers` that offers the experts interface: name, how its experts lie in
+    memory, and the class that generates text, or what is missing."""
+    root = Path(transformers.__file__).parent / "models"
+    found = []
+    for file in sorted(root.glob("*/modeling_*.py")):
+        layouts = re.findall(r"^@use_experts_implementation(?:\(([^)]*)\))?$", file.read_text("utf-8"), re.MULTILINE)
+        if layouts:
+            name = file.parent.name
+            found.append({"family": name, "experts": _layout(layouts[0]), "text": _text_class(name)})
+    return found
+
+
+def _layout(flags: str) -> str:
+    said = {
+        "is_transposed=True": "transposed",
+        "is_concatenated=False": "interleaved",
+        "has_bias=True": "biased",
+        "has_gate=False": "not gated",
+        "has_post_expert_norm=True": "normalised",
+    }
+    return ", ".join(word for flag, word in said.items() if flag in flags) or "gated"
+
+
+def _text_class(name: str) -> str:
+    from smoe.prep.families import MAPPINGS
+
+    for candidate in (f"{name}_text", name, f"{name}_mm_model"):
+        config = transformers.CONFIG_MAPPING[candidate] if candidate in transformers.CONFIG_MAPPING else None
+        for mapping in MAPPINGS:
+            if config in mapping:
+                return mapping[config].__name__
+    return ""
+
+
+def _kind(model: torch.nn.Module) -> tuple[str, ExpertShape]:
+    """Why the experts cannot be run on a device ('' if they can), and their shape but for its sizes."""
+    module = experts_modules(model)[0][1]
+    shape = ExpertShape(0, 0, bool(module.has_gate), bool(module.has_bias), bool(module.has_post_expert_norm))
+    try:
+        probe_gate(module)
+    except PrepError as error:
+        return str(error), shape
+    return "", shape
+
+
+def _weights(path: Path, model: transformers.PreTrainedModel) -> tuple[int | None, str]:
+    """Bytes of the weight files, and what is wrong with them."""
+    try:
+        weights = open_weights(path)
+        total = sum(file.stat().st_size for file in weights.files)
+        weights.check(model)
+    except PrepError as error:
+        return None, str(error)
+    return total, ""
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    layers: list[tuple[int, int, int]]  # experts, hidden, width
+    top_k: int | None
+    backbone: int  # parameters
+    in_experts: int
+    active: int | None
+    bundle: int
+    outputs: int
+    memory: int
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, encoding: str, tokens: int, shape: ExpertShape) -> _Sizes:
+        modules = [module for _, module in experts_modules(model)]
+        layers = [expert_geometry(module) for module in modules]
+        per_layer = [sum(p.numel() for p in module.parameters()) for module in modules]
+        backbone = sum(p.numel() for p in model.parameters()) - sum(per_layer)
+        records = [
+            record_layout(dataclasses.replace(shape, hidden=hidden, width=width), encoding, PAGE).nbytes
+            for _, hidden, width in layers
+        ]
+        config = model.config.get_text_config()
+        top_k = getattr(config, "num_experts_per_tok", None)
+        shards = sum(count * record for (count, _, _), record in zip(layers, records, strict=True))
+        tables = sum(40 * count * count + TRACE * (2 * count + 6 * (top_k or count)) for count, _, _ in layers)
+        activations = 3 * tokens * config.hidden_size * 4
+        return cls(
+            layers, top_k, backbone, sum(per_layer),
+            backbone + sum(n * top_k // count for n, (count, _, _) in zip(per_layer, layers, strict=True)) if top_k else None,
+            shards + 4 * backbone + tables + (32 << 20),
+            sum(tokens * hidden * 4 for _, hidden, _ in layers),
+            int(PROCESS + 8 * backbone + 2 * 2 * max(per_layer) + activations),
+        )  # fmt: skip
+
+
+def _seconds(sizes: _Sizes, tokens: int) -> float | None:
+    """About how long a build takes on this machine: products at the speed that is measured now, the rest by rates."""
+    if sizes.active is None:
+        return None
+    sampled = min(tokens, SAMPLE) * sizes.in_experts
+    products = 2 * (sizes.active * tokens + sampled) / _products_per_second()
+    return products + sizes.in_experts * 2 * (2 / READ + 1 / PACK) + EXPORT * len(sizes.layers)
+
+
+def _products_per_second() -> float:
+    """Floating-point operations per second in float32 products of the size that profiling has."""
+    x, w = torch.randn(256, 1024), torch.randn(1024, 1024)
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        x @ w
+        best = min(best, time.perf_counter() - started)
+    return 2 * 256 * 1024 * 1024 / best
