@@ -37,7 +37,7 @@ class Checkpoint:
     model: transformers.PreTrainedModel
     weights: Weights
     layers: list[ExpertsLayer]
-    sources: list[list[str]]  # per layer: the stored tensors that its experts are made from
+    sources: list[dict[str, list[str]]]  # per layer and parameter of its experts: the stored tensors it is made from
 
     @property
     def config(self):
@@ -77,7 +77,10 @@ class Checkpoint:
         """
         name, module = self.layers[layer]
         try:
-            self.weights.load(self.model, self.sources[layer])
+            for names in self.sources[
+                layer
+            ].values():  # one by one: what is read and what is made from it exist at once
+                self.weights.load(self.model, names)
             _refuse_infinite(self.path, name, module)
             yield module
         finally:
@@ -101,9 +104,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     _load_backbone(path, model, weights)
     layers = layers_used(model)
     targets = weights.targets(model)
-    sources = [[source for source, target in targets.items() if target.startswith(f"{name}.")] for name, _ in layers]
-    for (_, module), names in zip(layers, sources, strict=True):
-        _keep_stored_dtype(module, [weights.stored[name].dtype for name in names])
+    sources: list[dict[str, list[str]]] = [{} for _ in layers]
+    for (name, module), found in zip(layers, sources, strict=True):
+        for source, target in targets.items():
+            if target.startswith(f"{name}."):
+                found.setdefault(target, []).append(source)
+        _keep_stored_dtype(module, [weights.stored[source].dtype for names in found.values() for source in names])
     return Checkpoint(path, model, weights, layers, sources)
 
 

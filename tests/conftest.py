@@ -11,7 +11,8 @@ import pytest
 from smoe.artifacts import safetensors_file
 
 ROOT = Path(__file__).parents[1]
-GOLDEN = Path(__file__).parent / "golden" / "v1.smoe"
+GOLDENS = sorted((Path(__file__).parent / "golden").glob("v*.smoe"))
+GOLDEN = GOLDENS[0]
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +24,12 @@ def root() -> Path:
 def golden() -> Path:
     """A checked-in bundle of format version 1: a pico model with a tokenizer. Read only."""
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def goldens() -> list[Path]:
+    """One checked-in bundle of every format version, first to last. Read only."""
+    return GOLDENS
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,12 @@ from smoe.artifacts.manifest import VERSION
 from smoe.artifacts.validate import ACTIVATIONS, sha256
 
 
-def test_the_golden_bundle_of_every_version_opens(golden):
-    manifest = open_bundle(golden, hashes=True)
-    assert manifest.version == 1
-    assert Manifest.parse(manifest.to_json(), "again") == manifest
+def test_the_golden_bundle_of_every_version_opens(goldens):
+    for version, path in enumerate(goldens, 1):
+        manifest = open_bundle(path, hashes=True)
+        assert manifest.version == version
+        assert Manifest.parse(manifest.to_json(), "again") == manifest
+    assert version == VERSION
 
 
 def _edit(change: Callable[[dict], None]) -> Callable[[Path], None]:

@@ -2,7 +2,8 @@
 
 A pico model (every dimension different), a tokenizer trained on a few lines, and what `transformers` answers, so that
 the runtime can be tested where torch is not installed. Run once per format version; the result is checked in and must
-open for ever.
+open for ever. v1 is a qwen3_moe in f32; v2 a jamba in int8, whose state is a mixture of what is appended to and what
+keeps its shape, and which takes one token at a time.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import JambaConfig, JambaForCausalLM
 
 from smoe.artifacts import safetensors_file
 from smoe.prep.build import Recipe, build
@@ -26,7 +27,7 @@ CHAT = (
 )
 
 
-def checkpoint(path: Path) -> Qwen3MoeForCausalLM:
+def checkpoint(path: Path) -> JambaForCausalLM:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,12 +39,14 @@ def checkpoint(path: Path) -> Qwen3MoeForCausalLM:
     )
     tokenizer.train_from_iterator(LINES, trainer)
     torch.manual_seed(11)
-    config = Qwen3MoeConfig(
-        vocab_size=307, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
-        intermediate_size=56, moe_intermediate_size=40, num_experts=7, num_experts_per_tok=3, norm_topk_prob=True,
-        max_position_embeddings=300, eos_token_id=0, bos_token_id=0, pad_token_id=0, initializer_range=0.15,
+    config = JambaConfig(
+        vocab_size=307, hidden_size=48, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
+        intermediate_size=40, num_experts=7, num_experts_per_tok=3, attn_layer_period=2, attn_layer_offset=1,
+        expert_layer_period=2, expert_layer_offset=1, mamba_d_state=10, mamba_d_conv=4, mamba_dt_rank=5,
+        use_mamba_kernels=False, max_position_embeddings=300, eos_token_id=0, bos_token_id=0, pad_token_id=0,
+        initializer_range=0.15,
     )  # fmt: skip
-    model = Qwen3MoeForCausalLM(config).eval()
+    model = JambaForCausalLM(config).eval()
     model.save_pretrained(path)
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "chat_template": CHAT}))
@@ -57,7 +60,7 @@ def main(output: Path) -> None:
         ids = np.random.default_rng(3).integers(1, 307, (40, 200)).tolist()
         text = source / "text.jsonl"
         text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
-        build(source, output, Calibration(str(text), tokens=2048, length=100), Recipe(encoding="f32"))
+        build(source, output, Calibration(str(text), tokens=2048, length=100), Recipe(encoding="int8"))
         prompt = torch.tensor([ids[0][:150]])  # longer than a chunk
         with torch.no_grad():
             logits = model(prompt).logits[0].numpy()

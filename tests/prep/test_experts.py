@@ -8,7 +8,14 @@ from transformers.activations import ACT2FN
 
 from smoe.artifacts.manifest import Gate
 from smoe.prep.errors import PrepError
-from smoe.prep.experts import expert_geometry, expert_outputs, expert_weights, experts_modules, probe_gate
+from smoe.prep.experts import (
+    expert_geometry,
+    expert_outputs,
+    expert_weights,
+    experts_modules,
+    probe_gate,
+    probe_norm,
+)
 from smoe.runtime import reference
 
 
@@ -45,13 +52,59 @@ def test_a_clamped_gate_is_recognised_with_its_numbers(alpha, limit):
     assert probe_gate(_Experts(None, is_concatenated=False, apply_gate=clamped)) == Gate("clamped", "", alpha, limit)
 
 
-def test_a_clamp_far_out_is_not_overlooked():
-    def clamped(pair):
+@pytest.mark.parametrize("act, name", [(torch.nn.functional.silu, "silu"), (torch.relu, "relu")])
+@pytest.mark.parametrize("limit", [150.0, 7.0, 0.5])
+def test_a_bounded_gate_is_recognised_with_its_limit(act, name, limit):
+    """However far out: a limit that calibration never reaches is still part of the function."""
+
+    def bounded(pair):
         gate, up = pair.chunk(2, -1)
-        return torch.nn.functional.silu(gate.clamp(max=150)) * up.clamp(-150, 150)
+        return act(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+    assert probe_gate(_Experts(None, apply_gate=bounded)) == Gate("bounded", name, 0.0, limit)
+
+
+def test_a_softcapped_gate_is_recognised_with_its_caps():
+    def softcapped(pair):
+        gate, up = pair.chunk(2, -1)
+        return 9 * torch.tanh(gate / 9) * torch.sigmoid(gate) * 5 * torch.tanh(up / 5)
+
+    assert probe_gate(_Experts(None, apply_gate=softcapped)) == Gate("softcapped", "", 5.0, 9.0)
+
+
+def test_two_limits_that_differ_are_no_bounded_gate():
+    def other(pair):
+        gate, up = pair.chunk(2, -1)
+        return torch.nn.functional.silu(gate.clamp(max=7)) * up.clamp(-5, 5)
 
     with pytest.raises(PrepError, match="none of the"):
-        probe_gate(_Experts(None, apply_gate=clamped))
+        probe_gate(_Experts(None, apply_gate=other))
+
+
+class _Normed(nn.Module):
+    """A module on the seam as far as `probe_norm` looks at it."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.down_proj, self.is_transposed, self.post_expert_norm = torch.empty(2, 12, 5), False, norm
+
+
+def _rms(x, epsilon):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+
+
+@pytest.mark.parametrize("epsilon", [1e-8, 1e-6, 1e-5])
+def test_a_norm_that_scales_first_is_recognised(epsilon):
+    scale = torch.linspace(0.3, 1.9, 12)
+    found = probe_norm(_Normed(lambda x: _rms(x * scale, epsilon)))
+    y = torch.randn(50, 12) * torch.logspace(-5, 3, 50)[:, None]
+    assert np.allclose(reference.normalise(y.numpy(), found.numpy()), _rms(y * scale, epsilon), rtol=1e-3, atol=1e-6)
+
+
+def test_a_norm_that_scales_last_is_refused():
+    scale = torch.linspace(0.3, 1.9, 12)
+    with pytest.raises(PrepError, match="norm of the experts' outputs in _Normed is not one"):
+        probe_norm(_Normed(lambda x: _rms(x, 1e-6) * scale))
 
 
 def test_an_unknown_activation_is_refused():
@@ -59,7 +112,7 @@ def test_an_unknown_activation_is_refused():
         probe_gate(_Experts(torch.sin))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "olmoe"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "aria_text", "nemotron_h", "hy_v4"])
 def test_weights_and_outputs_are_the_modules_own(make, family):
     _, module = experts_modules(make(family))[0]
     count, hidden, width = expert_geometry(module)
@@ -72,8 +125,9 @@ def test_weights_and_outputs_are_the_modules_own(make, family):
             direct = expert_outputs(module, expert, x).numpy()
         assert np.allclose(direct, wanted, atol=1e-5)
         w = {name: array.astype(np.float64) for name, array in expert_weights(module, expert).items()}
-        assert w["gate"].shape == w["up"].shape == (width, hidden) and w["down"].shape == (hidden, width)
-        g = x.numpy() @ w["gate"].T + w.get("gate_bias", 0)
+        assert w["up"].shape == (width, hidden) and w["down"].shape == (hidden, width)
+        assert ("gate" in w) == (family != "nemotron_h")
+        g = x.numpy() @ w["gate"].T + w.get("gate_bias", 0) if "gate" in w else None
         u = x.numpy() @ w["up"].T + w.get("up_bias", 0)
         found = reference.gate(gate, g, u) @ w["down"].T + w.get("down_bias", 0)
         assert np.allclose(found, wanted, rtol=1e-4, atol=1e-4)

@@ -80,14 +80,22 @@ def test_the_binding_refuses_what_does_not_fit(x, w, scale):
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(
-    "spec", [Gate("gated", "silu"), Gate("plain", "relu2"), Gate("clamped", "", 1.702, 0.5)], ids=str
-)
-def test_the_ffn_is_the_formula(encoding, biased, spec):
-    shape = ExpertShape(23, 18, gated=spec.kind != "plain", biased=biased)
+    "spec",
+    [
+        Gate("gated", "silu"), Gate("plain", "relu2"), Gate("clamped", "", 1.702, 0.5), Gate("bounded", "silu", 0, 0.5),
+        Gate("softcapped", "", 3, 2),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("normed", [True, False])
+def test_the_ffn_is_the_formula(encoding, biased, spec, normed):
+    shape = ExpertShape(23, 18, gated=spec.kind != "plain", biased=biased, normed=normed)
     random = np.random.default_rng(5)
     w = {n: random.standard_normal(d).astype(np.float32) for n, d in shape.matrices().items()}
     if biased:
         w |= {f"{n}_bias": random.standard_normal(d[0]).astype(np.float32) for n, d in shape.matrices().items()}
+    if normed:
+        w["norm"] = random.standard_normal(23).astype(np.float32)
     layout = record_layout(shape, encoding, 512)
     record = encode_expert(layout, encoding, w)
     from smoe.artifacts.encodings import decode_expert
@@ -107,12 +115,18 @@ def test_the_ffn_is_the_formula(encoding, biased, spec):
         inner = g * sigmoid(g) * u
     elif spec.kind == "plain":
         inner = np.maximum(u, 0) ** 2
+    elif spec.kind == "softcapped":
+        inner = 2 * np.tanh(g / 2) * sigmoid(g) * 3 * np.tanh(u / 3)
     else:
         g, u = np.minimum(g, 0.5), np.clip(u, -0.5, 0.5)
-        inner = (u + 1) * g * sigmoid(1.702 * g)
+        inner = (u + 1) * g * sigmoid(1.702 * g) if spec.kind == "clamped" else g * sigmoid(g) * u
+    wanted = matrix("down", inner)
+    if normed:
+        z = wanted * d["norm"]
+        wanted = z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-6)
     for name in VARIANTS:
         found = kernels.choose(name).ffn(spec, layout.views(record), x)
-        assert found.dtype == np.float32 and np.allclose(found, matrix("down", inner), rtol=1e-4, atol=1e-4)
+        assert found.dtype == np.float32 and np.allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_variant_can_be_forced_and_an_unknown_one_is_refused(monkeypatch):

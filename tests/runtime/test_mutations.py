@@ -1,0 +1,34 @@
+"""A damaged bundle behaves or is refused with a sentence: a few hundred of bench/mutate.py's mutations (10,000 are run by
+hand, in processes of their own)."""
+
+import os
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+from random import Random
+
+import mutate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def _too_long(*_):
+    raise TimeoutError("20 seconds")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_mutated_bundle_behaves_or_is_refused(goldens, seed):
+    random = Random(seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        os.mkfifo(Path(scratch) / "canary.xy")  # whoever reads outside the bundle would wait here
+        bundle = Path(shutil.copytree(random.choice(goldens), Path(scratch) / "bundle"))
+        mutate.mutate(bundle, random)
+        previous = signal.signal(signal.SIGALRM, _too_long)
+        signal.alarm(20)
+        try:
+            assert mutate.outcome(bundle) in (mutate.BEHAVED, mutate.REFUSED)
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, previous)
