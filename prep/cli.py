@@ -204,6 +204,8 @@ def _inspection_text(about: Inspection, encoding: str, tokens: int) -> str:
         f"{about.parameters / 1e9:.2f} billion parameters, {about.expert_parameters / 1e9:.2f} in experts{active}",
         f"weights: {weights}",
         f"bundle: about {about.bundle / 1e9:.1f} GB with experts in {encoding}",
+        f"device: from {about.device[0] / 1e9:.1f} GB to {about.device[1] / 1e9:.1f} GB with all experts in memory, and the "
+        "KV cache",
         f"build: about {about.disk / 1e9:.1f} GB of disk, {about.memory / 1e9:.1f} GB of memory for {tokens} tokens{hours}",
     ])  # fmt: skip
 

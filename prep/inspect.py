@@ -23,6 +23,7 @@ from smoe.prep.families import empty_model, refuse_without_seam
 from smoe.prep.pack import PAGE
 from smoe.prep.profile import SAMPLE, TRACE
 from smoe.prep.weights import open_weights
+from smoe.runtime.memory import RUNTIME, SESSION
 
 # Measured with bench/large.py (docs/log.md, 2026-11-22); all of them are about, and say so where they are shown.
 PROCESS = 1.0e9  # bytes: Python, torch and transformers, and what an export takes besides the weights
@@ -52,6 +53,7 @@ class Inspection:
     bundle: int
     disk: int
     memory: int
+    device: tuple[int, int]  # memory of the runtime besides its KV cache: at least, and with all experts resident
     seconds: float | None
 
 
@@ -70,7 +72,7 @@ def inspect(path: str | Path, encoding: str = "bf16", tokens: int = 65536) -> In
         len(sizes.layers), max(count for count, _, _ in sizes.layers), sizes.top_k,
         config.hidden_size, sizes.layers[0][2],
         sizes.backbone + sizes.in_experts, sizes.in_experts, sizes.active,
-        download, sizes.bundle, sizes.bundle + sizes.outputs, sizes.memory, _seconds(sizes, tokens),
+        download, sizes.bundle, sizes.bundle + sizes.outputs, sizes.memory, sizes.device, _seconds(sizes, tokens),
     )  # fmt: skip
 
 
@@ -141,6 +143,7 @@ class _Sizes:
     bundle: int
     outputs: int
     memory: int
+    device: tuple[int, int]
 
     @classmethod
     def of(cls, model: torch.nn.Module, encoding: str, tokens: int, shape: ExpertShape) -> _Sizes:
@@ -155,7 +158,8 @@ class _Sizes:
         config = model.config.get_text_config()
         top_k = getattr(config, "num_experts_per_tok", None)
         shards = sum(count * record for (count, _, _), record in zip(layers, records, strict=True))
-        tables = sum(40 * count * count + TRACE * (2 * count + 6 * (top_k or count)) for count, _, _ in layers)
+        tables = sum(40 * count * count + min(tokens, TRACE) * (2 * count + 6 * (top_k or count)) for count, _, _ in layers)
+        fixed = 4 * backbone + RUNTIME + SESSION * (len(layers) + 1)
         activations = 3 * tokens * config.hidden_size * 4
         return cls(
             layers, top_k, backbone, sum(per_layer),
@@ -163,6 +167,7 @@ class _Sizes:
             shards + 4 * backbone + tables + (32 << 20),
             sum(tokens * hidden * 4 for _, hidden, _ in layers),
             int(PROCESS + 8 * backbone + 2 * 2 * max(per_layer) + activations),
+            (fixed + (top_k or 1) * max(records), fixed + shards),
         )  # fmt: skip
 
 

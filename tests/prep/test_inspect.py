@@ -1,0 +1,82 @@
+"""What inspect says before anything is read, against what is there in the end; and the pages that quote it."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from smoe.artifacts import open_bundle
+from smoe.prep.errors import PrepError
+from smoe.prep.inspect import families, inspect
+
+
+@pytest.mark.parametrize("family, layers", [("mixtral", 2), ("gpt_oss", 2), ("deepseek_v3", 2), ("nemotron_h", 1)])
+def test_counts_are_those_of_the_model(make, checkpoints, family, layers):
+    model, about = make(family), inspect(checkpoints(family))
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n and "shared" not in n)
+    assert (about.family, about.architecture) == (family, type(model).__name__)
+    assert (about.layers, about.experts, about.top_k, about.hidden) == (layers, 6, 3, 64)
+    assert about.parameters == sum(p.numel() for p in model.parameters()) and about.expert_parameters == experts
+    assert about.active_parameters == about.parameters - experts + experts // 2
+    assert about.refusal == about.weights == "" and about.download > 0
+
+
+def test_it_needs_a_config_and_no_more(checkpoints, tmp_path):
+    (tmp_path / "config.json").write_bytes((checkpoints("mixtral") / "config.json").read_bytes())
+    about = inspect(tmp_path)
+    assert "no .safetensors files" in about.weights and about.download is None
+    ours, theirs = dataclasses.asdict(about), dataclasses.asdict(inspect(checkpoints("mixtral")))
+    assert {name for name in ours if ours[name] != theirs[name]} <= {"weights", "download", "seconds"}
+
+
+def test_sizes_are_about_those_of_the_bundle(root, reference_bundle):
+    about = inspect(root / "examples" / "reference", "f32", tokens=2048)
+    files = open_bundle(reference_bundle).files
+    assert about.bundle - (32 << 20) == pytest.approx(sum(file.size for file in files.values()), rel=0.05)
+
+
+def test_more_tokens_take_more_and_smaller_encodings_less(checkpoints):
+    source = checkpoints("mixtral")
+    assert inspect(source, "f32").bundle > inspect(source, "bf16").bundle > inspect(source, "int8").bundle
+    assert inspect(source, tokens=10**6).disk > inspect(source, tokens=10**5).disk
+    assert inspect(source, tokens=10**6).memory > inspect(source, tokens=10**5).memory
+
+
+def test_every_family_on_the_interface_is_listed():
+    found = {family["family"]: family for family in families()}
+    assert len(found) >= 60 and found["mixtral"] == {
+        "family": "mixtral", "experts": "gated", "text": "MixtralForCausalLM"
+    }  # fmt: skip
+    assert found["gpt_oss"]["experts"] == "transposed, interleaved, biased"
+    assert found["nemotron_h"]["experts"] == "not gated" and found["muse_spark"]["experts"] == "normalised"
+    assert found["openai_privacy_filter"]["text"] == ""
+
+
+def test_a_dense_model_and_no_model_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1})
+    )
+    with pytest.raises(PrepError, match="is a llama model without experts"):
+        inspect(tmp_path)
+    with pytest.raises(PrepError, match="is not a directory"):
+        inspect(tmp_path / "none")
+
+
+def test_the_command_says_it_and_takes_one_of_two(smoe_prep, checkpoints, tmp_path):
+    done = smoe_prep("inspect", checkpoints("olmoe"))
+    assert done.returncode == 0 and "olmoe (OlmoeForCausalLM): can be prepared" in done.stdout
+    assert json.loads(smoe_prep("inspect", "--families", "--json").stdout)["families"]
+    for wrong in ((), (checkpoints("olmoe"), "--families")):
+        done = smoe_prep("inspect", *wrong)
+        assert done.returncode == 2 and "Give either MODEL or --families" in done.stderr
+
+
+def test_the_walkthrough_quotes_what_inspect_says(smoe_prep, root):
+    page = (root / "docs" / "walkthrough.md").read_text()
+    for model in sorted((root / "docs" / "models").iterdir()):
+        for encoding in ("bf16", "int8"):
+            said = smoe_prep("inspect", model.relative_to(root), "--encoding", encoding).stdout
+            for line in said.splitlines():
+                if not line.startswith("weights:"):
+                    assert re.sub(r"; about [^;]* on this machine", "", line) in page, line
