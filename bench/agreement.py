@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from smoe.prep.checkpoint import open_checkpoint
-from smoe.prep.families import MAPPINGS
+from smoe.prep.families import text_class
 from smoe.runtime import Engine
 
 NEW = 48
@@ -66,5 +66,4 @@ def agreement(bundle: Path, checkpoint: Path, seed: int = 2) -> Agreement:
 def reference_model(checkpoint: Path):
     """What transformers itself makes of the checkpoint, in float32."""
     config = open_checkpoint(checkpoint).model.config  # the class is chosen as smoe does, the rest is transformers'
-    cls = next(mapping[type(config)] for mapping in MAPPINGS if type(config) in mapping)
-    return cls.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
+    return text_class(type(config)).from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()

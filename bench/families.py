@@ -47,6 +47,8 @@ def one(family: str) -> dict:
     from smoe.artifacts import SmoeError
     from smoe.prep.build import Recipe, build
     from smoe.prep.calibration import Calibration
+    from smoe.prep.checkpoint import open_checkpoint
+    from smoe.prep.families import text_class
     from smoe.prep.progress import Progress
 
     transformers.utils.logging.set_verbosity_error()
@@ -59,6 +61,10 @@ def one(family: str) -> dict:
         text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
         stage = "make"
         try:
+            config = pico.make_config(about["config"])
+            if text_class(type(config)) is None:
+                config.save_pretrained(checkpoint)
+                open_checkpoint(checkpoint)  # is refused
             pico.make_model(about["config"]).save_pretrained(checkpoint)
             stage = "build"
             manifest = build(checkpoint, bundle, Calibration(str(text)), Recipe("f32"), progress=Progress(True))

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
-from smoe.prep.families import MAPPINGS
+from smoe.prep.families import text_class
 
 # Whatever a config has of these is set.
 BASE = {
@@ -91,6 +91,7 @@ FAMILIES: dict[str, dict] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
+OUTSIDE = {"qwen3_omni_moe_thinker": {"vision_start_token_id": 7}}  # of the text decoder
 TOWERS: dict[str, dict[str, dict]] = {
     "mistral_large4": {
         "vision_config": {
@@ -116,8 +117,8 @@ def model_files() -> list[str]:
 
 def config_name(family: str) -> str:
     """The config with which a family is made: that of its text decoder, where this can be loaded alone."""
-    names = [f"{family}_text", family, f"{family}_mm_model"]
-    return next((n for n in names if n in CONFIG_MAPPING and any(CONFIG_MAPPING[n] in m for m in MAPPINGS)), family)
+    names = [f"{family}_text", f"{family}_thinker", family, f"{family}_mm_model"]
+    return next((name for name in names if name in CONFIG_MAPPING and text_class(CONFIG_MAPPING[name])), family)
 
 
 def make_config(name: str, **changes):
@@ -126,17 +127,15 @@ def make_config(name: str, **changes):
     if "text_config" not in cls.sub_configs:
         return cls(**(_known(cls, BASE) | chosen))
     parts = {part: _tower(sub) | TOWERS.get(name, {}).get(part, {}) for part, sub in cls.sub_configs.items()}
-    return cls(**(parts | {"text_config": _known(cls.sub_configs["text_config"], BASE) | chosen}))
+    text = _known(cls.sub_configs["text_config"], BASE) | chosen
+    return cls(**(parts | OUTSIDE.get(name, {}) | {"text_config": text}))
 
 
 def make_model(name: str, seed: int = 5, **changes):
     """A pico model with random weights: biases too, which are zero as made and would hide one that is lost."""
     torch.manual_seed(seed)
     config = make_config(name, **changes)
-    cls = next((mapping[type(config)] for mapping in MAPPINGS if type(config) in mapping), None)
-    if cls is None:
-        raise SystemExit(f"no model generates text for the family {name}")
-    model = cls._from_config(config).eval()
+    model = text_class(type(config))._from_config(config).eval()
     for parameter_name, parameter in model.named_parameters():
         if "bias" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.3)

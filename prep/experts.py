@@ -43,7 +43,12 @@ def layers_used(model: torch.nn.Module) -> list[ExpertsLayer]:
         return torch.zeros_like(hidden)
 
     with experts_run_by(model, found, note):
-        model(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
+        try:
+            model(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
+        except Exception as error:  # a family's own code: whatever it raises means the same to the user
+            raise PrepError(
+                f"{type(model).__name__} does not run on text alone ({type(error).__name__}: {error}); it cannot be prepared."
+            ) from error
     return [found[layer] for layer in seen]
 
 
@@ -99,9 +104,12 @@ def expert_outputs(module: torch.nn.Module, expert: int, x: torch.Tensor) -> tor
 def mixed_outputs(
     module: torch.nn.Module, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weighted sum of the chosen experts' outputs `[T, H]`, and the norm of each output `[T, k]`."""
+    """The weighted sum of the chosen experts' outputs `[T, H]`, and the norm of each output `[T, k]`.
+
+    On the seam an id that is the number of experts means no expert.
+    """
     mixed, norms = torch.zeros_like(x), torch.zeros_like(weights)
-    for expert in ids.unique().tolist():
+    for expert in ids[ids < expert_geometry(module)[0]].unique().tolist():
         tokens, ranks = torch.where(ids == expert)
         y = expert_outputs(module, expert, x[tokens])
         norms[tokens, ranks] = y.norm(dim=-1)

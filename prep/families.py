@@ -8,22 +8,23 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from smoe.prep.errors import PrepError
 from smoe.prep.experts import experts_modules
 
 # The text decoder alone where there is a class for it; else the whole model, of which text reaches the decoder only.
-MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+
+
+def text_class(config: type) -> type[transformers.PreTrainedModel] | None:
+    """The class that generates text for a class of configs, or None."""
+    return next((mapping[config] for mapping in MAPPINGS if config in mapping), None)
 
 
 def empty_model(config: transformers.PreTrainedConfig, name: str | Path) -> transformers.PreTrainedModel:
     """The model of `config` on the meta device: its modules without their weights. `name` is for the `PrepError`."""
-    cls = next((mapping[type(config)] for mapping in MAPPINGS if type(config) in mapping), None)
+    cls = text_class(type(config))
     if cls is None:
         raise PrepError(f"{name}: transformers has no model that generates text for the family {config.model_type}.")
     config = copy.deepcopy(config)

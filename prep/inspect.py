@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import CONFIG_MAPPING
 
 from smoe.artifacts.encodings import record_layout
 from smoe.artifacts.layout import ExpertShape
 from smoe.prep.checkpoint import read_config
 from smoe.prep.errors import PrepError
 from smoe.prep.experts import expert_geometry, experts_modules, probe_gate
-from smoe.prep.families import empty_model, refuse_without_seam
+from smoe.prep.families import empty_model, refuse_without_seam, text_class
 from smoe.prep.pack import PAGE
 from smoe.prep.profile import SAMPLE, TRACE
 from smoe.prep.weights import open_weights
@@ -100,14 +101,12 @@ def _layout(flags: str) -> str:
     return ", ".join(word for flag, word in said.items() if flag in flags) or "gated"
 
 
-def _text_class(name: str) -> str:
-    from smoe.prep.families import MAPPINGS
-
-    for candidate in (f"{name}_text", name, f"{name}_mm_model"):
-        config = transformers.CONFIG_MAPPING[candidate] if candidate in transformers.CONFIG_MAPPING else None
-        for mapping in MAPPINGS:
-            if config in mapping:
-                return mapping[config].__name__
+def _text_class(family: str) -> str:
+    """The class that generates text: of the text decoder, where a family has more parts than one."""
+    for name in (f"{family}_text", family, f"{family}_mm_model"):
+        found = text_class(CONFIG_MAPPING[name]) if name in CONFIG_MAPPING else None
+        if found:
+            return found.__name__
     return ""
 
 
@@ -158,7 +157,9 @@ class _Sizes:
         config = model.config.get_text_config()
         top_k = getattr(config, "num_experts_per_tok", None)
         shards = sum(count * record for (count, _, _), record in zip(layers, records, strict=True))
-        tables = sum(40 * count * count + min(tokens, TRACE) * (2 * count + 6 * (top_k or count)) for count, _, _ in layers)
+        tables = sum(
+            40 * count * count + min(tokens, TRACE) * (2 * count + 6 * (top_k or count)) for count, _, _ in layers
+        )
         fixed = 4 * backbone + RUNTIME + SESSION * (len(layers) + 1)
         activations = 3 * tokens * config.hidden_size * 4
         return cls(

@@ -26,7 +26,7 @@ from smoe.prep.experts import expert_geometry, expert_outputs, mixed_outputs
 from smoe.prep.lockstep import Arrived, lockstep
 from smoe.prep.progress import Progress
 from smoe.prep.resume import Finished, write_whole
-from smoe.prep.statistics import LayerSums
+from smoe.prep.statistics import LayerSums, activity
 
 PROFILE_FILES = ("tables.safetensors", "trace.safetensors", "profile.json")
 SAMPLE = 2048  # tokens on which all experts are run
@@ -164,9 +164,9 @@ class _Observer:
                 mixed, norms = mixed_outputs(module, x, slots.ids, slots.weights)
                 weights = slots.weights.double().numpy()
                 active = sums.add_routing(slots.ids.numpy(), weights, norms.double().numpy(), self._before[i])
-                if slots.noted is not None:
-                    sums.add_scores(slots.noted.numpy())
                 experts = active.shape[1]
+                if slots.noted is not None:
+                    sums.add_scores(slots.noted[:, :experts].numpy())
                 at_once = max(1, SAMPLED_AT_ONCE // (experts * x.shape[1] * 8))
                 for group in np.split(self._picked[i], range(at_once, len(self._picked[i]), at_once)):
                     if len(group):
@@ -177,12 +177,12 @@ class _Observer:
     def _remember(self, i: int, layer: int, slots: Arrived) -> None:
         """What the next layer and the trace need of this one."""
         ids = slots.ids.numpy()
-        self._before[i] = np.zeros((len(ids), expert_geometry(self._checkpoint.layers[layer][1])[0]), bool)
-        np.put_along_axis(self._before[i], ids, True, axis=1)
+        self._before[i] = activity(ids, len(self.sums[layer].counts))
         self._note(i, key(layer, "ids"), ids.astype(np.int16))
         self._note(i, key(layer, "weights"), slots.weights.float().numpy())
         if slots.noted is not None:
-            self._note(i, key(layer, "scores"), slots.noted.numpy().astype(np.float16))
+            scores = slots.noted[:, : len(self.sums[layer].counts)]  # a score for "no expert" comes last
+            self._note(i, key(layer, "scores"), scores.numpy().astype(np.float16))
 
     def _note(self, i: int, name: str, values: np.ndarray) -> None:
         if self._starts[i] < TRACE:

@@ -56,9 +56,9 @@ class LayerSums:
     ) -> np.ndarray:
         """Add a batch: ids, mixing weights and output norms `[T, k]`, and `before`, the activity of the previous
         layer. Returns this layer's activity, bool `[T, E]`."""
-        tokens, experts = len(ids), len(self.counts)
-        active = np.zeros((tokens, experts), bool)
-        np.put_along_axis(active, ids, True, axis=1)
+        active = activity(ids, len(self.counts))
+        real = ids < len(self.counts)
+        ids, weights, norms = ids[real], weights[real], norms[real]
         counted = active.astype(np.float64)  # exact up to 2^53, and BLAS multiplies it
         self.counts += active.sum(0)
         np.add.at(self.gate_mass, ids, weights)
@@ -129,6 +129,13 @@ class LayerSums:
         if self.scored:
             found["score_similarity"] = _correlation(self.score, self.score_product, self.scored)
         return found
+
+
+def activity(ids: np.ndarray, experts: int) -> np.ndarray:
+    """Which experts each token uses, bool `[T, experts]`, from ids `[T, k]`; the id `experts` is no expert."""
+    active = np.zeros((len(ids), experts + 1), bool)
+    np.put_along_axis(active, ids, True, axis=1)
+    return active[:, :experts]
 
 
 def _correlation(total: np.ndarray, product: np.ndarray, n: int) -> np.ndarray:

@@ -80,7 +80,7 @@ def trace(checkpoint: Checkpoint, sample: Sample) -> ir.Graph:
     with experts_run_by(checkpoint.model, checkpoint.layers, symbolic), _quiet():
         try:
             model_ir = OnnxExporter().export(checkpoint.model, sample.inputs, config=config).program
-        except Exception as error:
+        except Exception as error:  # the exporter is experimental: whatever it raises means the same to the user
             reason = (str(error).strip().splitlines() or [""])[0][:200]
             raise PrepError(
                 f"{checkpoint.path}: transformers' exporter does not trace this family: {type(error).__name__}: {reason}"

@@ -176,7 +176,7 @@ def _read_weights(path: Path, manifest: Manifest) -> Mapping[str, ort.OrtValue]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]
+    return str(error).strip().splitlines()[0][:600]
 
 
 def state_bytes(state: tuple[State, ...], context: int) -> int:

@@ -148,7 +148,8 @@ class Engine:
         hidden = values[wires.hidden].numpy()
         x, ids, weights = _routed(index, layer, hidden, values[wires.ids].numpy(), values[wires.weights].numpy())
         outputs = np.empty((*ids.shape, layer.hidden), np.float32)  # by rank: the sum below never depends on arrival
-        for task in scheduler.decide(ids, lambda expert: (index, expert) in self._residency):
+        outputs[ids == layer.experts] = 0  # this id means no expert
+        for task in scheduler.decide(ids, layer.experts, lambda expert: (index, expert) in self._residency):
             tensors = self._load(index, task.expert)
             outputs[task.tokens, task.ranks] = self._kernels.ffn(self.manifest.experts.gate, tensors, x[task.tokens])
         combined = outputs[:, 0] * weights[:, :1]
@@ -322,7 +323,7 @@ def _routed(
     if (
         (hidden.dtype, ids.dtype, weights.dtype) != (np.float32, np.int64, np.float32)
         or (hidden.size, ids.size, weights.size) != (tokens * layer.hidden, tokens * k, tokens * k)
-        or not (ids.size and 0 <= ids.min() and ids.max() < layer.experts)
+        or not (ids.size and 0 <= ids.min() and ids.max() <= layer.experts)
     ):
         raise EngineError(
             f"Segment {index} gives hidden {hidden.dtype} {hidden.shape}, ids {ids.dtype} {ids.shape} and weights "

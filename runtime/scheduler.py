@@ -40,9 +40,9 @@ class Task:
     ranks: np.ndarray
 
 
-def decide(ids: np.ndarray, resident: Callable[[int], bool]) -> list[Task]:
-    """The tasks of one layer for ids `[T, k]`: resident experts first, so that a load never evicts what is still
-    needed; each group by expert number. The result of a step does not depend on this order (`Engine` combines by
+def decide(ids: np.ndarray, count: int, resident: Callable[[int], bool]) -> list[Task]:
+    """The tasks of one layer of `count` experts for ids `[T, k]` (`count` itself is no expert): resident experts first,
+    so that a load never evicts what is still needed; each group by expert number. The result of a step does not depend on this order (`Engine` combines by
     rank), only the number of loads does."""
     flat = ids.reshape(-1)
     order = np.argsort(flat, kind="stable")
@@ -51,5 +51,6 @@ def decide(ids: np.ndarray, resident: Callable[[int], bool]) -> list[Task]:
     tasks = [
         Task(int(expert), slots // ids.shape[1], slots % ids.shape[1])
         for expert, slots in zip(experts, groups, strict=True)
+        if expert < count
     ]
     return sorted(tasks, key=lambda task: (not resident(task.expert), task.expert))

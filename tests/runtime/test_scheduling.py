@@ -32,12 +32,12 @@ def test_any_choice_of_experts_can_be_weighed():
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(5, 9), st.integers(0, 2**32 - 1))
 def test_tasks_cover_every_slot_once_residents_first(tokens, k, experts, seed):
     random = np.random.default_rng(seed)
-    ids = np.stack([random.permutation(experts)[:k] for _ in range(tokens)])
+    ids = np.stack([random.permutation(experts + 1)[:k] for _ in range(tokens)])  # the last id is no expert
     resident = set(random.permutation(experts)[: experts // 2].tolist())
-    tasks = decide(ids, resident.__contains__)
-    seen = np.full(ids.shape, -1)
+    tasks = decide(ids, experts, resident.__contains__)
+    seen = np.full(ids.shape, experts)
     for task in tasks:
-        assert (seen[task.tokens, task.ranks] == -1).all()
+        assert (seen[task.tokens, task.ranks] == experts).all()
         seen[task.tokens, task.ranks] = task.expert
     assert np.array_equal(seen, ids)
     order = [task.expert in resident for task in tasks]
