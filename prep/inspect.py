@@ -28,9 +28,10 @@ from smoe.runtime.memory import RUNTIME, SESSION
 
 # Measured with bench/large.py (docs/log.md, 2026-11-22); all of them are about, and say so where they are shown.
 PROCESS = 1.0e9  # bytes: Python, torch and transformers, and what an export takes besides the weights
-READ = 0.5e9  # bytes per second of a disk
-PACK = 0.25e9  # bytes of experts per second
-EXPORT = 5.0  # seconds per MoE layer
+READ = 0.2e9  # bytes of experts per second: read, merged, checked
+PACK = 0.11e9  # the same, encoded and written as well
+EXPORT = 5.5  # seconds per MoE layer
+SMALL = 2.0  # how much longer many small products on widened weights take than one large one
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,8 @@ def _seconds(sizes: _Sizes, tokens: int) -> float | None:
     if sizes.active is None:
         return None
     sampled = min(tokens, SAMPLE) * sizes.in_experts
-    products = 2 * (sizes.active * tokens + sampled) / _products_per_second()
-    return products + sizes.in_experts * 2 * (2 / READ + 1 / PACK) + EXPORT * len(sizes.layers)
+    products = SMALL * 2 * (sizes.active * tokens + sampled) / _products_per_second()
+    return products + 2 * sizes.in_experts * (1 / READ + 1 / PACK) + EXPORT * len(sizes.layers)
 
 
 def _products_per_second() -> float:

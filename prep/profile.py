@@ -32,7 +32,7 @@ PROFILE_FILES = ("tables.safetensors", "trace.safetensors", "profile.json")
 SAMPLE = 2048  # tokens on which all experts are run
 TRACE = 8192  # tokens kept in the trace
 BATCH = 4  # rows at once
-SAMPLED_AT_ONCE = 64 << 20  # bytes, in float64, of all experts' outputs for sampled tokens
+SAMPLED_AT_ONCE = 32 << 20  # bytes, in float64, of all experts' outputs for sampled tokens
 
 
 def profile(checkpoint: Checkpoint, directory: Path, calibration: Calibration, progress: Progress) -> dict:

@@ -60,6 +60,9 @@ class Weights:
     def files(self) -> list[Path]:
         return sorted({tensor.file for tensor in self.stored.values()})
 
+    def nbytes(self, names: Iterable[str]) -> int:
+        return sum(self.stored[name].nbytes for name in names)
+
     def check(self, model: transformers.PreTrainedModel) -> LoadStateDictInfo:
         """Convert the headers into `model`, which must be on the meta device and stays there.
 
