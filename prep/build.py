@@ -19,7 +19,7 @@ from smoe.prep.checkpoint import Checkpoint, open_checkpoint
 from smoe.prep.errors import PrepError
 from smoe.prep.experts import expert_geometry
 from smoe.prep.export import Exported, check_precision, export
-from smoe.prep.inspect import inspect
+from smoe.prep.inspect import disk_needed
 from smoe.prep.pack import common_kind, pack
 from smoe.prep.profile import PROFILE_FILES, open_profile, profile
 from smoe.prep.progress import Progress
@@ -54,7 +54,7 @@ def build(
     refuse_existing(output)
     checkpoint = open_checkpoint(model)
     _refuse_early(checkpoint, recipe, calibration, profiled)
-    needed = inspect(checkpoint.path, recipe.encoding, 0 if calibration is None else calibration.count).disk
+    needed = disk_needed(checkpoint.model, recipe.encoding, 0 if calibration is None else calibration.count)
     with beside(output, _settings(checkpoint, recipe, calibration, profiled), progress) as partial:
         refuse_full_disk(partial, needed)
         _statistics(checkpoint, partial, calibration, profiled, progress)
@@ -98,30 +98,34 @@ def _statistics(
 
 
 def _backbone(checkpoint: Checkpoint, partial: Path, experts: Experts, precision: str, progress: Progress) -> Manifest:
-    """The manifest, but for its files, of a backbone that is exported and does what the model does.
-
-    A graph for any number of tokens is tried first; where the model or the graph does not go on from its state with
-    several, one for single tokens.
-    """
+    """`export_checked`, once."""
     file = partial / FINISHED / "export.json"
     if not file.exists():
-        manifest = _exported(checkpoint, partial, experts, precision, progress)
+        manifest = export_checked(checkpoint, partial, experts, precision, progress)
         file.parent.mkdir(exist_ok=True)
         write_whole(file, manifest.to_json())
     return Manifest.parse(file.read_text("utf-8"), str(file))
 
 
-def _exported(checkpoint: Checkpoint, partial: Path, experts: Experts, precision: str, progress: Progress) -> Manifest:
+def export_checked(
+    checkpoint: Checkpoint, directory: Path, experts: Experts, precision: str, progress: Progress
+) -> Manifest:
+    """The manifest, but for its files, of a backbone that is exported into `directory` and does what the model does; a
+    `PrepError` if there is none.
+
+    A graph for any number of tokens is tried first; where the model or the graph does not go on from its state with
+    several, one for single tokens.
+    """
     why = ""
     for one_at_a_time in (False, True) if continues(checkpoint) else (True,):
         progress.say("export: tracing the backbone" + (" for one token at a time" if one_at_a_time else ""))
         try:
-            exported = export(checkpoint, partial, precision, one_at_a_time)
+            exported = export(checkpoint, directory, precision, one_at_a_time)
         except PrepError as error:
             why = why or str(error)
             continue
         draft = _draft(checkpoint, experts, exported)
-        manifest, wrong = check_backbone(checkpoint, partial, draft, exported.nodes)
+        manifest, wrong = check_backbone(checkpoint, directory, draft, exported.nodes)
         if not wrong:
             return manifest
         why = why or wrong

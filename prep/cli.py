@@ -5,9 +5,10 @@ Each parses, calls one library function and prints. Results on stdout, progress 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -16,11 +17,11 @@ import transformers
 from smoe.artifacts.encodings import ENCODINGS
 from smoe.prep import build as building
 from smoe.prep.calibration import DEFAULT_TOKENS, Calibration
-from smoe.prep.checkpoint import open_checkpoint
-from smoe.prep.export import export as export_backbone
+from smoe.prep.checkpoint import Checkpoint, open_checkpoint
 from smoe.prep.inspect import Inspection, families
 from smoe.prep.inspect import inspect as look_at
 from smoe.prep.pack import pack as pack_experts
+from smoe.prep.pack import unpacked
 from smoe.prep.profile import profile as run_profile
 from smoe.prep.progress import Progress, duration
 from smoe.prep.resume import beside, refuse_existing
@@ -130,9 +131,8 @@ def inspect(model: Path | None, list_families: bool, encoding: str, tokens: int,
 @_json
 def profile(model: Path, output: Path, calibration: str, tokens: int | None, seed: int, as_json: bool) -> None:
     """Learn which experts matter, which resemble each other and which follow each other; write PROFILE."""
-    refuse_existing(output)
-    checkpoint, source = open_checkpoint(model), Calibration(calibration, tokens, seed)
-    with beside(output, source.settings(checkpoint) | building.made_by(checkpoint), Progress()) as partial:
+    source = Calibration(calibration, tokens, seed)
+    with _writing(model, output, source.settings) as (checkpoint, partial):
         about = run_profile(checkpoint, partial, source, Progress())
     _print(about, _profile_text(about), as_json)
 
@@ -144,9 +144,7 @@ def profile(model: Path, output: Path, calibration: str, tokens: int | None, see
 @_json
 def pack(model: Path, output: Path, encoding: str, as_json: bool) -> None:
     """Write only the experts, as shards, with experts.json beside them."""
-    refuse_existing(output)
-    checkpoint = open_checkpoint(model)
-    with beside(output, {"--encoding": encoding} | building.made_by(checkpoint), Progress()) as partial:
+    with _writing(model, output, lambda _: {"--encoding": encoding}) as (checkpoint, partial):
         experts = pack_experts(checkpoint, partial, encoding, Progress())
         (partial / "experts.json").write_text(json.dumps(dataclasses.asdict(experts), indent=1) + "\n")
     _print(dataclasses.asdict(experts), f"{output}: experts in {encoding}", as_json)
@@ -159,16 +157,22 @@ def pack(model: Path, output: Path, encoding: str, as_json: bool) -> None:
 @_json
 def export(model: Path, output: Path, backbone: str, as_json: bool) -> None:
     """Write only the backbone, as ONNX segments, with backbone.json beside them."""
+    with _writing(model, output, lambda _: {"--backbone": backbone}) as (checkpoint, partial):
+        manifest = building.export_checked(checkpoint, partial, unpacked(checkpoint, "f32"), backbone, Progress())
+        parts = {name: dataclasses.asdict(manifest)[name] for name in ("backbone", "layers")}
+        (partial / "backbone.json").write_text(json.dumps(parts, indent=1) + "\n")
+    _print(parts, f"{output}: {len(manifest.backbone.segments)} segments", as_json)
+
+
+@contextlib.contextmanager
+def _writing(
+    model: Path, output: Path, settings: Callable[[Checkpoint], dict[str, str]]
+) -> Iterator[tuple[Checkpoint, Path]]:
+    """The opened checkpoint, and the directory that becomes `output`."""
     refuse_existing(output)
     checkpoint = open_checkpoint(model)
-    with beside(output, {"--backbone": backbone} | building.made_by(checkpoint), Progress()) as partial:
-        exported = export_backbone(checkpoint, partial, backbone)
-        parts = {
-            "backbone": dataclasses.asdict(exported.backbone),
-            "experts": [dataclasses.asdict(node) for node in exported.nodes],
-        }
-        (partial / "backbone.json").write_text(json.dumps(parts, indent=1) + "\n")
-    _print(parts, f"{output}: {len(exported.backbone.segments)} segments", as_json)
+    with beside(output, settings(checkpoint) | building.made_by(checkpoint), Progress()) as partial:
+        yield checkpoint, partial
 
 
 @cli.command()

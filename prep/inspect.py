@@ -65,17 +65,22 @@ def inspect(path: str | Path, encoding: str = "bf16", tokens: int = 65536) -> In
     path = Path(path)
     model = empty_model(read_config(path), path)
     refuse_without_seam(model, path)
-    refusal, shape = _kind(model)
-    sizes = _Sizes.of(model, encoding, tokens, shape)
+    sizes = _Sizes.of(model, encoding, tokens, _shape(model))
     download, wrong = _weights(path, model)
     config = model.config.get_text_config()
     return Inspection(
-        model.config.model_type, type(model).__name__, refusal, wrong,
+        model.config.model_type, type(model).__name__, _refusal(model), wrong,
         len(sizes.layers), max(count for count, _, _ in sizes.layers), sizes.top_k,
         config.hidden_size, sizes.layers[0][2],
         sizes.backbone + sizes.in_experts, sizes.in_experts, sizes.active,
         download, sizes.bundle, sizes.bundle + sizes.outputs, sizes.memory, sizes.device, _seconds(sizes, tokens),
     )  # fmt: skip
+
+
+def disk_needed(model: transformers.PreTrainedModel, encoding: str, tokens: int) -> int:
+    """About how many bytes a build writes, what it keeps only for a while included."""
+    sizes = _Sizes.of(model, encoding, tokens, _shape(model))
+    return sizes.bundle + sizes.outputs
 
 
 def families() -> list[dict[str, str]]:
@@ -111,15 +116,19 @@ def _text_class(family: str) -> str:
     return ""
 
 
-def _kind(model: torch.nn.Module) -> tuple[str, ExpertShape]:
-    """Why the experts cannot be run on a device ('' if they can), and their shape but for its sizes."""
+def _shape(model: torch.nn.Module) -> ExpertShape:
+    """The shape of an expert but for its sizes."""
     module = experts_modules(model)[0][1]
-    shape = ExpertShape(0, 0, bool(module.has_gate), bool(module.has_bias), bool(module.has_post_expert_norm))
+    return ExpertShape(0, 0, bool(module.has_gate), bool(module.has_bias), bool(module.has_post_expert_norm))
+
+
+def _refusal(model: torch.nn.Module) -> str:
+    """Why the experts cannot be run on a device, '' if they can."""
     try:
-        probe_gate(module)
+        probe_gate(experts_modules(model)[0][1])
     except PrepError as error:
-        return str(error), shape
-    return "", shape
+        return str(error)
+    return ""
 
 
 def _weights(path: Path, model: transformers.PreTrainedModel) -> tuple[int | None, str]:

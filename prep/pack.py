@@ -25,7 +25,7 @@ def pack(checkpoint: Checkpoint, directory: Path, encoding: str, progress: Progr
 
     A shard that an interrupted run left there is whole, and kept.
     """
-    experts = Experts(encoding, PAGE, *common_kind(checkpoint))
+    experts = unpacked(checkpoint, encoding)
     (directory / "experts").mkdir(parents=True, exist_ok=True)
     count = progress.counter("pack", "layers", len(checkpoint.layers))
     for layer in range(len(checkpoint.layers)):
@@ -35,6 +35,11 @@ def pack(checkpoint: Checkpoint, directory: Path, encoding: str, progress: Progr
             _pack_layer(checkpoint, layer, experts, file)
         count.done(layer + 1, worked=not finished)
     return experts
+
+
+def unpacked(checkpoint: Checkpoint, encoding: str) -> Experts:
+    """What all shards in `encoding` will have in common; a `PrepError` if the layers' experts differ in kind."""
+    return Experts(encoding, PAGE, *common_kind(checkpoint))
 
 
 def _pack_layer(checkpoint: Checkpoint, layer: int, experts: Experts, file: Path) -> None:
