@@ -132,7 +132,7 @@ class Backbone:
     segments: tuple[Segment, ...]
     initializers: tuple[Initializer, ...]
     state: tuple[State, ...]
-    one_at_a_time: bool = False  # since version 2
+    one_at_a_time: bool = dataclasses.field(default=False, metadata={"since": 2})
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Experts:
     page: int
     gate: Gate
     biased: bool
-    normed: bool = False  # since version 2
+    normed: bool = dataclasses.field(default=False, metadata={"since": 2})
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _parse(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
         if not isinstance(value, dict):
             raise _wrong(where, "an object", value)
         hints = typing.get_type_hints(wanted)
-        later = {field.name for field in dataclasses.fields(wanted) if field.default is not dataclasses.MISSING}
+        later = {field.name for field in dataclasses.fields(wanted) if "since" in field.metadata}
         odd = sorted((set(value) ^ set(hints)) - (later - set(value)))  # older versions lack what has a default
         if odd:
             raise BundleError(f"{where}: the fields {', '.join(odd)} are missing or unknown; build the bundle again.")
@@ -219,7 +219,7 @@ def _parse(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
         if not isinstance(value, dict):
             raise _wrong(where, "an object", value)
         return {key: _parse(args[1], item, f"{where}: {key}") for key, item in value.items()}
-    if wanted is float and type(value) is int:
+    if wanted is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not wanted:
         raise _wrong(where, wanted.__name__, value)

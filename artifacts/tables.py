@@ -42,7 +42,7 @@ TABLES: dict[str, Table] = {
 }
 
 TRACE: dict[str, Table] = {
-    "ids": Table("T,K", "I16", "expert", "experts routed to, in the router's order"),
+    "ids": Table("T,K", "I16", "expert", "experts routed to, in the router's order; E is no expert"),
     "weights": Table("T,K", "F32", "weight", "their mixing weights"),
     "scores": Table("T,E", "F16", "score", "selection scores of all experts", True),
 }

@@ -96,10 +96,10 @@ def _geometry(m: Manifest) -> Iterator[str]:
     named = gate.kind in ("gated", "plain", "bounded")
     if gate.kind not in GATES or (named and gate.activation not in ACTIVATIONS):
         yield bad("experts.gate", (gate.kind, gate.activation), f"one of {GATES} with one of {ACTIVATIONS}")
-    elif gate.kind not in ("gated", "plain") and not (
-        0 < gate.limit < math.inf and 0 < abs(gate.alpha or 1) < math.inf
-    ):
-        yield bad("experts.gate limit, alpha", (gate.limit, gate.alpha), "finite numbers, limit above 0")
+    elif gate.kind not in ("gated", "plain"):
+        wanted = [gate.limit, *([gate.alpha] if gate.kind != "bounded" else [])]
+        if not all(1e-6 < number < 1e6 for number in wanted):  # far inside float32, in which they are used
+            yield bad("experts.gate limit, alpha", (gate.limit, gate.alpha), "numbers from 1e-6 to 1e6")
     try:
         record_layout(m.expert_shape(0), m.experts.encoding, 512) if m.layers else None
     except BundleError as error:

@@ -32,7 +32,7 @@ class Agreement:
 
     @property
     def good(self) -> bool:
-        return self.same and self.tokens >= NEW / 2
+        return self.same and self.tokens >= NEW / 2 and bool(np.isfinite(self.error))
 
     def as_dict(self) -> dict:
         return asdict(self) | {"good": self.good}
@@ -52,7 +52,7 @@ def agreement(bundle: Path, checkpoint: Path, seed: int = 2) -> Agreement:
             scored = np.stack(list(engine.score(wanted)))
             found = [token.id for token in engine.generate(prompt, max_new_tokens=NEW)]
             runs.append((wanted[length:], logits[length - 1 : -1], np.abs(scored - logits).max(), found))
-    error = max(float(run[2]) for run in runs)
+    error = float(np.max([run[2] for run in runs]))  # not max(): that may lose a NaN
     counts, same = [], True
     for wanted, logits, _, found in runs:
         best = np.sort(logits, -1)[:, -2:]

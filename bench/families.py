@@ -97,8 +97,10 @@ def table(rows: list[dict]) -> str:
         tokens = f"{r['tokens']:.0f}" if "tokens" in r else ""
         rule = {True: "found", False: "none"}.get(r.get("rule"), "")
         cause = re.sub(r"/tmp/\S*/model", "MODEL", r["cause"]).replace("|", "/").replace("\n", " ")
+        config = r.get("config", r["family"])
+        name = r["family"] if config == r["family"] else f"{r['family']} ({config})"
         lines.append(
-            f"| {r['family']} | {r['result']} | {tokens} | {error} | {', '.join(r.get('state', []))} | {rule} | {cause} |"
+            f"| {name} | {r['result']} | {tokens} | {error} | {', '.join(r.get('state', []))} | {rule} | {cause} |"
         )
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ HEADS, KV_HEADS, HEAD = 8, 2, 64
 
 def write(path: Path, gigabytes: float) -> int:
     """Write the checkpoint; returns the bytes of its experts."""
-    width = int(gigabytes * 1e9 / (LAYERS * EXPERTS * 3 * HIDDEN * 2)) // 16 * 16
+    width = math.ceil(gigabytes * 1e9 / (LAYERS * EXPERTS * 3 * HIDDEN * 2) / 16) * 16
     path.mkdir()
     config = {
         "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": VOCABULARY,

@@ -25,7 +25,7 @@ from smoe.runtime import Engine
 
 GOLDEN = sorted((Path(__file__).parents[1] / "tests" / "golden").glob("v*.smoe"))
 VALUES = [0, -1, 1, 2, 3, "", "x", None, True, 1.5, "input_ids", "logits", [], {}, float("nan")]
-ABSURD = [2**15, 2**24, 2**31, 2**40, 2**62, 2**63, 10**30, -(2**31), 1e300]
+ABSURD = [2**15, 2**24, 2**31, 2**40, 2**62, 2**63, 10**30, 10**400, -(2**31), 1e300, 1e-300, float("inf")]
 CANARY = "../canary.xy"  # as long as "weights.data", which it replaces in graphs
 PATHS = [
     CANARY,
@@ -96,7 +96,7 @@ def _absurd(manifest: dict, random: Random) -> tuple[tuple, object]:
             value = value[key]  # type: ignore[index]
         return value
 
-    return random.choice([path for path in _leaves(manifest) if type(at(path)) is int]), random.choice(ABSURD)
+    return random.choice([path for path in _leaves(manifest) if type(at(path)) in (int, float)]), random.choice(ABSURD)
 
 
 def _version(manifest: dict, random: Random) -> tuple[tuple, object]:
@@ -194,10 +194,12 @@ def _graph(bundle: Path, random: Random) -> str:
 def _not_a_file(bundle: Path, random: Random) -> str:
     """A link that leads outside, a pipe, a folder, or nothing, where a file was."""
     file = random.choice([*_files(bundle), bundle / "manifest.json"])
+    data = file.read_bytes()
     file.unlink()
     kind = random.choice(["link", "device", "pipe", "folder", "loop", "nothing"])
     if kind == "link":
-        file.symlink_to(bundle.parent / "canary.xy")
+        (bundle.parent / "elsewhere").write_bytes(data)  # a plain file, as it was, but not the bundle's
+        file.symlink_to(bundle.parent / "elsewhere")
     elif kind == "device":
         file.symlink_to("/dev/zero")
     elif kind == "pipe":

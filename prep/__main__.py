@@ -6,7 +6,7 @@ import sys
 
 from smoe.artifacts import SmoeError
 
-NEEDED = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "datasets", "sklearn")
+NEEDED = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "datasets", "sklearn", "greenlet")
 
 
 def main() -> None:

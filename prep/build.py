@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -17,9 +18,9 @@ from smoe.prep.calibration import Calibration
 from smoe.prep.check import check_backbone
 from smoe.prep.checkpoint import Checkpoint, open_checkpoint
 from smoe.prep.errors import PrepError
+from smoe.prep.estimate import disk_needed
 from smoe.prep.experts import expert_geometry
 from smoe.prep.export import Exported, check_precision, export
-from smoe.prep.inspect import disk_needed
 from smoe.prep.pack import common_kind, pack
 from smoe.prep.profile import PROFILE_FILES, open_profile, profile
 from smoe.prep.progress import Progress
@@ -54,9 +55,9 @@ def build(
     refuse_existing(output)
     checkpoint = open_checkpoint(model)
     _refuse_early(checkpoint, recipe, calibration, profiled)
-    needed = disk_needed(checkpoint.model, recipe.encoding, 0 if calibration is None else calibration.count)
+    tokens = calibration.count_in(checkpoint) if calibration is not None and profiled is None else 0
     with beside(output, _settings(checkpoint, recipe, calibration, profiled), progress) as partial:
-        refuse_full_disk(partial, needed)
+        refuse_full_disk(partial, disk_needed(checkpoint.model, recipe.encoding, tokens))
         _statistics(checkpoint, partial, calibration, profiled, progress)
         experts = pack(checkpoint, partial, recipe.encoding, progress)
         draft = _backbone(checkpoint, partial, experts, recipe.backbone, progress)
@@ -75,7 +76,7 @@ def _settings(
     """All that the bundle's bytes depend on: an interrupted build goes on only with the same."""
     about = {"--encoding": recipe.encoding, "--backbone": recipe.backbone}
     if profiled is not None:
-        about["--profile"] = f"{profiled} ({sha256(Path(profiled) / 'tables.safetensors')[:12]})"
+        about["--profile"] = f"{Path(profiled).name} ({sha256(Path(profiled) / 'tables.safetensors')[:12]})"
     elif calibration is not None:
         about |= calibration.settings(checkpoint)
     return about | made_by(checkpoint)
@@ -88,9 +89,7 @@ def _statistics(
     profiled: str | Path | None,
     progress: Progress,
 ) -> None:
-    if (partial / "profile.json").exists():
-        progress.say("profile: kept from an earlier run")
-    elif profiled is not None:
+    if profiled is not None:
         for name in PROFILE_FILES:
             shutil.copyfile(Path(profiled) / name, partial / name)
     elif calibration is not None:
@@ -198,15 +197,19 @@ def _layer(name: str, module, node: cut.ExpertsNode) -> Layer:
 
 
 def _provenance(checkpoint: Checkpoint) -> dict[str, str]:
-    made = made_by(checkpoint)
     return {
         "source": checkpoint.path.resolve().name,
-        "source_fingerprint": made.pop("model"),
-        "versions": json.dumps(made, sort_keys=True),
+        "source_fingerprint": checkpoint.fingerprint(),
+        "versions": json.dumps(_versions(), sort_keys=True),
     }
 
 
 def made_by(checkpoint: Checkpoint) -> dict[str, str]:
-    """What every result depends on: the checkpoint's fingerprint, and the versions of what reads and writes."""
-    names = ("smoe", "torch", "transformers", "onnxruntime")
-    return {"model": checkpoint.fingerprint()} | {name: importlib.metadata.version(name) for name in names}
+    """What every result depends on: the checkpoint's fingerprint, its tokenizer and generation config, and the versions
+    of what reads and writes."""
+    text = hashlib.sha256(b"".join(file.read_bytes() for file in checkpoint.text_files())).hexdigest()[:12]
+    return {"model": checkpoint.fingerprint()[:12], "tokenizer and generation config": text} | _versions()
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("smoe", "torch", "transformers", "onnxruntime")}

@@ -33,14 +33,13 @@ class Calibration:
     seed: int = 0
     length: int = 512
 
-    @property
-    def count(self) -> int:
-        """The most tokens that it may give."""
-        return DEFAULT_TOKENS if self.tokens is None else self.tokens
+    def count_in(self, checkpoint: Checkpoint) -> int:
+        """How many tokens it gives."""
+        return sum(len(row) for row in self.rows(checkpoint))
 
     def rows(self, checkpoint: Checkpoint) -> list[np.ndarray]:
         """Sequences of token ids, int64 `[length]` each but the last; a `PrepError` if there is too little text."""
-        wanted = self.count
+        wanted = DEFAULT_TOKENS if self.tokens is None else self.tokens
         if wanted < MINIMUM:
             raise PrepError(f"--tokens is {wanted}; at least {MINIMUM} are needed for statistics.")
         if self.length < 2 or self.seed < 0:
@@ -70,7 +69,7 @@ class Calibration:
         """What the rows depend on, and a digest of them."""
         digest = hashlib.sha256(np.concatenate(self.rows(checkpoint)).tobytes()).hexdigest()[:12]
         tokens = "all there are" if self.tokens is None else str(self.tokens)
-        return {"--calibration": f"{self.source} ({digest})", "--tokens": tokens, "--seed": str(self.seed)}
+        return {"--calibration": f"{Path(self.source).name} ({digest})", "--tokens": tokens, "--seed": str(self.seed)}
 
 
 def read_documents(source: str) -> Iterator[str | list[int]]:

@@ -141,7 +141,10 @@ def _load_backbone(path: Path, model: transformers.PreTrainedModel, weights: Wei
     """Fill `model`, but not its experts: whatever is missing or not finite is a `PrepError`."""
     experts = tuple(f"{name}." for name, _ in experts_modules(model))
     info = weights.check(model)
-    _refuse_missing(path, {name for name in info.missing_keys if name.startswith(experts)})
+    tied = model.all_tied_weights_keys.keys()
+    _refuse_missing(path, {name for name in info.missing_keys if name.startswith(experts) and name not in tied})
+    if any(name.startswith(experts) for name in tied):
+        raise PrepError(f"{path}: {min(tied)} is shared with another module; smoe cannot take such experts apart.")
     weights.load(
         model, [source for source, target in weights.targets(model).items() if not target.startswith(experts)]
     )

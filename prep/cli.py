@@ -18,8 +18,8 @@ from smoe.artifacts.encodings import ENCODINGS
 from smoe.prep import build as building
 from smoe.prep.calibration import DEFAULT_TOKENS, Calibration
 from smoe.prep.checkpoint import Checkpoint, open_checkpoint
-from smoe.prep.inspect import Inspection, families
-from smoe.prep.inspect import inspect as look_at
+from smoe.prep.estimate import Inspection, families
+from smoe.prep.estimate import inspect as look_at
 from smoe.prep.pack import pack as pack_experts
 from smoe.prep.pack import unpacked
 from smoe.prep.profile import profile as run_profile

@@ -40,10 +40,14 @@ def profile(checkpoint: Checkpoint, directory: Path, calibration: Calibration, p
 
     Layers that an interrupted run finished there are not profiled again. Returns what profile.json says.
     """
+    finished = Finished(directory)
+    if (directory / "profile.json").exists():  # written last
+        finished.clear()
+        progress.say("profile: kept from an earlier run")
+        return json.loads((directory / "profile.json").read_text("utf-8"))
     batches = list(_batches(calibration.rows(checkpoint)))
     total = sum(batch.size for batch in batches)
     sample = np.sort(np.random.default_rng(calibration.seed).permutation(total)[:SAMPLE])
-    finished = Finished(directory)
     observer = _Observer(checkpoint, batches, sample, finished, progress)
     passes = [partial(_run, checkpoint.model, batch) for batch in batches]
     with observer.scores:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -55,7 +54,11 @@ class Counter:
             self._paces.append(now - self._last)
         self._last = now
         if count < self._total:
-            left = f", {duration(statistics.median(self._paces) * (self._total - count))} left" if self._paces else ""
+            left = (
+                f", {duration(sorted(self._paces)[len(self._paces) // 2] * (self._total - count))} left"
+                if self._paces
+                else ""
+            )
             self._progress.line(f"{self._stage}: {self._unit} {count}/{self._total}{left}")
             return
         before = self._total - len(self._paces)

@@ -27,7 +27,7 @@ MARKER = (
     "smoe-prep.lock"  # in a directory that is being written: it is ours, held by the process that writes, and says
 )
 # with which settings
-FINISHED = "finished"  # layers whose profile is done
+FINISHED = "finished"  # what later stages or runs need of those that are done, and the output does not
 
 
 @contextlib.contextmanager
@@ -55,12 +55,14 @@ def beside(output: Path, settings: dict[str, str], progress: Progress) -> Iterat
                 shutil.rmtree(partial)
             raise
         shutil.rmtree(partial / FINISHED, ignore_errors=True)
-        (partial / MARKER).unlink()
         partial.rename(output)
+        (output / MARKER).unlink()
 
 
 def refuse_existing(output: Path) -> None:
     """A `PrepError` if `output` cannot become a new directory."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        (output / MARKER).unlink()  # a run was killed when all was done but this
     if output.exists() or output.is_symlink():
         raise PrepError(f"{output} exists; smoe does not overwrite. Remove it, or give another -o.")
     if not output.parent.is_dir():
@@ -112,8 +114,8 @@ class Finished:
     """Layers whose profile is done, in `directory`: their sums, and their experts' outputs, which later layers need."""
 
     def __init__(self, directory: Path):
-        self._directory = directory / FINISHED
-        self._directory.mkdir(exist_ok=True)
+        self._directory = directory / FINISHED / "profile"
+        self._directory.mkdir(parents=True, exist_ok=True)
 
     def sums(self, layer: int, like: LayerSums) -> LayerSums | None:
         """The sums of `layer`, or None if it is not finished."""
@@ -128,9 +130,12 @@ class Finished:
         """The experts' outputs of a finished layer, float32 and shaped as `like`, one pass after another."""
         with open(self._directory / f"{layer:02d}.outputs", "rb") as file:
             for hidden in like:
-                output = torch.empty_like(hidden)
-                file.readinto(output.numpy().reshape(-1).view(np.uint8).data)
-                yield output
+                output = np.empty(hidden.shape, np.float32)
+                if file.readinto(output.reshape(-1).view(np.uint8).data) != output.nbytes:
+                    raise PrepError(
+                        f"{file.name} is too short; remove {self._directory.parent.parent} and start again."
+                    )
+                yield torch.from_numpy(output)
 
     def keeping(self, layer: int, outputs: Iterator[torch.Tensor], sums: LayerSums) -> Iterator[torch.Tensor]:
         """Pass `outputs` on and keep them; at the end keep `sums`, which says that the layer is finished."""
@@ -151,5 +156,8 @@ class Finished:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, "utf-8")
+    with open(part, "wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)

@@ -85,16 +85,17 @@ def trace(checkpoint: Checkpoint, sample: Sample) -> ir.Graph:
             raise PrepError(
                 f"{checkpoint.path}: transformers' exporter does not trace this family: {type(error).__name__}: {reason}"
             ) from error
-    LiftConstantsToInitializersPass()(model_ir)
-    ShapeInferencePass()(model_ir)  # the exporter's fusions leave values without a type
+        LiftConstantsToInitializersPass()(model_ir)
+        ShapeInferencePass()(model_ir)  # the exporter's fusions leave values without a type
     return model_ir.graph
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's progress and its warnings about optional packages say nothing to our user."""
+    """The exporter's progress, its warnings about optional packages and what its passes leave undone say nothing to our
+    user: what matters is raised, or found by `check.py`."""
     previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             warnings.simplefilter("ignore")

@@ -58,8 +58,18 @@ def test_the_command_reference_is_what_help_prints(root, module):
     assert set(listed) == set(COMMANDS[module])
 
 
+DOCUMENTS = ("README.md", "docs/log.md", "docs/walkthrough.md", "docs/families.md")
+
+
+def test_every_link_leads_somewhere(root):
+    for document in DOCUMENTS:
+        text = re.sub(r"```.*?```", "", (root / document).read_text("utf-8"), flags=re.S)
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            assert link.startswith("https://") or ((root / document).parent / link).exists(), (document, link)
+
+
 def test_every_command_that_the_documents_give_exists(root):
-    for document in ("README.md", "docs/log.md"):
+    for document in DOCUMENTS:
         text = (root / document).read_text("utf-8")
         for script in re.findall(r"python ((?:bench|tests)/\S+\.py)", text):
             assert (root / script).is_file(), script

@@ -99,12 +99,18 @@ BROKEN = {
     "version true": (_set("version", True), "format version True, this smoe reads 1"),
     "gate without a limit": (
         _set("experts", "gate", {"kind": "bounded", "activation": "silu", "alpha": 0.0, "limit": 0.0}),
-        "limit, alpha is .0.0, 0.0., finite numbers, limit above 0",
+        "limit, alpha is .0.0, 0.0., numbers from 1e-6 to 1e6",
     ),
     "gate without a number": (
         _set("experts", "gate", {"kind": "softcapped", "activation": "", "alpha": float("nan"), "limit": 7.0}),
-        "limit, alpha is .7.0, nan., finite numbers",
+        "limit, alpha is .7.0, nan., numbers from",
     ),
+    "gate with a number beyond float32": (
+        _set("experts", "gate", {"kind": "softcapped", "activation": "", "alpha": 1e300, "limit": 7.0}),
+        "limit, alpha is .7.0, 1e.300., numbers from",
+    ),
+    "number beyond any float": (_set("experts", "gate", "limit", 10**400), "limit: float was wanted"),
+    "gate without its limit": (_edit(lambda m: m["experts"]["gate"].pop("limit")), "limit are missing or unknown"),
     "normed, but its records are not": (_set("experts", "normed", True), "the manifest wants"),
     "unknown field": (_set("surprise", 1), "surprise are missing or unknown"),
     "missing field": (_edit(lambda m: m.pop("experts")), "experts are missing or unknown"),

@@ -113,7 +113,8 @@ def test_what_is_read_is_what_transformers_reads(checkpoints, family):
     wanted = AutoModelForCausalLM.from_pretrained(checkpoints(family), dtype=torch.float32)
     weights, buffers = wanted.state_dict(), dict(wanted.named_buffers())
     for name, weight in checkpoint.model.state_dict().items():
-        assert weight.is_meta == (".experts." in name and "shared" not in name) or torch.equal(weight, weights[name])
+        assert weight.is_meta == (".experts." in name and "shared" not in name)
+        assert weight.is_meta or torch.equal(weight, weights[name]), name
     for name, buffer in checkpoint.model.named_buffers():
         assert torch.equal(buffer, buffers[name]), name
     for layer, (name, _) in enumerate(checkpoint.layers):

@@ -105,23 +105,27 @@ def _files(bundle):
     return {str(p.relative_to(bundle)): p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
 
 
-def test_builds_killed_anywhere_give_the_same_bytes(checkpoints, bundles, ids_file, tmp_path):
-    """SIGKILL at random moments, until a build gets through (20 kills: bench/kills.py)."""
-    random = np.random.default_rng(int(time.time()))
+def test_builds_killed_at_every_stage_give_the_same_bytes(checkpoints, bundles, ids_file, tmp_path):
+    """SIGKILL as soon as a stage leaves its first file (at random moments: bench/kills.py)."""
     command = [sys.executable, "-m", "smoe.prep", "build", str(checkpoints("olmoe")), "-o", str(tmp_path / "b"),
                "--calibration", str(ids_file), "--encoding", "f32"]  # fmt: skip
-    for _ in range(3):
+    for sign in ("finished/profile/*.outputs", "experts/*.safetensors*", "backbone/weights.data"):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(random.uniform(5, 15))
+        while process.poll() is None and not list((tmp_path / "b.partial").glob(sign)):
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        if (tmp_path / "b").exists():
-            break
-    if not (tmp_path / "b").exists():
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert process.wait() == -signal.SIGKILL and not (tmp_path / "b").exists(), sign
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "of an earlier run kept" in done.stderr, done.stderr
     assert _files(tmp_path / "b") == _files(bundles("olmoe"))
+
+
+def test_a_kill_after_the_rename_leaves_a_bundle(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MARKER).touch()
+    with pytest.raises(PrepError, match="exists; smoe does not overwrite"), beside(tmp_path / "out", {}, QUIET):
+        pass
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_what_was_finished_is_not_done_again(checkpoints, bundles, ids_file, tmp_path, monkeypatch):
@@ -152,7 +156,7 @@ def test_what_was_finished_is_not_done_again(checkpoints, bundles, ids_file, tmp
     with monkeypatch.context() as patched, pytest.raises(PrepError, match="stop"):
         patched.setattr(profiling._Observer, "_observed", one_layer)
         build(checkpoints("mixtral"), tmp_path / "b", text, Recipe("f32"), progress=QUIET)
-    left = {p.name for p in (tmp_path / "b.partial" / "finished").iterdir()}
+    left = {p.name for p in (tmp_path / "b.partial" / "finished" / "profile").iterdir()}
     assert left == {"00.sums", "00.outputs"}
     read = []
     from smoe.prep.checkpoint import Checkpoint

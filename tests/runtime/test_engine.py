@@ -8,6 +8,7 @@ import pytest
 
 from smoe.artifacts import open_bundle, safetensors_file
 from smoe.runtime import Engine, EngineError, StopWhen, kernels, memory
+from smoe.runtime.backbone import ort_value
 
 
 def _relative(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -50,6 +51,30 @@ def test_every_golden_bundle_says_what_it_said(goldens):
             for _ in range(2):  # the state of the first is gone in the second
                 tokens = [token.id for token in engine.generate(answer["prompt"], max_new_tokens=24)]
                 assert tokens == answer["greedy"].tolist()
+
+
+def test_a_slot_without_an_expert_adds_nothing(golden):
+    """An id that is the number of experts means none: the others' outputs are those of a step without it."""
+    random = np.random.default_rng(0)
+    with Engine.open(golden) as engine:
+        layer = engine.manifest.layers[0]
+        x = random.standard_normal((1, 5, layer.hidden)).astype(np.float32)
+        ids = np.stack([random.permutation(layer.experts)[:3] for _ in range(5)]).astype(np.int64)
+        weights = random.random((5, 3)).astype(np.float32)
+
+        def run(ids, weights):
+            wires = layer.wires
+            values = {wires.hidden: x, wires.ids: ids, wires.weights: weights}
+            values = {name: ort_value(np.ascontiguousarray(array)) for name, array in values.items()}
+            engine._experts(0, layer, values)
+            return values[wires.output].numpy()
+
+        some = ids.copy()
+        some[1, 0] = some[3, 1] = some[4] = layer.experts
+        kept = np.where(some == layer.experts, np.float32(0), weights)
+        assert np.array_equal(run(some, weights), run(ids, kept)) and not run(some, weights)[0, 4].any()
+        with pytest.raises(EngineError, match="not what layer 0 of the manifest takes"):
+            run(some + 1, weights)
 
 
 @pytest.mark.parametrize("experts", [3, 4, 7, 13])

@@ -73,14 +73,13 @@ def inspect(path: str | Path, encoding: str = "bf16", tokens: int = 65536) -> In
         len(sizes.layers), max(count for count, _, _ in sizes.layers), sizes.top_k,
         config.hidden_size, sizes.layers[0][2],
         sizes.backbone + sizes.in_experts, sizes.in_experts, sizes.active,
-        download, sizes.bundle, sizes.bundle + sizes.outputs, sizes.memory, sizes.device, _seconds(sizes, tokens),
+        download, sizes.bundle, sizes.disk, sizes.memory, sizes.device, _seconds(sizes, tokens),
     )  # fmt: skip
 
 
 def disk_needed(model: transformers.PreTrainedModel, encoding: str, tokens: int) -> int:
-    """About how many bytes a build writes, what it keeps only for a while included."""
-    sizes = _Sizes.of(model, encoding, tokens, _shape(model))
-    return sizes.bundle + sizes.outputs
+    """About how many bytes a build has on disk at its largest: the bundle, or before it what profiling `tokens` keeps."""
+    return _Sizes.of(model, encoding, tokens, _shape(model)).disk
 
 
 def families() -> list[dict[str, str]]:
@@ -136,10 +135,10 @@ def _weights(path: Path, model: transformers.PreTrainedModel) -> tuple[int | Non
     try:
         weights = open_weights(path)
         total = sum(file.stat().st_size for file in weights.files)
-        weights.check(model)
+        missing = weights.check(model).missing_keys - model.all_tied_weights_keys.keys()
     except PrepError as error:
         return None, str(error)
-    return total, ""
+    return total, f"{len(missing)} are missing, {min(missing)} first; download the checkpoint again" if missing else ""
 
 
 @dataclass(frozen=True)
@@ -153,6 +152,10 @@ class _Sizes:
     outputs: int
     memory: int
     device: tuple[int, int]
+
+    @property
+    def disk(self) -> int:
+        return max(self.bundle, self.outputs)
 
     @classmethod
     def of(cls, model: torch.nn.Module, encoding: str, tokens: int, shape: ExpertShape) -> _Sizes:
