@@ -140,6 +140,12 @@ where the two best logits are closer than ten times the logit error. No token be
 `growing` is replaced by a longer one, `fixed` keeps its shape. *routing rule*: whether ids and mixing weights of any other
 choice can be worked out (substitution needs it).
 
+Those that are refused: two do not generate one token after another (diffusion_gemma, openai_privacy_filter). The others have
+state or attention that cannot be traced, or not without knowing the request: attention over compressed or indexed
+positions whose number depends on the data (deepseek_v4, qwen4_exp), a window that spares the prompt, however long it
+is (unlimited_ocr), a cache that does not know its own length (minimax), positions that are worked out from a mask and
+from what the model remembers of the call before (qwen3_omni_moe). What the last column says is what a user is told.
+
 """
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ FAMILIES: dict[str, dict] = {
     "minimax": LINEAR,
     "mistral4": LATENT,
     "mistral_large4": LATENT,
-    "olmoe": {"head_dim": 16},
+    "olmoe": {"head_dim": 16, "norm_topk_prob": False},
     "qwen3_5_moe_text": LINEAR,
     "qwen3_next": LINEAR,
     "qwen4_exp_text": {

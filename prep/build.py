@@ -10,6 +10,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from smoe.artifacts.encodings import encoding_named
 from smoe.artifacts.manifest import FORMAT, VERSION, Experts, File, Layer, Manifest, Model, Wires
 from smoe.artifacts.validate import open_bundle, sha256
@@ -21,7 +23,7 @@ from smoe.prep.errors import PrepError
 from smoe.prep.estimate import disk_needed
 from smoe.prep.experts import expert_geometry
 from smoe.prep.export import Exported, check_precision, export
-from smoe.prep.pack import common_kind, pack
+from smoe.prep.pack import pack, unpacked
 from smoe.prep.profile import PROFILE_FILES, open_profile, profile
 from smoe.prep.progress import Progress
 from smoe.prep.resume import FINISHED, MARKER, beside, refuse_existing, refuse_full_disk, write_whole
@@ -55,11 +57,12 @@ def build(
     refuse_existing(output)
     checkpoint = open_checkpoint(model)
     _refuse_early(checkpoint, recipe, calibration, profiled)
-    tokens = calibration.count_in(checkpoint) if calibration is not None and profiled is None else 0
-    with beside(output, _settings(checkpoint, recipe, calibration, profiled), progress) as partial:
-        refuse_full_disk(partial, disk_needed(checkpoint.model, recipe.encoding, tokens))
-        _statistics(checkpoint, partial, calibration, profiled, progress)
+    rows = calibration.rows(checkpoint) if calibration is not None and profiled is None else []
+    with beside(output, _settings(checkpoint, recipe, calibration, rows, profiled), progress) as partial:
+        refuse_full_disk(partial, disk_needed(checkpoint.model, recipe.encoding, sum(len(row) for row in rows)))
+        _statistics(checkpoint, partial, calibration, rows, profiled, progress)
         experts = pack(checkpoint, partial, recipe.encoding, progress)
+        # Last, though it may refuse a family: the exporter leaves 0.2 GB behind, which would be there in all stages.
         draft = _backbone(checkpoint, partial, experts, recipe.backbone, progress)
         for file in checkpoint.text_files():
             shutil.copyfile(file, partial / file.name)
@@ -71,14 +74,18 @@ def build(
 
 
 def _settings(
-    checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | None, profiled: str | Path | None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    rows: list[np.ndarray],
+    profiled: str | Path | None,
 ) -> dict[str, str]:
     """All that the bundle's bytes depend on: an interrupted build goes on only with the same."""
     about = {"--encoding": recipe.encoding, "--backbone": recipe.backbone}
     if profiled is not None:
         about["--profile"] = f"{Path(profiled).name} ({sha256(Path(profiled) / 'tables.safetensors')[:12]})"
     elif calibration is not None:
-        about |= calibration.settings(checkpoint)
+        about |= calibration.settings(rows)
     return about | made_by(checkpoint)
 
 
@@ -86,6 +93,7 @@ def _statistics(
     checkpoint: Checkpoint,
     partial: Path,
     calibration: Calibration | None,
+    rows: list[np.ndarray],
     profiled: str | Path | None,
     progress: Progress,
 ) -> None:
@@ -93,7 +101,7 @@ def _statistics(
         for name in PROFILE_FILES:
             shutil.copyfile(Path(profiled) / name, partial / name)
     elif calibration is not None:
-        profile(checkpoint, partial, calibration, progress)
+        profile(checkpoint, partial, calibration, progress, rows)
 
 
 def _backbone(checkpoint: Checkpoint, partial: Path, experts: Experts, precision: str, progress: Progress) -> Manifest:
@@ -139,14 +147,12 @@ def _refuse_early(
     """Whatever the user may have got wrong is a `PrepError` now, not after hours of profiling."""
     encoding_named(recipe.encoding)
     check_precision(recipe.backbone)
-    common_kind(checkpoint)
+    unpacked(checkpoint, recipe.encoding)
     if profiled is not None:
         about = open_profile(Path(profiled), checkpoint)
         if calibration is not None:
             _refuse_other_text(Path(profiled), about["calibration"], calibration)
-    elif calibration is not None:
-        calibration.rows(checkpoint)
-    else:
+    elif calibration is None:
         raise PrepError("There is no calibration text; give --calibration FILE, or --profile PROFILE.")
 
 

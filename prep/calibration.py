@@ -33,10 +33,6 @@ class Calibration:
     seed: int = 0
     length: int = 512
 
-    def count_in(self, checkpoint: Checkpoint) -> int:
-        """How many tokens it gives."""
-        return sum(len(row) for row in self.rows(checkpoint))
-
     def rows(self, checkpoint: Checkpoint) -> list[np.ndarray]:
         """Sequences of token ids, int64 `[length]` each but the last; a `PrepError` if there is too little text."""
         wanted = DEFAULT_TOKENS if self.tokens is None else self.tokens
@@ -65,9 +61,9 @@ class Calibration:
             )
         return [stream[i : i + self.length] for i in range(0, len(stream), self.length)]
 
-    def settings(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """What the rows depend on, and a digest of them."""
-        digest = hashlib.sha256(np.concatenate(self.rows(checkpoint)).tobytes()).hexdigest()[:12]
+    def settings(self, rows: list[np.ndarray]) -> dict[str, str]:
+        """What `rows` depend on, and a digest of them."""
+        digest = hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest()[:12]
         tokens = "all there are" if self.tokens is None else str(self.tokens)
         return {"--calibration": f"{Path(self.source).name} ({digest})", "--tokens": tokens, "--seed": str(self.seed)}
 

@@ -38,20 +38,12 @@ class Checkpoint:
     model: transformers.PreTrainedModel
     weights: Weights
     layers: list[ExpertsLayer]
+    end_ids: tuple[int, ...]  # token ids that end a generation
     sources: list[dict[str, list[str]]]  # per layer and parameter of its experts: the stored tensors it is made from
 
     @property
     def config(self):
         return self.model.config.get_text_config()
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """Token ids that end a generation, from generation_config.json or the config."""
-        ids = None
-        if (self.path / "generation_config.json").is_file():
-            ids = GenerationConfig.from_pretrained(self.path, local_files_only=True).eos_token_id
-        ids = self.config.eos_token_id if ids is None else ids
-        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
     def text_files(self) -> list[Path]:
         return [self.path / name for name in TEXT_FILES if (self.path / name).is_file()]
@@ -102,6 +94,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} has a tokenizer that only Python code reads (no tokenizer.json); convert it with "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
         )
+    end_ids = _end_ids(path, model.config.get_text_config())
     _load_backbone(path, model, weights)
     layers = layers_used(model)
     targets = weights.targets(model)
@@ -111,7 +104,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             if target.startswith(f"{name}."):
                 found.setdefault(target, []).append(source)
         _keep_stored_dtype(module, [weights.stored[source].dtype for names in found.values() for source in names])
-    return Checkpoint(path, model, weights, layers, sources)
+    return Checkpoint(path, model, weights, layers, end_ids, sources)
 
 
 def read_config(path: Path) -> transformers.PreTrainedConfig:
@@ -135,6 +128,18 @@ def read_config(path: Path) -> transformers.PreTrainedConfig:
             f"{path} is quantised ({method}); smoe quantises from the original weights: give the bf16 checkpoint."
         )
     return config
+
+
+def _end_ids(path: Path, config: transformers.PreTrainedConfig) -> tuple[int, ...]:
+    """From generation_config.json or the config."""
+    ids = None
+    if (path / "generation_config.json").is_file():
+        try:
+            ids = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise PrepError(f"{path}/generation_config.json is damaged: {_first_line(error)}") from error
+    ids = getattr(config, "eos_token_id", None) if ids is None else ids
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
 
 def _load_backbone(path: Path, model: transformers.PreTrainedModel, weights: Weights) -> None:

@@ -132,7 +132,7 @@ def inspect(model: Path | None, list_families: bool, encoding: str, tokens: int,
 def profile(model: Path, output: Path, calibration: str, tokens: int | None, seed: int, as_json: bool) -> None:
     """Learn which experts matter, which resemble each other and which follow each other; write PROFILE."""
     source = Calibration(calibration, tokens, seed)
-    with _writing(model, output, source.settings) as (checkpoint, partial):
+    with _writing(model, output, lambda opened: source.settings(source.rows(opened))) as (checkpoint, partial):
         about = run_profile(checkpoint, partial, source, Progress())
     _print(about, _profile_text(about), as_json)
 

@@ -35,17 +35,24 @@ BATCH = 4  # rows at once
 SAMPLED_AT_ONCE = 32 << 20  # bytes, in float64, of all experts' outputs for sampled tokens
 
 
-def profile(checkpoint: Checkpoint, directory: Path, calibration: Calibration, progress: Progress) -> dict:
+def profile(
+    checkpoint: Checkpoint,
+    directory: Path,
+    calibration: Calibration,
+    progress: Progress,
+    rows: list[np.ndarray] | None = None,
+) -> dict:
     """Profile `checkpoint` on `calibration` and write tables, trace and profile.json into `directory`.
 
-    Layers that an interrupted run finished there are not profiled again. Returns what profile.json says.
+    `rows` are those of the calibration, if they are there already. Layers that an interrupted run finished are not
+    profiled again. Returns what profile.json says.
     """
     finished = Finished(directory)
     if (directory / "profile.json").exists():  # written last
         finished.clear()
         progress.say("profile: kept from an earlier run")
         return json.loads((directory / "profile.json").read_text("utf-8"))
-    batches = list(_batches(calibration.rows(checkpoint)))
+    batches = list(_batches(calibration.rows(checkpoint) if rows is None else rows))
     total = sum(batch.size for batch in batches)
     sample = np.sort(np.random.default_rng(calibration.seed).permutation(total)[:SAMPLE])
     observer = _Observer(checkpoint, batches, sample, finished, progress)

@@ -171,6 +171,13 @@ def test_a_half_written_single_file_is_refused(checkpoints, tmp_path):
         open_checkpoint(tmp_path / "m")
 
 
+def test_a_damaged_generation_config_is_refused_before_anything_is_read(checkpoints, tmp_path):
+    shutil.copytree(checkpoints("mixtral"), tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text("{")
+    with pytest.raises(PrepError, match="generation_config.json is damaged"):
+        open_checkpoint(tmp_path / "m")
+
+
 def test_a_file_that_shrinks_later_is_a_sentence(checkpoints, tmp_path):
     shutil.copytree(checkpoints("mixtral"), tmp_path / "m")
     checkpoint = open_checkpoint(tmp_path / "m")
