@@ -186,11 +186,10 @@ def _draft(checkpoint: Checkpoint, experts: Experts, exported: Exported) -> Mani
 
 
 def _files(partial: Path) -> dict[str, File]:
-    return {
-        str(file.relative_to(partial)): File(file.stat().st_size, sha256(file))
-        for file in sorted(partial.rglob("*"))
-        if file.is_file() and file.name != MARKER and FINISHED not in file.relative_to(partial).parts
-    }
+    """All that belongs to the bundle but the manifest, which an interrupted run may have written too."""
+    names = [str(file.relative_to(partial)) for file in sorted(partial.rglob("*")) if file.is_file()]
+    ours = [name for name in names if name not in (MARKER, "manifest.json") and not name.startswith(f"{FINISHED}/")]
+    return {name: File((partial / name).stat().st_size, sha256(partial / name)) for name in ours}
 
 
 def _layer(name: str, module, node: cut.ExpertsNode) -> Layer:

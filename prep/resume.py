@@ -23,10 +23,8 @@ from smoe.prep.errors import PrepError
 from smoe.prep.progress import Progress
 from smoe.prep.statistics import LayerSums
 
-MARKER = (
-    "smoe-prep.lock"  # in a directory that is being written: it is ours, held by the process that writes, and says
-)
-# with which settings
+# In a directory that is being written: it is ours, held by the process that writes, and says with which settings.
+MARKER = "smoe-prep.lock"
 FINISHED = "finished"  # what later stages or runs need of those that are done, and the output does not
 
 
@@ -56,7 +54,7 @@ def beside(output: Path, settings: dict[str, str], progress: Progress) -> Iterat
             raise
         shutil.rmtree(partial / FINISHED, ignore_errors=True)
         partial.rename(output)
-        (output / MARKER).unlink()
+        (output / MARKER).unlink(missing_ok=True)
 
 
 def refuse_existing(output: Path) -> None:

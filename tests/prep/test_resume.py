@@ -133,7 +133,7 @@ def test_what_was_finished_is_not_done_again(checkpoints, bundles, ids_file, tmp
     from smoe.prep import pack as packing
     from smoe.prep import profile as profiling
 
-    text = Calibration(str(ids_file))
+    text, wanted = Calibration(str(ids_file)), _files(bundles("mixtral"))
 
     def build_until(stage):
         def fails(*_):
@@ -174,9 +174,12 @@ def test_what_was_finished_is_not_done_again(checkpoints, bundles, ids_file, tmp
     there = build_until((module, "export_checked"))
     assert read == [0, 1] and "experts/layer-01.safetensors" in there
     read.clear()
+    there = build_until((module, "open_bundle"))
+    assert read == [] and {"manifest.json", "finished/export.json"} <= there
+    monkeypatch.setattr(module, "export_checked", None)  # not called again
     build(checkpoints("mixtral"), tmp_path / "b", text, Recipe("f32"), progress=QUIET)
     assert read == []
-    assert _files(tmp_path / "b") == _files(bundles("mixtral"))
+    assert _files(tmp_path / "b") == wanted
     assert packing.PAGE == open_bundle(tmp_path / "b").experts.page
 
 
