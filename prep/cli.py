@@ -200,18 +200,22 @@ def _inspection_text(about: Inspection, encoding: str, tokens: int) -> str:
     used = "" if about.top_k is None else f", {about.top_k} used per token"
     active = "" if about.active_parameters is None else f", {about.active_parameters / 1e9:.2f} billion used per token"
     hours = "" if about.seconds is None else f"; about {duration(about.seconds)} on this machine"
-    weights = about.weights or f"all there, {about.download / 1e9:.1f} GB"
+    weights = about.weights or f"all there, {_size(about.download)}"
     return "\n".join([
         f"{about.family} ({about.architecture}): "
         + (f"cannot be prepared: {about.refusal}" if about.refusal else "can be prepared"),
         f"{about.layers} MoE layers of {about.experts} experts{used}; hidden {about.hidden}, width {about.width}",
         f"{about.parameters / 1e9:.2f} billion parameters, {about.expert_parameters / 1e9:.2f} in experts{active}",
         f"weights: {weights}",
-        f"bundle: about {about.bundle / 1e9:.1f} GB with experts in {encoding}",
-        f"device: from {about.device[0] / 1e9:.1f} GB to {about.device[1] / 1e9:.1f} GB with all experts in memory, and the "
+        f"bundle: about {_size(about.bundle)} with experts in {encoding}",
+        f"device: from {_size(about.device[0])} to {_size(about.device[1])} with all experts in memory, and the "
         "KV cache",
-        f"build: about {about.disk / 1e9:.1f} GB of disk, {about.memory / 1e9:.1f} GB of memory for {tokens} tokens{hours}",
+        f"build: about {_size(about.disk)} of disk, {_size(about.memory)} of memory for {tokens} tokens{hours}",
     ])  # fmt: skip
+
+
+def _size(nbytes: int | None) -> str:
+    return f"{(nbytes or 0) / 1e9:.1f} GB" if (nbytes or 0) >= 1e9 else f"{(nbytes or 0) / 1e6:.0f} MB"
 
 
 def _profile_text(about: dict) -> str:
