@@ -70,9 +70,8 @@ class Checkpoint:
         """
         name, module = self.layers[layer]
         try:
-            for names in self.sources[
-                layer
-            ].values():  # one by one: what is read and what is made from it exist at once
+            # One parameter at a time, the largest first: what is read and what is made from it exist at once.
+            for names in sorted(self.sources[layer].values(), key=self.weights.nbytes, reverse=True):
                 self.weights.load(self.model, names)
             _refuse_infinite(self.path, name, module)
             yield module
