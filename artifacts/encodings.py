@@ -5,8 +5,9 @@
 | f32  | float32 |
 | bf16 | bfloat16, rounded to nearest even |
 | int8 | int8 times one float32 scale per row, symmetric, scale = max\\|row\\| / 127 |
+| nested:… | codes in planes of bits, a scale per group: `nested.py` |
 
-Biases are float32 in every encoding. Adding an encoding is adding an entry to `ENCODINGS`.
+Biases are float32 in every encoding. An encoding of one plane is an entry of `ENCODINGS`.
 """
 
 from __future__ import annotations
@@ -16,44 +17,38 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from smoe.artifacts import nested
+from smoe.artifacts.bfloat16 import from_bf16, to_bf16
 from smoe.artifacts.errors import BundleError
-from smoe.artifacts.layout import ExpertShape, RecordLayout, lay_out
+from smoe.artifacts.layout import ExpertShape, Field, RecordLayout, lay_out
 from smoe.artifacts.safetensors_file import Planned
 
 Encoded = dict[str, np.ndarray]
+Dims = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """`matrix(name, shape)` plans a matrix's tensors; `encode(name, w)` fills them; `decode(name, tensors)` undoes it."""
+    """`matrix(name, shape)` plans a matrix's tensors, plane by plane; `encode(name, w)` fills them;
+    `decode(name, tensors, shape, level)` undoes it as far as the first `level` of `levels` planes allow."""
 
     name: str
-    matrix: Callable[[str, tuple[int, int]], list[Planned]]
+    levels: int
+    matrix: Callable[[str, Dims], list[list[Planned]]]
     encode: Callable[[str, np.ndarray], Encoded]
-    decode: Callable[[str, Encoded], np.ndarray]
+    decode: Callable[[str, Encoded, Dims, int], np.ndarray]
 
     def planes(self, shape: ExpertShape) -> list[list[Planned]]:
-        """The tensors of one expert, by plane. One plane for the encodings of this version."""
-        plane = []
+        """The tensors of one expert, by plane. Whatever is not a matrix is in the base plane."""
+        planes: list[list[Planned]] = [[] for _ in range(self.levels)]
         for name, dims in shape.matrices().items():
-            plane += self.matrix(name, dims)
+            for plane, tensors in zip(planes, self.matrix(name, dims), strict=True):
+                plane += tensors
             if shape.biased:
-                plane.append(Planned(f"{name}_bias", "F32", (dims[0],)))
+                planes[0].append(Planned(f"{name}_bias", "F32", (dims[0],)))
         if shape.normed:
-            plane.append(Planned("norm", "F32", (shape.hidden,)))
-        return [plane]
-
-
-def to_bf16(x: np.ndarray) -> np.ndarray:
-    """Float32 to the bits of bfloat16 (uint16), nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
-
-
-def from_bf16(bits: np.ndarray) -> np.ndarray:
-    """The bits of bfloat16 (uint16) to float32, exactly."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+            planes[0].append(Planned("norm", "F32", (shape.hidden,)))
+        return planes
 
 
 def _encode_int8(name: str, w: np.ndarray) -> Encoded:
@@ -68,30 +63,49 @@ ENCODINGS: dict[str, Encoding] = {
     for e in (
         Encoding(
             "f32",
-            lambda name, dims: [Planned(name, "F32", dims)],
+            1,
+            lambda name, dims: [[Planned(name, "F32", dims)]],
             lambda name, w: {name: w.astype(np.float32)},
-            lambda name, t: t[name],
+            lambda name, t, dims, level: t[name],
         ),
         Encoding(
             "bf16",
-            lambda name, dims: [Planned(name, "BF16", dims)],
+            1,
+            lambda name, dims: [[Planned(name, "BF16", dims)]],
             lambda name, w: {name: to_bf16(w)},
-            lambda name, t: from_bf16(t[name]),
+            lambda name, t, dims, level: from_bf16(t[name]),
         ),
         Encoding(
             "int8",
-            lambda name, dims: [Planned(name, "I8", dims), Planned(f"{name}_scale", "F32", dims[:1])],
+            1,
+            lambda name, dims: [[Planned(name, "I8", dims), Planned(f"{name}_scale", "F32", dims[:1])]],
             _encode_int8,
-            lambda name, t: t[name].astype(np.float32) * t[f"{name}_scale"][:, None],
+            lambda name, t, dims, level: t[name].astype(np.float32) * t[f"{name}_scale"][:, None],
         ),
     )
 }
 
 
+def _nested(name: str) -> Encoding:
+    parsed = nested.parse(name)
+    return Encoding(
+        parsed.name,
+        parsed.levels,
+        lambda name, dims: nested.matrix_planes(parsed, name, dims),
+        lambda name, w: nested.pack_matrix(parsed, name, *nested.round_matrix(parsed, name, w)),
+        lambda name, t, dims, level: nested.decode_matrix(parsed, name, t, dims, level),
+    )
+
+
 def encoding_named(name: str) -> Encoding:
-    """The encoding called `name`, or a `BundleError` that lists those there are."""
+    """The encoding called `name`, or a `BundleError` that lists those there are. `.name` is its one spelling."""
+    if name.startswith("nested"):
+        return _nested(name)
     if name not in ENCODINGS:
-        raise BundleError(f"There is no encoding {name!r} in this version; it has {', '.join(ENCODINGS)}.")
+        raise BundleError(
+            f"There is no encoding {name[:80]!r} in this version; it has {', '.join(ENCODINGS)} and nested:SPLIT, for "
+            "example nested:2+1+1."
+        )
     return ENCODINGS[name]
 
 
@@ -102,25 +116,48 @@ def record_layout(shape: ExpertShape, encoding: str, page: int) -> RecordLayout:
 
 def encode_expert(layout: RecordLayout, encoding: str, weights: dict[str, np.ndarray]) -> np.ndarray:
     """One record, `uint8 [layout.nbytes]`, from float32 matrices and biases named as in `ExpertShape`."""
+    chosen = encoding_named(encoding)
+    tensors: Encoded = {}
+    for name, w in weights.items():
+        tensors |= {name: w} if is_vector(name) else chosen.encode(name, w)
+    return fill_record(layout, tensors)
+
+
+def fill_record(layout: RecordLayout, tensors: Encoded) -> np.ndarray:
+    """One record, `uint8 [layout.nbytes]`, of tensors that are encoded already."""
     record = np.zeros(layout.nbytes, np.uint8)
     views = layout.views(record)
-    for name, w in weights.items():
-        encoded = {name: w} if _is_vector(name) else encoding_named(encoding).encode(name, w)
-        for tensor, values in encoded.items():
-            views[tensor][...] = values
+    for name, values in tensors.items():
+        views[name][...] = values
     return record
 
 
-def decode_expert(layout: RecordLayout, encoding: str, record: np.ndarray) -> dict[str, np.ndarray]:
-    """Float32 matrices and biases of a record `uint8 [layout.nbytes]`: the inverse of `encode_expert`."""
+def decode_expert(
+    shape: ExpertShape, layout: RecordLayout, encoding: str, record: np.ndarray, level: int | None = None
+) -> dict[str, np.ndarray]:
+    """Float32 matrices and biases of a record `uint8`, of which the bytes of `level` (None: all) are there: the inverse
+    of `encode_expert`. A level that the encoding does not have is a `BundleError`."""
+    chosen = encoding_named(encoding)
+    level = checked_level(chosen, level)
     views = layout.views(record)
-    decode = encoding_named(encoding).decode
-    return {
-        name: view if _is_vector(name) else decode(name, views)
-        for name, view in views.items()
-        if not name.endswith("_scale")
-    }
+    out = {name: chosen.decode(name, views, dims, level) for name, dims in shape.matrices().items()}
+    return out | {name: view for name, view in views.items() if is_vector(name)}
 
 
-def _is_vector(name: str) -> bool:
+def beside_matrices(layout: RecordLayout) -> list[Field]:
+    """The fields of a record that are floats beside the matrices: scales, biases, the norm. They must be finite."""
+    return [field for field in layout.fields if is_vector(field.name) or field.name.endswith("_scale")]
+
+
+def is_vector(name: str) -> bool:
+    """Whether a tensor of a record is neither codes nor scales: a bias or the norm, float32 in every encoding."""
     return name.endswith("_bias") or name == "norm"
+
+
+def checked_level(encoding: Encoding, level: int | None) -> int:
+    """`level`, or the highest there is for None; a `BundleError` if the encoding has no such level."""
+    if level is not None and not 1 <= level <= encoding.levels:
+        raise BundleError(
+            f"Level {level} was asked for; experts in {encoding.name} have levels 1 to {encoding.levels}."
+        )
+    return encoding.levels if level is None else level

@@ -1,8 +1,7 @@
 """Where every byte of an expert lies in its record: a pure function of geometry and encoding.
 
 A record is one expert. Its tensors are grouped in planes, base plane first, so that reading a longer prefix of the
-record gives more precision: *level* n is the prefix that ends with plane n (FORMAT.md, "Records"). The encodings of
-this version have one plane; nothing outside this file and `encodings.py` knows that.
+record gives more precision: *level* n is the prefix that ends with plane n (FORMAT.md, "Records").
 """
 
 from __future__ import annotations
@@ -52,16 +51,20 @@ class Field:
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """`levels[n]` is the number of bytes to read for level n+1; `nbytes` the whole record, a multiple of the page."""
+    """`levels[n]` is the number of bytes to read for level n+1, a multiple of the page; the last is `nbytes`, the
+    whole record."""
 
     fields: tuple[Field, ...]
     levels: tuple[int, ...]
     nbytes: int
 
     def views(self, record: np.ndarray) -> dict[str, np.ndarray]:
-        """The tensors of a record `uint8 [nbytes]` as views of it, by name; nothing is copied."""
+        """The tensors of a record as views of it, by name; nothing is copied. `record` uint8 may end with any level;
+        then the tensors are those of its planes."""
         return {
-            f.name: record[f.offset : f.offset + f.nbytes].view(DTYPES[f.dtype]).reshape(f.shape) for f in self.fields
+            f.name: record[f.offset : f.offset + f.nbytes].view(DTYPES[f.dtype]).reshape(f.shape)
+            for f in self.fields
+            if f.offset + f.nbytes <= len(record)
         }
 
     def tensors(self, expert: int) -> list[Planned]:
@@ -78,7 +81,7 @@ class RecordLayout:
 
 
 def lay_out(planes: list[list[Planned]], page: int) -> RecordLayout:
-    """Place the tensors of each plane one after another, aligned to 64 bytes; pad the record to `page` bytes."""
+    """Place the tensors of each plane one after another, aligned to 64 bytes; each plane starts on a page."""
     fields: list[Field] = []
     levels: list[int] = []
     offset = 0
@@ -87,5 +90,6 @@ def lay_out(planes: list[list[Planned]], page: int) -> RecordLayout:
             offset += -offset % ALIGN
             fields.append(Field(tensor.name, tensor.dtype, tensor.shape, offset))
             offset += tensor.nbytes
+        offset += -offset % page
         levels.append(offset)
-    return RecordLayout(tuple(fields), tuple(levels), offset + -offset % page)
+    return RecordLayout(tuple(fields), tuple(levels), offset)

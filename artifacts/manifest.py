@@ -16,7 +16,7 @@ from smoe.artifacts.errors import BundleError
 from smoe.artifacts.layout import ExpertShape
 
 FORMAT = "smoe"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

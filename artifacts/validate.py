@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from smoe.artifacts import safetensors_file, tables
-from smoe.artifacts.encodings import record_layout
+from smoe.artifacts.encodings import beside_matrices, encoding_named, record_layout
 from smoe.artifacts.errors import BundleError
 from smoe.artifacts.manifest import Manifest
 from smoe.artifacts.shard import shard_start
@@ -101,7 +103,8 @@ def _geometry(m: Manifest) -> Iterator[str]:
         if not all(1e-6 < number < 1e6 for number in wanted):  # far inside float32, in which they are used
             yield bad("experts.gate limit, alpha", (gate.limit, gate.alpha), "numbers from 1e-6 to 1e6")
     try:
-        record_layout(m.expert_shape(0), m.experts.encoding, 512) if m.layers else None
+        if encoding_named(m.experts.encoding).name != m.experts.encoding:
+            yield bad("experts.encoding", m.experts.encoding, encoding_named(m.experts.encoding).name)
     except BundleError as error:
         yield f"manifest.json: {error}"
     for i, layer in enumerate(m.layers):
@@ -180,7 +183,22 @@ def _files(path: Path, m: Manifest, hashes: bool) -> Iterator[str]:
 
 def _shard(path: Path, m: Manifest, layer: int) -> None:
     layout = record_layout(m.expert_shape(layer), m.experts.encoding, m.experts.page)
-    shard_start(path / m.shard(layer), layout, m.experts.page, m.layers[layer].experts)
+    start = shard_start(path / m.shard(layer), layout, m.experts.page, m.layers[layer].experts)
+    with open(path / m.shard(layer), "rb") as file:
+        for expert in range(m.layers[layer].experts):
+            for field in beside_matrices(layout):
+                file.seek(start + expert * layout.nbytes + field.offset)
+                if not _finite(file.read(field.nbytes), field.dtype):
+                    raise BundleError(
+                        f"{m.shard(layer)}: {field.name} of expert {expert} holds values that are not finite; copy the "
+                        "bundle again, or build it again."
+                    )
+
+
+def _finite(data: bytes, dtype: str) -> bool:
+    """Whether no exponent of F32 or BF16 values is all ones, as those of infinities and NaNs are."""
+    bits, exponent = (np.uint16, 0x7F80) if dtype == "BF16" else (np.uint32, 0x7F800000)
+    return not ((np.frombuffer(data, bits) & exponent) == exponent).any()
 
 
 def _weights(path: Path, m: Manifest) -> None:

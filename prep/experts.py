@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from smoe.artifacts.manifest import Gate
 from smoe.prep.errors import PrepError
-from smoe.runtime import reference
+from smoe.runtime import activations, reference
 
 Run = Callable[[int, torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 ExpertsLayer = tuple[str, torch.nn.Module]
@@ -155,7 +155,7 @@ def probe_gate(module: torch.nn.Module) -> Gate:
     """Which known function the module's gate is, found by comparing values; a `PrepError` if none fits.
 
     For gated modules `_apply_gate` receives gate and up in the module's own order; the known functions are those of
-    `smoe.runtime.reference`, so what is recognised here can be run there.
+    `smoe.runtime.activations`, so what is recognised here can be run there.
     """
     # Far out too: a clamp that calibration never reaches is still part of the function.
     far = torch.tensor([-1e4, -300.0, -100.0, -20.0, 20.0, 100.0, 300.0, 1e4])
@@ -164,16 +164,16 @@ def probe_gate(module: torch.nn.Module) -> Gate:
     up[1], up[2] = gate[1].flip(0), 50 * up[2]
     if not module.has_gate:
         found = module.act_fn(up).numpy()
-        candidates = [Gate("plain", name) for name in reference.ACTIVATIONS]
+        candidates = [Gate("plain", name) for name in activations.ACTIVATIONS]
     else:
         pair = torch.cat([gate, up], -1) if module.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
         found = module._apply_gate(pair).numpy()
-        candidates = [Gate("gated", name) for name in reference.ACTIVATIONS] + _limited_candidates(module)
+        candidates = [Gate("gated", name) for name in activations.ACTIVATIONS] + _limited_candidates(module)
     # 1 + tanh and the like cancel: what is lost is relative to the inputs, not to the result.
     rounding = 1e-6 * (1 + (gate * up if module.has_gate else up).abs().numpy())
     for candidate in candidates:
         with np.errstate(over="ignore"):
-            wanted = reference.gate(candidate, gate.numpy(), up.numpy())
+            wanted = activations.gate(candidate, gate.numpy(), up.numpy())
         if np.all(np.abs(wanted - found) <= 1e-5 * np.abs(found) + rounding):
             return candidate
     raise PrepError(
@@ -205,7 +205,7 @@ def _limited_candidates(module: torch.nn.Module) -> list[Gate]:
     highest, small = at(1e4, 1e4), 2.0**-10
     if 0 < highest < 1e6:
         bound = at(1e4, small) / small  # act(limit), or the gate's cap
-        found += [Gate("bounded", name, 0.0, round(highest / bound, 4)) for name in reference.ACTIVATIONS]
+        found += [Gate("bounded", name, 0.0, round(highest / bound, 4)) for name in activations.ACTIVATIONS]
         for up_cap in (highest / bound, round(highest / bound)):
             found.append(Gate("softcapped", "", round(up_cap, 4), round(bound, 4)))
     return found

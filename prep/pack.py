@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from smoe.artifacts.encodings import encode_expert, record_layout
+from smoe.artifacts.encodings import encode_expert, encoding_named, record_layout
 from smoe.artifacts.layout import ExpertShape, RecordLayout
 from smoe.artifacts.manifest import Experts, Gate, Manifest
 from smoe.artifacts.shard import write_shard
@@ -39,7 +39,7 @@ def pack(checkpoint: Checkpoint, directory: Path, encoding: str, progress: Progr
 
 def unpacked(checkpoint: Checkpoint, encoding: str) -> Experts:
     """What all shards in `encoding` will have in common; a `PrepError` if the layers' experts differ in kind."""
-    return Experts(encoding, PAGE, *common_kind(checkpoint))
+    return Experts(encoding_named(encoding).name, PAGE, *common_kind(checkpoint))
 
 
 def _pack_layer(checkpoint: Checkpoint, layer: int, experts: Experts, file: Path) -> None:

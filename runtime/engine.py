@@ -61,33 +61,46 @@ class Stats:
 class Engine:
     """One bundle in memory. Use it from one thread; close it, or use it in a `with`."""
 
-    def __init__(self, path: Path, manifest: Manifest, plan: memory.Plan, threads: int | None = None):
+    def __init__(
+        self, path: Path, manifest: Manifest, plan: memory.Plan, threads: int | None = None, level: int | None = None
+    ):
         self.path, self.manifest, self.plan, self.context = path, manifest, plan, plan.context
         self.stats = Stats()
         self.text = Text(path, manifest.files)
         self._turn = 0  # counts what has used the sequence, so that a paused generation notices
-        self._kernels = kernels.choose()
+        self._kernels = kernels.choose(threads=threads)
         self._backbone = Backbone(path, manifest, threads)
         self._residency = Residency(plan.capacity)
         self._frames = np.empty((plan.capacity, plan.record), np.uint8)
         self._sequence = Sequence(manifest.backbone.state, plan.context)
-        self._shards = Shards(path, manifest)
+        self._shards = Shards(path, manifest, level)
+        self._layers = [
+            self._kernels.layer(manifest.experts.gate, manifest.expert_shape(i), manifest.experts.encoding, layout)
+            for i, layout in enumerate(self._shards.layouts)
+        ]
 
     @classmethod
     def open(
-        cls, path: str | Path, memory: str | int | None = None, context: int | None = None, threads: int | None = None
+        cls,
+        path: str | Path,
+        memory: str | int | None = None,
+        context: int | None = None,
+        threads: int | None = None,
+        level: int | None = None,
     ) -> Engine:
         """Open the bundle at `path` within `memory` (bytes, or text like "64MiB"; None: all experts resident) for
         sequences of up to `context` tokens (None: 2048, or what the model was made for if that is less). `threads`
-        run the backbone (None: as many as pay, by the size of each segment's weights).
+        run the backbone (None: as many as pay, by the size of each segment's weights) and the experts (None: all that
+        this process may use). `level` is how many planes of every expert are read (None: all; fewer is lossy).
 
-        A damaged bundle is a `BundleError`, a budget that is too small an `EngineError` that names the minimum.
+        A damaged bundle, or one without such a level, is a `BundleError`, a budget that is too small an `EngineError`
+        that names the minimum.
         """
         path = Path(path)
         manifest = open_bundle(path)
-        plan = _plan(manifest, memory, context)
+        plan = _plan(manifest, memory, context, level)
         try:
-            engine = cls(path, manifest, plan, threads)
+            engine = cls(path, manifest, plan, threads, level)
         except MemoryError as error:
             raise EngineError(
                 f"{plan.lines()[0]}: that is more than this machine gives; state less memory."
@@ -114,13 +127,17 @@ class Engine:
         experts, model = self.manifest.experts, self.manifest.model
         refused = [layer.routing_refusal for layer in self.manifest.layers if layer.routing is None]
         return [
-            f"model: {model.model_type}, {len(self.manifest.layers)} MoE layers, experts {experts.encoding}, "
-            f"backbone {self.manifest.backbone.precision}, context {self.context}",
-            f"kernels: {self._kernels.name} ({self._kernels.reason})",
+            f"model: {model.model_type}, {len(self.manifest.layers)} MoE layers, experts {experts.encoding}"
+            f"{self._level_line()}, backbone {self.manifest.backbone.precision}, context {self.context}",
+            f"kernels: {self._kernels.name} ({self._kernels.reason}), up to {self._kernels.threads} threads",
             _threads_line(self._backbone.threads),
             *self.plan.lines(),
             *([f"substitution: not possible with this model: {refused[0]}"] if refused else []),
         ]
+
+    def _level_line(self) -> str:
+        levels = len(self._shards.layouts[0].levels)
+        return f" (level {self._shards.level} of {levels})" if levels > 1 else ""
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -149,9 +166,16 @@ class Engine:
         x, ids, weights = _routed(index, layer, hidden, values[wires.ids].numpy(), values[wires.weights].numpy())
         outputs = np.empty((*ids.shape, layer.hidden), np.float32)  # by rank: the sum below never depends on arrival
         outputs[ids == layer.experts] = 0  # this id means no expert
-        for task in scheduler.decide(ids, layer.experts, lambda expert: (index, expert) in self._residency):
-            tensors = self._load(index, task.expert)
-            outputs[task.tokens, task.ranks] = self._kernels.ffn(self.manifest.experts.gate, tensors, x[task.tokens])
+        tasks = scheduler.decide(ids, layer.experts, lambda expert: (index, expert) in self._residency)
+        for batch in scheduler.batches(tasks, self.plan.capacity, memory.SLOTS):
+            tokens, ranks = (np.concatenate([getattr(task, name) for task in batch]) for name in ("tokens", "ranks"))
+            work = kernels.Work(
+                np.array([self._load(index, task.expert) for task in batch]),
+                np.full(len(batch), self._shards.level),
+                np.cumsum([0, *(len(task.tokens) for task in batch)]),
+                tokens,
+            )
+            outputs[tokens, ranks] = self._layers[index](self._frames, work, x)
         combined = outputs[:, 0] * weights[:, :1]
         for rank in range(1, ids.shape[1]):
             combined += outputs[:, rank] * weights[:, rank, None]
@@ -166,8 +190,8 @@ class Engine:
                     self._load(layer, expert)
             self.stats = Stats()
 
-    def _load(self, layer: int, expert: int) -> dict[str, np.ndarray]:
-        """The tensors of an expert, read from its shard if it is not resident."""
+    def _load(self, layer: int, expert: int) -> int:
+        """The frame of an expert, read from its shard if it is not resident."""
         key = (layer, expert)
         frame = self._residency.get(key)
         if frame is not None:
@@ -179,7 +203,7 @@ class Engine:
             self._residency.put(key)
             self.stats.misses += 1
             self.stats.load_seconds += time.perf_counter() - started
-        return self._shards.layouts[layer].views(self._frames[frame])
+        return frame
 
     # -- what users call -------------------------------------------------------------------------------------------
 
@@ -310,8 +334,8 @@ def _threads_line(threads: list[int]) -> str:
     return f"backbone threads: {shown} (a second thread pays from weights of {memory.show(LARGE)} on, unless told)"
 
 
-def _plan(manifest: Manifest, budget: str | int | None, context: int | None) -> memory.Plan:
-    return memory.plan(manifest, None if budget is None else memory.parse_size(budget), context)
+def _plan(manifest: Manifest, budget: str | int | None, context: int | None, level: int | None) -> memory.Plan:
+    return memory.plan(manifest, None if budget is None else memory.parse_size(budget), context, level)
 
 
 def _routed(

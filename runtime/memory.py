@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smoe.artifacts.encodings import record_layout
+from smoe.artifacts.encodings import checked_level, encoding_named, record_layout
 from smoe.artifacts.manifest import Manifest
 from smoe.runtime.backbone import state_bytes
 from smoe.runtime.errors import EngineError
@@ -28,6 +28,7 @@ _UNITS = {
 }
 
 CHUNK = 128  # tokens of a prompt that run at once; a constant, so that logits do not depend on the budget
+SLOTS = 256  # of one call of the kernels, before the last expert is added: more would be no faster
 
 # Measured with bench/memory.py on x86-64, ONNX Runtime 1.31: the code pages that ONNX Runtime and tokenizers touch when
 # they first run, what a session holds besides its weights, and what a tokenizer holds per byte of its file.
@@ -78,15 +79,17 @@ class Plan:
         return out
 
 
-def plan(manifest: Manifest, budget: int | None, context: int | None = None) -> Plan:
+def plan(manifest: Manifest, budget: int | None, context: int | None = None, level: int | None = None) -> Plan:
     """Divide `budget` bytes (None: as much as it takes) for sequences of `context` tokens (None: 2048, or what the
-    model was made for if that is less). An `EngineError` names the minimum where the budget is too small."""
+    model was made for if that is less) and experts at `level` (None: the highest). An `EngineError` names the minimum
+    where the budget is too small."""
     layers, longest = manifest.layers, manifest.model.context
     context = min(2048, longest) if context is None else context
     if not 1 <= context <= longest:
         raise EngineError(f"A context of {context} tokens was asked for; this model takes 1 to {longest}.")
+    level = checked_level(encoding_named(manifest.experts.encoding), level)
     record = max(
-        record_layout(manifest.expert_shape(i), manifest.experts.encoding, manifest.experts.page).nbytes
+        record_layout(manifest.expert_shape(i), manifest.experts.encoding, manifest.experts.page).levels[level - 1]
         for i in range(len(layers))
     )
     tokenizer = manifest.files["tokenizer.json"].size if "tokenizer.json" in manifest.files else 0
@@ -109,14 +112,17 @@ def plan(manifest: Manifest, budget: int | None, context: int | None = None) -> 
 
 def _workspace(manifest: Manifest, context: int) -> int:
     """Intermediate values of one chunk: a few copies of the hidden state and of every slot's output, the attention
-    scores of all heads and the mask, and the logits of one token (of a chunk, where the graph gives all)."""
-    widest = max(layer.hidden * (64 + 8 * layer.top_k) + 12 * layer.width for layer in manifest.layers)
+    scores of all heads and the mask, the logits of one token (of a chunk, where the graph gives all), and what the
+    kernels hold of the slots in one call."""
+    widest = max(layer.hidden * (64 + 8 * layer.top_k) for layer in manifest.layers)
     fused = all(state.in_place for state in manifest.backbone.state)
     per_position = 4 * manifest.backbone.heads * (1 if fused else 3) + 16
     sliced = "logits_to_keep" in manifest.backbone.segments[-1].inputs
     tokens = chunk(manifest)
     logits = 4 * manifest.model.vocabulary * (2 if sliced else tokens + 1)
-    return tokens * (widest + per_position * context) + logits
+    slots = min(SLOTS + tokens, tokens * max(layer.top_k for layer in manifest.layers))
+    kernels = slots * max(8 * layer.hidden + 10 * layer.width for layer in manifest.layers)
+    return tokens * (widest + per_position * context) + logits + kernels
 
 
 def chunk(manifest: Manifest) -> int:

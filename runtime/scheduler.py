@@ -6,7 +6,7 @@ order in which to take them, residents first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,19 @@ class Task:
     expert: int
     tokens: np.ndarray
     ranks: np.ndarray
+
+
+def batches(tasks: list[Task], most: int, slots: int) -> Iterator[list[Task]]:
+    """Tasks that are computed in one call: up to `most` experts, which are in memory at once, and no more after
+    `slots` slots."""
+    batch: list[Task] = []
+    for task in tasks:
+        if len(batch) == most or sum(len(t.tokens) for t in batch) >= slots:
+            yield batch
+            batch = []
+        batch.append(task)
+    if batch:
+        yield batch
 
 
 def decide(ids: np.ndarray, count: int, resident: Callable[[int], bool]) -> list[Task]:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from smoe.artifacts import BundleError
-from smoe.artifacts.encodings import record_layout
+from smoe.artifacts.encodings import checked_level, encoding_named, record_layout
 from smoe.artifacts.layout import RecordLayout
 from smoe.artifacts.manifest import Manifest
 from smoe.artifacts.shard import shard_start
@@ -20,9 +20,11 @@ from smoe.runtime.errors import EngineError
 
 
 class Shards:
-    """All shards of a bundle, open for reading. `layouts[l]` is the record layout of layer l."""
+    """All shards of a bundle, open for reading up to `level` (None: all of a record). `layouts[l]` is the record layout
+    of layer l."""
 
-    def __init__(self, path: Path, manifest: Manifest):
+    def __init__(self, path: Path, manifest: Manifest, level: int | None = None):
+        self.level = checked_level(encoding_named(manifest.experts.encoding), level)
         self.layouts: list[RecordLayout] = []
         self._files: list[tuple[Path, BinaryIO, int]] = []  # path, file, start of record 0
         experts = manifest.experts
@@ -39,12 +41,13 @@ class Shards:
             self._files.append((file, opened, start))
 
     def read(self, layer: int, expert: int, into: np.ndarray) -> int:
-        """Fill `into` (uint8, at least a record long) with a record; returns the bytes read, or raises `EngineError`."""
+        """Fill `into` (uint8, long enough) with a record up to the level; returns the bytes read, or raises
+        `EngineError`."""
         path, file, start = self._files[layer]
-        size = self.layouts[layer].nbytes
+        size = self.layouts[layer].levels[self.level - 1]
         view, done = into[:size].data, 0
         try:
-            file.seek(start + expert * size)
+            file.seek(start + expert * self.layouts[layer].nbytes)
             while done < size:
                 got = file.readinto(view[done:])  # type: ignore[attr-defined]
                 if not got:

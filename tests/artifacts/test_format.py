@@ -4,6 +4,7 @@ import re
 
 from smoe.artifacts import tables
 from smoe.artifacts.encodings import ENCODINGS
+from smoe.artifacts.nested import TREE
 
 
 def _rows(text: str) -> dict[str, list[str]]:
@@ -21,5 +22,7 @@ def test_the_tables_are_those_of_the_code(root):
 
 def test_the_encodings_are_those_of_the_code(root):
     text = (root / "artifacts" / "FORMAT.md").read_text()
-    section = text[text.index("### Records") : text.index("## tables.safetensors")]
-    assert set(_rows(section)) - {"encoding"} == set(ENCODINGS)
+    section = text[text.index("### Records") : text.index("### nested")]
+    assert set(_rows(section)) - {"encoding"} == {*ENCODINGS, "nested:…"}
+    rows = _rows(text[text.index("### nested") : text.index("## tables.safetensors")])
+    assert {n: [int(v) for v in rows[str(n)][0].split()] for n in TREE} == {n: list(v) for n, v in TREE.items()}

@@ -185,6 +185,6 @@ def test_what_is_not_a_bundle_is_said(tmp_path, make):
 
 
 def test_the_manifest_knows_the_activations_that_the_runtime_runs():
-    from smoe.runtime import reference
+    from smoe.runtime import activations
 
-    assert set(ACTIVATIONS) == set(reference.ACTIVATIONS)
+    assert set(ACTIVATIONS) == set(activations.ACTIVATIONS)

@@ -3,7 +3,8 @@
 A pico model (every dimension different), a tokenizer trained on a few lines, and what `transformers` answers, so that
 the runtime can be tested where torch is not installed. Run once per format version; the result is checked in and must
 open for ever. v1 is a qwen3_moe in f32; v2 a jamba in int8, whose state is a mixture of what is appended to and what
-keeps its shape, and which takes one token at a time.
+keeps its shape, and which takes one token at a time; v3 a gpt_oss, whose experts have biases and a clamped gate, in
+nested planes.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import JambaConfig, JambaForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from smoe.artifacts import safetensors_file
 from smoe.prep.build import Recipe, build
@@ -27,7 +28,7 @@ CHAT = (
 )
 
 
-def checkpoint(path: Path) -> JambaForCausalLM:
+def checkpoint(path: Path) -> GptOssForCausalLM:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -39,14 +40,12 @@ def checkpoint(path: Path) -> JambaForCausalLM:
     )
     tokenizer.train_from_iterator(LINES, trainer)
     torch.manual_seed(11)
-    config = JambaConfig(
-        vocab_size=307, hidden_size=48, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
-        intermediate_size=40, num_experts=7, num_experts_per_tok=3, attn_layer_period=2, attn_layer_offset=1,
-        expert_layer_period=2, expert_layer_offset=1, mamba_d_state=10, mamba_d_conv=4, mamba_dt_rank=5,
-        use_mamba_kernels=False, max_position_embeddings=300, eos_token_id=0, bos_token_id=0, pad_token_id=0,
-        initializer_range=0.15,
+    config = GptOssConfig(
+        vocab_size=307, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
+        intermediate_size=36, num_local_experts=7, num_experts_per_tok=3, sliding_window=40,
+        max_position_embeddings=300, eos_token_id=0, bos_token_id=0, pad_token_id=0, initializer_range=0.15,
     )  # fmt: skip
-    model = JambaForCausalLM(config).eval()
+    model = GptOssForCausalLM(config).eval()
     model.save_pretrained(path)
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "chat_template": CHAT}))
@@ -60,7 +59,7 @@ def main(output: Path) -> None:
         ids = np.random.default_rng(3).integers(1, 307, (40, 200)).tolist()
         text = source / "text.jsonl"
         text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
-        build(source, output, Calibration(str(text), tokens=2048, length=100), Recipe(encoding="int8"))
+        build(source, output, Calibration(str(text), tokens=2048, length=100), Recipe(encoding="nested:5+1+1+1:32"))
         prompt = torch.tensor([ids[0][:150]])  # longer than a chunk
         with torch.no_grad():
             logits = model(prompt).logits[0].numpy()

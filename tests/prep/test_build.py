@@ -41,7 +41,7 @@ def test_records_hold_the_checkpoints_weights(checkpoints, bundles, tmp_path, en
     record = np.empty(layout.nbytes, np.uint8)
     for expert in range(6):
         shards.read(1, expert, record)
-        decoded = decode_expert(layout, encoding, record)
+        decoded = decode_expert(manifest.expert_shape(1), layout, encoding, record)
         wanted = torch.cat([fused.gate_up_proj[expert].flatten(), fused.down_proj[expert].flatten()]).detach().numpy()
         found = np.concatenate([decoded[n].ravel() for n in ("gate", "up", "down")])
         assert np.abs(found - wanted).max() <= bound * np.abs(wanted).max()

@@ -1,0 +1,230 @@
+"""The encoding `nested`: every weight is a code whose bits lie in slices, most significant first, so that a prefix of
+the record is the same expert in fewer bits.
+
+`nested:2+1+1:128` has a base plane of 2 bits, two planes of 1 bit, and one scale per row and 128 columns;
+`nested:2+1+1/3+1+1:64` gives `down` a split of its own. At a level that has read n bits of every code
+
+    weight[r, c] = scale[r, c // group] * VALUES[r's split][n][first n bits of the code]
+
+What the values are, and how slices are laid out for the kernels, is in FORMAT.md ("nested"). This file is the
+specification in NumPy: it quantises by rounding; `smoe-prep` does better, with calibration.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from smoe.artifacts.bfloat16 import from_bf16, to_bf16
+from smoe.artifacts.errors import BundleError
+from smoe.artifacts.safetensors_file import Planned
+
+ROWS, COLUMNS = 16, 32  # of a block: 512 codes, of which one bit each is a slice of 64 bytes
+GROUPS = (32, 64, 128)
+
+# Codes of up to 4 bits: a tree on the normal distribution. The 4 cells of the best 2-bit quantiser, each split in two
+# where that is best, each of those again; a value is the mean of its cell, in units of 1/127 of the outermost.
+TREE = {
+    2: (-73, -22, 22, 73),
+    3: (-102, -62, -34, -11, 11, 34, 62, 102),
+    4: (-127, -94, -72, -55, -41, -29, -17, -6, 6, 17, 29, 41, 55, 72, 94, 127),
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Bits per plane, base plane first: `Split((2, 1, 1))`."""
+
+    planes: tuple[int, ...]
+
+    def bits(self, level: int) -> int:
+        """Bits of a code that have been read at `level`, from 1 to the number of planes."""
+        return sum(self.planes[:level])
+
+    @property
+    def total(self) -> int:
+        return sum(self.planes)
+
+    def values(self, level: int) -> np.ndarray:
+        """What a code's first `bits(level)` bits stand for, in units of the scale: int8 `[2**bits]`, rising.
+
+        Longer codes than the tree's are cells of one uniform grid: 8 bits are -128 .. 127, fewer the middles of theirs.
+        """
+        n = self.bits(level)
+        if self.total <= 4:
+            return np.array(TREE[n], np.int8)
+        middle = 1 << (7 - n) if n < 8 else 0
+        return ((np.arange(1 << n) << (8 - n)) + middle - 128).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class Nested:
+    """A parsed name: the split of gate and up, that of down, and columns per scale."""
+
+    split: Split
+    down: Split
+    group: int
+
+    @property
+    def name(self) -> str:
+        """The one spelling that a manifest has."""
+        first, down = ("+".join(map(str, s.planes)) for s in (self.split, self.down))
+        return f"nested:{first}{'' if first == down else '/' + down}:{self.group}"
+
+    @property
+    def levels(self) -> int:
+        return len(self.split.planes)
+
+    def of(self, matrix: str) -> Split:
+        return self.down if matrix == "down" else self.split
+
+
+def parse(name: str) -> Nested:
+    """`nested:2+1+1`, `nested:2+1+1:64` or `nested:2+1+1/3+1+1:64`; a `BundleError` says what is wrong with another."""
+    match = re.fullmatch(r"nested:([0-9+]{1,20})(?:/([0-9+]{1,20}))?(?::([0-9]{1,4}))?", name)
+    if not match:
+        raise BundleError(f"{name[:80]!r} is no nested encoding; write it like nested:2+1+1 or nested:5+1+1+1:64.")
+    splits = [_split(text, name) for text in (match[1], match[2] or match[1])]
+    group = int(match[3] or 128)
+    if group not in GROUPS:
+        raise BundleError(f"{name} has groups of {group} columns; {', '.join(map(str, GROUPS))} are possible.")
+    if len(splits[0].planes) != len(splits[1].planes):
+        raise BundleError(f"{name}: both splits need the same number of planes, since a level is a number of planes.")
+    return Nested(*splits, group)
+
+
+def _split(text: str, name: str) -> Split:
+    bits = tuple(int(part or 0) for part in text.split("+"))
+    if not 2 <= bits[0] <= 5 or any(b != 1 for b in bits[1:]) or sum(bits) > 8:
+        raise BundleError(f"{name}: a split is a base of 2 to 5 bits and planes of 1 bit, 8 in all; {text} is not.")
+    return Split(bits)
+
+
+def matrix_planes(encoding: Nested, name: str, dims: tuple[int, int]) -> list[list[Planned]]:
+    """The tensors of one matrix, by plane. `NAME_scale` BF16 `[tiles, groups, 16]` is in the base plane; the slices of
+    plane p are `NAME_plane{p}` U8 `[tiles, blocks, slices, 64]`."""
+    tiles, blocks = _tiles(dims)
+    planes = [
+        [Planned(f"{name}_plane{p}", "U8", (tiles, blocks, bits, ROWS * 4))]
+        for p, bits in enumerate(encoding.of(name).planes)
+    ]
+    scale = Planned(f"{name}_scale", "BF16", (tiles, -(-dims[1] // encoding.group), ROWS))
+    return [[scale, *planes[0]], *planes[1:]]
+
+
+def pack_matrix(encoding: Nested, name: str, codes: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors of a matrix from its codes uint8 `[n_out, n_in]` and scales float32 `[n_out, groups]`, which must be
+    values of bfloat16."""
+    split, out = encoding.of(name), {f"{name}_scale": _tiled_scale(to_bf16(scale))}
+    first = 0
+    for p, bits in enumerate(split.planes):
+        wanted = range(first, first + bits)
+        out[f"{name}_plane{p}"] = np.stack([_slice(codes >> (split.total - 1 - t) & 1, t) for t in wanted], axis=2)
+        first += bits
+    return out
+
+
+def unpack_matrix(
+    encoding: Nested, name: str, tensors: dict[str, np.ndarray], dims: tuple[int, int], level: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse at a level: the first bits of every code, uint8 `[n_out, n_in]`, and scales float32
+    `[n_out, groups]`."""
+    slices = np.concatenate([tensors[f"{name}_plane{p}"] for p in range(level)], axis=2)
+    codes = np.zeros(dims, np.uint8)
+    for t in range(slices.shape[2]):
+        codes = codes << 1 | _unsliced(slices[:, :, t], t)[: dims[0], : dims[1]]
+    scale = from_bf16(tensors[f"{name}_scale"]).swapaxes(1, 2)
+    return codes, scale.reshape(-1, scale.shape[2])[: dims[0]]
+
+
+def decode_matrix(
+    encoding: Nested, name: str, tensors: dict[str, np.ndarray], dims: tuple[int, int], level: int
+) -> np.ndarray:
+    """Float32 `[n_out, n_in]` at a level."""
+    codes, scale = unpack_matrix(encoding, name, tensors, dims, level)
+    values = encoding.of(name).values(level)[codes].astype(np.float32)
+    return values * np.repeat(scale, encoding.group, axis=1)[:, : dims[1]]
+
+
+def round_matrix(encoding: Nested, name: str, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales of float32 `w` `[n_out, n_in]`, each weight rounded to the nearest value of the full level.
+
+    A group's scale is the best of a few around its spread, all levels weighing the same. The control that calibration
+    has to beat.
+    """
+    split, (n_out, n_in) = encoding.of(name), w.shape
+    groups = -(-n_in // encoding.group)
+    padded = np.pad(w, ((0, 0), (0, groups * encoding.group - n_in))).reshape(n_out, groups, encoding.group)
+    codes = np.zeros(padded.shape, np.uint8)
+    scale, best = np.zeros((n_out, groups), np.float32), np.full((n_out, groups), np.inf, np.float32)
+    for candidate in scale_candidates(split, padded, n_in):
+        found = nearest(split, padded / np.where(candidate > 0, candidate, 1)[..., None])
+        cost = sum(
+            np.square(padded - candidate[..., None] * split.values(n)[found >> (split.total - split.bits(n))]).sum(-1)
+            * level_weight(split, n)
+            for n in range(1, len(split.planes) + 1)
+        )
+        better = cost < best
+        codes[better], scale[better], best[better] = found[better], candidate[better], cost[better]
+    return codes.reshape(n_out, -1)[:, :n_in], scale
+
+
+def scale_candidates(split: Split, groups: np.ndarray, n_in: int, count: int = 9) -> list[np.ndarray]:
+    """Scales to try for the groups `[n_out, groups, group]` of rows of `n_in` columns: float32 `[n_out, groups]`, values
+    of bfloat16. For the tree around the spread, for a uniform grid around the largest magnitude; 0 for zeros."""
+    if split.total <= 4:
+        real = np.minimum(groups.shape[-1], n_in - np.arange(groups.shape[1]) * groups.shape[-1])
+        middle, around = np.sqrt(np.square(groups).sum(-1) / real), np.linspace(1.8, 3.0, count)
+    else:
+        middle, around = np.abs(groups).max(-1), np.linspace(0.7, 1.1, count)
+    return [from_bf16(to_bf16((middle * (k / 127)).astype(np.float32))) for k in around]
+
+
+def nearest(split: Split, x: np.ndarray) -> np.ndarray:
+    """The full code, uint8, whose value is nearest to `x`."""
+    values = split.values(len(split.planes)).astype(np.float32)
+    return np.searchsorted((values[1:] + values[:-1]) / 2, x).astype(np.uint8)
+
+
+def level_weight(split: Split, level: int) -> float:
+    """One over what a level's error is expected to be (four times less per bit), so that all levels count."""
+    return 4.0 ** (split.bits(level) - split.total)
+
+
+def _tiles(dims: tuple[int, int]) -> tuple[int, int]:
+    return -(-dims[0] // ROWS), -(-dims[1] // COLUMNS)
+
+
+def _slice(bits: np.ndarray, t: int) -> np.ndarray:
+    """Bit t (0 the most significant) of all codes, uint8 of 0 and 1 `[n_out, n_in]`, as uint8 `[tiles, blocks, 64]`."""
+    tiles, blocks = _tiles(bits.shape)
+    padded = np.zeros((tiles * ROWS, blocks * COLUMNS), np.uint8)
+    padded[: bits.shape[0], : bits.shape[1]] = bits
+    quads = padded.reshape(tiles, ROWS, blocks, 8, 4).transpose(0, 2, 3, 1, 4)  # tile, block, quad, row, column
+    return np.bitwise_or.reduce(quads << _places(t)[:, None, None], axis=2).reshape(tiles, blocks, ROWS * 4)
+
+
+def _unsliced(packed: np.ndarray, t: int) -> np.ndarray:
+    """The inverse of `_slice`, with the rows and columns of whole blocks."""
+    tiles, blocks, _ = packed.shape
+    quads = packed.reshape(tiles, blocks, 1, ROWS, 4) >> _places(t)[:, None, None] & 1
+    return quads.transpose(0, 3, 1, 2, 4).reshape(tiles * ROWS, blocks * COLUMNS)
+
+
+def _places(t: int) -> np.ndarray:
+    """At which bit of a byte slice t holds each of a block's 8 quads: uint8 `[8]`.
+
+    Two quads of one code lie four apart, and from slice to slice everything moves by one: picking bit j of every byte
+    from slice (j - m) mod 4 then gives the codes of quads 2m and 2m+1 in the halves of each byte, without a shift.
+    """
+    quad = np.arange(8)
+    return ((quad // 2 + t) % 4 + 4 * (quad % 2)).astype(np.uint8)
+
+
+def _tiled_scale(scale: np.ndarray) -> np.ndarray:
+    tiles = -(-scale.shape[0] // ROWS)
+    padded = np.zeros((tiles * ROWS, scale.shape[1]), scale.dtype)
+    padded[: scale.shape[0]] = scale
+    return padded.reshape(tiles, ROWS, -1).swapaxes(1, 2)

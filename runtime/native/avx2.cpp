@@ -1,0 +1,51 @@
+// AVX2: half a block in a vector. Products of unsigned and signed bytes are added in pairs with 16 bits: magnitudes of
+// weights (up to 128) times activations with the weights' signs (up to 127) stay below 2^15.
+#include "ffn.h"
+
+#include <immintrin.h>
+
+namespace smoe {
+namespace {
+
+typedef __m256i Bytes;
+typedef __m256i Sums;
+constexpr std::size_t VECTOR = 32, OFFSET = 0, TOKENS = 8;
+
+inline Bytes bytes_at(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Bytes bytes_of(std::uint8_t b) { return _mm256_set1_epi8(char(b)); }
+inline Bytes pick(Bytes m, Bytes a, Bytes b) {
+    return _mm256_xor_si256(b, _mm256_and_si256(m, _mm256_xor_si256(a, b)));
+}
+inline Bytes lower(Bytes v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+inline Bytes upper(Bytes v) { return lower(_mm256_srli_epi16(v, 4)); }
+inline Bytes table_of(const std::int8_t* t, std::uint8_t) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(t)));
+}
+inline Bytes look_up(Bytes table, Bytes nibbles) { return _mm256_shuffle_epi8(table, nibbles); }
+inline Bytes add(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
+inline __m256i quad_at(const std::int8_t* p) {
+    std::int32_t quad;
+    __builtin_memcpy(&quad, p, sizeof quad);
+    return _mm256_set1_epi32(quad);
+}
+inline Sums start(std::int32_t) { return _mm256_setzero_si256(); }
+inline Sums dot(Sums s, Bytes w, __m256i x) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline Sums plus(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
+inline void scaled(Sums s, const std::uint16_t* scales, float step, float* y) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
+    const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    const __m256 product = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(s), scale), _mm256_set1_ps(step));
+    _mm256_storeu_ps(y, _mm256_add_ps(_mm256_loadu_ps(y), product));
+}
+
+}  // namespace
+}  // namespace smoe
+
+#include "body.h"
+
+namespace smoe {
+const Variant avx2 = {"avx2", tile, quantise, gate};
+}

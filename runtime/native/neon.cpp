@@ -1,0 +1,55 @@
+// NEON: four rows of a block in a vector. Compiled twice; where the compiler may use the dot product it does
+// (neondot.cpp), else products of bytes are added in pairs with 16 bits, of which 2 * 128 * 127 is the most.
+#include "ffn.h"
+
+#include <arm_neon.h>
+
+namespace smoe {
+namespace {
+
+typedef uint8x16_t Bytes;
+typedef int32x4_t Sums;
+constexpr std::size_t VECTOR = 16, OFFSET = 0, TOKENS = 8;
+
+inline Bytes bytes_at(const std::uint8_t* p) { return vld1q_u8(p); }
+inline Bytes bytes_of(std::uint8_t b) { return vdupq_n_u8(b); }
+inline Bytes pick(Bytes m, Bytes a, Bytes b) { return vbslq_u8(m, a, b); }
+inline Bytes lower(Bytes v) { return vandq_u8(v, vdupq_n_u8(15)); }
+inline Bytes upper(Bytes v) { return vshrq_n_u8(v, 4); }
+inline Bytes table_of(const std::int8_t* t, std::uint8_t) { return vreinterpretq_u8_s8(vld1q_s8(t)); }
+inline Bytes look_up(Bytes table, Bytes nibbles) { return vqtbl1q_u8(table, nibbles); }
+inline Bytes add(Bytes a, Bytes b) { return vaddq_u8(a, b); }
+inline int8x16_t quad_at(const std::int8_t* p) {
+    std::int32_t quad;
+    __builtin_memcpy(&quad, p, sizeof quad);
+    return vreinterpretq_s8_s32(vdupq_n_s32(quad));
+}
+inline Sums start(std::int32_t) { return vdupq_n_s32(0); }
+inline Sums dot(Sums s, Bytes w, int8x16_t x) {
+    const int8x16_t v = vreinterpretq_s8_u8(w);
+#if defined(__ARM_FEATURE_DOTPROD)
+    return vdotq_s32(s, v, x);
+#else
+    const int16x8_t low = vmull_s8(vget_low_s8(v), vget_low_s8(x)), high = vmull_high_s8(v, x);
+    return vpadalq_s16(s, vpaddq_s16(low, high));
+#endif
+}
+inline Sums plus(Sums a, Sums b) { return vaddq_s32(a, b); }
+inline void scaled(Sums s, const std::uint16_t* scales, float step, float* y) {
+    const float32x4_t scale = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(scales), 16));
+    const float32x4_t product = vmulq_n_f32(vmulq_f32(vcvtq_f32_s32(s), scale), step);
+    vst1q_f32(y, vaddq_f32(vld1q_f32(y), product));
+}
+
+}  // namespace
+}  // namespace smoe
+
+#include "body.h"
+
+namespace smoe {
+#if defined(__ARM_FEATURE_DOTPROD)
+const Variant neondot = {"neondot", tile, quantise, gate};
+#else
+const Variant neon = {"neon", tile, quantise, gate};
+#endif
+}  // namespace smoe
