@@ -23,7 +23,7 @@ from smoe.prep.errors import PrepError
 from smoe.prep.estimate import disk_needed
 from smoe.prep.experts import expert_geometry
 from smoe.prep.export import Exported, check_precision, export
-from smoe.prep.pack import pack, unpacked
+from smoe.prep.pack import chosen_quantiser, pack, quantiser_settings, unpacked
 from smoe.prep.profile import PROFILE_FILES, open_profile, profile
 from smoe.prep.progress import Progress
 from smoe.prep.resume import FINISHED, MARKER, beside, refuse_existing, refuse_full_disk, write_whole
@@ -36,6 +36,7 @@ class Recipe:
 
     encoding: str = "bf16"
     backbone: str = "f32"
+    quantiser: str | None = None  # of nested encodings: one of `pack.QUANTISERS`; None is the first
 
 
 def build(
@@ -49,7 +50,7 @@ def build(
     """Build the bundle `output` from the checkpoint at `model`.
 
     `profiled` is a directory that `profile` wrote; without it the `calibration` text is profiled here. Given both, the
-    profile must have been made from that text. The bundle is written beside and renamed once it is whole; an existing
+    profile must have been made from that text. A nested encoding is quantised on the text too. The bundle is written beside and renamed once it is whole; an existing
     `output` is never touched. After an interruption the same call goes on from the layers that are finished, and gives
     the same bytes.
     """
@@ -57,11 +58,12 @@ def build(
     refuse_existing(output)
     checkpoint = open_checkpoint(model)
     _refuse_early(checkpoint, recipe, calibration, profiled)
-    rows = calibration.rows(checkpoint) if calibration is not None and profiled is None else []
+    calibrated = chosen_quantiser(recipe.encoding, recipe.quantiser, calibration) == "calibrated"
+    rows = calibration.rows(checkpoint) if calibration is not None and (profiled is None or calibrated) else []
     with beside(output, _settings(checkpoint, recipe, calibration, rows, profiled), progress) as partial:
         refuse_full_disk(partial, disk_needed(checkpoint.model, recipe.encoding, sum(len(row) for row in rows)))
         _statistics(checkpoint, partial, calibration, rows, profiled, progress)
-        experts = pack(checkpoint, partial, recipe.encoding, progress)
+        experts = pack(checkpoint, partial, recipe.encoding, progress, rows if calibrated else None)
         # Last, though it may refuse a family: the exporter leaves 0.2 GB behind, which would be there in all stages.
         draft = _backbone(checkpoint, partial, experts, recipe.backbone, progress)
         for file in checkpoint.text_files():
@@ -81,10 +83,11 @@ def _settings(
     profiled: str | Path | None,
 ) -> dict[str, str]:
     """All that the bundle's bytes depend on: an interrupted build goes on only with the same."""
-    about = {"--encoding": recipe.encoding, "--backbone": recipe.backbone}
+    about = {"--encoding": encoding_named(recipe.encoding).name, "--backbone": recipe.backbone}
+    about |= quantiser_settings(recipe.encoding, recipe.quantiser)
     if profiled is not None:
         about["--profile"] = f"{Path(profiled).name} ({sha256(Path(profiled) / 'tables.safetensors')[:12]})"
-    elif calibration is not None:
+    if calibration is not None and rows:
         about |= calibration.settings(rows)
     return about | made_by(checkpoint)
 
@@ -145,7 +148,7 @@ def _refuse_early(
     checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | None, profiled: str | Path | None
 ) -> None:
     """Whatever the user may have got wrong is a `PrepError` now, not after hours of profiling."""
-    encoding_named(recipe.encoding)
+    chosen_quantiser(recipe.encoding, recipe.quantiser, calibration)
     check_precision(recipe.backbone)
     unpacked(checkpoint, recipe.encoding)
     if profiled is not None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
+import numpy as np
 import transformers
 
 from smoe.artifacts.encodings import ENCODINGS
@@ -20,8 +21,8 @@ from smoe.prep.calibration import DEFAULT_TOKENS, Calibration
 from smoe.prep.checkpoint import Checkpoint, open_checkpoint
 from smoe.prep.estimate import Inspection, families
 from smoe.prep.estimate import inspect as look_at
+from smoe.prep.pack import QUANTISERS, chosen_quantiser, quantiser_settings, unpacked
 from smoe.prep.pack import pack as pack_experts
-from smoe.prep.pack import unpacked
 from smoe.prep.profile import profile as run_profile
 from smoe.prep.progress import Progress, duration
 from smoe.prep.resume import beside, refuse_existing
@@ -34,7 +35,14 @@ _model = click.argument("model", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 _output = click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="What to write.")
 _encoding = click.option(
-    "--encoding", default=RECIPE.encoding, show_default=True, help=f"How experts are stored: {', '.join(ENCODINGS)}."
+    "--encoding",
+    default=RECIPE.encoding,
+    show_default=True,
+    help=f"How experts are stored: {', '.join(ENCODINGS)}, or nested:SPLIT[/DOWN_SPLIT][:GROUP] like nested:2+1+1:128.",
+)
+_quantiser = click.option(
+    "--quantiser",
+    help=f"How nested encodings are made: {' or '.join(QUANTISERS)} (plain rounding). [default: {QUANTISERS[0]}]",
 )
 _backbone = click.option(
     "--backbone", default=RECIPE.backbone, show_default=True, help="Precision of the backbone: f32."
@@ -80,6 +88,7 @@ def cli() -> None:
     help="What `smoe-prep profile` wrote (from --calibration, if both are given), instead of profiling now.",
 )
 @_encoding
+@_quantiser
 @_backbone
 @_json
 def build(
@@ -90,16 +99,22 @@ def build(
     seed: int,
     profiled: Path | None,
     encoding: str,
+    quantiser: str | None,
     backbone: str,
     as_json: bool,
 ) -> None:
     """Make a bundle of the checkpoint MODEL: profile, pack, export."""
-    if calibration is None and (tokens is not None or seed != CALIBRATION.seed):
-        raise click.UsageError("--tokens and --seed say how to read --calibration, which is not given.")
-    source = None if calibration is None else Calibration(calibration, tokens, seed)
-    manifest = building.build(model, output, source, building.Recipe(encoding, backbone), profiled, Progress())
+    source = _source(calibration, tokens, seed)
+    recipe = building.Recipe(encoding, backbone, quantiser)
+    manifest = building.build(model, output, source, recipe, profiled, Progress())
     size = sum(file.size for file in manifest.files.values())
     _print({"bundle": str(output), "bytes": size}, f"{output}: {size / 1e6:.1f} MB", as_json)
+
+
+def _source(calibration: str | None, tokens: int | None, seed: int) -> Calibration | None:
+    if calibration is None and (tokens is not None or seed != CALIBRATION.seed):
+        raise click.UsageError("--tokens and --seed say how to read --calibration, which is not given.")
+    return None if calibration is None else Calibration(calibration, tokens, seed)
 
 
 @cli.command()
@@ -140,12 +155,36 @@ def profile(model: Path, output: Path, calibration: str, tokens: int | None, see
 @cli.command()
 @_model
 @_output
+@_calibration(required=False)
 @_encoding
+@_quantiser
 @_json
-def pack(model: Path, output: Path, encoding: str, as_json: bool) -> None:
+def pack(
+    model: Path,
+    output: Path,
+    calibration: str | None,
+    tokens: int | None,
+    seed: int,
+    encoding: str,
+    quantiser: str | None,
+    as_json: bool,
+) -> None:
     """Write only the experts, as shards, with experts.json beside them."""
-    with _writing(model, output, lambda _: {"--encoding": encoding}) as (checkpoint, partial):
-        experts = pack_experts(checkpoint, partial, encoding, Progress())
+    source = _source(calibration, tokens, seed)
+    calibrated = chosen_quantiser(encoding, quantiser, source) == "calibrated"
+    if source is not None and not calibrated:
+        raise click.UsageError("--calibration is for nested encodings with --quantiser calibrated.")
+    rows: list[np.ndarray] = []
+
+    def settings(opened: Checkpoint) -> dict[str, str]:
+        about = {"--encoding": encoding} | quantiser_settings(encoding, quantiser)
+        if source is None:
+            return about
+        rows.extend(source.rows(opened))
+        return about | source.settings(rows)
+
+    with _writing(model, output, settings) as (checkpoint, partial):
+        experts = pack_experts(checkpoint, partial, encoding, Progress(), rows if calibrated else None)
         (partial / "experts.json").write_text(json.dumps(dataclasses.asdict(experts), indent=1) + "\n")
     _print(dataclasses.asdict(experts), f"{output}: experts in {encoding}", as_json)
 
@@ -181,10 +220,13 @@ def _writing(
 @click.option("--text", required=True, metavar="SOURCE", help="Held-out text, in any form that --calibration takes.")
 @click.option("--tokens", type=int, default=4096, show_default=True)
 @click.option("--memory", metavar="SIZE", help="Budget of the runtime, as in `smoe run`.")
+@click.option("--level", type=int, help="Planes of every expert to read, as in `smoe run`.")
 @_json
-def verify(bundle: Path, model: Path, text: str, tokens: int, memory: str | None, as_json: bool) -> None:
+def verify(
+    bundle: Path, model: Path, text: str, tokens: int, memory: str | None, level: int | None, as_json: bool
+) -> None:
     """Compare BUNDLE with the checkpoint MODEL token by token on held-out text, through the runtime's own path."""
-    found = compare(bundle, model, Calibration(text, tokens, length=256), memory, Progress())
+    found = compare(bundle, model, Calibration(text, tokens, length=256), memory, Progress(), level)
     lines = "\n".join(f"{name.replace('_', ' '):28} {value}" for name, value in found.items())
     _print(found, lines, as_json)
 

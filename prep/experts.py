@@ -87,18 +87,21 @@ def zeros(layer, module, hidden, ids, weights):
 
 def expert_outputs(module: torch.nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
     """The output of one expert on `x` `[n, H]`, before its mixing weight, as the module itself defines it."""
-
-    def linear(x, name):
-        w = getattr(module, name)[expert].float()  # stored in half precision, perhaps
-        y = x @ (w if module.is_transposed else w.T)
-        return y + getattr(module, f"{name}_bias")[expert].float() if module.has_bias else y
-
-    if module.has_gate:
-        inner = module._apply_gate(linear(x, "gate_up_proj"))
-    else:
-        inner = module.act_fn(linear(x, "up_proj"))
-    y = linear(inner, "down_proj")
+    y = _linear(module, "down_proj", expert, expert_inner(module, expert, x))
     return module.post_expert_norm(y) if module.has_post_expert_norm else y
+
+
+def expert_inner(module: torch.nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """What the last matrix of an expert receives, `[n, width]`."""
+    if module.has_gate:
+        return module._apply_gate(_linear(module, "gate_up_proj", expert, x))
+    return module.act_fn(_linear(module, "up_proj", expert, x))
+
+
+def _linear(module: torch.nn.Module, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+    w = getattr(module, name)[expert].float()  # stored in half precision, perhaps
+    y = x @ (w if module.is_transposed else w.T)
+    return y + getattr(module, f"{name}_bias")[expert].float() if module.has_bias else y
 
 
 def mixed_outputs(

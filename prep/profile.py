@@ -52,11 +52,11 @@ def profile(
         finished.clear()
         progress.say("profile: kept from an earlier run")
         return json.loads((directory / "profile.json").read_text("utf-8"))
-    batches = list(_batches(calibration.rows(checkpoint) if rows is None else rows))
-    total = sum(batch.size for batch in batches)
+    together = list(batches(calibration.rows(checkpoint) if rows is None else rows))
+    total = sum(batch.size for batch in together)
     sample = np.sort(np.random.default_rng(calibration.seed).permutation(total)[:SAMPLE])
-    observer = _Observer(checkpoint, batches, sample, finished, progress)
-    passes = [partial(_run, checkpoint.model, batch) for batch in batches]
+    observer = _Observer(checkpoint, together, sample, finished, progress)
+    passes = [partial(run, checkpoint.model, batch) for batch in together]
     with observer.scores:
         for _ in lockstep(checkpoint, passes, observer.visit, observer.scores.take):
             pass
@@ -84,7 +84,8 @@ def open_profile(directory: Path, checkpoint: Checkpoint) -> dict:
     return about
 
 
-def _run(model: torch.nn.Module, batch: np.ndarray) -> None:
+def run(model: torch.nn.Module, batch: np.ndarray) -> None:
+    """One pass over a batch of token ids int64 `[rows, length]`; nobody reads what comes out."""
     model(input_ids=torch.from_numpy(batch), use_cache=False, **_fewest_logits(model))
 
 
@@ -94,7 +95,8 @@ def _fewest_logits(model: torch.nn.Module) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
-def _batches(rows: list[np.ndarray]):
+def batches(rows: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Rows of one length, a few at a time, and the last one if it is shorter: int64 `[n, length]`."""
     whole = [row for row in rows if len(row) == len(rows[0])]
     for i in range(0, len(whole), BATCH):
         yield np.stack(whole[i : i + BATCH])

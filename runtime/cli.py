@@ -43,7 +43,12 @@ _engine = _options(
         help="Budget for everything the engine holds, like 64MiB. Default: all experts resident.",
     ),
     click.option("--context", type=int, metavar="TOKENS", help="Longest sequence. Default: 2048, or the model's own."),
-    click.option("--threads", type=click.IntRange(1), help="Threads of the backbone. Default: as many as pay."),
+    click.option(
+        "--threads",
+        type=click.IntRange(1),
+        help="Threads of backbone and experts. Default: as many as pay, and as there are processors.",
+    ),
+    click.option("--level", type=int, help="Planes of every expert to read: fewer is lossy. Default: all."),
 )
 _generation = _options(
     click.option("--max-new-tokens", type=int, default=64, show_default=True),
@@ -67,6 +72,7 @@ def run(
     memory: str | None,
     context: int | None,
     threads: int | None,
+    level: int | None,
     ids: bool,
     as_json: bool,
     stop: tuple[str, ...],
@@ -74,7 +80,7 @@ def run(
 ) -> None:
     """Generate from PROMPT ("-" reads it from stdin)."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    with Engine.open(bundle, memory, context, threads) as engine:
+    with Engine.open(bundle, memory, context, threads, level) as engine:
         _say(*engine.mode_lines())
         asked = _parse_ids(text) if ids else text
         tokens = []
@@ -116,6 +122,7 @@ def chat(
     memory: str | None,
     context: int | None,
     threads: int | None,
+    level: int | None,
     system: str | None,
     chat_template: Path | None,
     as_json: bool,
@@ -125,7 +132,7 @@ def chat(
     """Talk, a line a turn; an empty line or end of input ends it. Ctrl-C cuts an answer short."""
     template = read_text(chat_template) if chat_template else None
     messages = [{"role": "system", "content": system}] if system else []
-    with Engine.open(bundle, memory, context, threads) as engine:
+    with Engine.open(bundle, memory, context, threads, level) as engine:
         engine.text.chat([*messages, {"role": "user", "content": "?"}], template)  # no template: say so now
         _say(*engine.mode_lines())
         while line := _ask():
