@@ -4,7 +4,7 @@ What is minimised is |X (W - W_n)^T|^2 over the tokens routed to an expert, weig
 level n at once. Columns are decided one after another, and each column's error is made up for by the columns that are
 still free (OBQ and GPTQ: arXiv 2208.11580 and 2210.17323). Two things are new here: every level has an error of its own
 to make up for, so each keeps its own running copy of W; and a code, which fixes a value at every level, is chosen for
-all of them together, weighing the levels by `LEVELS`. D2MoE's MWQ (FIELD 2.2) compensates per block and fits each plane
+all of them together, weighing the levels by `BASE` and `FULL`. D2MoE's MWQ (FIELD 2.2) compensates per block and fits each plane
 to what the planes before left over.
 """
 
@@ -17,11 +17,11 @@ import torch
 
 from smoe.artifacts.nested import Split, level_weight
 
-DAMPING = 0.03  # of the mean diagonal, added to it: what was not seen in calibration must not be thought free
-BASE = 2.0  # how much more the base level weighs than each of the others
+DAMPING = 0.1  # of the mean diagonal, added to it: what was not seen in calibration must not be thought free
+BASE, FULL = 4.0, 2.0  # how much more the base level and the full one weigh than those between (docs/log.md)
 OWN = 64  # tokens of the layer at large that every expert sees besides its own, however many those are
+PASSES = 4  # over all columns, once each has a code
 CANDIDATES = 9  # scales tried for a group
-BLOCK = 128  # columns after which what they left is passed on to all others
 
 
 @dataclass(frozen=True)
@@ -49,33 +49,67 @@ def quantise(w: torch.Tensor, moment: torch.Tensor, split: Split, group: int) ->
 
     Runs where its arguments are. E matrices are done at once, so that short loops in Python do not dominate.
     """
-    levels, (experts, n_out, n_in), grid = len(split.planes), w.shape, _Grid.of(split, w.device)
+    levels, (experts, n_out, n_in) = len(split.planes), w.shape
     moment = moment + _damping(moment)
-    # Columns with the largest inputs first, while most others are still free; one order for all experts at once.
-    share = moment.diagonal(dim1=1, dim2=2) / moment.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
-    order = share.argsort(1, descending=True)
-    sorted_moment = moment.gather(1, order[:, :, None].expand_as(moment)).gather(2, order[:, None].expand_as(moment))
-    factor = _inverse_factor(sorted_moment)
-    scale = torch.stack([_best_scale(grid, part, weigh) for part, weigh in zip(
-        w.split(group, -1), share[:, None].split(group, -1), strict=True)], -1)  # fmt: skip
-    along = order[:, None].expand_as(w)
-    scales = scale.repeat_interleave(group, -1)[..., :n_in].gather(2, along)
-    rest = w.gather(2, along).expand(levels, *w.shape).clone()  # what each level still has to represent
-    codes = torch.zeros(w.shape, dtype=torch.int64, device=w.device)
-    for first in range(0, n_in, BLOCK):
-        last = min(first + BLOCK, n_in)
+    factor = _inverse_factor(moment)
+    rest = w.expand(levels, *w.shape).clone()  # what each level still has to represent
+    codes = torch.zeros(w.shape, dtype=torch.uint8, device=w.device)
+    scales, grid = [], _Grid.of(split, w.device)
+    for first in range(0, n_in, group):
+        last = min(first + group, n_in)
+        importance = factor.diagonal(dim1=1, dim2=2)[:, None, first:last].square().reciprocal()
+        scale = _best_scale(grid, rest[..., first:last], importance)
+        scales.append(scale)
         errors = torch.empty(levels, experts, n_out, last - first, device=w.device)
+        inverse = torch.where(scale > 0, 1 / scale, 0)
         for column in range(first, last):
-            wanted, step = rest[..., column], scales[..., column]
-            code = grid.choose(wanted * torch.where(step > 0, 1 / step, 0))
+            wanted = rest[..., column]
+            code = grid.choose(wanted * inverse)
             codes[..., column] = code
-            error = (wanted - grid.look_up(code) * step) / factor[:, column, column, None]
+            error = (wanted - grid.look_up(code) * scale) / factor[:, column, column, None]
             errors[..., column - first] = error
             rest[..., column + 1 : last] -= error[..., None] * factor[:, None, column, column + 1 : last]
         rest[..., last:] -= errors @ factor[:, first:last, last:]
-    codes = torch.zeros_like(codes).scatter(2, along, codes)
-    lost = _lost(grid, w, codes, scale, moment, group)
-    return Quantised(codes.to(torch.uint8).cpu().numpy(), scale.cpu().numpy(), lost)
+    scale = torch.stack(scales, -1)
+    for _ in range(PASSES):
+        scale = _fitted_scale(grid, w, moment, codes, scale, group)
+        _again(grid, w, moment, codes, scale, group)
+    return Quantised(codes.cpu().numpy(), scale.cpu().numpy(), _lost(grid, w, codes, scale, moment, group))
+
+
+def _again(
+    grid: _Grid, w: torch.Tensor, moment: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, group: int
+) -> None:
+    """Choose every column's codes again, in place, now that all the others are known (coordinate descent, as QuantEase:
+    arXiv 2309.01885): what a column has to make up for is then exact and not a forecast."""
+    wide = scale.repeat_interleave(group, -1)[..., : w.shape[-1]]
+    pull = (w - grid.look_up(codes) * wide) @ moment  # how the error of each level acts on every column
+    for column in range(w.shape[-1]):
+        step, own = wide[..., column], moment[:, column, column, None]
+        before = grid.look_up(codes[..., column]) * step
+        code = grid.choose((before + pull[..., column] / own) * torch.where(step > 0, 1 / step, 0))
+        codes[..., column] = code
+        pull -= (grid.look_up(code) * step - before)[..., None] * moment[:, None, column]
+
+
+def _fitted_scale(
+    grid: _Grid, w: torch.Tensor, moment: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, group: int
+) -> torch.Tensor:
+    """The scales with the least cost for these codes, all groups of a row together: least squares, values of bfloat16."""
+    values = grid.look_up(codes)  # [levels, E, n_out, n_in]
+    weights = torch.tensor(grid.weights, device=w.device)[:, None, None, None]
+    groups = scale.shape[-1]
+    matrix = torch.zeros(*scale.shape, groups, device=w.device)
+    for g, columns in enumerate(torch.arange(w.shape[-1], device=w.device).split(group)):
+        acted = weights * (values[..., columns] @ moment[:, columns])  # what one unit of this scale does to the output
+        for other, rest in enumerate(torch.arange(w.shape[-1], device=w.device).split(group)):
+            matrix[..., g, other] = (acted[..., rest] * values[..., rest]).sum((0, -1))
+    wanted = (weights * values * (w @ moment)).sum(0)
+    wanted = torch.stack([part.sum(-1) for part in wanted.split(group, -1)], -1)
+    tiny = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * 1e-6 + 1e-30
+    fitted = torch.linalg.solve(matrix + tiny * torch.eye(groups, device=w.device), wanted[..., None])[..., 0]
+    usable = fitted.isfinite() & (fitted > 0.5 * scale) & (fitted < 2 * scale)
+    return torch.where(usable, fitted, scale).bfloat16().float()
 
 
 def _damping(moment: torch.Tensor) -> torch.Tensor:
@@ -102,7 +136,8 @@ class _Grid:
     def of(cls, split: Split, device: torch.device) -> _Grid:
         levels = range(1, len(split.planes) + 1)
         values = [torch.from_numpy(split.values(n).astype(np.float32)).to(device) for n in levels]
-        weights = [level_weight(split, n) * (BASE if n == 1 else 1) for n in levels]
+        extra = {1: BASE, len(split.planes): FULL}
+        weights = [level_weight(split, n) * extra.get(n, 1.0) for n in levels]
         return cls(values, [(v[1:] + v[:-1]) / 2 for v in values], [split.bits(n) for n in levels], weights)
 
     def look_up(self, codes: torch.Tensor) -> torch.Tensor:
@@ -126,9 +161,10 @@ class _Grid:
         return ((x - self.look_up(codes)).square() * weights).sum(0)
 
 
-def _best_scale(grid: _Grid, full: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """Scales `[E, n_out]` of a group `full` `[E, n_out, k]`: of a few, that with the least cost at all levels."""
-    if grid.bits[-1] <= 4:
+def _best_scale(grid: _Grid, rest: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    """Scales `[E, n_out]` of a group `rest` `[levels, E, n_out, k]`: of a few, that with the least cost at all levels."""
+    full, total = rest[-1], grid.bits[-1]
+    if total <= 4:
         middle, around = full.square().mean(-1).sqrt(), np.linspace(1.8, 3.0, CANDIDATES)
     else:
         middle, around = full.abs().amax(-1), np.linspace(0.7, 1.1, CANDIDATES)
@@ -136,8 +172,8 @@ def _best_scale(grid: _Grid, full: torch.Tensor, importance: torch.Tensor) -> to
     for k in around:
         scale = (middle * (k / 127)).bfloat16().float()
         codes = torch.bucketize(full / scale.clamp(min=1e-38)[..., None], grid.edges[-1])
-        error = (full - grid.look_up(codes) * scale[..., None]).square() * importance
-        found = (error.sum(-1) * torch.tensor(grid.weights, device=full.device)[:, None, None]).sum(0)
+        error = (rest - grid.look_up(codes) * scale[..., None]).square() * importance
+        found = (error.sum(-1) * torch.tensor(grid.weights, device=rest.device)[:, None, None]).sum(0)
         best, cost = torch.where(found < cost, scale, best), torch.minimum(found, cost)
     return best
 
