@@ -6,15 +6,15 @@ BIN    := .venv/bin
 LEAN   := .venv-lean/bin
 SOURCES := pyproject.toml $(shell find artifacts prep runtime -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: demo test lint check lean docs clean
+.PHONY: demo test lint check lean unbuildable sanitize aarch64 wheel-aarch64 docs clean
 
 ## Build the example model into demo.smoe and generate from it inside a budget smaller than its experts.
 demo: .venv/installed
 	test -d demo.smoe || $(BIN)/smoe-prep build examples/reference -o demo.smoe --calibration examples/calibration.jsonl --encoding f32
 	$(BIN)/smoe run demo.smoe "def main(" --memory 60MiB --context 512 --max-new-tokens 96 --temperature 0.7 --seed 2
 
-## Everything that CI runs: lint, import contracts, types, all tests, and the device side without torch.
-test: lint check lean
+## Lint, import contracts, types, all tests, and the device side as it is installed there. CI runs more: .ci/run
+test: lint check lean unbuildable
 
 lint: .venv/tested
 	$(BIN)/ruff check .
@@ -28,6 +28,26 @@ check: .venv/tested
 lean: .venv-lean/installed
 	! $(LEAN)/python -c "import torch" 2>/dev/null
 	$(LEAN)/pytest -q tests/artifacts tests/runtime
+
+## A build that fails must end the install and say what to do; slow kernels are never what one gets instead.
+unbuildable: .venv-lean/installed
+	CXX=false $(LEAN)/pip install --no-deps --target build/none dist/*.tar.gz 2>&1 | grep "smoe was not installed because"
+	test ! -e build/none
+
+## The kernels' tests with every read and every operation checked, in C++ and in nanobind. Python's own leaks are not ours.
+sanitize: .venv-lean/installed
+	rm -rf build/sanitize
+	CXX=g++ CXXFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+		$(LEAN)/pip install -q --no-deps -C cmake.build-type=Debug --target build/sanitize .
+	PYTHONPATH=build/sanitize PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		$(LEAN)/pytest -q --capture=sys tests/runtime/test_kernels*.py
+
+## A wheel for aarch64, cross-compiled and tested in an emulator (Debian, as root the first time); the wheel alone.
+aarch64:
+	.ci/aarch64
+wheel-aarch64:
+	.ci/aarch64 wheel
 
 .venv/made:
 	$(PYTHON) -m venv .venv
@@ -43,10 +63,15 @@ lean: .venv-lean/installed
 	$(BIN)/pip install -q --group test --group lint
 	touch $@
 
+# From the source distribution, with a compiler on the PATH and nothing else: no cmake, no ninja, no git.
 .venv-lean/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv-lean
-	$(LEAN)/python -m pip install -q --upgrade pip
-	$(LEAN)/pip install -q .
+	$(LEAN)/python -m pip install -q --upgrade pip build
+	rm -rf dist/*.tar.gz
+	$(LEAN)/python -m build --sdist >/dev/null
+	mkdir -p .venv-lean/bare
+	ln -sf $$(which c++ as ld ar ranlib) .venv-lean/bare/
+	CXX=c++ PATH=$(CURDIR)/.venv-lean/bare $(LEAN)/pip install -q dist/*.tar.gz
 	$(LEAN)/pip install -q --group test
 	touch $@
 
@@ -55,4 +80,4 @@ docs: .venv/installed
 	$(BIN)/python docs/make_commands.py
 
 clean:
-	rm -rf .venv .venv-lean build demo.smoe demo.smoe.partial
+	rm -rf .venv .venv-lean .aarch64 build dist demo.smoe demo.smoe.partial
