@@ -22,8 +22,9 @@ from smoe.prep.checkpoint import Checkpoint, open_checkpoint
 from smoe.prep.errors import PrepError
 from smoe.prep.estimate import disk_needed
 from smoe.prep.experts import expert_geometry
-from smoe.prep.export import Exported, check_precision, export
+from smoe.prep.export import Exported, export
 from smoe.prep.pack import chosen_quantiser, pack, quantiser_settings, unpacked
+from smoe.prep.precision import check_precision, reduce
 from smoe.prep.profile import PROFILE_FILES, open_profile, profile
 from smoe.prep.progress import Progress
 from smoe.prep.resume import FINISHED, MARKER, beside, refuse_existing, refuse_full_disk, write_whole
@@ -120,8 +121,8 @@ def _backbone(checkpoint: Checkpoint, partial: Path, experts: Experts, precision
 def export_checked(
     checkpoint: Checkpoint, directory: Path, experts: Experts, precision: str, progress: Progress
 ) -> Manifest:
-    """The manifest, but for its files, of a backbone that is exported into `directory` and does what the model does; a
-    `PrepError` if there is none.
+    """The manifest, but for its files, of a backbone that is exported into `directory` and does what the model does, and
+    is then brought to `precision`; a `PrepError` if there is none.
 
     A graph for any number of tokens is tried first; where the model or the graph does not go on from its state with
     several, one for single tokens.
@@ -130,14 +131,18 @@ def export_checked(
     for one_at_a_time in (False, True) if continues(checkpoint) else (True,):
         progress.say("export: tracing the backbone" + (" for one token at a time" if one_at_a_time else ""))
         try:
-            exported = export(checkpoint, directory, precision, one_at_a_time)
+            exported = export(checkpoint, directory, one_at_a_time)
         except PrepError as error:
             why = why or str(error)
             continue
         draft = _draft(checkpoint, experts, exported)
         manifest, wrong = check_backbone(checkpoint, directory, draft, exported.nodes)
-        if not wrong:
+        if not wrong and precision == "f32":
             return manifest
+        if not wrong:
+            backbone, line = reduce(directory, manifest.backbone, manifest.layers, precision)
+            progress.say(f"export: {line}")
+            return dataclasses.replace(manifest, backbone=backbone)
         why = why or wrong
     raise PrepError(
         f"{checkpoint.path}: the backbone of this {checkpoint.model.config.model_type} cannot be exported: {why}"

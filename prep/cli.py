@@ -45,7 +45,7 @@ _quantiser = click.option(
     help=f"How nested encodings are made: {' or '.join(QUANTISERS)} (plain rounding). [default: {QUANTISERS[0]}]",
 )
 _backbone = click.option(
-    "--backbone", default=RECIPE.backbone, show_default=True, help="Precision of the backbone: f32."
+    "--backbone", default=RECIPE.backbone, show_default=True, help="Precision of the backbone: f32, int8 or int4."
 )
 
 

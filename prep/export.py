@@ -38,13 +38,12 @@ class Exported:
     nodes: tuple[cut.ExpertsNode, ...]
 
 
-def export(checkpoint: Checkpoint, directory: Path, precision: str = "f32", one_at_a_time: bool = False) -> Exported:
-    """Export the backbone into `directory`/backbone and say what is there.
+def export(checkpoint: Checkpoint, directory: Path, one_at_a_time: bool = False) -> Exported:
+    """Export the backbone in float32 into `directory`/backbone and say what is there.
 
     Every segment is a plain ONNX model that passes `onnx.checker`; they share one weight file. With `one_at_a_time` they
     take exactly one token per call.
     """
-    check_precision(precision)
     sample = tracing.sample(checkpoint, one_at_a_time)
     graph = tracing.trace(checkpoint, sample)
     state = _state(graph, sample)
@@ -52,23 +51,17 @@ def export(checkpoint: Checkpoint, directory: Path, precision: str = "f32", one_
     _keep_positions(graph)
     pieces = cut.cut(graph)
     (directory / "backbone").mkdir(parents=True, exist_ok=True)
-    initializers = _write_weights(directory / WEIGHTS, pieces.weights)
+    initializers = write_weights(directory / WEIGHTS, pieces.weights)
     segments = []
     for i, piece in enumerate(pieces.segments):
         file = f"backbone/segment-{i:02d}.onnx"
-        segments.append(_write_segment(directory, file, piece, initializers))
+        segments.append(write_segment(directory, file, piece, initializers))
     placed = _place(state, segments)
     heads = int(getattr(checkpoint.config, "num_attention_heads", 1))
     backbone = Backbone(
-        precision, heads, WEIGHTS, tuple(segments), tuple(initializers.values()), tuple(placed), one_at_a_time
+        "f32", heads, WEIGHTS, tuple(segments), tuple(initializers.values()), tuple(placed), one_at_a_time
     )
     return Exported(backbone, tuple(pieces.nodes))
-
-
-def check_precision(precision: str) -> None:
-    """A `PrepError` for a precision of the backbone that this version does not write."""
-    if precision != "f32":
-        raise PrepError(f"--backbone {precision} is not in this version yet; use f32.")
 
 
 def _state(graph: ir.Graph, sample: Sample) -> list[State]:
@@ -151,13 +144,13 @@ def _constant(graph: ir.Graph, value: int) -> ir.Value:
     return graph.initializers[name]
 
 
-def _write_weights(path: Path, weights: dict[str, ir.TensorProtocol]) -> dict[str, Initializer]:
+def write_weights(path: Path, weights: dict[str, ir.TensorProtocol] | dict[str, np.ndarray]) -> dict[str, Initializer]:
     """All weights one after another, aligned, each once; what is too small to matter stays in the segments."""
     placed: dict[str, Initializer] = {}
     offset = 0
     with open(path, "wb") as file:
         for name, tensor in weights.items():
-            array = np.ascontiguousarray(tensor.numpy())
+            array = np.ascontiguousarray(tensor if isinstance(tensor, np.ndarray) else tensor.numpy())
             if array.nbytes < INLINE:
                 continue
             dtype = next(n for n, d in DTYPES.items() if d == array.dtype)
@@ -170,7 +163,7 @@ def _write_weights(path: Path, weights: dict[str, ir.TensorProtocol]) -> dict[st
     return placed
 
 
-def _write_segment(directory: Path, file: str, piece: onnx.ModelProto, placed: dict[str, Initializer]) -> Segment:
+def write_segment(directory: Path, file: str, piece: onnx.ModelProto, placed: dict[str, Initializer]) -> Segment:
     """Write one ONNX file, its large weights as external data, and check it."""
     graph = piece.graph
     outside = [tensor for tensor in graph.initializer if tensor.name in placed]

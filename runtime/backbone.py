@@ -44,14 +44,15 @@ def _share_arena() -> None:
         _arena_made = True
 
 
-def session_options(threads: int) -> ort.SessionOptions:
+def session_options(threads: int, prepack: bool = False) -> ort.SessionOptions:
     """How every segment runs. The choices and their figures are in docs/log.md (2026-11-21)."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     # Idle workers that spin take the cores from the segment that runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.use_env_allocators", "1")
-    options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of every weight
+    # A second copy of every weight, which MatMulNBits needs to be fast, and float products hardly gain from.
+    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     options.log_severity_level = 4  # what fails is raised
     return options
 
@@ -108,6 +109,7 @@ class Backbone:
             for i in range(len(self._segments))
         ]
         self._weights = _read_weights(path, manifest)
+        self._prepack = manifest.backbone.precision != "f32"
         nbytes = {w.name: w.nbytes for w in manifest.backbone.initializers}
         self.threads = [
             threads or (2 if max((nbytes[name] for name in segment.weights), default=0) >= LARGE else 1)
@@ -122,7 +124,7 @@ class Backbone:
 
     def _session(self, path: Path, index: int, external: str) -> ort.InferenceSession:
         segment = self._segments[index]
-        options = session_options(self.threads[index])
+        options = session_options(self.threads[index], self._prepack)
         options.add_session_config_entry(EXTERNAL_FOLDER, external)
         for name in segment.weights:
             options.add_initializer(name, self._weights[name])  # shared; external initializers would be copied

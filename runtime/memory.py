@@ -93,7 +93,8 @@ def plan(manifest: Manifest, budget: int | None, context: int | None = None, lev
         for i in range(len(layers))
     )
     tokenizer = manifest.files["tokenizer.json"].size if "tokenizer.json" in manifest.files else 0
-    backbone = manifest.files[manifest.backbone.weights].size + SESSION * len(manifest.backbone.segments)
+    copies = 1 if manifest.backbone.precision == "f32" else 2  # ONNX Runtime's own layout of what is not float
+    backbone = copies * manifest.files[manifest.backbone.weights].size + SESSION * len(manifest.backbone.segments)
     backbone += RUNTIME + TOKENIZER * tokenizer
     state = state_bytes(manifest.backbone.state, context)
     workspace = _workspace(manifest, context)
