@@ -177,9 +177,7 @@ class _Calibrated:
         split = self._encoding.of(names[0])
         found = quantise(w.to(self._device), torch.stack(moments), split, self._encoding.group)
         self._lost.setdefault("+".join(names), []).append(found.error)
-        parts = zip(
-            names, np.split(found.codes, len(names), 1), np.split(found.scale, len(names), 1), strict=True
-        )
+        parts = zip(names, np.split(found.codes, len(names), 1), np.split(found.scale, len(names), 1), strict=True)
         return {name: Quantised(codes, scale, found.error) for name, codes, scale in parts}
 
     def _moments(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -116,18 +116,17 @@ def _matrix(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> np.ndarr
     """The constant matrix of a product as `[n_out, n_in]`, or of a lookup as `[rows, columns]`; None if there is none."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     place = 0 if node.op_type == "Gather" else 1
-    if node.op_type not in ("MatMul", "Gemm", "Gather") or node.input[place] not in constants:
+    if node.op_type not in ("MatMul", "Gemm", "FusedMatMul", "Gather") or node.input[place] not in constants:
         return None
     tensor = constants[node.input[place]]
     if len(tensor.dims) != 2 or tensor.data_type != TensorProto.FLOAT:
         return None
     if node.op_type == "Gather":
         usable, turned = attributes.get("axis", 0) == 0 and tensor.dims[1] % BLOCK == 0, False
-    elif node.op_type == "Gemm":
-        usable = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0 and not attributes.get("transA")
-        usable, turned = usable and _is_row(node, constants), not attributes.get("transB")
     else:
-        usable, turned = True, True
+        plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
+        plain &= not any(attributes.get(name) for name in ("transA", "transBatchA", "transBatchB"))
+        usable, turned = plain and _is_row(node, constants), not attributes.get("transB")
     if not usable:
         return None
     array = numpy_helper.to_array(tensor)
@@ -135,7 +134,7 @@ def _matrix(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> np.ndarr
 
 
 def _is_row(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> bool:
-    """Whether a Gemm's third input, if it has one, is a vector that is added to every row."""
+    """Whether a product's third input, if it has one (a Gemm's), is a vector that is added to every row."""
     return len(node.input) < 3 or (node.input[2] in constants and len(constants[node.input[2]].dims) == 1)
 
 

@@ -50,7 +50,7 @@ def quantise(w: torch.Tensor, moment: torch.Tensor, split: Split, group: int) ->
     Runs where its arguments are. E matrices are done at once, so that short loops in Python do not dominate.
     """
     levels, (experts, n_out, n_in) = len(split.planes), w.shape
-    moment = moment + _damping(moment)
+    seen, moment = moment, moment + _damping(moment)
     factor = _inverse_factor(moment)
     rest = w.expand(levels, *w.shape).clone()  # what each level still has to represent
     codes = torch.zeros(w.shape, dtype=torch.uint8, device=w.device)
@@ -74,7 +74,7 @@ def quantise(w: torch.Tensor, moment: torch.Tensor, split: Split, group: int) ->
     for _ in range(PASSES):
         scale = _fitted_scale(grid, w, moment, codes, scale, group)
         _again(grid, w, moment, codes, scale, group)
-    return Quantised(codes.cpu().numpy(), scale.cpu().numpy(), _lost(grid, w, codes, scale, moment, group))
+    return Quantised(codes.cpu().numpy(), scale.cpu().numpy(), _lost(grid, w, codes, scale, seen, group))
 
 
 def _again(

@@ -93,7 +93,7 @@ def test_verify_finds_no_difference_in_f32_and_refuses_another_model(smoe_prep, 
     (("build", "/no/such", "-o", "{tmp}/b", "--calibration", "{ids}"), "/no/such is not a directory"),
     (("build", "{model}", "-o", "{tmp}/b"), "no calibration text; give --calibration FILE, or --profile"),
     (("build", "{model}", "-o", "{tmp}/b", "--calibration", "{ids}", "--encoding", "int3"), "no encoding 'int3'"),
-    (("build", "{model}", "-o", "{tmp}/b", "--calibration", "{ids}", "--backbone", "int4"), "--backbone int4 is not"),
+    (("build", "{model}", "-o", "{tmp}/b", "--calibration", "{ids}", "--backbone", "int3"), "no --backbone int3"),
     (("build", "{model}", "-o", "{tmp}/b", "--calibration", "{ids}", "--seed", "-1"), "seed -1"),
     (("build", "{model}", "-o", "{tmp}/no/b", "--calibration", "{ids}"), "is not a directory; make it first"),
     (("build", "{model}", "-o", "{tmp}/b", "--profile", "{tmp}"), "has no tables.safetensors"),
@@ -109,7 +109,7 @@ def test_mistakes_are_one_sentence_and_leave_no_output(smoe_prep, checkpoints, i
 
 
 @pytest.mark.parametrize("recipe, source, said", [
-    (Recipe("int3"), "ids", "no encoding 'int3'"), (Recipe("f32", "int4"), "ids", "--backbone int4"),
+    (Recipe("int3"), "ids", "no encoding 'int3'"), (Recipe("f32", "int3"), "ids", "no --backbone int3"), (Recipe("nested:2+2"), "ids", "base of 2 to 5 bits"),
     (Recipe(), "none.txt", "none.txt does not exist"),
 ])  # fmt: skip
 def test_mistakes_are_found_before_the_long_part(checkpoints, ids_file, tmp_path, monkeypatch, recipe, source, said):
