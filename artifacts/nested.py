@@ -92,7 +92,7 @@ def parse(name: str) -> Nested:
         raise BundleError(f"{name} has groups of {group} columns; {', '.join(map(str, GROUPS))} are possible.")
     if len(splits[0].planes) != len(splits[1].planes):
         raise BundleError(f"{name}: both splits need the same number of planes, since a level is a number of planes.")
-    return Nested(*splits, group)
+    return Nested(splits[0], splits[1], group)
 
 
 def _split(text: str, name: str) -> Split:

@@ -197,8 +197,9 @@ def _shard(path: Path, m: Manifest, layer: int) -> None:
 
 def _finite(data: bytes, dtype: str) -> bool:
     """Whether no exponent of F32 or BF16 values is all ones, as those of infinities and NaNs are."""
-    bits, exponent = (np.uint16, 0x7F80) if dtype == "BF16" else (np.uint32, 0x7F800000)
-    return not ((np.frombuffer(data, bits) & exponent) == exponent).any()
+    if dtype == "BF16":
+        return not ((np.frombuffer(data, np.uint16) & 0x7F80) == 0x7F80).any()
+    return not ((np.frombuffer(data, np.uint32) & 0x7F800000) == 0x7F800000).any()
 
 
 def _weights(path: Path, m: Manifest) -> None:

@@ -134,7 +134,9 @@ def native_layer(gate: Gate, shape: ExpertShape, encoding: str, layout: RecordLa
     names = ["up", "down", *(["gate"] if shape.gated else [])]
     matrices = [_about(name, shape, encoding, offsets) for name in names]
     act = list(ACTIVATIONS).index(gate.activation) if gate.activation in ACTIVATIONS else 0
-    return _native.Layer(matrices, KINDS.index(gate.kind), act, gate.alpha, gate.limit)
+    return _native.Layer(  # type: ignore[attr-defined]
+        matrices, KINDS.index(gate.kind), act, gate.alpha, gate.limit
+    )
 
 
 def _about(name: str, shape: ExpertShape, encoding: str, offsets: dict[str, int]) -> tuple:
