@@ -1,13 +1,24 @@
-"""Expert kernels. The contract is in native/linear.h, the specification in reference.py."""
+"""Expert kernels. The contract is in native/ffn.h, the specification in reference.py."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 def variants() -> list[str]: ...
-def linear(
-    variant: str,
-    x: NDArray[np.float32],
-    w: NDArray[np.float32] | NDArray[np.uint16] | NDArray[np.int8],
-    scale: NDArray[np.float32] | None,
-    y: NDArray[np.float32],
-) -> None: ...
+
+class Layer:
+    def __init__(self, matrices: list[tuple], kind: int, act: int, alpha: float, limit: float) -> None: ...
+    def ffn(
+        self,
+        variant: str,
+        records: np.ndarray,
+        frames: np.ndarray,
+        levels: np.ndarray,
+        starts: np.ndarray,
+        tokens: np.ndarray,
+        x: np.ndarray,
+        y: np.ndarray,
+        threads: int,
+    ) -> None: ...
+    def product(
+        self, variant: str, name: str, record: np.ndarray, level: int, x: np.ndarray, y: np.ndarray
+    ) -> None: ...
+    def between(self, variant: str, gate: np.ndarray, up: np.ndarray, y: np.ndarray) -> None: ...

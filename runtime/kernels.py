@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -109,7 +109,7 @@ class _Reference:
 @dataclass(frozen=True)
 class _Native:
     kernels: Kernels
-    layer: Any
+    layer: _native.Layer
     layout: RecordLayout
     normed: bool
 
@@ -128,15 +128,13 @@ def _normalised(layout: RecordLayout, records: np.ndarray, work: Work, y: np.nda
     return y
 
 
-def native_layer(gate: Gate, shape: ExpertShape, encoding: str, layout: RecordLayout) -> Any:
+def native_layer(gate: Gate, shape: ExpertShape, encoding: str, layout: RecordLayout) -> _native.Layer:
     """What native/ffn.h calls a Layer: where the matrices' tensors lie in a record, and what lies between them."""
     offsets = {field.name: field.offset for field in layout.fields}
     names = ["up", "down", *(["gate"] if shape.gated else [])]
     matrices = [_about(name, shape, encoding, offsets) for name in names]
     act = list(ACTIVATIONS).index(gate.activation) if gate.activation in ACTIVATIONS else 0
-    return _native.Layer(  # type: ignore[attr-defined]
-        matrices, KINDS.index(gate.kind), act, gate.alpha, gate.limit
-    )
+    return _native.Layer(matrices, KINDS.index(gate.kind), act, gate.alpha, gate.limit)
 
 
 def _about(name: str, shape: ExpertShape, encoding: str, offsets: dict[str, int]) -> tuple:
