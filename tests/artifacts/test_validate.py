@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from smoe.artifacts import BundleError, Manifest, open_bundle
+from smoe.artifacts import BundleError, Manifest, open_bundle, record_layout
 from smoe.artifacts.manifest import VERSION
+from smoe.artifacts.shard import shard_start
 from smoe.artifacts.validate import ACTIVATIONS, sha256
 
 
@@ -188,3 +191,42 @@ def test_the_manifest_knows_the_activations_that_the_runtime_runs():
     from smoe.runtime import activations
 
     assert set(ACTIVATIONS) == set(activations.ACTIVATIONS)
+
+
+@pytest.fixture
+def planes(goldens, tmp_path) -> Path:
+    """The golden bundle whose experts are in planes, to be damaged."""
+    return Path(shutil.copytree(goldens[2], tmp_path / "planes.smoe"))
+
+
+@pytest.mark.parametrize("encoding, said", [
+    ("nested:5+1+1:32", "tensor"),  # a plane fewer than there are
+    ("nested:4+1+1+1:32", "tensor"),  # a base of another size
+    ("nested:5+1+1+1:64", "tensor"),  # other groups
+    ("nested:5+1+1+1", "was wanted"),  # not the one spelling
+    ("nested:5+1+1+1/5+1+1+1:32", "was wanted"),
+    ("nested:5+1+1+1+1:32", "8 in all"),
+    ("nested:5+1+1+1:33", "groups of 33"),
+    ("nested:" + "1+" * 4000, "is no nested encoding"),
+])  # fmt: skip
+def test_planes_that_are_not_there_are_refused(planes, encoding, said):
+    _set("experts", "encoding", encoding)(planes)
+    with pytest.raises(BundleError, match=re.escape(said)):
+        open_bundle(planes)
+
+
+@pytest.mark.parametrize("name", ["gate_scale", "down_scale", "up_bias"])
+@pytest.mark.parametrize("value", [0x7FC0, 0x7F80, 0xFF80])  # NaN and infinities: bfloat16, or the top half of float32
+def test_scales_and_biases_that_are_not_finite_are_refused_at_the_door(planes, name, value):
+    manifest = open_bundle(planes)
+    layout = record_layout(manifest.expert_shape(1), manifest.experts.encoding, manifest.experts.page)
+    field = next(f for f in layout.fields if f.name == name)
+    shard = planes / manifest.shard(1)
+    start = shard_start(shard, layout, manifest.experts.page, manifest.layers[1].experts)
+    with open(shard, "r+b") as file:
+        file.seek(start + 3 * layout.nbytes + field.offset + (2 if field.dtype == "F32" else 0))
+        file.write(value.to_bytes(2, "little"))
+    with pytest.raises(
+        BundleError, match=f"layer-01.safetensors: {name} of expert 3 holds values that are not finite"
+    ):
+        open_bundle(planes)
