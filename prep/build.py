@@ -51,8 +51,8 @@ def build(
     """Build the bundle `output` from the checkpoint at `model`.
 
     `profiled` is a directory that `profile` wrote; without it the `calibration` text is profiled here. Given both, the
-    profile must have been made from that text. A nested encoding is quantised on the text too. The bundle is written beside and renamed once it is whole; an existing
-    `output` is never touched. After an interruption the same call goes on from the layers that are finished, and gives
+    profile must have been made from that text. A nested encoding is quantised on the text too. The bundle is written
+    beside and renamed once it is whole; an existing `output` is never touched. After an interruption the same call goes on from the layers that are finished, and gives
     the same bytes.
     """
     recipe, progress, output = recipe or Recipe(), progress or Progress(), Path(output)
