@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from smoe.artifacts.manifest import Routing
-from smoe.runtime import scheduler
+from smoe.runtime.policies.routing import route
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def find(ids: ir.Value, weights: ir.Value) -> Found | None:
 def check(found: Found, scores: np.ndarray, raw: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> str:
     """Why the rule does not reproduce `ids` and `weights` `[T, k]` from `scores` and `raw` `[T, E]`; '' if it does."""
     k = ids.shape[-1]
-    again, mixed = scheduler.route(found.rule, scores, raw, k)
+    again, mixed = route(found.rule, scores, raw, k)
     if not np.array_equal(np.sort(again, -1), np.sort(ids, -1)):
         return "the top scores are not the experts that the router chose"
     order, wanted = np.argsort(again, -1), np.argsort(ids, -1)

@@ -20,6 +20,7 @@ from smoe.artifacts.manifest import Layer, Manifest
 from smoe.runtime import kernels, memory, scheduler
 from smoe.runtime.backbone import LARGE, Backbone, Sequence, Values, ort_value
 from smoe.runtime.errors import EngineError
+from smoe.runtime.policies.eviction import LeastRecentlyUsed
 from smoe.runtime.residency import Residency
 from smoe.runtime.sampling import Sampler, Sampling
 from smoe.runtime.store import Shards
@@ -70,7 +71,8 @@ class Engine:
         self._turn = 0  # counts what has used the sequence, so that a paused generation notices
         self._kernels = kernels.choose(threads=threads)
         self._backbone = Backbone(path, manifest, threads)
-        self._residency = Residency(plan.capacity)
+        experts = [layer.experts for layer in manifest.layers]
+        self._residency = Residency(experts, plan.capacity, LeastRecentlyUsed(experts))
         self._frames = np.empty((plan.capacity, plan.record), np.uint8)
         self._sequence = Sequence(manifest.backbone.state, plan.context)
         self._shards = Shards(path, manifest, level)
@@ -193,14 +195,20 @@ class Engine:
     def _load(self, layer: int, expert: int) -> int:
         """The frame of an expert, read from its shard if it is not resident."""
         key = (layer, expert)
-        frame = self._residency.get(key)
+        self._residency.use(key)
+        frame = self._residency.find(key)
         if frame is not None:
             self.stats.hits += 1
         else:
             started = time.perf_counter()
-            frame = self._residency.reserve()
-            self.stats.bytes_read += self._shards.read(layer, expert, self._frames[frame])
-            self._residency.put(key)
+            frame = self._residency.reserve(key)
+            assert frame is not None
+            try:
+                self.stats.bytes_read += self._shards.read(layer, expert, self._frames[frame])
+            except BaseException:
+                self._residency.cancel(key, frame)
+                raise
+            self._residency.put(key, frame)
             self.stats.misses += 1
             self.stats.load_seconds += time.perf_counter() - started
         return frame

@@ -1,43 +1,133 @@
-"""Which experts are resident: pure bookkeeping, no bytes and no clock, so that a simulator can drive the same code."""
+"""Which experts are resident: pure bookkeeping, no bytes and no clock, so that a simulator drives the same code."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from smoe.runtime.policies.eviction import Eviction
 
 Key = tuple[int, int]  # (layer, expert)
 
 
 class Residency:
-    """A pool of `capacity` frames (places for one record each) over all layers, least recently used out first.
+    """A pool of places over all layers. A record of layer l takes `sizes[l]` of `capacity` (1 each unless said: then
+    capacity is a number of records); `eviction` says what goes. With `shares` every layer keeps to its part of the pool.
 
     A miss takes two calls, with the read between them: until `put`, nothing claims that the record is there, so a read
     that fails or is interrupted leaves no trace.
+
+    A record that was read on a guess is the first to go once its layer has run without using it.
     """
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self._free = list(range(capacity))[::-1]
-        self._frames: OrderedDict[Key, int] = OrderedDict()  # least recently used first
+    def __init__(
+        self,
+        experts: Sequence[int],
+        capacity: int,
+        eviction: Eviction,
+        sizes: Sequence[int] | None = None,
+        shares: bool = False,
+    ):
+        self.capacity, self.eviction = capacity, eviction
+        self._first = eviction.first.tolist()
+        self._sizes = list(sizes if sizes is not None else [1] * len(experts))
+        self._share = capacity // len(experts) if shares else None
+        places = min(capacity // min(self._sizes), self._first[-1])
+        self._free = list(range(places))[::-1]
+        self._keys = np.full(places, -1)  # the flat number of what each place holds
+        self._layers = np.full(places, -1)
+        self._guessed = np.zeros(places, bool)
+        self._expired = np.zeros(places, bool)
+        self._place = np.full(self._first[-1], -1)  # of each expert
+        self._used = [0] * len(experts)  # by layer, of the capacity
+        self._total = 0
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._frames
+        return self.find(key) is not None
 
     def __len__(self) -> int:
-        return len(self._frames)
+        return int((self._keys >= 0).sum())
 
-    def get(self, key: Key) -> int | None:
-        """The frame that holds `key`, which becomes the most recently used; None on a miss."""
-        if key not in self._frames:
+    def resident(self, layer: int) -> np.ndarray:
+        """bool `[experts of the layer]`."""
+        return self._place[self._first[layer] : self._first[layer + 1]] >= 0
+
+    def find(self, key: Key) -> int | None:
+        """The place that holds `key`, if one does."""
+        place = int(self._place[self._first[key[0]] + key[1]])
+        return place if place >= 0 else None
+
+    def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
+        """A step of so many tokens reaches a layer; `scores` `[tokens, experts]` of its router, where they are known."""
+        self.eviction.begin(layer, tokens, scores)
+
+    def use(self, key: Key) -> None:
+        """The step uses an expert, resident or not."""
+        flat = self._first[key[0]] + key[1]
+        self.eviction.use(flat)
+        place = self._place[flat]
+        if place >= 0:
+            self._guessed[place] = False
+
+    def end(self, layer: int) -> None:
+        """The step leaves a layer: what was guessed for it and not used may go."""
+        if self._guessed.any():
+            self._expired |= self._guessed & (self._layers == layer)
+
+    def reserve(self, key: Key, shield: Iterable[Key] = ()) -> int | None:
+        """A place to fill with `key`, after whatever had to go went; never one of `shield` (the experts that the step is
+        about to use: SMoE's protection shield). None if there is no room beside those."""
+        layer = key[0]
+        while self._full(layer):
+            victim = self._victim(layer, shield)
+            if victim is None:
+                return None
+            self._drop(victim)
+        self._used[layer] += self._sizes[layer]
+        self._total += self._sizes[layer]
+        return self._free.pop()
+
+    def put(self, key: Key, place: int, guessed: bool = False) -> None:
+        """The reserved place holds `key` now."""
+        flat = self._first[key[0]] + key[1]
+        self._keys[place], self._layers[place], self._place[flat] = flat, key[0], place
+        self._guessed[place], self._expired[place] = guessed, False
+
+    def cancel(self, key: Key, place: int) -> None:
+        """The reserved place was not filled."""
+        self._release(key[0], place)
+
+    def _full(self, layer: int) -> bool:
+        size = self._sizes[layer]
+        if self._share is not None and self._used[layer] + size > self._share:
+            return True
+        return self._total + size > self.capacity or not self._free
+
+    def _victim(self, layer: int, shield: Iterable[Key]) -> int | None:
+        """The place whose record is worth least."""
+        may_go = self._keys >= 0
+        if self._share is not None and self._used[layer] + self._sizes[layer] > self._share:
+            may_go &= self._layers == layer
+        for shielded in shield:
+            place = self.find(shielded)
+            if place is not None:
+                may_go[place] = False
+        places = np.flatnonzero(may_go & self._expired)
+        if not len(places):
+            places = np.flatnonzero(may_go)
+        if not len(places):
             return None
-        self._frames.move_to_end(key)
-        return self._frames[key]
+        return int(places[self.eviction.values(self._keys[places]).argmin()])
 
-    def reserve(self) -> int:
-        """A frame to fill; the least recently used expert goes if none is free. The same one until `put`."""
-        if not self._free:
-            self._free.append(self._frames.popitem(last=False)[1])
-        return self._free[-1]
+    def _drop(self, place: int) -> None:
+        layer = int(self._layers[place])
+        self._place[self._keys[place]] = -1
+        self._keys[place] = self._layers[place] = -1
+        self._guessed[place] = self._expired[place] = False
+        self._release(layer, place)
 
-    def put(self, key: Key) -> None:
-        """The reserved frame holds `key` now."""
-        self._frames[key] = self._free.pop()
+    def _release(self, layer: int, place: int) -> None:
+        self._used[layer] -= self._sizes[layer]
+        self._total -= self._sizes[layer]
+        self._free.append(place)

@@ -1,7 +1,7 @@
 """What runs where: pure decisions over scores and residency. No I/O, no clock: a simulator drives the same code.
 
-This version is lossless: every active expert is computed, so a decision is the list of slots of each expert and the
-order in which to take them, residents first.
+A decision is the list of slots of each expert and the order in which to take them, residents first. Which experts those
+are is the router's word, or a substitution's (`policies.substitution`).
 """
 
 from __future__ import annotations
@@ -10,25 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-
-from smoe.artifacts.manifest import Routing
-
-
-def route(rule: Routing, scores: np.ndarray, raw: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids `[T, k]` int64, best first, and mixing weights `[T, k]` float32, from scores and raw weights `[T, E]`."""
-    ids = np.argsort(-scores, axis=-1, kind="stable")[:, :k]
-    return ids, weigh(rule, raw, ids)
-
-
-def weigh(rule: Routing, raw: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Mixing weights of any choice of ids `[T, k]`, from the raw weights `[T, E]`: float32 `[T, k]`."""
-    w = np.take_along_axis(raw, ids, axis=-1).astype(np.float32)
-    if rule.normaliser == "softmax":
-        w = np.exp(w - w.max(-1, keepdims=True))
-        w = w / w.sum(-1, keepdims=True)
-    elif rule.normaliser == "sum":
-        w = w / (w.sum(-1, keepdims=True) + np.float32(rule.epsilon))
-    return w * np.float32(rule.scale)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoe.artifacts.manifest import Routing
+from smoe.runtime.policies.eviction import LeastRecentlyUsed
+from smoe.runtime.policies.routing import route, weigh
 from smoe.runtime.residency import Residency
-from smoe.runtime.scheduler import decide, route, weigh
+from smoe.runtime.scheduler import decide
 
 SCORES = np.array([[0.1, 0.4, 0.2, 0.3]], np.float32)
 
@@ -44,43 +46,83 @@ def test_tasks_cover_every_slot_once_residents_first(tokens, k, experts, seed):
     assert order == sorted(order, reverse=True)
 
 
-def _ask(residency, key) -> tuple[int, bool]:
-    """(frame, hit), as the engine asks."""
-    frame = residency.get(key)
-    if frame is not None:
-        return frame, True
-    frame = residency.reserve()
-    residency.put(key)
-    return frame, False
+def _lru(capacity: int, experts: int = 10, **how) -> Residency:
+    return Residency([experts], capacity, LeastRecentlyUsed([experts]), **how)
+
+
+def _ask(residency, key, shield=()) -> tuple[int, bool]:
+    """(place, hit), as the engine asks."""
+    residency.use(key)
+    place = residency.find(key)
+    if place is not None:
+        return place, True
+    place = residency.reserve(key, shield)
+    residency.put(key, place)
+    return place, False
 
 
 @given(st.integers(1, 6), st.lists(st.integers(0, 9), max_size=80))
 def test_residency_is_least_recently_used(capacity, requests):
-    residency = Residency(capacity)
+    residency = _lru(capacity)
     held: list[int] = []  # least recently used first
     where: dict[int, int] = {}
     for expert in requests:
-        frame, hit = _ask(residency, (0, expert))
+        place, hit = _ask(residency, (0, expert))
         assert hit == (expert in held)
         if hit:
             held.remove(expert)
-            assert where[expert] == frame
+            assert where[expert] == place
         elif len(held) == capacity:
-            assert where.pop(held.pop(0)) == frame  # the victim's frame is taken over
+            assert where.pop(held.pop(0)) == place  # the victim's place is taken over
         held.append(expert)
-        where[expert] = frame
-        assert len(set(where.values())) == len(where) and 0 <= frame < capacity
+        where[expert] = place
+        assert len(set(where.values())) == len(where) and 0 <= place < capacity
         assert {e for e in range(10) if (0, e) in residency} == set(held)
+        assert residency.resident(0).tolist() == [e in held for e in range(10)] and len(residency) == len(held)
 
 
-def test_a_frame_that_was_not_filled_claims_nothing_and_is_the_next_to_be_filled():
-    residency = Residency(2)
+def test_a_place_that_was_not_filled_claims_nothing_and_is_free_again():
+    residency = _lru(2)
     _ask(residency, (0, 1))
-    frame = residency.reserve()  # the read fails: no put
-    assert len(residency) == 1 and residency.reserve() == frame
-    assert _ask(residency, (0, 3)) == (frame, False) and (0, 1) in residency
+    place = residency.reserve((0, 2))
+    assert len(residency) == 1 and (0, 2) not in residency
+    residency.cancel((0, 2), place)  # the read failed
+    assert _ask(residency, (0, 3)) == (place, False) and (0, 1) in residency
 
 
 def test_below_one_cycle_least_recently_used_never_hits():
-    residency = Residency(3)
+    residency = _lru(3)
     assert not any(_ask(residency, (0, e))[1] for _ in range(20) for e in range(4))
+
+
+def test_what_a_step_is_about_to_use_is_shielded():
+    residency = _lru(2)
+    _ask(residency, (0, 1))
+    _ask(residency, (0, 2))
+    assert residency.reserve((0, 3), shield=[(0, 1), (0, 2)]) is None
+    place = residency.reserve((0, 3), shield=[(0, 1)])
+    assert (0, 1) in residency and (0, 2) not in residency
+    residency.put((0, 3), place)
+
+
+def test_a_guess_goes_first_once_its_layer_has_passed_without_it():
+    residency = _lru(3)
+    for expert, guessed in ((1, True), (2, True), (3, False)):
+        residency.put((0, expert), residency.reserve((0, expert)), guessed)
+    residency.use((0, 2))
+    residency.use((0, 3))
+    residency.end(0)
+    _ask(residency, (0, 4))
+    assert [e for e in range(5) if (0, e) in residency] == [2, 3, 4]
+    residency.use((0, 2))
+    _ask(residency, (0, 5))  # no expired guess is left: least recently used again
+    assert (0, 3) not in residency
+
+
+def test_bytes_and_shares():
+    """Records of 2 and 3 bytes in 12; with shares each of two layers keeps to 6."""
+    for shares, kept in ((False, (1, 3)), (True, (3, 2))):
+        residency = Residency([6, 6], 12, LeastRecentlyUsed([6, 6]), [2, 3], shares)
+        for key in [(0, e) for e in range(4)] + [(1, e) for e in range(3)]:
+            _ask(residency, key)
+        assert (residency.resident(0).sum(), residency.resident(1).sum()) == kept

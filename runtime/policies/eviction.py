@@ -1,0 +1,151 @@
+"""Which resident expert goes when another needs its place.
+
+A policy keeps a number per expert; among those that may go, the one with the least goes. Experts have flat numbers here:
+`first[layer] + expert`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from smoe.runtime.errors import EngineError
+
+
+class Eviction:
+    """Least recently used, and the base of the others."""
+
+    needs_scores = False
+
+    def __init__(self, experts: Sequence[int]):
+        """`experts[l]`: how many experts layer l has."""
+        self.first = np.concatenate([[0], np.cumsum(experts)])
+        self.layer_of = np.repeat(np.arange(len(experts)), experts)
+        self.clock = 0
+        self.last = np.zeros(self.first[-1])  # when each was used last
+
+    def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
+        """A step reaches a layer with so many tokens; `scores` `[tokens, experts]` of its router, if there are any."""
+
+    def use(self, key: int) -> None:
+        """The step uses an expert, resident or not."""
+        self.clock += 1
+        self.last[key] = self.clock
+
+    def warm(self, share: np.ndarray) -> None:
+        """Before the first step: `share` float64 `[all experts]` of its layer's slots that each got in calibration."""
+        self.last = share - 1  # before anything that is used
+
+    def values(self, keys: np.ndarray) -> np.ndarray:
+        """float64 for each of `keys`: what is kept longest has the most. Ties go to the first."""
+        return self.last[keys]
+
+
+class LeastRecentlyUsed(Eviction):
+    """LRU."""
+
+
+class LeastFrequentlyUsed(Eviction):
+    """LFU since the start; of equals the one that was not used for longest."""
+
+    def __init__(self, experts: Sequence[int]):
+        super().__init__(experts)
+        self.count = np.zeros(self.first[-1])
+
+    def use(self, key: int) -> None:
+        super().use(key)
+        self.count[key] += 1
+
+    def values(self, keys: np.ndarray) -> np.ndarray:
+        return self.count[keys] + self.last[keys] / (self.clock + 1)
+
+
+class DecayedFrequency(Eviction):
+    """Uses, of which each counts half as much after `half_life` more tokens (LRFU of Lee et al. 2001, in tokens rather
+    than references, so that it means the same in every layer)."""
+
+    def __init__(self, experts: Sequence[int], half_life: float = 32):
+        super().__init__(experts)
+        self.growth = 2 ** (1 / half_life)
+        self.unit = np.ones(len(experts))  # what one use counts now, per layer: it grows instead of all else decaying
+        self.uses = np.zeros(self.first[-1])
+
+    def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
+        self.unit[layer] *= self.growth**tokens
+        if self.unit[layer] > 1e100:
+            self.uses[self.first[layer] : self.first[layer + 1]] /= self.unit[layer]
+            self.unit[layer] = 1
+
+    def use(self, key: int) -> None:
+        super().use(key)
+        self.uses[key] += self.unit[self.layer_of[key]]
+
+    def warm(self, share: np.ndarray) -> None:
+        super().warm(share)
+        self.uses = share * self.unit[self.layer_of]
+
+    def values(self, keys: np.ndarray) -> np.ndarray:
+        return self.uses[keys] / self.unit[self.layer_of[keys]] + self.last[keys] * 1e-12
+
+
+class GateScore(Eviction):
+    """SMoE: the mean gate score over the last `window` tokens, of experts that were not active too (paper III-D, Eq. 3;
+    its n is not given). The protection shield is the residency's, for every policy."""
+
+    needs_scores = True
+
+    def __init__(self, experts: Sequence[int], window: int = 8):
+        super().__init__(experts)
+        self.window = window
+        self.recent = [np.zeros((0, n)) for n in experts]
+        self.mean = np.zeros(self.first[-1])
+
+    def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
+        if scores is None:
+            raise EngineError("Eviction by gate scores needs the router's scores, which are not known here; use another.")
+        self.recent[layer] = np.concatenate([self.recent[layer], scores])[-self.window :]
+        self.mean[self.first[layer] : self.first[layer + 1]] = self.recent[layer].mean(0)
+
+    def warm(self, share: np.ndarray) -> None:
+        super().warm(share)
+        self.mean = share.astype(np.float64)
+
+    def values(self, keys: np.ndarray) -> np.ndarray:
+        return self.mean[keys] + self.last[keys] * 1e-12
+
+
+class Belady(Eviction):
+    """The optimum where all records are as long: what is needed furthest in the future goes. For simulation only, since
+    it knows `future`: (layer, experts) of every step to come, in order."""
+
+    def __init__(self, experts: Sequence[int], future: Iterable[tuple[int, Iterable[int]]]):
+        super().__init__(experts)
+        self.step = -1
+        self.uses: list[list[int]] = [[] for _ in range(self.first[-1])]  # next one last
+        for step, (layer, used) in enumerate(future):
+            for expert in used:
+                self.uses[self.first[layer] + expert].append(step)
+        self.next = np.array([-float(uses[0]) if uses else -np.inf for uses in self.uses])
+        for uses in self.uses:
+            uses.reverse()
+
+    def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
+        self.step += 1
+
+    def use(self, key: int) -> None:
+        uses = self.uses[key]
+        while uses and uses[-1] <= self.step:
+            uses.pop()
+        self.next[key] = -uses[-1] if uses else -np.inf
+
+    def values(self, keys: np.ndarray) -> np.ndarray:
+        return self.next[keys]
+
+
+EVICTIONS: dict[str, Callable[..., Eviction]] = {
+    "lru": LeastRecentlyUsed,
+    "lfu": LeastFrequentlyUsed,
+    "decay": DecayedFrequency,
+    "score": GateScore,
+}
