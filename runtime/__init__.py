@@ -8,8 +8,10 @@
 `engine.Engine.step` is the page to read first.
 """
 
-from smoe.runtime.engine import Engine, Stats, Token
+from smoe.runtime.engine import Engine, Token
 from smoe.runtime.errors import EngineError
+from smoe.runtime.policies.named import Policies
+from smoe.runtime.stats import Stats
 from smoe.runtime.text import StopWhen
 
-__all__ = ["Engine", "EngineError", "Stats", "StopWhen", "Token"]
+__all__ = ["Engine", "EngineError", "Policies", "Stats", "StopWhen", "Token"]

@@ -145,8 +145,9 @@ class Backbone:
             **sequence.state,
         }
 
-    def run(self, index: int, values: Values, sequence: Sequence) -> None:
-        """Run segment `index`: its outputs are added to `values`, its state to `sequence`."""
+    def run(self, index: int, values: Values, sequence: Sequence, keep: bool = True) -> None:
+        """Run segment `index`: its outputs are added to `values`, its state to `sequence`. Without `keep` that state may be
+        overwritten: what was written in place lies behind the sequence's length, the rest is forgotten."""
         segment, session = self._segments[index], self._sessions[index]
         try:
             binding = session.io_binding()
@@ -161,7 +162,7 @@ class Backbone:
         except ORT_ERRORS as error:
             raise EngineError(f"Segment {index} of the backbone failed: {_first_line(error)}") from error
         values.update(zip(segment.outputs, binding.get_outputs(), strict=True))
-        for spec in self._replaced[index]:
+        for spec in self._replaced[index] if keep else ():
             sequence.state[spec.input] = values[spec.output]
 
 

@@ -12,10 +12,15 @@ import click
 
 from smoe.artifacts import open_bundle
 from smoe.runtime import memory as budget
-from smoe.runtime.engine import Engine, Stats
+from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
+from smoe.runtime.policies.eviction import EVICTIONS
+from smoe.runtime.policies.named import PREFETCHES, SUBSTITUTIONS, Policies
+from smoe.runtime.stats import Stats
+from smoe.runtime.store import IO
 from smoe.runtime.text import StopWhen, read_text
 
+POLICIES = Policies()
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -49,7 +54,22 @@ _engine = _options(
         help="Threads of backbone and experts. Default: as many as pay, and as there are processors.",
     ),
     click.option("--level", type=int, help="Planes of every expert to read: fewer is lossy. Default: all."),
+    click.option(
+        "--eviction", help=f"Which resident expert goes: {', '.join(EVICTIONS)}. Default: {POLICIES.eviction}."
+    ),
+    click.option("--shares", is_flag=True, help="Every layer has an equal part of the experts' memory for itself."),
+    click.option("--cold", is_flag=True, help="Start with no expert in memory instead of the most used ones."),
+    click.option(
+        "--prefetch", help=f"What is read on a guess: {', '.join(PREFETCHES)}. Default: {POLICIES.prefetch}."
+    ),
+    click.option("--io", help=f"How records are read: {' or '.join(IO)}. Default: the better one, by a measurement."),
+    click.option(
+        "--substitution",
+        metavar="NAME[:NUMBER]",
+        help=f"LOSSY. What stands in for a missing expert: {', '.join(SUBSTITUTIONS)}. Default: none, lossless.",
+    ),
 )
+_ENGINE = ("memory", "context", "threads", "level", "io", "eviction", "shares", "cold", "prefetch", "substitution")
 _generation = _options(
     click.option("--max-new-tokens", type=int, default=64, show_default=True),
     click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
@@ -58,6 +78,16 @@ _generation = _options(
     click.option("--seed", type=int, help="Makes a draw repeat."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times."),
 )
+
+
+def _open(bundle: Path, options: dict[str, Any]) -> Engine:
+    """The engine that the options of `_engine` ask for; they are taken out of `options`."""
+    asked = {name: options.pop(name) for name in _ENGINE}
+    policies = {name: asked.pop(name) for name in ("eviction", "prefetch", "substitution")}
+    given = {name: value for name, value in policies.items() if value is not None}
+    return Engine.open(
+        bundle, policies=Policies(shares=asked.pop("shares"), warm=not asked.pop("cold"), **given), **asked
+    )
 
 
 @cli.command()
@@ -69,23 +99,19 @@ _generation = _options(
 def run(
     bundle: Path,
     prompt: str,
-    memory: str | None,
-    context: int | None,
-    threads: int | None,
-    level: int | None,
     ids: bool,
     as_json: bool,
     stop: tuple[str, ...],
-    **generation: Any,
+    **options: Any,
 ) -> None:
     """Generate from PROMPT ("-" reads it from stdin)."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    with Engine.open(bundle, memory, context, threads, level) as engine:
+    with _open(bundle, options) as engine:
         _say(*engine.mode_lines())
         asked = _parse_ids(text) if ids else text
         tokens = []
         try:
-            for token in engine.generate(asked, stop=StopWhen(stop), **generation):
+            for token in engine.generate(asked, stop=StopWhen(stop), **options):
                 tokens.append(token)
                 if not as_json:
                     click.echo(f"{token.id} " if ids else token.text, nl=False)
@@ -119,26 +145,22 @@ def run(
 @_json
 def chat(
     bundle: Path,
-    memory: str | None,
-    context: int | None,
-    threads: int | None,
-    level: int | None,
     system: str | None,
     chat_template: Path | None,
     as_json: bool,
     stop: tuple[str, ...],
-    **generation: Any,
+    **options: Any,
 ) -> None:
     """Talk, a line a turn; an empty line or end of input ends it. Ctrl-C cuts an answer short."""
     template = read_text(chat_template) if chat_template else None
     messages = [{"role": "system", "content": system}] if system else []
-    with Engine.open(bundle, memory, context, threads, level) as engine:
+    with _open(bundle, options) as engine:
         engine.text.chat([*messages, {"role": "user", "content": "?"}], template)  # no template: say so now
         _say(*engine.mode_lines())
         while line := _ask():
             turn = [*messages, {"role": "user", "content": line}]
             try:
-                answer = _answer(engine, engine.text.chat(turn, template), stop, generation, not as_json)
+                answer = _answer(engine, engine.text.chat(turn, template), stop, options, not as_json)
             except EngineError as error:  # the conversation so far is kept
                 _say(f"smoe: {error}")
                 continue
@@ -246,7 +268,7 @@ def _statistics(stats: Stats) -> str:
     return (
         f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} new ({rate}, "
         f"{stats.finish}); experts: {stats.hits} hits, {stats.misses} misses ({stats.hit_rate:.1%} hit), "
-        f"{budget.show(stats.bytes_read)} read in {stats.load_seconds:.2f} s"
+        f"{budget.show(stats.bytes_read)} read, {stats.stall_seconds:.2f} s waiting"
     )
 
 

@@ -1,12 +1,12 @@
 """The engine: opens a bundle, runs sequences through segments and experts, generates.
 
-`Engine.step` is the page to read first. Everything below it is one of: the backbone (`backbone`), deciding
-(`scheduler`, `residency`), bytes (`store`, `memory`), arithmetic (`kernels`), text (`text`, `sampling`).
+`Engine.step` is the page to read first, `Experts.run` the second. Everything below them is one of: the backbone
+(`backbone`), deciding (`policies`, `scheduler`, `residency`), bytes (`store`, `reader`, `memory`), arithmetic
+(`kernels`), text (`text`, `sampling`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 
 from smoe.artifacts import open_bundle
 from smoe.artifacts.manifest import Layer, Manifest
-from smoe.runtime import kernels, memory, scheduler
+from smoe.runtime import kernels, machine, memory, store
 from smoe.runtime.backbone import LARGE, Backbone, Sequence, Values, ort_value
 from smoe.runtime.errors import EngineError
-from smoe.runtime.policies.eviction import LeastRecentlyUsed
-from smoe.runtime.residency import Residency
+from smoe.runtime.experts import Experts, Routed
+from smoe.runtime.policies.named import Policies, Tables
 from smoe.runtime.sampling import Sampler, Sampling
-from smoe.runtime.store import Shards
+from smoe.runtime.stats import Stats
 from smoe.runtime.text import StopWhen, Stream, Text
+
+DEFAULT = Policies()
 
 
 @dataclass(frozen=True)
@@ -35,51 +38,32 @@ class Token:
     text: str
 
 
-@dataclass
-class Stats:
-    """Counters since the engine was opened. Times are in seconds of wall clock."""
-
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    slots: int = 0  # token x active expert
-    hits: int = 0  # expert needed by a step and resident; one per expert, layer and step
-    misses: int = 0
-    bytes_read: int = 0
-    prefill_seconds: float = 0.0
-    decode_steps: int = 0
-    decode_seconds: float = 0.0  # in the engine: what the caller does between tokens does not count
-    load_seconds: float = 0.0  # part of both above: waiting for records
-    finish: str = ""  # of the last generation: length, end, stop or cancelled
-
-    @property
-    def hit_rate(self) -> float:
-        return self.hits / max(1, self.hits + self.misses)
-
-    def as_dict(self) -> dict[str, float | int | str]:
-        return dataclasses.asdict(self) | {"hit_rate": self.hit_rate}
-
-
 class Engine:
     """One bundle in memory. Use it from one thread; close it, or use it in a `with`."""
 
     def __init__(
-        self, path: Path, manifest: Manifest, plan: memory.Plan, threads: int | None = None, level: int | None = None
+        self,
+        path: Path,
+        manifest: Manifest,
+        plan: memory.Plan,
+        threads: int | None = None,
+        level: int | None = None,
+        policies: Policies = DEFAULT,
+        io: str | None = None,
     ):
-        self.path, self.manifest, self.plan, self.context = path, manifest, plan, plan.context
+        self.path, self.manifest, self.plan, self.context, self.policies = path, manifest, plan, plan.context, policies
         self.stats = Stats()
         self.text = Text(path, manifest.files)
         self._turn = 0  # counts what has used the sequence, so that a paused generation notices
         self._kernels = kernels.choose(threads=threads)
         self._backbone = Backbone(path, manifest, threads)
-        experts = [layer.experts for layer in manifest.layers]
-        self._residency = Residency(experts, plan.capacity, LeastRecentlyUsed(experts))
-        self._frames = np.empty((plan.capacity, plan.record), np.uint8)
         self._sequence = Sequence(manifest.backbone.state, plan.context)
-        self._shards = Shards(path, manifest, level)
-        self._layers = [
-            self._kernels.layer(manifest.experts.gate, manifest.expert_shape(i), manifest.experts.encoding, layout)
-            for i, layout in enumerate(self._shards.layouts)
-        ]
+        self.reading = store.choose(path, manifest, level, io, plan)
+        self._shards = store.Shards(path, manifest, level, self.reading.io)
+        self._experts = Experts(
+            manifest, plan, self._shards, self._kernels, policies, Tables(path, manifest), self.stats
+        )
+        self._pinned = ""
 
     @classmethod
     def open(
@@ -89,20 +73,25 @@ class Engine:
         context: int | None = None,
         threads: int | None = None,
         level: int | None = None,
+        policies: Policies = DEFAULT,
+        io: str | None = None,
     ) -> Engine:
         """Open the bundle at `path` within `memory` (bytes, or text like "64MiB"; None: all experts resident) for
         sequences of up to `context` tokens (None: 2048, or what the model was made for if that is less). `threads`
         run the backbone (None: as many as pay, by the size of each segment's weights) and the experts (None: all that
         this process may use). `level` is how many planes of every expert are read (None: all; fewer is lossy).
+        `policies` say what stays, what stands in and what is read ahead where memory does not hold all experts; `io` is
+        "direct" (past the page cache) or "buffered" (None: by a short measurement).
 
         A damaged bundle, or one without such a level, is a `BundleError`, a budget that is too small an `EngineError`
-        that names the minimum.
+        that names the minimum, and so are policies that have no effect or cannot work.
         """
         path = Path(path)
         manifest = open_bundle(path)
         plan = _plan(manifest, memory, context, level)
+        _check(policies, plan, manifest)
         try:
-            engine = cls(path, manifest, plan, threads, level)
+            engine = cls(path, manifest, plan, threads, level, policies, io)
         except MemoryError as error:
             raise EngineError(
                 f"{plan.lines()[0]}: that is more than this machine gives; state less memory."
@@ -114,6 +103,16 @@ class Engine:
             raise
         return engine
 
+    def _fill(self) -> None:
+        self._experts.fill(self.policies.warm)
+        if self.plan.capacity == self.plan.experts:
+            self._pinned = f", {machine.pin(self._experts.frames)}"
+        self.reset_stats()
+
+    def reset_stats(self) -> None:
+        """Count from zero."""
+        self.stats = self._experts.stats = Stats()
+
     def __enter__(self) -> Engine:
         return self
 
@@ -122,6 +121,7 @@ class Engine:
 
     def close(self) -> None:
         """Close the shards. The engine cannot be used afterwards."""
+        self._experts.close()
         self._shards.close()
 
     def mode_lines(self) -> list[str]:
@@ -134,7 +134,19 @@ class Engine:
             f"kernels: {self._kernels.name} ({self._kernels.reason}), up to {self._kernels.threads} threads",
             _threads_line(self._backbone.threads),
             *self.plan.lines(),
+            f"reads: {self.reading.io} ({self.reading.reason}){self._pinned}",
+            *self._policy_lines(),
             *([f"substitution: not possible with this model: {refused[0]}"] if refused else []),
+        ]
+
+    def _policy_lines(self) -> list[str]:
+        if self.plan.capacity == self.plan.experts:
+            return []
+        p = self.policies
+        return [
+            f"policies: eviction {p.eviction}{' in shares by layer' if p.shares else ''}, "
+            f"{'warm' if p.warm else 'cold'} start, prefetch {p.prefetch}, substitution {p.substitution}"
+            + (" (lossless)" if p.lossless else " (lossy)")
         ]
 
     def _level_line(self) -> str:
@@ -152,7 +164,7 @@ class Engine:
         try:
             for index, layer in enumerate(self.manifest.layers):
                 self._backbone.run(index, values, sequence)
-                self._experts(index, layer, values)
+                values[layer.wires.output] = self._mixture(index, values, sequence)
             self._backbone.run(len(self.manifest.layers), values, sequence)
         except BaseException:  # an interrupt too: some segments have moved on, others have not
             sequence.reset()
@@ -161,57 +173,22 @@ class Engine:
         logits = values["logits"].numpy()[0]
         return logits if len(logits) == len(keep) else logits[keep]
 
-    def _experts(self, index: int, layer: Layer, values: Values) -> None:
-        """Schedule, load, compute and combine the experts of one layer; the result becomes the layer's output value."""
-        wires = layer.wires
-        hidden = values[wires.hidden].numpy()
-        x, ids, weights = _routed(index, layer, hidden, values[wires.ids].numpy(), values[wires.weights].numpy())
-        outputs = np.empty((*ids.shape, layer.hidden), np.float32)  # by rank: the sum below never depends on arrival
-        outputs[ids == layer.experts] = 0  # this id means no expert
-        tasks = scheduler.decide(ids, layer.experts, lambda expert: (index, expert) in self._residency)
-        for batch in scheduler.batches(tasks, self.plan.capacity, memory.SLOTS):
-            tokens, ranks = (np.concatenate([getattr(task, name) for task in batch]) for name in ("tokens", "ranks"))
-            work = kernels.Work(
-                np.array([self._load(index, task.expert) for task in batch]),
-                np.full(len(batch), self._shards.level),
-                np.cumsum([0, *(len(task.tokens) for task in batch)]),
-                tokens,
-            )
-            outputs[tokens, ranks] = self._layers[index](self._frames, work, x)
-        combined = outputs[:, 0] * weights[:, :1]
-        for rank in range(1, ids.shape[1]):
-            combined += outputs[:, rank] * weights[:, rank, None]
-        self.stats.slots += ids.size
-        values[wires.output] = ort_value(combined.reshape(hidden.shape))
+    def _mixture(self, index: int, values: Values, sequence: Sequence) -> ort.OrtValue:
+        """What the experts of one layer give."""
+        wires = self.manifest.layers[index].wires
+        shape = values[wires.hidden].shape()
 
-    def _fill(self) -> None:
-        """Where all experts fit, read them now: a step then never misses."""
-        if self.plan.capacity == self.plan.experts:
-            for layer, spec in enumerate(self.manifest.layers):
-                for expert in range(spec.experts):
-                    self._load(layer, expert)
-            self.stats = Stats()
-
-    def _load(self, layer: int, expert: int) -> int:
-        """The frame of an expert, read from its shard if it is not resident."""
-        key = (layer, expert)
-        self._residency.use(key)
-        frame = self._residency.find(key)
-        if frame is not None:
-            self.stats.hits += 1
-        else:
+        def foresight(partial: np.ndarray) -> Routed:
+            """The next layer's routing, if this layer's output were `partial`."""
             started = time.perf_counter()
-            frame = self._residency.reserve(key)
-            assert frame is not None
-            try:
-                self.stats.bytes_read += self._shards.read(layer, expert, self._frames[frame])
-            except BaseException:
-                self._residency.cancel(key, frame)
-                raise
-            self._residency.put(key, frame)
-            self.stats.misses += 1
-            self.stats.load_seconds += time.perf_counter() - started
-        return frame
+            ahead = values | {wires.output: ort_value(partial.reshape(shape))}
+            self._backbone.run(index + 1, ahead, sequence, keep=False)
+            routed = _routed(index + 1, self.manifest.layers[index + 1], ahead)
+            self.stats.foresight_seconds += time.perf_counter() - started
+            return routed
+
+        routed = _routed(index, self.manifest.layers[index], values)
+        return ort_value(self._experts.run(index, routed, foresight).reshape(shape))
 
     # -- what users call -------------------------------------------------------------------------------------------
 
@@ -346,23 +323,45 @@ def _plan(manifest: Manifest, budget: str | int | None, context: int | None, lev
     return memory.plan(manifest, None if budget is None else memory.parse_size(budget), context, level)
 
 
-def _routed(
-    index: int, layer: Layer, hidden: np.ndarray, ids: np.ndarray, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hidden float32 `[T, hidden]`, ids `[T, k]`, weights `[T, k]`, if they are what the manifest says: graphs come
-    from the bundle, and what they give is as untrusted as the rest of it."""
-    tokens, k = hidden.size // layer.hidden, layer.top_k
+def _check(policies: Policies, plan: memory.Plan, manifest: Manifest) -> None:
+    """Refuse what would have no effect or cannot work."""
+    if plan.capacity == plan.experts and policies != DEFAULT:
+        raise EngineError(
+            f"All {plan.experts} experts fit into memory, so that policies for missing ones have no effect; leave them "
+            f"out, or state less memory than {memory.show(plan.total)}."
+        )
+    most = max(layer.top_k for layer in manifest.layers)
+    share = plan.capacity // len(manifest.layers)
+    if policies.shares and share < most:
+        raise EngineError(
+            f"Shares by layer cannot work with {plan.capacity} resident experts: {share} for each of "
+            f"{len(manifest.layers)} layers, and a token uses {most}; leave them out, or state at least "
+            f"{memory.show(plan.fixed + most * len(manifest.layers) * plan.record, up=True)}."
+        )
+
+
+def _routed(index: int, layer: Layer, values: Values) -> Routed:
+    """What segment `index` says of its tokens, if it is what the manifest says: graphs come from the bundle, and what
+    they give is as untrusted as the rest of it."""
+    wires, k = layer.wires, layer.top_k
+    hidden, ids, weights = (values[name].numpy() for name in (wires.hidden, wires.ids, wires.weights))
+    tokens = hidden.size // layer.hidden
+    scored = [] if layer.routing is None else [values[wires.scores].numpy(), values[wires.raw].numpy()]
     if (
         (hidden.dtype, ids.dtype, weights.dtype) != (np.float32, np.int64, np.float32)
         or (hidden.size, ids.size, weights.size) != (tokens * layer.hidden, tokens * k, tokens * k)
         or not (ids.size and 0 <= ids.min() and ids.max() <= layer.experts)
+        or any((s.dtype, s.size) != (np.float32, tokens * layer.experts) for s in scored)
     ):
         raise EngineError(
             f"Segment {index} gives hidden {hidden.dtype} {hidden.shape}, ids {ids.dtype} {ids.shape} and weights "
             f"{weights.dtype} {weights.shape}, which is not what layer {index} of the manifest takes; copy the bundle "
             "again, or build it again."
         )
-    return hidden.reshape(tokens, layer.hidden), ids.reshape(tokens, k), weights.reshape(tokens, k)
+    scores, raw = (s.reshape(tokens, layer.experts) for s in scored) if scored else (None, None)
+    return Routed(
+        hidden.reshape(tokens, layer.hidden), ids.reshape(tokens, k), weights.reshape(tokens, k), scores, raw
+    )
 
 
 def _shared(held: list[int], ids: np.ndarray) -> int:

@@ -62,13 +62,20 @@ class Residency:
         """A step of so many tokens reaches a layer; `scores` `[tokens, experts]` of its router, where they are known."""
         self.eviction.begin(layer, tokens, scores)
 
-    def use(self, key: Key) -> None:
-        """The step uses an expert, resident or not."""
+    def use(self, key: Key) -> bool:
+        """The step uses an expert, resident or not; whether it is the first use of one that was read on a guess."""
         flat = self._first[key[0]] + key[1]
         self.eviction.use(flat)
         place = self._place[flat]
-        if place >= 0:
-            self._guessed[place] = False
+        if place < 0 or not self._guessed[place]:
+            return False
+        self._guessed[place] = self._expired[place] = False
+        return True
+
+    def room(self, layer: int) -> int:
+        """How many records of a layer there may be, if there are no others."""
+        most = self.capacity if self._share is None else self._share
+        return most // self._sizes[layer]
 
     def end(self, layer: int) -> None:
         """The step leaves a layer: what was guessed for it and not used may go."""

@@ -21,12 +21,11 @@ class Task:
     ranks: np.ndarray
 
 
-def batches(tasks: list[Task], most: int, slots: int) -> Iterator[list[Task]]:
-    """Tasks that are computed in one call: up to `most` experts, which are in memory at once, and no more after
-    `slots` slots."""
+def batches(tasks: list[Task], slots: int) -> Iterator[list[Task]]:
+    """Tasks that are computed in one call: no more after `slots` slots."""
     batch: list[Task] = []
     for task in tasks:
-        if len(batch) == most or sum(len(t.tokens) for t in batch) >= slots:
+        if sum(len(t.tokens) for t in batch) >= slots:
             yield batch
             batch = []
         batch.append(task)

@@ -103,7 +103,9 @@ class GateScore(Eviction):
 
     def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
         if scores is None:
-            raise EngineError("Eviction by gate scores needs the router's scores, which are not known here; use another.")
+            raise EngineError(
+                "Eviction by gate scores needs the router's scores, which are not known here; use another."
+            )
         self.recent[layer] = np.concatenate([self.recent[layer], scores])[-self.window :]
         self.mean[self.first[layer] : self.first[layer + 1]] = self.recent[layer].mean(0)
 
@@ -149,3 +151,4 @@ EVICTIONS: dict[str, Callable[..., Eviction]] = {
     "decay": DecayedFrequency,
     "score": GateScore,
 }
+DEFAULT_EVICTION = "decay"

@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -87,10 +88,10 @@ def test_a_slot_without_an_expert_adds_nothing(golden):
 
         def run(ids, weights):
             wires = layer.wires
-            values = {wires.hidden: x, wires.ids: ids, wires.weights: weights}
+            scores = np.zeros((5, layer.experts), np.float32)
+            values = {wires.hidden: x, wires.ids: ids, wires.weights: weights, wires.scores: scores, wires.raw: scores}
             values = {name: ort_value(np.ascontiguousarray(array)) for name, array in values.items()}
-            engine._experts(0, layer, values)
-            return values[wires.output].numpy()
+            return engine._mixture(0, values, engine._sequence).numpy()
 
         some = ids.copy()
         some[1, 0] = some[3, 1] = some[4] = layer.experts
@@ -285,14 +286,16 @@ class _Interrupt:
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("where", ["_shards.read", "_backbone.run", "_layers"])
+@pytest.mark.parametrize(
+    "where", ["_experts._reader.demand", "_experts._reader.wait", "_backbone.run", "_experts._kernels"]
+)
 def test_an_interrupt_anywhere_leaves_no_trace(golden, answer, budgets, monkeypatch, where, at):
     with Engine.open(golden, memory=budgets(4)) as engine:
-        owner, _, name = where.partition(".")
-        part = getattr(engine, owner)
-        if owner == "_layers":
+        owner, _, name = where.rpartition(".")
+        part = attrgetter(owner)(engine)
+        if name == "_kernels":
             calls = _Interrupt(lambda kernel, *arguments: kernel(*arguments), at)
-            engine._layers = [partial(calls, kernel) for kernel in part]
+            part._kernels = [partial(calls, kernel) for kernel in part._kernels]
         else:
             monkeypatch.setattr(part, name, _Interrupt(getattr(part, name), at))
         with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,119 @@
+"""Policies by name, as `Engine.open` and the commands take them: NAME or NAME:NUMBER, like smoe:0.35."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from smoe.artifacts.manifest import Manifest
+from smoe.artifacts.tables import load_tables
+from smoe.runtime.errors import EngineError
+from smoe.runtime.policies import prefetch, substitution
+from smoe.runtime.policies.eviction import DEFAULT_EVICTION, EVICTIONS, Eviction
+
+
+@dataclass(frozen=True)
+class Policies:
+    """What the engine does with a budget that does not hold all experts.
+
+    eviction: which resident expert goes (`EVICTIONS`). shares: every layer has an equal part of the pool for itself.
+    warm: start with the experts that calibration used most, rather than with none. substitution: what stands in for a
+    missing expert (`SUBSTITUTIONS`; none is lossless). prefetch: what is read on a guess (`PREFETCHES`).
+    """
+
+    eviction: str = DEFAULT_EVICTION
+    shares: bool = False
+    warm: bool = True
+    substitution: str = "none"
+    prefetch: str = "none"
+
+    @property
+    def lossless(self) -> bool:
+        return self.substitution == "none"
+
+
+class Tables:
+    """The tables of a bundle, read when a policy asks for them."""
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self._path, self._experts = path / "tables.safetensors", [layer.experts for layer in manifest.layers]
+        self._loaded: list[dict[str, np.ndarray]] | None = None
+
+    def of(self, name: str) -> list[np.ndarray]:
+        """One table for every layer that has it, in order."""
+        if self._loaded is None:
+            self._loaded = load_tables(self._path, self._experts)
+        return [tables[name] for tables in self._loaded if name in tables]
+
+
+# NAME: (what the number is, its default or None where one must be given, smallest, largest, how it is made)
+_Maker = Callable[[float, Manifest, Tables], substitution.Substitution]
+SUBSTITUTIONS: dict[str, tuple[str, float | None, float, float, _Maker]] = {
+    "smoe": ("alpha", 0.35, 0, 10, lambda n, m, t: substitution.Smoe(n)),
+    "cache-prior": ("lambda", 0.2, 0, 10, lambda n, m, t: substitution.CachePrior(n)),
+    "buddy": ("entropy that is needed", 0.95, 0, 1, lambda n, m, t: substitution.Buddy(t.of("coactivation"), n)),
+    "live": ("weight below", 0.1, 0, 100, lambda n, m, t: substitution.Below("live", n)),
+    "zero": ("weight below", 0.1, 0, 100, lambda n, m, t: substitution.Below("zero", n)),
+    "random": ("weight below", 0.1, 0, 100, lambda n, m, t: substitution.Below("random", n)),
+    "similar": ("weight below", 0.1, 0, 100, lambda n, m, t: substitution.Below("similar", n, t.of("output_error"))),
+}
+PREFETCHES = ("none", "previous", "transition", "smoe")
+
+
+def make_eviction(text: str, manifest: Manifest) -> Eviction:
+    """The eviction called `text`."""
+    if text not in EVICTIONS:
+        raise EngineError(f"There is no eviction {text!r}; there are {', '.join(EVICTIONS)}.")
+    made = EVICTIONS[text]([layer.experts for layer in manifest.layers])
+    if made.needs_scores:
+        _needs_routing(manifest, f"Eviction {text}")
+    return made
+
+
+def make_substitution(text: str, manifest: Manifest, tables: Tables) -> substitution.Substitution | None:
+    """The substitution called `text`, None for "none"; an `EngineError` where this model allows none."""
+    if text == "none":
+        return None
+    name, colon, number = text.partition(":")
+    if name not in SUBSTITUTIONS:
+        raise EngineError(f"There is no substitution {name!r}; there are none, {', '.join(SUBSTITUTIONS)}.")
+    what, default, least, most, make = SUBSTITUTIONS[name]
+    _needs_routing(manifest, "Substitution")
+    return make(_number(text, number if colon else default, what, least, most), manifest, tables)
+
+
+def make_prefetch(text: str, manifest: Manifest, tables: Tables) -> prefetch.Prefetch:
+    """The prefetch called `text`."""
+    name, colon, number = text.partition(":")
+    layers = manifest.layers
+    if name not in PREFETCHES:
+        raise EngineError(f"There is no prefetch {name!r}; there are {', '.join(PREFETCHES)}.")
+    if name == "smoe":
+        _needs_routing(manifest, "Prefetch by scores")
+        return prefetch.TopScore(_number(text, number if colon else 0.35, "alpha", 0, 10))
+    if colon:
+        raise EngineError(f"Prefetch {name} takes no number; write {name} instead of {text}.")
+    if name == "previous":
+        return prefetch.Previous(len(layers))
+    if name == "transition":
+        return prefetch.Transition([None, *tables.of("transition")], [layer.top_k for layer in layers])
+    return prefetch.Prefetch()
+
+
+def _needs_routing(manifest: Manifest, what: str) -> None:
+    refused = [layer.routing_refusal for layer in manifest.layers if layer.routing is None]
+    if refused:
+        raise EngineError(f"{what} is not possible with this model: {refused[0]}; leave it out, or use another.")
+
+
+def _number(text: str, given: str | float | None, what: str, least: float, most: float) -> float:
+    try:
+        value = float(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise EngineError(f"{text!r}: after the colon comes the {what}, a number from {least} to {most}.") from error
+    if not least <= value <= most:
+        raise EngineError(f"{text!r}: the {what} is {value}; it goes from {least} to {most}.")
+    return value

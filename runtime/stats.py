@@ -1,0 +1,54 @@
+"""What an engine counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass
+class Stats:
+    """Counters since the engine was opened. Times are in seconds of wall clock.
+
+    Hits and misses count each expert once per layer and step: `wanted` ones as the router chose them, `hits` and `misses`
+    as they were after substitution, which is what was computed.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    slots: int = 0  # token x active expert
+    substituted: int = 0  # slots that got another expert than the router's, or none
+    wanted: int = 0
+    wanted_hits: int = 0
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    guesses_read: int = 0  # records read on a guess
+    guesses_used: int = 0  # of them, those that a step used before they were evicted
+    prefill_seconds: float = 0.0
+    decode_steps: int = 0
+    decode_seconds: float = 0.0  # in the engine: what the caller does between tokens does not count
+    stall_seconds: float = 0.0  # part of both above: waiting for records, with nothing left to compute
+    foresight_seconds: float = 0.0  # part of both above: computing what the next layer may want
+    finish: str = ""  # of the last generation: length, end, stop or cancelled
+
+    @property
+    def hit_rate(self) -> float:
+        """Of what was computed."""
+        return self.hits / max(1, self.hits + self.misses)
+
+    @property
+    def wanted_hit_rate(self) -> float:
+        """Of what the router chose: before substitution."""
+        return self.wanted_hits / max(1, self.wanted)
+
+    @property
+    def substituted_share(self) -> float:
+        return self.substituted / max(1, self.slots)
+
+    def as_dict(self) -> dict[str, float | int | str]:
+        return dataclasses.asdict(self) | {
+            "hit_rate": self.hit_rate,
+            "wanted_hit_rate": self.wanted_hit_rate,
+            "substituted_share": self.substituted_share,
+        }
