@@ -14,6 +14,7 @@ from smoe.artifacts import open_bundle
 from smoe.runtime import memory as budget
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
+from smoe.runtime.measure import bench as run_bench
 from smoe.runtime.policies.eviction import EVICTIONS
 from smoe.runtime.policies.named import PREFETCHES, SUBSTITUTIONS, Policies
 from smoe.runtime.stats import Stats
@@ -187,6 +188,41 @@ def _answer(engine: Engine, ids: list[int], stop: tuple[str, ...], generation: d
     except KeyboardInterrupt:
         _say("", "cancelled")
     return "".join(parts)
+
+
+@cli.command()
+@_engine
+@click.option(
+    "--text", type=click.Path(path_type=Path), required=True, help="A .jsonl file with text and domain, or text."
+)
+@click.option("--tokens", type=click.IntRange(2), default=1024, show_default=True, help="How much of it.")
+@click.option("--length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a row.")
+@click.option("--prompt", type=click.IntRange(1), default=32, show_default=True, help="Tokens of a row read at once.")
+@click.option("--choices", type=click.IntRange(0), default=0, help="Questions of the choice task. Default: none.")
+@_json
+def bench(
+    bundle: Path, text: Path, tokens: int, length: int, prompt: int, choices: int, as_json: bool, **options: Any
+) -> None:
+    """Measure speed, hits, memory and quality on a text, teacher-forced; a lossy run is compared with the exact one."""
+    found = run_bench(lambda **changed: _open(bundle, options | changed), text, tokens, length, prompt, choices, _say)
+    click.echo(json.dumps(found) if as_json else "\n".join(_bench_lines(found)))
+
+
+def _bench_lines(found: dict[str, Any]) -> list[str]:
+    shown = []
+    for name, value in found.items():
+        if value is None:
+            continue
+        if name.endswith(("memory", "bytes_read")):
+            value = budget.show(value)
+        elif name.endswith(("rate_before", "rate_after", "share", "top1", "accuracy", "accuracy_exact")):
+            value = f"{value:.1%}"
+        elif name in ("ttft", "tpot"):
+            value = f"{value * 1000:.1f} ms"
+        elif isinstance(value, float):
+            value = f"{value:.4g}"
+        shown.append(f"{name.replace('_', ' '):20} {value}")
+    return shown
 
 
 @cli.command()

@@ -124,6 +124,11 @@ class Engine:
         self._experts.close()
         self._shards.close()
 
+    @property
+    def lossless(self) -> bool:
+        """Whether the logits are those of all experts at their full level."""
+        return self.policies.lossless and self._shards.level == len(self._shards.layouts[0].levels)
+
     def mode_lines(self) -> list[str]:
         """Every automatic choice with its reason, for people."""
         experts, model = self.manifest.experts, self.manifest.model
@@ -249,18 +254,21 @@ class Engine:
             [self.step(self._sequence, part, np.arange(len(part))) for part in self._chunks(checked)]
         )
 
-    def score(self, ids: SequenceOf[int] | np.ndarray) -> Iterator[np.ndarray]:
-        """The same token by token, through the decode path: after each id, logits float32 `[vocabulary]`."""
-        return self._score(self._checked_ids(ids))
+    def score(self, ids: SequenceOf[int] | np.ndarray, prompt: int = 1, reuse: bool = False) -> Iterator[np.ndarray]:
+        """The same token by token, through the decode path: logits float32 `[vocabulary]` after the first `prompt` ids,
+        which are read at once, and after each further one. `reuse` as in `generate`."""
+        checked = self._checked_ids(ids)
+        if not 1 <= prompt <= len(checked):
+            raise EngineError(f"A prompt of {prompt} tokens was asked for; these are 1 to {len(checked)} of them.")
+        return self._score(checked, prompt, reuse)
 
-    def _score(self, ids: np.ndarray) -> Iterator[np.ndarray]:
-        self._turn += 1
+    def _score(self, ids: np.ndarray, prompt: int, reuse: bool) -> Iterator[np.ndarray]:
+        yield self._prefill(ids[:prompt], reuse)
         turn = self._turn
-        self._sequence.rewind(0)
-        for token in ids:
+        for token in ids[prompt:]:
             if self._turn != turn:
                 raise EngineError("Another call used the engine while this scoring was paused; open a second engine.")
-            yield self.step(self._sequence, np.array([token]), np.array([0]))[0]
+            yield self._decode(token)
 
     # -- the parts of a generation -----------------------------------------------------------------------------------
 
