@@ -1,0 +1,129 @@
+"""SMoE's ablation, and all substitutions at equal loads:  python bench/policies.py BUNDLE [--text FILE] [--tokens N]
+
+Two tables for each residency (share of the experts that is in memory), from one text, teacher-forced token by token and
+compared with the lossless run. The first adds the parts of SMoE one by one to plain LRU, then varies alpha. The second sets every
+policy's number by bisection so that all load the same share of slots, with the controls that the literature's
+contradictions ask for; a row that cannot reach a share says how near it comes. Loaded: experts read of those that the router wanted.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from smoe.artifacts import open_bundle
+from smoe.runtime import Engine, Policies, memory
+from smoe.runtime.measure import choose, exact, items, measure, read_documents, rows
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CONTEXT, LENGTH, PROMPT = 512, 256, 32
+STEPS = [
+    ("lru", Policies("lru")),
+    ("+ eviction by score", Policies("score")),
+    ("+ substitution .35", Policies("score", substitution="smoe:0.35")),
+    ("+ prefetch", Policies("score", substitution="smoe:0.35", prefetch="smoe:0.35")),
+    ("our eviction alone", Policies()),
+    ("our eviction, previous", Policies(prefetch="previous")),
+    ("our eviction, transition", Policies(prefetch="transition")),
+    *[(f"our eviction, smoe:{a}", Policies(substitution=f"smoe:{a}")) for a in (0.1, 0.25, 0.35, 0.6, 1.0, 1.5)],
+]
+# name: smallest and largest number worth trying, and whether a larger one loads less
+NUMBERS = {
+    "smoe": (0, 4, True),
+    "cache-prior": (0, 1.5, True),
+    "buddy": (0.3, 1, False),
+    "live": (0, 1, True),
+    "zero": (0, 1, True),
+    "random": (0, 1, True),
+    "similar": (0, 1, True),
+}
+
+
+class Subject:
+    """One bundle and text: runs policies on it at residencies."""
+
+    def __init__(self, bundle: Path, text: Path, tokens: int, choices: int, scratch: Path):
+        self.bundle, self.manifest = bundle, open_bundle(bundle)
+        documents = read_documents(text)
+        with Engine.open(bundle, self.budget(0.25), CONTEXT) as engine:
+            self.texts = rows(engine, documents, tokens, LENGTH)
+            self.short = self.texts[: max(1, len(self.texts) // 3)]
+            self.questions = items(engine, documents, choices) if choices else []
+            self.wanted = exact(engine, self.texts, PROMPT, scratch / "exact")
+            self.accuracy = choose(engine, self.questions) if choices else float("nan")
+
+    def budget(self, residency: float) -> int:
+        plan = memory.plan(self.manifest, None, CONTEXT)
+        return plan.fixed + int(plan.experts * residency) * plan.record
+
+    def run(self, policies: Policies, residency: float, io: str | None = None) -> dict:
+        """`measure`, after one row to settle."""
+        with Engine.open(self.bundle, self.budget(residency), CONTEXT, policies=policies, io=io) as engine:
+            measure(engine, self.texts[:1], PROMPT)
+            found = measure(engine, self.texts, PROMPT, self.wanted)
+            return found | {"choice": choose(engine, self.questions) if self.questions else float("nan")}
+
+    def loaded(self, policies: Policies, residency: float) -> float:
+        with Engine.open(self.bundle, self.budget(residency), CONTEXT, policies=policies) as engine:
+            measure(engine, self.texts[:1], PROMPT)
+            return measure(engine, self.short, PROMPT)["loaded_share"]
+
+    def number_for(self, name: str, share: float, residency: float) -> float:
+        """The policy's number at which it loads `share`, by bisection on a third of the text."""
+        low, high, falls = NUMBERS[name]
+        for _ in range(6):
+            middle = (low + high) / 2
+            above = self.loaded(Policies(substitution=f"{name}:{middle}"), residency) > share
+            low, high = (middle, high) if above == falls else (low, middle)
+        return round((low + high) / 2, 4)
+
+
+def ablation(subject: Subject, residency: float, rounds: int) -> None:
+    print(f"\n{residency:.0%} of the experts in memory\n")
+    print("| policies | TPOT ms | of lru | stall | hits before | hits after | substituted | KL | same best | choice |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    runs: dict[str, list[dict]] = {name: [] for name, _ in STEPS}
+    for _ in range(rounds):  # interleaved
+        for name, policies in STEPS:
+            runs[name].append(subject.run(policies, residency))
+    base = np.median([run["tpot"] for run in runs["lru"]])
+    for name, found in runs.items():
+        run, tpot = found[0], np.median([r["tpot"] for r in found])
+        print(f"| {name} | {tpot * 1e3:.1f} | {tpot / base:.2f} | {run['stall_share']:.0%} | {run['hit_rate_before']:.1%} | "
+              f"{run['hit_rate_after']:.1%} | {run['substituted_share']:.1%} | {run['kl']:.4f} ± {run['kl_error']:.4f} | "
+              f"{run['top1']:.1%} | {run['choice']:.1%} |", flush=True)  # fmt: skip
+
+
+def equal_loads(subject: Subject, residency: float, parts: list[float]) -> None:
+    lossless = subject.loaded(Policies(), residency)
+    print(f"\n{residency:.0%} of the experts in memory; lossless loads {lossless:.1%}\n")
+    print("| wanted | policy | loaded | substituted | KL | same best | choice |\n|---|---|---|---|---|---|---|")
+    for part in parts:
+        for name in NUMBERS:
+            number = subject.number_for(name, part * lossless, residency)
+            run = subject.run(Policies(substitution=f"{name}:{number}"), residency)
+            print(f"| {part * lossless:.1%} | {name}:{number} | {run['loaded_share']:.1%} | {run['substituted_share']:.1%} | "
+                  f"{run['kl']:.4f} ± {run['kl_error']:.4f} | {run['top1']:.1%} | {run['choice']:.1%} |",
+                  flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--text", type=Path, default=EXAMPLES / "heldout.jsonl")
+    parser.add_argument("--tokens", type=int, default=1536)
+    parser.add_argument("--choices", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--residency", type=float, nargs="+", default=[0.25, 0.4, 0.6])
+    parser.add_argument("--parts", type=float, nargs="+", default=[0.75, 0.5], help="Of the lossless loads.")
+    parser.add_argument("--skip", choices=["ablation", "equal"], nargs="*", default=[])
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        subject = Subject(asked.bundle, asked.text, asked.tokens, asked.choices, Path(directory))
+        print(f"choice accuracy of the exact run: {subject.accuracy:.1%}")
+        for residency in asked.residency:
+            if "ablation" not in asked.skip:
+                ablation(subject, residency, asked.rounds)
+            if "equal" not in asked.skip:
+                equal_loads(subject, residency, asked.parts)
