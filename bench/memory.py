@@ -1,57 +1,97 @@
-"""Does the engine keep its memory promise?  python bench/memory.py BUNDLE
+"""Does the engine keep its memory promise?  python bench/memory.py BUNDLE [--context N] [--json]
 
-For each budget and prompt length a fresh process imports what the runtime imports, then opens the bundle and runs;
-printed is the peak of resident memory (anonymous and mapped) above the import, against the budget. No limit is set:
-a process that reclaims under pressure proves nothing.
+For six budgets and prompts of 1 to 1500 tokens a fresh process imports what the runtime imports, then opens the bundle, reads
+the prompt and generates. First without any limit set, since a process that reclaims under pressure proves nothing: the
+peak of resident memory (anonymous and mapped) above the import, against the budget. Then, where memory cgroups can be
+had, inside one of the budget and the import's size, with all files out of the page cache before: killed or not, how often a page fault
+waited for a disk, and how often the kernel had to take pages back.
 """
 
+import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import cgroup
+import numpy as np
+
+from smoe.artifacts import open_bundle
+from smoe.runtime import memory
+
+MIB = 1 << 20
+PROMPTS = (1, 130, 500, 1500)
 CHILD = """
-import json, re, sys
+import json, sys
 import numpy as np, onnxruntime
 from smoe.runtime import Engine
-def status(key): return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-open("/proc/self/clear_refs", "w").write("5")
-before = status("VmRSS")
-bundle, memory, context, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-with Engine.open(bundle, memory=None if memory == "none" else int(memory), context=context) as engine:
-    opened = status("VmHWM") - before
+from smoe.runtime.machine import peak_memory, reset_peak_memory
+bundle, memory, context, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+reset_peak_memory()
+before = peak_memory()
+with Engine.open(bundle, memory=memory, context=context) as engine:
+    opened = peak_memory() - before
     ids = np.random.default_rng(0).integers(0, engine.manifest.model.vocabulary, tokens)
     for _ in engine.generate(ids, max_new_tokens=8): pass
-    plan = engine.plan
-print(json.dumps({"peak": status("VmHWM") - before, "opened": opened, "plan": plan.total,
-                  "backbone": plan.backbone, "state": plan.state, "workspace": plan.workspace,
-                  "resident": plan.capacity}))
+    print(json.dumps({"import": before, "opened": opened, "peak": peak_memory() - before, "planned": engine.plan.total,
+                      "resident": engine.plan.capacity, "reads": engine.reading.io}))
 """
 
 
-def measure(bundle: str, memory: str, context: int, tokens: int) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, bundle, memory, str(context), str(tokens)],
-        capture_output=True,
-        text=True,
-        check=False,
+def command(bundle: Path, budget: int, context: int, tokens: int) -> list[str]:
+    return [sys.executable, "-c", CHILD, str(bundle), str(budget), str(context), str(tokens)]
+
+
+def budgets(bundle: Path, context: int) -> list[int]:
+    """From the least that will do to all experts, in six steps."""
+    plan = memory.plan(open_bundle(bundle), None, context)
+    counts = [plan.smallest, *np.linspace(plan.token_cycle, plan.experts, 5).astype(int).tolist()]
+    return [plan.fixed + count * plan.record for count in counts]
+
+
+def unlimited(bundle: Path, context: int) -> list[dict]:
+    found = []
+    print(
+        f"{'budget':>8} {'prompt':>7} {'experts':>8} {'opened':>8} {'peak':>8}  peak/budget  (MiB, above the import)"
     )
-    return json.loads(done.stdout) if done.returncode == 0 else {"refused": done.stderr.strip().splitlines()[-1]}
+    for budget in budgets(bundle, context):
+        for tokens in PROMPTS:
+            done = subprocess.run(command(bundle, budget, context, tokens), capture_output=True, text=True, check=True)
+            got = json.loads(done.stdout) | {"budget": budget, "prompt": tokens}
+            found.append(got)
+            print(f"{budget / MIB:8.1f} {tokens:7} {got['resident']:8} {got['opened'] / MIB:8.1f} "
+                  f"{got['peak'] / MIB:8.1f} {got['peak'] / budget:12.3f}", flush=True)  # fmt: skip
+    return found
+
+
+def limited(bundle: Path, context: int, imported: int) -> list[dict]:
+    found = []
+    print(f"\n{'budget':>8} {'prompt':>7} {'limit':>8} {'killed':>7} {'faults':>7} {'full':>7} {'left in cache':>14}")
+    for budget in budgets(bundle, context):
+        for tokens in PROMPTS:
+            libraries = cgroup.libraries("numpy", "onnxruntime", "tokenizers", "smoe.runtime")
+            left = cgroup.drop([*cgroup.files_of(bundle), *libraries])
+            with cgroup.Group("memory", budget + imported) as group:
+                done = group.run(command(bundle, budget, context, tokens))
+            got = {"budget": budget, "prompt": tokens, "limit": budget + imported, "left": left, "ok": done.code == 0,
+                   "killed": done.killed, "major_faults": done.faults, "full": done.full}  # fmt: skip
+            found.append(got)
+            print(f"{budget / MIB:8.1f} {tokens:7} {got['limit'] / MIB:8.1f} {'yes' if done.killed else 'no':>7} "
+                  f"{done.faults:7} {done.full:7} {left / MIB:14.1f}" + ("" if got["ok"] else f"  {done.err[-200:]}"),
+                  flush=True)  # fmt: skip
+    return found
 
 
 if __name__ == "__main__":
-    bundle = sys.argv[1]
-    mib = 1 << 20
-    print(f"{'budget':>8} {'context':>8} {'prompt':>7} {'planned':>8} {'opened':>8} {'peak':>8}  peak/budget  (MiB)")
-    for context in (512, 2048):
-        for memory in ("none", str(80 * mib), str(48 * mib), str(36 * mib), str(28 * mib)):
-            for tokens in (1, 130, context - 8):
-                got = measure(bundle, memory, context, tokens)
-                shown = "none" if memory == "none" else f"{int(memory) / mib:.0f}"
-                if "refused" in got:
-                    print(f"{shown:>8} {context:>8} {tokens:>7} {got['refused'][:90]}")
-                    break
-                budget = got["plan"] if memory == "none" else int(memory)
-                print(
-                    f"{shown:>8} {context:>8} {tokens:>7} {got['plan'] / mib:>8.1f} {got['opened'] / mib:>8.1f} "
-                    f"{got['peak'] / mib:>8.1f}  {got['peak'] / budget:>10.2f}"
-                )
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--context", type=int, default=1536)
+    asked = parser.parse_args()
+    runs = unlimited(asked.bundle, asked.context)
+    worst = max(run["peak"] / run["budget"] for run in runs)
+    print(f"worst peak/budget: {worst:.3f}")
+    if reason := cgroup.unavailable():
+        print(f"SKIPPED the part inside a memory cgroup: {reason}")
+    else:
+        limits = limited(asked.bundle, asked.context, max(run["import"] for run in runs))
+        print(f"{len(limits)} runs inside a cgroup, {sum(not run['ok'] for run in limits)} failed")

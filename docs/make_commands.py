@@ -7,7 +7,7 @@ from pathlib import Path
 
 COMMANDS = {
     "smoe.prep": ("smoe-prep", "build inspect profile pack export verify"),
-    "smoe.runtime": ("smoe", "run chat info verify"),
+    "smoe.runtime": ("smoe", "run chat bench info verify"),
 }
 
 

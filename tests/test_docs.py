@@ -7,7 +7,7 @@ import sys
 import pytest
 
 COMMANDS = {
-    "smoe.runtime": ("run", "chat", "info", "verify"),
+    "smoe.runtime": ("run", "chat", "bench", "info", "verify"),
     "smoe.prep": ("build", "inspect", "profile", "pack", "export", "verify"),
 }
 
