@@ -26,7 +26,12 @@ from smoe.prep.pack import pack as pack_experts
 from smoe.prep.profile import profile as run_profile
 from smoe.prep.progress import Progress, duration
 from smoe.prep.resume import beside, refuse_existing
+from smoe.prep.simulate import COUNTINGS, SUBSTITUTIONS, budgets_of, with_bound
+from smoe.prep.simulate import report as simulation_report
+from smoe.prep.simulate import simulate as run_simulation
+from smoe.prep.traces import Trace, read_trace
 from smoe.prep.verify import verify as compare
+from smoe.runtime.policies.eviction import EVICTIONS
 
 RECIPE = building.Recipe()
 CALIBRATION = Calibration("")
@@ -231,6 +236,73 @@ def verify(
     _print(found, lines, as_json)
 
 
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    metavar="NAME",
+    help=f"Eviction, repeatable: {', '.join(EVICTIONS)}; NAME:NUMBER sets its parameter, layer-NAME keeps every layer to "
+    "its share. [default: all of them that the trace allows]",
+)
+@click.option("--memory", multiple=True, metavar="SIZE", help="For resident experts alone, like 1GiB, repeatable.")
+@click.option(
+    "--residency", multiple=True, type=float, metavar="PART", help="Of all experts, like 0.25, instead; repeatable."
+)
+@click.option(
+    "--substitute",
+    metavar="NAME:NUMBER",
+    help=f"Replay a substitution too: {', '.join(f'{n}:{p.upper()}' for n, p in SUBSTITUTIONS.items())}.",
+)
+@click.option("--warm", is_flag=True, help="Start from how often calibration used each expert.")
+@click.option(
+    "--counting",
+    type=click.Choice(list(COUNTINGS)),
+    default="step",
+    show_default=True,
+    help="step: as the engine does. whole: over the budget until a step ends, as BigMoeOnEdge's replay. slot: every slot "
+    "by itself.",
+)
+@click.option("--level", type=int, help="Of a bundle: planes of every expert to read, as in `smoe run`.")
+@click.option(
+    "--prompt",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Of a bundle: first tokens of a sequence that are its prompt.",
+)
+@_json
+def simulate(
+    source: Path,
+    policies: tuple[str, ...],
+    memory: tuple[str, ...],
+    residency: tuple[float, ...],
+    substitute: str | None,
+    warm: bool,
+    counting: str,
+    level: int | None,
+    prompt: int,
+    as_json: bool,
+) -> None:
+    """Replay the routing trace of SOURCE over eviction policies and budgets, beside Belady's bound.
+
+    SOURCE is a bundle, a .route.csv of BigMoeOnEdge, or a .jsonl with {"layers": [[expert, …], …]} per token."""
+    trace = read_trace(source, level, prompt)
+    progress = Progress()
+    rows = run_simulation(
+        trace,
+        with_bound(trace, policies),
+        budgets_of(trace, memory, residency),
+        substitute,
+        warm,
+        counting,
+        lambda runs: progress.over(runs, "simulate", "runs", len(runs)),
+    )
+    about = simulation_report(trace, rows)
+    _print(about, _simulation_text(trace, about, substitute is not None), as_json)
+
+
 def _families_text(found: list[dict[str, str]]) -> str:
     lines = [f"{len(found)} families of transformers {transformers.__version__} offer the experts interface:"]
     for family in found:
@@ -254,6 +326,28 @@ def _inspection_text(about: Inspection, encoding: str, tokens: int) -> str:
         "KV cache",
         f"build: about {_size(about.disk)} of disk, {_size(about.memory)} of memory for {tokens} tokens{hours}",
     ])  # fmt: skip
+
+
+def _simulation_text(trace: Trace, about: dict, substituted: bool) -> str:
+    cycle, tokens = trace.show(trace.token_cycle), sum(s.decode for s in trace.steps) // len(trace.experts)
+    lines = [
+        f"{trace.name}: {len(trace.experts)} MoE layers, {sum(trace.experts)} experts, {trace.show(trace.total)}; "
+        f"{tokens} tokens decoded, each of which uses {cycle}",
+    ]
+    if not about["trace"]["exact_bound"]:
+        lines.append("records differ in length between layers: belady is then near the bound in bytes, not it")
+    lines.append(
+        f"{'budget':>12}  {'policy':14} {'hits':>7}  {'decode':>7}  {'to belady':>9}  {'read':>12}  {'per token':>10}"
+        + ("  after substitution  substituted" if substituted else "")
+    )
+    for row in about["rows"]:
+        read = row["bytes_read"]
+        lines.append(
+            f"{trace.show(row['budget']):>12}  {row['policy']:14} {row['hit_rate']:7.2%}  {row['decode_hit_rate']:7.2%}  "
+            f"{row['to_bound']:9.2%}  {trace.show(read):>12}  {row['loads'] / max(1, tokens):10.1f}"
+            + (f"  {row['after_hit_rate']:18.2%}  {row['substituted_share']:11.2%}" if substituted else "")
+        )
+    return "\n".join(lines)
 
 
 def _size(nbytes: int | None) -> str:

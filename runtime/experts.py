@@ -94,7 +94,7 @@ class Experts:
         layer = self.layers[index]
         ids, weights = self._substituted(index, layer, routed)
         tasks = scheduler.decide(ids, layer.experts, lambda expert: (index, expert) in self._residency)
-        ready, missing, flights = self._begin(index, tasks, routed)
+        ready, missing, flights = self._begin(index, tasks, ids, routed)
         todo = {(index, task.expert) for task in tasks}
         outputs = np.zeros((*ids.shape, layer.hidden), np.float32)
         decoding = len(ids) == 1
@@ -160,7 +160,9 @@ class Experts:
         self.stats.substituted += int((ids != routed.ids).sum())
         return ids, weights
 
-    def _begin(self, index: int, tasks: list[Task], routed: Routed) -> tuple[list[Task], deque[Task], list[_Flight]]:
+    def _begin(
+        self, index: int, tasks: list[Task], ids: np.ndarray, routed: Routed
+    ) -> tuple[list[Task], deque[Task], list[_Flight]]:
         """Tell the residency what the step wants and count it: tasks that are ready, that are missing, and that are on
         their way as guesses."""
         wanted = np.unique(routed.ids)
@@ -170,9 +172,10 @@ class Experts:
         self._settle_guesses()
         self._residency.begin(index, len(routed.ids), self._gate_scores(index, routed))
         ready, missing, flights = [], deque[Task](), []
+        experts = self.layers[index].experts
+        self.stats.guesses_used += sum(self._residency.use((index, e)) for e in scheduler.uses(ids, experts))
         for task in tasks:
             key = (index, task.expert)
-            self.stats.guesses_used += self._residency.use(key)
             if key in self._residency:
                 ready.append(task)
             elif key in self._guesses:

@@ -49,6 +49,11 @@ class Residency:
     def __len__(self) -> int:
         return int((self._keys >= 0).sum())
 
+    @property
+    def held(self) -> int:
+        """How much of the capacity is taken, reserved places included."""
+        return self._total
+
     def resident(self, layer: int) -> np.ndarray:
         """bool `[experts of the layer]`."""
         return self._place[self._first[layer] : self._first[layer + 1]] >= 0

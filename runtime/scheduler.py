@@ -47,3 +47,11 @@ def decide(ids: np.ndarray, count: int, resident: Callable[[int], bool]) -> list
         if expert < count
     ]
     return sorted(tasks, key=lambda task: (not resident(task.expert), task.expert))
+
+
+def uses(ids: np.ndarray, count: int) -> list[int]:
+    """The experts of ids `[T, k]` (`count` itself is no expert), each once, that of the last slot last: the order in
+    which eviction hears of them. Token after token, so that what a prompt ends with is the most recent."""
+    flat = ids.reshape(-1)[::-1]
+    experts, last = np.unique(flat, return_index=True)
+    return [e for e in experts[np.argsort(-last)].tolist() if e < count]

@@ -6,7 +6,9 @@ A policy keeps a number per expert; among those that may go, the one with the le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -65,7 +67,7 @@ class DecayedFrequency(Eviction):
     """Uses, of which each counts half as much after `half_life` more tokens (LRFU of Lee et al. 2001, in tokens rather
     than references, so that it means the same in every layer)."""
 
-    def __init__(self, experts: Sequence[int], half_life: float = 32):
+    def __init__(self, experts: Sequence[int], half_life: float = 32.0):
         super().__init__(experts)
         self.growth = 2 ** (1 / half_life)
         self.unit = np.ones(len(experts))  # what one use counts now, per layer: it grows instead of all else decaying
@@ -145,10 +147,28 @@ class Belady(Eviction):
         return self.next[keys]
 
 
-EVICTIONS: dict[str, Callable[..., Eviction]] = {
+EVICTIONS: dict[str, type[Eviction]] = {
     "lru": LeastRecentlyUsed,
     "lfu": LeastFrequentlyUsed,
     "decay": DecayedFrequency,
     "score": GateScore,
 }
 DEFAULT_EVICTION = "decay"
+
+
+def eviction_named(name: str, experts: Sequence[int]) -> Eviction:
+    """The policy of that name for layers of so many experts; `name:number` sets its one parameter (`decay:64`)."""
+    kind, _, number = name.partition(":")
+    if kind not in EVICTIONS:
+        raise EngineError(f"There is no eviction {name[:40]!r}; there are {', '.join(EVICTIONS)}.")
+    if not number:
+        return EVICTIONS[kind](experts)
+    takes = list(inspect.signature(EVICTIONS[kind]).parameters.values())[1:]
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not takes or not 1 <= value <= 1e6:
+        wanted = f"it takes {takes[0].name} from 1 to 1000000" if takes else "it takes no parameter"
+        raise EngineError(f"Eviction {name[:40]!r}: {wanted}.")
+    return EVICTIONS[kind](experts, int(value) if isinstance(takes[0].default, int) else value)

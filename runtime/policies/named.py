@@ -12,7 +12,7 @@ from smoe.artifacts.manifest import Manifest
 from smoe.artifacts.tables import load_tables
 from smoe.runtime.errors import EngineError
 from smoe.runtime.policies import prefetch, substitution
-from smoe.runtime.policies.eviction import DEFAULT_EVICTION, EVICTIONS, Eviction
+from smoe.runtime.policies.eviction import DEFAULT_EVICTION, Eviction, eviction_named
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,7 @@ PREFETCHES = ("none", "previous", "transition", "smoe")
 
 def make_eviction(text: str, manifest: Manifest) -> Eviction:
     """The eviction called `text`."""
-    if text not in EVICTIONS:
-        raise EngineError(f"There is no eviction {text!r}; there are {', '.join(EVICTIONS)}.")
-    made = EVICTIONS[text]([layer.experts for layer in manifest.layers])
+    made = eviction_named(text, [layer.experts for layer in manifest.layers])
     if made.needs_scores:
         _needs_routing(manifest, f"Eviction {text}")
     return made
