@@ -44,13 +44,14 @@ class Request:
 
 @dataclass
 class Run:
-    """`nats` is the negative log-likelihood of the ids that were read, a token's mean; `about` what an engine says."""
+    """`nats` is the negative log-likelihood of each id after the first, as far as was read; `about` what an engine
+    says of itself."""
 
     opened: float = 0.0
     warm: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    nats: float = 0.0
+    nats: list[float] = field(default_factory=list)
     about: dict = field(default_factory=dict)
 
     @property
@@ -126,13 +127,13 @@ ENGINES = {"smoe": smoe, "llama.cpp": llama_cpp, "transformers": transformers}
 def run(ask: Request) -> Run:
     """Read the ids with an engine and time it."""
     done, clock = Run(), time.perf_counter
-    started, nats = clock(), []
+    started = clock()
     stream = ENGINES[ask.engine](ask, done.about)
     next(stream)
     done.opened, started = clock() - started, clock()
     for index, logits in enumerate(stream):
         if index + 1 < len(ask.ids):
-            nats.append(_nats(logits, ask.ids[index + 1]))
+            done.nats.append(_nats(logits, ask.ids[index + 1]))
         if not done.warm:
             if index + 1 >= ask.warm or clock() - started > ask.seconds / 2:
                 done.warm, started = index + 1, clock()
@@ -141,7 +142,6 @@ def run(ask: Request) -> Run:
         if done.seconds > ask.seconds:
             break
     stream.close()
-    done.nats = float(np.mean(nats))
     return done
 
 

@@ -7,7 +7,8 @@ experts and the rest in the type that is nearest to the bundle's backbone (f32, 
 reads the same text one token at a time (engines.py), each run a fresh process that is in a memory cgroup from its first
 instruction on; the limits are shares of the bundle's size, the same bytes for everyone. Before each run the model's
 files and the engines' libraries are dropped from the page cache, and what stayed is counted. Rounds are interleaved;
-medians are printed, with the perplexity that each engine found, since a wrong answer is fast.
+medians are printed. `nats off` is by how much the log-likelihood of any token differs from what the same engine gave
+without a limit, since a wrong answer is fast.
 
 Needs root (for the cgroup), `pip install llama-cpp-python gguf accelerate` for the other sides, and time: an hour.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -102,7 +104,7 @@ def _why(done: cgroup.Outcome) -> str:
 
 def table(rows: list[Row]) -> str:
     """Medians as Markdown."""
-    columns = ("limit", "MB", "engine", "tokens/s", "x llama.cpp", "perplexity", "opened", "peak MB", "major faults")
+    columns = ("limit", "MB", "engine", "tokens/s", "x llama.cpp", "nats off", "opened", "peak MB", "major faults")
     out = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for engine, share in dict.fromkeys((row.engine, row.share) for row in sorted(rows, key=_order)):
         same = [row for row in rows if (row.engine, row.share) == (engine, share)]
@@ -113,15 +115,30 @@ def table(rows: list[Row]) -> str:
             out.append(f"{first} {same[0].failure} | | | | | |")
             continue
         rate, other = _rate(rows, engine, share), _rate(rows, "llama.cpp", share)
-        nats = statistics.median(row.run["nats"] for row in ran)
+        off = _off(rows, ran)
         failed = f" ({len(same) - len(ran)} of {len(same)} failed)" if len(ran) < len(same) else ""
         out.append(
-            f"{first} {rate:.3g}{failed} | {f'{rate / other:.2f}' if other else ''} | {2.718281828**nats:.2f} | "
+            f"{first} {rate:.3g}{failed} | {f'{rate / other:.2f}' if other else ''} | {'' if off is None else f'{off:.1g}'} | "
             f"{statistics.median(row.run['opened'] for row in ran):.1f} s | "
             f"{statistics.median(row.peak for row in ran) / 1e6:.0f} | "
             f"{statistics.median(row.faults for row in ran):.0f} |"
         )
     return "\n".join(out)
+
+
+def _off(rows: list[Row], some: list[Row]) -> float | None:
+    """The largest difference of `some` runs' log-likelihoods from those of the same engine without a limit."""
+    free = [row.run["nats"] for row in rows if row.run and row.engine == some[0].engine and row.share is None]
+    pairs = (zip(free[0], row.run["nats"], strict=False) for row in some if free)
+    return max((abs(a - b) for pair in pairs for a, b in pair), default=None)
+
+
+def perplexities(rows: list[Row]) -> str:
+    """Of the engines without a limit, over the tokens that all of them read."""
+    read = {row.engine: row.run["nats"] for row in rows if row.run and row.share is None}
+    count = min(map(len, read.values()), default=0)
+    found = ", ".join(f"{engine} {math.exp(statistics.fmean(nats[:count])):.3f}" for engine, nats in read.items())
+    return f"perplexity over the first {count} tokens: {found}" if count else "perplexity: no run without a limit"
 
 
 def _order(row: Row) -> tuple:
@@ -204,7 +221,7 @@ def main() -> None:
     sizes = ", ".join(
         f"{e} {sum(f.stat().st_size for f in cgroup.files_of(models[e])) / 1e6:.0f} MB" for e in chosen.engines
     )
-    print(f"on disk: {sizes}\n\n{table(rows)}")
+    print(f"on disk: {sizes}\n{perplexities(rows)}\n\n{table(rows)}")
     if chosen.svg:
         chosen.svg.write_text(drawn(rows), "utf-8")
 
