@@ -1,0 +1,163 @@
+"""One engine over a text, in a process of its own; outofcore.py starts it inside a memory cgroup.
+
+    python bench/engines.py '{"engine": "smoe", "model": "model.smoe", "ids": [5, 17, 9], "limit": 500000000}'
+
+Every engine is a generator that opens its model, yields once, and then yields the logits after each of the ids, which
+it reads one at a time. `run` times it from outside, so that all are timed alike. Settings:
+
+* smoe: the budget is `limit` less what the interpreter and the imports hold, less RESERVE for the kernel;
+* llama.cpp: mapped file, no locking, no repacked copy of the weights (`use_extra_bufts`), batches of one token;
+* transformers: accelerate's disk offload, with the same budget for what stays in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+RESERVE = 24 << 20  # bytes of the limit that nobody states: page tables, and pages of files on their way through
+ALL = 1 << 62
+
+
+@dataclass(frozen=True)
+class Request:
+    """`warm` ids are read before the clock starts, or as many as half of `seconds` allows; then all others, or as many
+    as `seconds` allows. `limit` is that of the cgroup in bytes, None where there is none."""
+
+    engine: str
+    model: str
+    ids: list[int]
+    warm: int = 32
+    seconds: float = 30.0
+    limit: int | None = None
+    context: int = 512
+    threads: int = 2
+
+
+@dataclass
+class Run:
+    """`nats` is the negative log-likelihood of each id after the first, as far as was read; `about` what an engine
+    says of itself."""
+
+    opened: float = 0.0
+    warm: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    nats: list[float] = field(default_factory=list)
+    about: dict = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def smoe(ask: Request, about: dict) -> Iterator[np.ndarray | None]:
+    from smoe.runtime import Engine
+
+    about["budget"] = budget = _left(ask)
+    with Engine.open(ask.model, memory=budget, context=ask.context, threads=ask.threads) as engine:
+        about["plan"] = engine.plan.lines()
+        yield None
+        for logits in engine.score(ask.ids):
+            about |= {"hit_rate": engine.stats.hit_rate, "bytes_read": engine.stats.bytes_read}
+            yield logits
+
+
+def llama_cpp(ask: Request, about: dict) -> Iterator[np.ndarray | None]:
+    import llama_cpp as api
+
+    silent = api.llama_log_callback(lambda level, text, data: None)
+    api.llama_log_set(silent, None)
+    api.llama_backend_init()
+    how = api.llama_model_default_params()
+    how.load_mode, how.use_extra_bufts, how.n_gpu_layers = api.LLAMA_LOAD_MODE_MMAP, False, 0
+    model = api.llama_model_load_from_file(ask.model.encode(), how)
+    size = api.llama_context_default_params()
+    size.n_ctx, size.n_batch, size.n_ubatch = ask.context, 1, 1
+    size.n_threads = size.n_threads_batch = ask.threads
+    context = api.llama_init_from_model(model, size)
+    if not model or not context:
+        raise SystemExit(f"llama.cpp cannot open {ask.model}.")
+    about["version"], about["system"] = api.__version__, api.llama_print_system_info().decode()
+    vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+    yield None
+    for token in ask.ids:
+        batch = api.llama_batch_get_one((api.llama_token * 1)(token), 1)
+        if api.llama_decode(context, batch):
+            raise SystemExit("llama.cpp could not decode a token.")
+        yield np.ctypeslib.as_array(api.llama_get_logits_ith(context, -1), (vocabulary,))
+
+
+def transformers(ask: Request, about: dict) -> Iterator[np.ndarray | None]:
+    import accelerate  # noqa: F401  counted before the budget is worked out
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(ask.threads)
+    about["budget"] = budget = _left(ask)
+    with tempfile.TemporaryDirectory(dir=Path(ask.model).parent) as folder, torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(
+            ask.model,
+            dtype=torch.bfloat16,
+            device_map="auto",
+            max_memory={"cpu": budget or ALL},
+            offload_folder=folder,
+        )
+        placed = [place for place in model.hf_device_map.values()]
+        about["modules on disk"] = f"{placed.count('disk')} of {len(placed)}"
+        past = None
+        yield None
+        for token in ask.ids:
+            got = model(input_ids=torch.tensor([[token]]), past_key_values=past, use_cache=True)
+            past = got.past_key_values
+            yield got.logits[0, -1].float().numpy()
+
+
+ENGINES = {"smoe": smoe, "llama.cpp": llama_cpp, "transformers": transformers}
+
+
+def run(ask: Request) -> Run:
+    """Read the ids with an engine and time it."""
+    done, clock = Run(), time.perf_counter
+    started = clock()
+    stream = ENGINES[ask.engine](ask, done.about)
+    next(stream)
+    done.opened, started = clock() - started, clock()
+    for index, logits in enumerate(stream):
+        if index + 1 < len(ask.ids):
+            done.nats.append(_nats(logits, ask.ids[index + 1]))
+        if not done.warm:
+            if index + 1 >= ask.warm or clock() - started > ask.seconds / 2:
+                done.warm, started = index + 1, clock()
+            continue
+        done.tokens, done.seconds = index + 1 - done.warm, clock() - started
+        if done.seconds > ask.seconds:
+            break
+    stream.close()
+    return done
+
+
+def _nats(logits: np.ndarray, following: int) -> float:
+    top = logits.max()
+    return float(top + np.log(np.exp(logits - top).sum()) - logits[following])
+
+
+def _left(ask: Request) -> int | None:
+    """The limit less what this process holds already, mapped pages included, and the reserve."""
+    if ask.limit is None:
+        return None
+    held = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    return ask.limit - held - RESERVE
+
+
+if __name__ == "__main__":
+    found = run(Request(**json.loads(sys.argv[1])))
+    print(json.dumps(asdict(found) | {"rate": found.rate}))
