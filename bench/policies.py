@@ -79,14 +79,14 @@ class Subject:
         return round((low + high) / 2, 4)
 
 
-def ablation(subject: Subject, residency: float, rounds: int) -> None:
+def ablation(subject: Subject, residency: float, rounds: int, io: str | None) -> None:
     print(f"\n{residency:.0%} of the experts in memory\n")
     print("| policies | TPOT ms | of lru | stall | hits before | hits after | substituted | KL | same best | choice |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     runs: dict[str, list[dict]] = {name: [] for name, _ in STEPS}
     for _ in range(rounds):  # interleaved
         for name, policies in STEPS:
-            runs[name].append(subject.run(policies, residency))
+            runs[name].append(subject.run(policies, residency, io))
     base = np.median([run["tpot"] for run in runs["lru"]])
     for name, found in runs.items():
         run, tpot = found[0], np.median([r["tpot"] for r in found])
@@ -117,6 +117,9 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--residency", type=float, nargs="+", default=[0.25, 0.4, 0.6])
     parser.add_argument("--parts", type=float, nargs="+", default=[0.75, 0.5], help="Of the lossless loads.")
+    parser.add_argument(
+        "--io", choices=["direct", "buffered"], help="Of the first table; direct: the page cache does not help."
+    )
     parser.add_argument("--skip", choices=["ablation", "equal"], nargs="*", default=[])
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -124,6 +127,6 @@ if __name__ == "__main__":
         print(f"choice accuracy of the exact run: {subject.accuracy:.1%}")
         for residency in asked.residency:
             if "ablation" not in asked.skip:
-                ablation(subject, residency, asked.rounds)
+                ablation(subject, residency, asked.rounds, asked.io)
             if "equal" not in asked.skip:
                 equal_loads(subject, residency, asked.parts)

@@ -166,6 +166,7 @@ class Replay:
         chosen = uses(step.ids, experts)
         self.count(step.decode, len(chosen), int(resident[chosen].sum()))
         self._add(slots=step.ids.size)
+        ids = step.ids
         if self._substitution is not None:
             ids = self._substituted(step, resident)
             self._add(substituted=int((ids != step.ids).sum()))
@@ -173,8 +174,9 @@ class Replay:
         missing = [(layer, e) for e in chosen if not resident[e]]
         self._add(after_lookups=len(chosen), after_hits=len(chosen) - len(missing))
         keys = [(layer, e) for e in chosen]
+        tokens = np.bincount(ids.reshape(-1), minlength=experts).tolist()
         for key in keys:
-            self.residency.use(key)
+            self.residency.use(key, tokens[key[1]])
         for key in missing:
             self.load(key, keys)
 

@@ -138,7 +138,7 @@ class Engine:
             f"{self._level_line()}, backbone {self.manifest.backbone.precision}, context {self.context}",
             f"kernels: {self._kernels.name} ({self._kernels.reason}), up to {self._kernels.threads} threads",
             _threads_line(self._backbone.threads),
-            *self.plan.lines(),
+            *self.plan.lines(self.policies.eviction),
             f"reads: {self.reading.io} ({self.reading.reason}){self._pinned}",
             *self._policy_lines(),
             *([f"substitution: not possible with this model: {refused[0]}"] if refused else []),

@@ -173,7 +173,9 @@ class Experts:
         self._residency.begin(index, len(routed.ids), self._gate_scores(index, routed))
         ready, missing, flights = [], deque[Task](), []
         experts = self.layers[index].experts
-        self.stats.guesses_used += sum(self._residency.use((index, e)) for e in scheduler.uses(ids, experts))
+        tokens = np.bincount(ids.reshape(-1), minlength=experts).tolist()
+        for expert in scheduler.uses(ids, experts):
+            self.stats.guesses_used += self._residency.use((index, expert), tokens[expert])
         for task in tasks:
             key = (index, task.expert)
             if key in self._residency:

@@ -62,7 +62,7 @@ class Plan:
     def total(self) -> int:
         return self.fixed + self.capacity * self.record
 
-    def lines(self) -> list[str]:
+    def lines(self, eviction: str = "") -> list[str]:
         """For people: what the memory is used for, and a warning where the budget lies below a known cliff."""
         stated = "no budget stated" if self.budget is None else f"of {show(self.budget)} stated"
         out = [
@@ -71,10 +71,15 @@ class Plan:
             f"{show(self.capacity * self.record)}"
         ]
         if self.capacity < min(self.token_cycle, self.experts):
+            enough = show(self.total + (self.token_cycle - self.capacity) * self.record, up=True)
+            what = (
+                "eviction lru then never hits; use another"
+                if eviction == "lru"
+                else "few of them are here when they are wanted again"
+            )
             out.append(
-                f"warning: {self.capacity} resident experts are fewer than one token uses ({self.token_cycle}): "
-                "least-recently-used order then seldom hits; allow "
-                f"{show(self.total + (self.token_cycle - self.capacity) * self.record, up=True)} for it to work"
+                f"warning: {self.capacity} resident experts are fewer than one token uses ({self.token_cycle}): {what}, "
+                f"or allow {enough}"
             )
         return out
 

@@ -67,10 +67,11 @@ class Residency:
         """A step of so many tokens reaches a layer; `scores` `[tokens, experts]` of its router, where they are known."""
         self.eviction.begin(layer, tokens, scores)
 
-    def use(self, key: Key) -> bool:
-        """The step uses an expert, resident or not; whether it is the first use of one that was read on a guess."""
+    def use(self, key: Key, tokens: int = 1) -> bool:
+        """So many tokens of the step use an expert, resident or not; whether it is the first use of one that was read on
+        a guess."""
         flat = self._first[key[0]] + key[1]
-        self.eviction.use(flat)
+        self.eviction.use(flat, tokens)
         place = self._place[flat]
         if place < 0 or not self._guessed[place]:
             return False

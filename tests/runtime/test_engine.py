@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from smoe.artifacts import BundleError, open_bundle, safetensors_file
-from smoe.runtime import Engine, EngineError, StopWhen, kernels, memory
+from smoe.runtime import Engine, EngineError, Policies, StopWhen, kernels, memory
 from smoe.runtime.backbone import ort_value
 
 
@@ -145,6 +145,8 @@ def test_a_budget_below_the_minimum_names_the_minimum(golden, budgets):
 def test_below_one_token_cycle_a_warning_says_what_would_do(golden, budgets):
     with Engine.open(golden, memory=budgets(5)) as engine:
         assert "warning: 5 resident experts are fewer than one token uses (6)" in "\n".join(engine.mode_lines())
+    with Engine.open(golden, memory=budgets(5), policies=Policies("lru")) as engine:
+        assert "eviction lru then never hits" in "\n".join(engine.mode_lines())
     with Engine.open(golden, memory=budgets(6)) as engine:
         assert "warning" not in "\n".join(engine.mode_lines())
 
