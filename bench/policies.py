@@ -26,8 +26,8 @@ STEPS = [
     ("our eviction alone", Policies()),
     ("our eviction, previous", Policies(prefetch="previous")),
     ("our eviction, transition", Policies(prefetch="transition")),
-    *[(f"our eviction, smoe:{a}", Policies(substitution=f"smoe:{a}")) for a in (0.1, 0.25, 0.35, 0.6, 1.0, 1.5)],
 ]
+ALPHAS = (0.1, 0.25, 0.35, 0.6, 1.0, 1.5)
 # name: smallest and largest number worth trying, and whether a larger one loads less
 NUMBERS = {
     "smoe": (0, 4, True),
@@ -79,13 +79,14 @@ class Subject:
         return round((low + high) / 2, 4)
 
 
-def ablation(subject: Subject, residency: float, rounds: int, io: str | None) -> None:
+def ablation(subject: Subject, residency: float, alphas: list[float], rounds: int, io: str | None) -> None:
+    steps = [*STEPS, *((f"our eviction, smoe:{a}", Policies(substitution=f"smoe:{a}")) for a in alphas)]
     print(f"\n{residency:.0%} of the experts in memory\n")
     print("| policies | TPOT ms | of lru | stall | hits before | hits after | substituted | KL | same best | choice |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    runs: dict[str, list[dict]] = {name: [] for name, _ in STEPS}
+    runs: dict[str, list[dict]] = {name: [] for name, _ in steps}
     for _ in range(rounds):  # interleaved
-        for name, policies in STEPS:
+        for name, policies in steps:
             runs[name].append(subject.run(policies, residency, io))
     base = np.median([run["tpot"] for run in runs["lru"]])
     for name, found in runs.items():
@@ -115,6 +116,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=1536)
     parser.add_argument("--choices", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--alphas", type=float, nargs="*", default=ALPHAS)
     parser.add_argument("--residency", type=float, nargs="+", default=[0.25, 0.4, 0.6])
     parser.add_argument("--parts", type=float, nargs="+", default=[0.75, 0.5], help="Of the lossless loads.")
     parser.add_argument(
@@ -127,6 +129,6 @@ if __name__ == "__main__":
         print(f"choice accuracy of the exact run: {subject.accuracy:.1%}")
         for residency in asked.residency:
             if "ablation" not in asked.skip:
-                ablation(subject, residency, asked.rounds, asked.io)
+                ablation(subject, residency, asked.alphas, asked.rounds, asked.io)
             if "equal" not in asked.skip:
                 equal_loads(subject, residency, asked.parts)
