@@ -107,6 +107,11 @@ def files_of(path: Path) -> list[Path]:
     return sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
 
 
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files of a directory."""
+    return sum(file.stat().st_size for file in files_of(path))
+
+
 def libraries(*modules: str) -> list[Path]:
     """The shared libraries of installed packages, which may be dropped too."""
     found = (importlib.util.find_spec(module) for module in modules)
@@ -127,6 +132,22 @@ def drop(files: Iterable[Path]) -> int:
         finally:
             os.close(descriptor)
     return sum(resident(file) for file in files)
+
+
+def fetch(path: Path) -> int:
+    """Read all of a model, so that it is in the page cache; the bytes that are."""
+    for file in files_of(path):
+        with open(file, "rb") as opened:
+            while opened.read(16 << 20):
+                pass
+    return sum(resident(file) for file in files_of(path))
+
+
+def read_ahead(file: Path) -> int:
+    """Bytes that the kernel reads around a page fault in a file, at most; 0 where it does not say."""
+    device = file.stat().st_dev
+    said = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    return int(said.read_text()) * 1024 if said.exists() else 0
 
 
 def resident(file: Path) -> int:

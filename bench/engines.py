@@ -7,7 +7,7 @@ it reads one at a time. `run` times it from outside, so that all are timed alike
 
 * smoe: the budget is `limit` less what the interpreter and the imports hold, less RESERVE for the kernel;
 * llama.cpp: mapped file, no locking, no repacked copy of the weights (`use_extra_bufts`), batches of one token;
-* transformers: accelerate's disk offload, with the same budget for what stays in memory.
+* transformers: bfloat16; under a limit everything is left to accelerate's disk offload, which holds least.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -24,13 +23,12 @@ from pathlib import Path
 import numpy as np
 
 RESERVE = 24 << 20  # bytes of the limit that nobody states: page tables, and pages of files on their way through
-ALL = 1 << 62
 
 
 @dataclass(frozen=True)
 class Request:
-    """`warm` ids are read before the clock starts, or as many as half of `seconds` allows; then all others, or as many
-    as `seconds` allows. `limit` is that of the cgroup in bytes, None where there is none."""
+    """`warm` ids are read before the clock starts, or as many as `seconds` allows; then all others, or as many as
+    `seconds` allows again. `limit` is that of the cgroup in bytes, None where there is none; `scratch` a directory."""
 
     engine: str
     model: str
@@ -40,6 +38,7 @@ class Request:
     limit: int | None = None
     context: int = 512
     threads: int = 2
+    scratch: str = ""
 
 
 @dataclass
@@ -97,21 +96,16 @@ def llama_cpp(ask: Request, about: dict) -> Iterator[np.ndarray | None]:
 
 
 def transformers(ask: Request, about: dict) -> Iterator[np.ndarray | None]:
-    import accelerate  # noqa: F401  counted before the budget is worked out
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(ask.threads)
-    about["budget"] = budget = _left(ask)
-    with tempfile.TemporaryDirectory(dir=Path(ask.model).parent) as folder, torch.inference_mode():
-        model = AutoModelForCausalLM.from_pretrained(
-            ask.model,
-            dtype=torch.bfloat16,
-            device_map="auto",
-            max_memory={"cpu": budget or ALL},
-            offload_folder=folder,
-        )
-        placed = [place for place in model.hf_device_map.values()]
+    where = (
+        {} if ask.limit is None else {"device_map": "auto", "max_memory": {"cpu": 0}, "offload_folder": ask.scratch}
+    )
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(ask.model, dtype=torch.bfloat16, **where)
+        placed = list(getattr(model, "hf_device_map", {}).values())  # there is none where everything fits
         about["modules on disk"] = f"{placed.count('disk')} of {len(placed)}"
         past = None
         yield None
@@ -135,7 +129,7 @@ def run(ask: Request) -> Run:
         if index + 1 < len(ask.ids):
             done.nats.append(_nats(logits, ask.ids[index + 1]))
         if not done.warm:
-            if index + 1 >= ask.warm or clock() - started > ask.seconds / 2:
+            if index + 1 >= ask.warm or clock() - started > ask.seconds:
                 done.warm, started = index + 1, clock()
             continue
         done.tokens, done.seconds = index + 1 - done.warm, clock() - started

@@ -5,9 +5,9 @@
 DIR gets what is missing: the example model padded to real sizes (inflate.py), its bundle, and a GGUF file with Q4_0
 experts and the rest in the type that is nearest to the bundle's backbone (f32, or q8_0 for int8). Then every engine
 reads the same text one token at a time (engines.py), each run a fresh process that is in a memory cgroup from its first
-instruction on; the limits are shares of the bundle's size, the same bytes for everyone. Before each run the model's
-files and the engines' libraries are dropped from the page cache, and what stayed is counted. Rounds are interleaved;
-medians are printed. `nats off` is by how much the log-likelihood of any token differs from what the same engine gave
+instruction on; the limits are shares of the bundle's size, the same bytes for everyone. Before each limited run the
+model's files and the engines' libraries are dropped from the page cache, and what stayed is counted; before one without
+a limit the model is read into it. Rounds are interleaved; medians are printed. `nats off` is by how much the log-likelihood of any token differs from what the same engine gave
 without a limit, since a wrong answer is fast.
 
 Needs root (for the cgroup), `pip install llama-cpp-python gguf accelerate` for the other sides, and time: an hour.
@@ -19,9 +19,15 @@ import argparse
 import importlib.util
 import json
 import math
+import mmap
+import os
+import random
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +42,7 @@ MODULES = {
     "llama.cpp": ("llama_cpp", "numpy"),
     "transformers": ("accelerate", "transformers", "torch", "safetensors", "numpy"),
 }
+LOOSE = 200  # per cent; for disk offload alone, which holds a whole layer's experts
 SLOW = {"warm": 2, "seconds": 60.0}  # for transformers, which takes seconds for a token
 
 
@@ -46,7 +53,7 @@ class Row:
     engine: str
     share: int | None
     limit: int | None
-    cached: int  # bytes of the model that could not be dropped before
+    cached: int  # bytes of the model that were in the page cache before
     run: dict | None
     failure: str
     peak: int
@@ -84,11 +91,11 @@ def measure(
     """One run in a fresh process and a fresh cgroup."""
     limit = None if share is None else whole * share // 100
     how = SLOW if engine == "transformers" else {"warm": chosen.warm, "seconds": chosen.seconds}
-    ask = Request(engine, str(model), ids, limit=limit, threads=chosen.threads, **how)
-    command = [sys.executable, str(Path(__file__).with_name("engines.py")), json.dumps(asdict(ask))]
-    with cgroup.Group("outofcore", limit) as group:
+    with tempfile.TemporaryDirectory(dir=chosen.directory) as scratch, cgroup.Group("outofcore", limit) as group:
+        ask = Request(engine, str(model), ids, limit=limit, threads=chosen.threads, scratch=scratch, **how)
+        command = [sys.executable, str(Path(__file__).with_name("engines.py")), json.dumps(asdict(ask))]
         cgroup.drop(cgroup.libraries(*MODULES[engine]))
-        cached = cgroup.drop(cgroup.files_of(model))
+        cached = cgroup.fetch(model) if limit is None else cgroup.drop(cgroup.files_of(model))
         done = group.run(command, timeout=chosen.timeout)
     run = json.loads(done.out.splitlines()[-1]) if done.code == 0 else None
     return Row(engine, share, limit, cached, run, "" if run else _why(done), done.peak, done.full, done.faults)
@@ -171,6 +178,30 @@ def tokens_of(bundle: Path, text: Path, count: int) -> list[int]:
     return ids[:count]
 
 
+def order(chosen: argparse.Namespace, shares: tuple[int | None, ...]) -> Iterator[tuple[int, int | None, str]]:
+    """(round, share, engine) of every run. Disk offload has one round, which will do."""
+    for turn in range(chosen.rounds):
+        for share in shares:
+            yield from ((turn, share, e) for e in chosen.engines if e != "transformers" or turn == 0)
+    if "transformers" in chosen.engines:
+        yield 0, LOOSE, "transformers"
+
+
+def disk(bundle: Path) -> str:
+    """What the disk gives to one reader that asks it directly, and what the kernel reads around a page fault."""
+    file = max(cgroup.files_of(bundle), key=lambda f: f.stat().st_size)
+    piece, buffer = 4 << 20, mmap.mmap(-1, 4 << 20)
+    places = random.Random(0).sample(range(file.stat().st_size // piece), 32)
+    descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    try:
+        started = time.perf_counter()
+        done = sum(os.preadv(descriptor, [buffer], place * piece) for place in places)
+        rate = done / (time.perf_counter() - started)
+    finally:
+        os.close(descriptor)
+    return f"disk: {rate / 1e6:.0f} MB/s in direct reads of 4 MiB, read-ahead {cgroup.read_ahead(file) >> 10} KiB"
+
+
 def available(engine: str) -> bool:
     """Whether an engine is installed; says so if not."""
     missing = [module for module in MODULES[engine] if importlib.util.find_spec(module) is None]
@@ -200,28 +231,21 @@ def main() -> None:
     chosen = arguments()
     chosen.engines = [engine for engine in chosen.engines if available(engine)]
     models = prepare(chosen.directory, chosen)
-    whole = sum(file.stat().st_size for file in cgroup.files_of(models["smoe"]))
+    whole = cgroup.size(models["smoe"])
     shares = SHARES if chosen.shares is None else tuple(share or None for share in chosen.shares)
     why = cgroup.unavailable()
     if why:
         raise SystemExit(f"Nothing can be shown here: {why}")
     ids = tokens_of(models["smoe"], chosen.text, chosen.tokens)
     rows: list[Row] = []
-    for turn in range(chosen.rounds):
-        for share in shares:
-            for engine in chosen.engines:
-                if engine == "transformers" and turn:
-                    continue  # once will do
-                rows.append(measure(engine, models[engine], share, whole, ids, chosen))
-                row = rows[-1]
-                print(f"round {turn + 1}, {share or 'no limit'}, {engine}: "
-                      f"{row.run['rate'] if row.run else row.failure}, {row.cached} bytes were cached", file=sys.stderr)  # fmt: skip
-                if chosen.json:
-                    chosen.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
-    sizes = ", ".join(
-        f"{e} {sum(f.stat().st_size for f in cgroup.files_of(models[e])) / 1e6:.0f} MB" for e in chosen.engines
-    )
-    print(f"on disk: {sizes}\n{perplexities(rows)}\n\n{table(rows)}")
+    for turn, share, engine in order(chosen, shares):
+        rows.append(row := measure(engine, models[engine], share, whole, ids, chosen))
+        got = f"{row.run['rate']:.3g} tokens/s" if row.run else row.failure
+        print(f"round {turn + 1}, {share or 'no limit'}, {engine}: {got}; {row.cached} bytes cached", file=sys.stderr)
+        if chosen.json:
+            chosen.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
+    print(f"on disk: {', '.join(f'{e} {cgroup.size(models[e]) / 1e6:.0f} MB' for e in chosen.engines)}")
+    print(f"{disk(models['smoe'])}\n{perplexities(rows)}\n\n{table(rows)}")
     if chosen.svg:
         chosen.svg.write_text(drawn(rows), "utf-8")
 
