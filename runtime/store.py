@@ -55,7 +55,7 @@ class Shards:
         or raises `EngineError`. Threads may read at once."""
         path, file, start = self._files[layer]
         size = self.layouts[layer].levels[self.level - 1]
-        view, done = memoryview(into)[:size], 0
+        view, done = into[:size].data, 0
         at = start + expert * self.layouts[layer].nbytes
         try:
             while done < size:

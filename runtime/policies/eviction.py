@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -232,9 +232,10 @@ def eviction_named(name: str, experts: Sequence[int]) -> Eviction:
     kind, _, number = name.partition(":")
     if kind not in EVICTIONS:
         raise EngineError(f"There is no eviction {name[:40]!r}; there are {', '.join(EVICTIONS)}.")
+    make: Callable[..., Eviction] = EVICTIONS[kind]
     if not number:
-        return EVICTIONS[kind](experts)
-    takes = list(inspect.signature(EVICTIONS[kind]).parameters.values())[1:]
+        return make(experts)
+    takes = list(inspect.signature(make).parameters.values())[1:]
     try:
         value = float(number)
     except ValueError:
@@ -242,4 +243,4 @@ def eviction_named(name: str, experts: Sequence[int]) -> Eviction:
     if not takes or not 1 <= value <= 1e6:
         wanted = f"it takes {takes[0].name} from 1 to 1000000" if takes else "it takes no parameter"
         raise EngineError(f"Eviction {name[:40]!r}: {wanted}.")
-    return EVICTIONS[kind](experts, int(value) if isinstance(takes[0].default, int) else value)
+    return make(experts, int(value) if isinstance(takes[0].default, int) else value)

@@ -175,7 +175,7 @@ class Below:
         ids, weights = choice.ids.copy(), choice.weights.copy()
         gives = choice.missing & (choice.weights < self.below)
         nothing = choice.scores.shape[1]
-        for t in np.flatnonzero(gives.any(1)):
+        for t in np.flatnonzero(gives.any(1)).tolist():
             ranks = np.flatnonzero(gives[t])
             for rank in ranks[np.argsort(-weights[t, ranks], kind="stable")]:
                 if self.pick == "zero":
