@@ -17,7 +17,7 @@ from smoe.artifacts.errors import BundleError
 
 @dataclass(frozen=True)
 class Table:
-    """`shape` is in letters: E experts of this layer, P experts of the previous MoE layer, R ranks, T tokens."""
+    """`shape` is in letters: E experts of this layer, P experts of the previous MoE layer, R ranks, J levels, T tokens."""
 
     shape: str
     dtype: str
@@ -39,6 +39,12 @@ TABLES: dict[str, Table] = {
     "sampled": Table("E", "I64", "tokens", "sampled tokens routed to e, the basis of the two above"),
     "standin_ids": Table("E,R", "I16", "expert", "other experts, smallest output_error first; -1 beyond the last"),
     "standin_error": Table("E,R", "F32", "1", "their output_error"),
+    "price_sampled": Table("E", "I64", "tokens", "tokens routed to e that the prices are from", True),
+    "price_cross": Table("E,E", "F32", "nats/weight^2", "E[(g . y_e)(g . y_s)] over tokens routed to e (row)", True),
+    "price_standin": Table("E,E", "F32", "nats/weight^2", "E[(g . y_s)^2] over tokens routed to e (row)", True),
+    "price_level": Table("E,J", "F32", "nats/weight^2", "E[(g . (y_e at level j - y_e at level J))^2]", True),
+    "price_packed": Table("E", "F32", "nats/weight^2", "E[(g . (y_e at level J - y_e of the checkpoint))^2]", True),
+    "price_fit": Table("3,2", "F32", "1, nats^(1/2)", "rows skip, stand-in, level: of p and of sqrt(p)", True),
 }
 
 TRACE: dict[str, Table] = {
@@ -68,12 +74,14 @@ def load_tables(path: Path, experts: list[int]) -> list[dict[str, np.ndarray]]:
     return [{name: loaded[key(i, name)] for name in TABLES if key(i, name) in loaded} for i in range(len(experts))]
 
 
-def check_tables(path: Path, experts: list[int]) -> None:
-    """Look at the header alone: a missing table, a wrong shape or dtype is a `BundleError`."""
+def check_tables(path: Path, experts: list[int], levels: int | None = None) -> None:
+    """Look at the header alone: a missing table, a wrong shape or dtype is a `BundleError`. `levels` are those of the
+    experts' encoding, where that is known."""
     header = safetensors_file.read_header(path)
+    known = {} if levels is None else {"J": levels}
     for layer, count in enumerate(experts):
         wanted = {n: t for n, t in TABLES.items() if n != "transition" or layer > 0}
-        _check(path, header, layer, wanted, {"E": count, "P": experts[layer - 1]})
+        _check(path, header, layer, wanted, {"E": count, "P": experts[layer - 1]} | known)
 
 
 def check_trace(path: Path, layers: list[tuple[int, int]]) -> None:
@@ -106,5 +114,6 @@ def _check(
 def _fits(shape: tuple[int, ...], letters: str, sizes: dict[str, int]) -> bool:
     wanted = letters.split(",")
     return len(shape) == len(wanted) and all(
-        size == sizes.get(letter, size) for size, letter in zip(shape, wanted, strict=True)
+        size == (int(letter) if letter.isdigit() else sizes.get(letter, size))
+        for size, letter in zip(shape, wanted, strict=True)
     )

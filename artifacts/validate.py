@@ -222,7 +222,8 @@ def _weights(path: Path, m: Manifest) -> None:
 
 def _tables(path: Path, m: Manifest) -> None:
     if "tables.safetensors" in m.files:
-        tables.check_tables(path / "tables.safetensors", [layer.experts for layer in m.layers])
+        levels = encoding_named(m.experts.encoding).levels
+        tables.check_tables(path / "tables.safetensors", [layer.experts for layer in m.layers], levels)
     if "trace.safetensors" in m.files:
         tables.check_trace(path / "trace.safetensors", [(layer.experts, layer.top_k) for layer in m.layers])
 
