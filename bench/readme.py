@@ -1,16 +1,12 @@
 """The figures of README.md:  python bench/readme.py  (about five minutes on two cores)
 
-Builds the example model in every encoding into a temporary directory, compares each with the original token by token on
-held-out text, then decodes held-out text token by token under shrinking budgets: rounds interleaved, medians printed.
+Builds the example model in every encoding into a temporary directory and compares each with the original token by token on
+held-out text.
 """
 
-import json
-import statistics
 import tempfile
-import time
 from pathlib import Path
 
-from smoe.artifacts import open_bundle
 from smoe.artifacts.encodings import ENCODINGS
 from smoe.prep.build import Recipe, build
 from smoe.prep.calibration import Calibration
@@ -18,12 +14,10 @@ from smoe.prep.checkpoint import open_checkpoint
 from smoe.prep.profile import profile
 from smoe.prep.progress import Progress
 from smoe.prep.verify import verify
-from smoe.runtime import Engine, memory
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL, CALIBRATION, HELDOUT = EXAMPLES / "reference", EXAMPLES / "calibration.jsonl", EXAMPLES / "heldout.jsonl"
 QUIET = Progress(quiet=True)
-CONTEXT, TOKENS, ROUNDS = 512, 300, 5
 
 
 def encodings(scratch: Path) -> None:
@@ -43,29 +37,6 @@ def encodings(scratch: Path) -> None:
               f"{found['kl_nats_per_token']:.1g} | {found['top1_agreement']:.2%} |")  # fmt: skip
 
 
-def budgets(scratch: Path) -> None:
-    bundle = scratch / "bf16.smoe"
-    plan = memory.plan(open_bundle(bundle), None, CONTEXT)
-    text = json.loads(HELDOUT.read_text("utf-8").splitlines()[0])["text"]
-    shares = (1.0, 0.75, 0.5, 0.25, 0.125)
-    engines = [Engine.open(bundle, plan.fixed + int(plan.experts * s) * plan.record, CONTEXT) for s in shares]
-    ids = engines[0].text.encode(text)[:TOKENS]
-    rates: list[list[float]] = [[] for _ in shares]
-    for engine in engines:
-        list(engine.score(ids[:50]))  # warm, and filled
-    for _ in range(ROUNDS):
-        for engine, rate in zip(engines, rates, strict=True):
-            started = time.perf_counter()
-            for _ in engine.score(ids):
-                pass
-            rate.append(TOKENS / (time.perf_counter() - started))
-    print("\n| resident experts | budget | hits | tokens per second |\n|---|---|---|---|")
-    for share, engine, rate in zip(shares, engines, rates, strict=True):
-        print(f"| {share:.0%} ({engine.plan.capacity}) | {memory.show(engine.plan.total)} | "
-              f"{engine.stats.hit_rate:.1%} | {statistics.median(rate):.0f} |")  # fmt: skip
-
-
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as directory:
         encodings(Path(directory))
-        budgets(Path(directory))
