@@ -109,6 +109,10 @@ class Experts:
                 if flights and decoding and self._prefetch.looks_ahead and index + 1 < len(self.layers):
                     self._foresee(index + 1, foresight(combine(outputs, weights)), todo)
                     decoding = False  # once
+                if missing and not flights and not self._guesses:  # never, or the loop would not end
+                    raise EngineError(
+                        f"There is no room for {len(missing)} experts of layer {index}; open the bundle again."
+                    )
                 ready = self._arrivals(flights)
         except BaseException:  # an interrupt too: what is on its way must land before its place is used again
             self._land(flights)
