@@ -92,6 +92,7 @@ class Experts:
     def run(self, index: int, routed: Routed, foresight: Foresight) -> np.ndarray:
         """The experts' part of layer `index`'s output, float32 `[T, hidden]`."""
         layer = self.layers[index]
+        self._settle_guesses()  # once, so that all below see the same experts here
         ids, weights = self._substituted(index, layer, routed)
         tasks = scheduler.decide(ids, layer.experts, lambda expert: (index, expert) in self._residency)
         ready, missing, flights = self._begin(index, tasks, ids, routed)
@@ -173,7 +174,6 @@ class Experts:
         wanted = wanted[wanted < self.layers[index].experts]
         self.stats.wanted += len(wanted)
         self.stats.wanted_hits += int(self._residency.resident(index)[wanted].sum())
-        self._settle_guesses()
         self._residency.begin(index, len(routed.ids), self._gate_scores(index, routed))
         ready, missing, flights = [], deque[Task](), []
         experts = self.layers[index].experts
