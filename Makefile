@@ -21,13 +21,14 @@ lint: .venv/tested
 	$(BIN)/lint-imports
 	$(BIN)/mypy -p smoe.artifacts -p smoe.runtime
 
+# One process a core, a file of tests in one of them (they share what they build), and one thread each for torch.
 check: .venv/tested
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist loadfile
 
 ## The runtime's tests in an environment that `pip install smoe` makes: no torch, no transformers.
 lean: .venv-lean/installed
 	! $(LEAN)/python -c "import torch" 2>/dev/null
-	$(LEAN)/pytest -q tests/artifacts tests/runtime
+	$(LEAN)/pytest -q -n auto --dist loadfile tests/artifacts tests/runtime
 
 ## A build that fails must end the install and say what to do; slow kernels are never what one gets instead.
 unbuildable: .venv-lean/installed

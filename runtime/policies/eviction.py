@@ -70,11 +70,12 @@ class DecayedFrequency(Eviction):
     def __init__(self, experts: Sequence[int], half_life: float = 32.0):
         super().__init__(experts)
         self.growth = 2 ** (1 / half_life)
+        self.forgotten = 300 * half_life  # tokens after which nothing is left of a use; more of them would overflow
         self.unit = np.ones(len(experts))  # what one use counts now, per layer: it grows instead of all else decaying
         self.uses = np.zeros(self.first[-1])
 
     def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
-        self.unit[layer] *= self.growth**tokens
+        self.unit[layer] *= self.growth ** min(tokens, self.forgotten)
         if self.unit[layer] > 1e100:
             self.uses[self.first[layer] : self.first[layer + 1]] /= self.unit[layer]
             self.unit[layer] = 1
@@ -141,7 +142,7 @@ class NextUse(Eviction):
         half_life: float = 32.0,
         again: float = 0.2,
         most: int = 8,
-        warmth: float = 16.0,
+        warmth: float = 4.0,
     ):
         super().__init__(experts)
         self.growth, self.again, self.most, self.warmth = 2 ** (1 / half_life), again, most, warmth

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,15 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="session")
-def published(root) -> Path:
-    """Traces and answers of others, which are no part of the project."""
-    found = root.parent / "shared" / "traces"
-    if not found.is_dir():
-        pytest.skip(f"no {found}: the published traces are not there")
-    return found
+def published(root, tmp_path_factory) -> Path:
+    """Traces and answers of others (traces/NOTICE.md), unpacked."""
+    directory = tmp_path_factory.mktemp("traces")
+    for file in (root / "tests" / "prep" / "traces").glob("*.[cx]*"):
+        packed = file.suffix == ".xz"
+        (directory / (file.stem if packed else file.name)).write_bytes(
+            lzma.decompress(file.read_bytes()) if packed else file.read_bytes()
+        )
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -138,3 +138,14 @@ def test_belady_is_the_least_there_is(requests, capacity):
 def test_evictions_that_do_not_exist(name, sentence):
     with pytest.raises(EngineError, match=sentence):
         eviction_named(name, EXPERTS)
+
+
+def test_a_very_long_prompt_overflows_nothing():
+    policy = eviction_named("decay:1", [4, 4])
+    for layer in (0, 1):
+        policy.begin(layer, 1, None)
+        policy.use(4 * layer, 1)
+    policy.begin(0, 10**9, None)
+    policy.use(1, 1)
+    values = policy.values(np.arange(8))
+    assert np.isfinite(values).all() and values[1] > values[4] > values[0]
