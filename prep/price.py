@@ -2,7 +2,8 @@
 
 A sample of the calibration text goes through the model forward and back (`fisher`); at every layer all its experts run
 on all sampled tokens, and what is kept of them is their product with the gradients. Where the experts are packed
-already, the errors of their levels are taken from the shards, computed by the kernels of the device.
+already, the errors of their levels are taken from the shards, computed by the kernels of the device. What the moments
+leave out, `fit` measures once the bundle can run.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from smoe.artifacts import safetensors_file
 from smoe.artifacts.encodings import encoding_named, record_layout
 from smoe.artifacts.layout import ExpertShape
 from smoe.artifacts.manifest import Experts, Manifest
 from smoe.artifacts.shard import shard_start
+from smoe.artifacts.tables import load_tables, save_tables
 from smoe.prep.checkpoint import Checkpoint
+from smoe.prep.errors import PrepError
 from smoe.prep.experts import expert_geometry, expert_outputs
 from smoe.prep.fisher import AtExperts, sweep_gradients
 from smoe.prep.moments import PriceSums
@@ -25,6 +29,7 @@ from smoe.prep.progress import Progress
 from smoe.prep.statistics import activity
 from smoe.runtime import kernels
 
+DEFAULT_TOKENS = 4096  # of the calibration text
 DRAWS = 4  # of labels per position: more draws are cheaper than more tokens, up to about here
 TOGETHER = 4096  # tokens whose graph is in memory at once; a larger sample takes two sweeps for each so many
 
@@ -39,6 +44,34 @@ class Packed:
     @property
     def levels(self) -> int:
         return encoding_named(self.experts.encoding).levels
+
+
+def sampled(rows: list[np.ndarray], tokens: int, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Rows `[n, length]` for the prices, drawn with `seed` until they have `tokens` tokens, and all others."""
+    whole = [i for i, row in enumerate(rows) if len(row) == len(rows[0])]
+    wanted = max(1, -(-tokens // len(rows[0])))
+    drawn = np.sort(np.random.default_rng([seed, 1]).permutation(whole)[:wanted])
+    return np.stack([rows[i] for i in drawn]), [row for i, row in enumerate(rows) if i not in set(drawn.tolist())]
+
+
+def add_prices(
+    checkpoint: Checkpoint, directory: Path, rows: np.ndarray, seed: int, packed: Packed, progress: Progress
+) -> str:
+    """Put the price tables of `rows` beside the others in `directory`, once. Returns "" or, where the model has none,
+    why; a bundle does without."""
+    file = directory / "tables.safetensors"
+    experts = [expert_geometry(module)[0] for _, module in checkpoint.layers]
+    tables = load_tables(file, experts)
+    if all("price_cross" in of for of in tables):
+        progress.say("price: kept from an earlier run")
+        return ""
+    try:
+        sums = price(checkpoint, rows, seed, packed, progress)
+    except PrepError as error:
+        return str(error)
+    merged = [of | found.tables() for of, found in zip(tables, sums, strict=True)]
+    save_tables(file, merged, safetensors_file.read_header(file).metadata)
+    return ""
 
 
 def price(

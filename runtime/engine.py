@@ -23,11 +23,13 @@ from smoe.runtime.backbone import LARGE, Backbone, Sequence, Values, ort_value
 from smoe.runtime.errors import EngineError
 from smoe.runtime.experts import Experts, Routed
 from smoe.runtime.policies.named import Policies, Tables
+from smoe.runtime.policies.priced import CAP
 from smoe.runtime.sampling import Sampler, Sampling
 from smoe.runtime.stats import Stats
 from smoe.runtime.text import StopWhen, Stream, Text
 
 DEFAULT = Policies()
+MOST_LOSS = 1.0  # nats per token: far beyond what leaves a text readable
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,12 @@ class Engine:
         p = self.policies
         return [
             f"policies: eviction {p.eviction}{' in shares by layer' if p.shares else ''}, "
-            f"{'warm' if p.warm else 'cold'} start, prefetch {p.prefetch}, substitution {p.substitution}"
+            f"{'warm' if p.warm else 'cold'} start, prefetch {p.prefetch}, "
+            + (
+                f"at most {p.loss} nats per token for reading less, {CAP:.0f} tokens' worth saved up"
+                if p.loss
+                else f"substitution {p.substitution}"
+            )
             + (" (lossless)" if p.lossless else " (lossy)")
         ]
 
@@ -337,6 +344,13 @@ def _check(policies: Policies, plan: memory.Plan, manifest: Manifest) -> None:
         raise EngineError(
             f"All {plan.experts} experts fit into memory, so that policies for missing ones have no effect; leave them "
             f"out, or state less memory than {memory.show(plan.total)}."
+        )
+    if not 0 <= policies.loss <= MOST_LOSS:
+        raise EngineError(f"A loss of {policies.loss} nats per token was asked for; it goes from 0 to {MOST_LOSS}.")
+    if policies.loss and policies.substitution != "none":
+        raise EngineError(
+            f"Substitution {policies.substitution} and a loss budget exclude each other: what stands in for a missing "
+            "expert is decided by one of them. Leave one out."
         )
     most = max(layer.top_k for layer in manifest.layers)
     share = plan.capacity // len(manifest.layers)

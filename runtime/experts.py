@@ -19,10 +19,18 @@ from smoe.artifacts.manifest import Layer, Manifest
 from smoe.runtime import kernels, memory, scheduler
 from smoe.runtime.errors import EngineError
 from smoe.runtime.machine import aligned
-from smoe.runtime.policies.named import Policies, Tables, make_eviction, make_prefetch, make_substitution
+from smoe.runtime.policies.named import (
+    Policies,
+    Tables,
+    make_eviction,
+    make_prefetch,
+    make_priced,
+    make_substitution,
+)
 from smoe.runtime.policies.prefetch import Guesses
 from smoe.runtime.policies.routing import gate_scores
-from smoe.runtime.policies.substitution import Choice
+from smoe.runtime.policies.priced import LossBudget
+from smoe.runtime.policies.substitution import Choice, Chosen, Substitution
 from smoe.runtime.reader import Reader, Request
 from smoe.runtime.residency import Key, Residency
 from smoe.runtime.scheduler import Task
@@ -51,7 +59,7 @@ Foresight = Callable[[np.ndarray], Routed]
 
 @dataclass(frozen=True)
 class _Flight:
-    """A record on its way into a place."""
+    """A record on its way into a place, or more planes of one into where it is."""
 
     place: int
     request: Request
@@ -76,7 +84,11 @@ class Experts:
         self._residency = Residency(
             experts, plan.capacity, make_eviction(policies.eviction, manifest), None, policies.shares
         )
-        self._substitution = make_substitution(policies.substitution, manifest, tables)
+        self.account: LossBudget | None = None
+        self._substitution: Substitution | None = make_substitution(policies.substitution, manifest, tables)
+        if policies.loss:
+            sizes = [np.array([0, *layout.levels]) for layout in shards.layouts]
+            self._substitution, self.account = make_priced(policies.loss, manifest, tables, sizes, plan)
         self._prefetch = make_prefetch(policies.prefetch, manifest, tables)
         self.frames = aligned(plan.capacity, plan.record)
         self._kernels = [
@@ -93,9 +105,10 @@ class Experts:
         """The experts' part of layer `index`'s output, float32 `[T, hidden]`."""
         layer = self.layers[index]
         self._settle_guesses()  # once, so that all below see the same experts here
-        ids, weights = self._substituted(index, layer, routed)
-        tasks = scheduler.decide(ids, layer.experts, lambda expert: (index, expert) in self._residency)
-        ready, missing, flights = self._begin(index, tasks, ids, routed)
+        ids, weights, levels = self._substituted(index, layer, routed)
+        enough = self._residency.levels(index) >= levels
+        tasks = scheduler.decide(ids, levels, enough)
+        ready, missing, flights = self._begin(index, tasks, ids, enough, routed)
         todo = {(index, task.expert) for task in tasks}
         outputs = np.zeros((*ids.shape, layer.hidden), np.float32)
         decoding = len(ids) == 1
@@ -135,7 +148,7 @@ class Experts:
         for key in sorted(self._room_for(keys)):  # in the order of the files
             place = self._residency.reserve(key, [])
             assert place is not None
-            flights.append(_Flight(place, self._reader.demand(*key, self.frames[place])))
+            flights.append(_Flight(place, self._reader.demand(self._request(key, place, 0, self._shards.level))))
         failed = self._land(flights)
         if failed is not None:
             raise failed
@@ -152,24 +165,26 @@ class Experts:
 
     # -- deciding --------------------------------------------------------------------------------------------------
 
-    def _substituted(self, index: int, layer: Layer, routed: Routed) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and weights of the experts that run."""
+    def _substituted(self, index: int, layer: Layer, routed: Routed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids and weights of the experts that run, and the level of every expert that is one of them."""
         self.stats.slots += routed.ids.size
+        full = np.full(layer.experts, self._shards.level)
         if self._substitution is None:
-            return routed.ids, routed.weights
-        assert layer.routing is not None and routed.scores is not None and routed.raw is not None
-        here = self._residency.resident(index)
-        ids, weights = self._substitution(
-            Choice(index, layer.routing, routed.ids, routed.weights, routed.scores, routed.raw, here)
-        )
-        self.stats.substituted += int((ids != routed.ids).sum())
-        return ids, weights
+            return routed.ids, routed.weights, full
+        here, levels = self._residency.resident(index), self._residency.levels(index)
+        chosen = Chosen(*self._substitution(
+            Choice(index, layer.routing, routed.ids, routed.weights, routed.scores, routed.raw, here, levels, full[0])
+        ))  # fmt: skip
+        self.stats.substituted += int((chosen.ids != routed.ids).sum())
+        if self.account is not None:
+            self.stats.nats_spent += self.account.collect()
+        return chosen.ids, chosen.weights, full if chosen.levels is None else chosen.levels
 
     def _begin(
-        self, index: int, tasks: list[Task], ids: np.ndarray, routed: Routed
+        self, index: int, tasks: list[Task], ids: np.ndarray, enough: np.ndarray, routed: Routed
     ) -> tuple[list[Task], deque[Task], list[_Flight]]:
         """Tell the residency what the step wants and count it: tasks that are ready, that are missing, and that are on
-        their way as guesses."""
+        their way as guesses. `enough` bool `[E]` says who is here."""
         wanted = np.unique(routed.ids)
         wanted = wanted[wanted < self.layers[index].experts]
         self.stats.wanted += len(wanted)
@@ -182,7 +197,7 @@ class Experts:
             self.stats.guesses_used += self._residency.use((index, expert), tokens[expert])
         for task in tasks:
             key = (index, task.expert)
-            if key in self._residency:
+            if enough[task.expert]:
                 ready.append(task)
             elif key in self._guesses:
                 flights.append(dataclasses.replace(self._guesses.pop(key), task=task))
@@ -209,12 +224,19 @@ class Experts:
         layer = [(index, task.expert) for task in tasks]
         while missing:
             key = (index, missing[0].expert)
-            place = self._residency.reserve(key, layer)
+            place = self._residency.find(key)
+            since = 0 if place is None else int(self._residency.levels(index)[key[1]])
+            if place is None:
+                place = self._residency.reserve(key, layer)
             if place is None:
                 place = self._residency.reserve(key, todo)
             if place is None:
                 return
-            flights.append(_Flight(place, self._reader.demand(*key, self.frames[place]), missing.popleft()))
+            task = missing.popleft()
+            flights.append(_Flight(place, self._reader.demand(self._request(key, place, since, task.level)), task))
+
+    def _request(self, key: Key, place: int, since: int, level: int) -> Request:
+        return Request(*key, self.frames[place], since, level)
 
     def _arrivals(self, flights: list[_Flight]) -> list[Task]:
         """Wait until a flight has landed, or a guess whose place is needed; the tasks that are ready now."""
@@ -226,25 +248,30 @@ class Experts:
         self.stats.stall_seconds += time.perf_counter() - started
         self._settle_guesses()
         landed = [flight for flight in flights if flight.request.arrived]
-        flights[:] = [flight for flight in flights if not flight.request.arrived]
         failed = self._land(landed)
+        flights[:] = [flight for flight in flights if not flight.request.landed]
         if failed is not None:
             raise failed
         return [flight.task for flight in landed if flight.task is not None]
 
     def _land(self, flights: list[_Flight], guessed: bool = False) -> EngineError | None:
-        """Wait for all of `flights`. What failed leaves no trace; the last failure is returned."""
+        """Wait for all of `flights`. What failed leaves no trace; the last failure is returned. Each lands once, also
+        where an interrupt makes this begin again."""
         failed = None
         for flight in flights:
             request = flight.request
+            if request.landed:
+                continue
             self._reader.wait([request])
             key = (request.layer, request.expert)
             if request.nbytes:
-                self._residency.put(key, flight.place, guessed)
+                self._residency.put(key, flight.place, guessed, request.level)
                 self.stats.bytes_read += request.nbytes
             else:
-                self._residency.cancel(key, flight.place)
+                if not request.since:  # what was there before still is
+                    self._residency.cancel(key, flight.place)
                 failed = request.error or EngineError(f"Reading expert {key[1]} of layer {key[0]} failed.")
+            request.landed = True
         return failed
 
     # -- guessing --------------------------------------------------------------------------------------------------
@@ -259,7 +286,8 @@ class Experts:
             place = self._residency.reserve(key, [*todo, *guesses])
             if place is None:
                 return
-            self._guesses[key] = _Flight(place, self._reader.guess(*key, self.frames[place]))
+            request = self._request(key, place, 0, self._shards.level)
+            self._guesses[key] = _Flight(place, self._reader.guess(request))
 
     def _foresee(self, index: int, routed: Routed, todo: set[Key]) -> None:
         """Guess by what layer `index` would choose now."""
@@ -286,7 +314,7 @@ class Experts:
             tokens, ranks = (np.concatenate([getattr(task, name) for task in batch]) for name in ("tokens", "ranks"))
             work = kernels.Work(
                 np.array([self._residency.find((index, task.expert)) for task in batch]),
-                np.full(len(batch), self._shards.level),
+                np.array([task.level for task in batch]),
                 np.cumsum([0, *(len(task.tokens) for task in batch)]),
                 tokens,
             )

@@ -200,6 +200,7 @@ def _speed(engine: Engine, first: list[float]) -> dict:
         "hit_rate_after": stats.hit_rate,
         "substituted_share": stats.substituted_share,
         "loaded_share": stats.misses / max(1, stats.wanted),
+        "nats_spent": stats.nats_spent / max(1, stats.prompt_tokens + stats.decode_steps),
         "bytes_read": stats.bytes_read,
         "stall_share": stats.stall_seconds / seconds if seconds else 0.0,
         "foresight_share": stats.foresight_seconds / seconds if seconds else 0.0,

@@ -16,19 +16,21 @@ from smoe.runtime.errors import EngineError
 
 
 class Request:
-    """One record to be read into `into`. `arrived` turns true when it is there, or failed with `error`."""
+    """The planes of one record after `since`, up to `level`, to be read into `into`. `arrived` turns true when they are
+    there, or failed with `error`."""
 
-    def __init__(self, layer: int, expert: int, into: np.ndarray):
-        self.layer, self.expert, self.into = layer, expert, into
+    def __init__(self, layer: int, expert: int, into: np.ndarray, since: int, level: int):
+        self.layer, self.expert, self.into, self.since, self.level = layer, expert, into, since, level
         self.arrived = False
+        self.landed = False  # whoever asked has taken it
         self.nbytes = 0
         self.error: EngineError | None = None
 
 
 class Reader:
-    """`read(layer, expert, into)` gives the bytes read, or raises; `threads` of it run at once."""
+    """`read(layer, expert, into, since, level)` gives the bytes read, or raises; `threads` of it run at once."""
 
-    def __init__(self, read: Callable[[int, int, np.ndarray], int], threads: int):
+    def __init__(self, read: Callable[[int, int, np.ndarray, int, int], int], threads: int):
         self._read = read
         self._demands: deque[Request] = deque()
         self._guesses: deque[Request] = deque()
@@ -39,13 +41,13 @@ class Reader:
         for thread in self._threads:
             thread.start()
 
-    def demand(self, layer: int, expert: int, into: np.ndarray) -> Request:
+    def demand(self, request: Request) -> Request:
         """Read as soon as may be."""
-        return self._add(self._demands, Request(layer, expert, into))
+        return self._add(self._demands, request)
 
-    def guess(self, layer: int, expert: int, into: np.ndarray) -> Request:
+    def guess(self, request: Request) -> Request:
         """Read once no demand is waiting or being read."""
-        return self._add(self._guesses, Request(layer, expert, into))
+        return self._add(self._guesses, request)
 
     def withdraw(self) -> list[Request]:
         """The guesses that have not begun; they are forgotten here."""
@@ -90,7 +92,9 @@ class Reader:
                 request = (self._demands if demanded else self._guesses).popleft()
                 self._busy += demanded
             try:
-                request.nbytes = self._read(request.layer, request.expert, request.into)
+                request.nbytes = self._read(
+                    request.layer, request.expert, request.into, request.since, request.level
+                )
             except EngineError as error:
                 request.error = error
             finally:

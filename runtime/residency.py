@@ -39,6 +39,7 @@ class Residency:
         self._layers = np.full(places, -1)
         self._guessed = np.zeros(places, bool)
         self._expired = np.zeros(places, bool)
+        self._level = np.zeros(places, np.int64)
         self._place = np.full(self._first[-1], -1)  # of each expert
         self._used = [0] * len(experts)  # by layer, of the capacity
         self._total = 0
@@ -57,6 +58,11 @@ class Residency:
     def resident(self, layer: int) -> np.ndarray:
         """bool `[experts of the layer]`."""
         return self._place[self._first[layer] : self._first[layer + 1]] >= 0
+
+    def levels(self, layer: int) -> np.ndarray:
+        """int64 `[experts of the layer]`: the level at which each expert is here, 0 where it is not."""
+        places = self._place[self._first[layer] : self._first[layer + 1]]
+        return np.where(places >= 0, self._level[places], 0)
 
     def find(self, key: Key) -> int | None:
         """The place that holds `key`, if one does."""
@@ -101,9 +107,12 @@ class Residency:
         self._total += self._sizes[layer]
         return self._free.pop()
 
-    def put(self, key: Key, place: int, guessed: bool = False) -> None:
-        """The reserved place holds `key` now."""
+    def put(self, key: Key, place: int, guessed: bool = False, level: int = 1) -> None:
+        """The reserved place holds `key` now, or one that held it holds it up to a higher level."""
         flat = self._first[key[0]] + key[1]
+        self._level[place] = level
+        if self._place[flat] == place:
+            return
         self._keys[place], self._layers[place], self._place[flat] = flat, key[0], place
         self._guessed[place], self._expired[place] = guessed, False
 

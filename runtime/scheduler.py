@@ -6,7 +6,7 @@ are is the router's word, or a substitution's (`policies.substitution`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Task:
-    """One expert to compute: `tokens` and `ranks` int64 say which slots (token, place among its k) are its."""
+    """One expert to compute at a `level`: `tokens` and `ranks` int64 say which slots (token, place among its k) are its."""
 
     expert: int
+    level: int
     tokens: np.ndarray
     ranks: np.ndarray
 
@@ -33,20 +34,20 @@ def batches(tasks: list[Task], slots: int) -> Iterator[list[Task]]:
         yield batch
 
 
-def decide(ids: np.ndarray, count: int, resident: Callable[[int], bool]) -> list[Task]:
-    """The tasks of one layer of `count` experts for ids `[T, k]` (`count` itself is no expert): resident experts first,
-    so that a load never evicts what is still needed; each group by expert number. The result of a step does not depend on this order (`Engine` combines by
-    rank), only the number of loads does."""
+def decide(ids: np.ndarray, levels: np.ndarray, here: np.ndarray) -> list[Task]:
+    """The tasks of one layer of E experts for ids `[T, k]` (E itself is no expert), each at its of `levels` int `[E]`: experts
+    that are `here` (bool `[E]`) first, so that a load never evicts what is still needed; each group by expert number.
+    The result of a step does not depend on this order (`Engine` combines by rank), only the number of loads does."""
     flat = ids.reshape(-1)
     order = np.argsort(flat, kind="stable")
     experts, starts = np.unique(flat[order], return_index=True)
     groups = np.split(order, starts[1:])
     tasks = [
-        Task(int(expert), slots // ids.shape[1], slots % ids.shape[1])
+        Task(int(expert), int(levels[expert]), slots // ids.shape[1], slots % ids.shape[1])
         for expert, slots in zip(experts, groups, strict=True)
-        if expert < count
+        if expert < len(levels)
     ]
-    return sorted(tasks, key=lambda task: (not resident(task.expert), task.expert))
+    return sorted(tasks, key=lambda task: (not here[task.expert], task.expert))
 
 
 def uses(ids: np.ndarray, count: int) -> list[int]:

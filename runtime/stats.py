@@ -18,6 +18,7 @@ class Stats:
     new_tokens: int = 0
     slots: int = 0  # token x active expert
     substituted: int = 0  # slots that got another expert than the router's, or none
+    nats_spent: float = 0.0  # what shortcuts should have cost by their prices, over all tokens
     wanted: int = 0
     wanted_hits: int = 0
     hits: int = 0

@@ -50,13 +50,14 @@ class Shards:
             self.layouts.append(layout)
             self._files.append((file, opened, start))
 
-    def read(self, layer: int, expert: int, into: np.ndarray) -> int:
-        """Fill `into` (uint8, long enough, on a page boundary) with a record up to the level; returns the bytes read,
-        or raises `EngineError`. Threads may read at once."""
+    def read(self, layer: int, expert: int, into: np.ndarray, since: int = 0, level: int | None = None) -> int:
+        """Fill `into` (uint8, long enough, on a page boundary) with the planes of a record after the first `since`, up to
+        `level` (None: the shards' own); returns the bytes read, or raises `EngineError`. Threads may read at once."""
         path, file, start = self._files[layer]
-        size = self.layouts[layer].levels[self.level - 1]
-        view, done = into[:size].data, 0
-        at = start + expert * self.layouts[layer].nbytes
+        ends = (0, *self.layouts[layer].levels)
+        first, size = ends[since], ends[self.level if level is None else level] - ends[since]
+        view, done = into[first : first + size].data, 0
+        at = start + expert * self.layouts[layer].nbytes + first
         try:
             while done < size:
                 got = os.preadv(file, [view[done:]], at + done)

@@ -11,8 +11,11 @@ import numpy as np
 from smoe.artifacts.manifest import Manifest
 from smoe.artifacts.tables import load_tables
 from smoe.runtime.errors import EngineError
+from smoe.runtime.memory import Plan
 from smoe.runtime.policies import prefetch, substitution
 from smoe.runtime.policies.eviction import DEFAULT_EVICTION, Eviction, eviction_named
+from smoe.runtime.policies.priced import LossBudget, Priced
+from smoe.runtime.prices import Prices
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Policies:
 
     eviction: which resident expert goes (`EVICTIONS`). shares: every layer has an equal part of the pool for itself.
     warm: start with the experts that calibration used most, rather than with none. substitution: what stands in for a
-    missing expert (`SUBSTITUTIONS`; none is lossless). prefetch: what is read on a guess (`PREFETCHES`).
+    missing expert (`SUBSTITUTIONS`; none is lossless). prefetch: what is read on a guess (`PREFETCHES`). loss: nats per
+    token that the priced scheduler may spend on reading less (0: none, lossless); the bundle must have prices.
     """
 
     eviction: str = DEFAULT_EVICTION
@@ -29,10 +33,11 @@ class Policies:
     warm: bool = True
     substitution: str = "none"
     prefetch: str = "none"
+    loss: float = 0.0
 
     @property
     def lossless(self) -> bool:
-        return self.substitution == "none"
+        return self.substitution == "none" and not self.loss
 
 
 class Tables:
@@ -42,11 +47,15 @@ class Tables:
         self._path, self._experts = path / "tables.safetensors", [layer.experts for layer in manifest.layers]
         self._loaded: list[dict[str, np.ndarray]] | None = None
 
-    def of(self, name: str) -> list[np.ndarray]:
-        """One table for every layer that has it, in order."""
+    def layers(self) -> list[dict[str, np.ndarray]]:
+        """All tables of every layer."""
         if self._loaded is None:
             self._loaded = load_tables(self._path, self._experts)
-        return [tables[name] for tables in self._loaded if name in tables]
+        return self._loaded
+
+    def of(self, name: str) -> list[np.ndarray]:
+        """One table for every layer that has it, in order."""
+        return [tables[name] for tables in self.layers() if name in tables]
 
 
 # NAME: (what the number is, its default or None where one must be given, smallest, largest, how it is made)
@@ -81,6 +90,18 @@ def make_substitution(text: str, manifest: Manifest, tables: Tables) -> substitu
     what, default, least, most, make = SUBSTITUTIONS[name]
     _needs_routing(manifest, "Substitution")
     return make(_number(text, number if colon else default, what, least, most), manifest, tables)
+
+
+def make_priced(
+    loss: float, manifest: Manifest, tables: Tables, sizes: list[np.ndarray], plan: Plan
+) -> tuple[Priced, LossBudget]:
+    """The priced scheduler and its account; an `EngineError` where the bundle has no prices. `sizes` as in `Priced`."""
+    prices = Prices.of(tables.layers())
+    layers = len(manifest.layers)
+    missing = plan.token_cycle * max(1 - plan.capacity / plan.experts, 0.02)
+    worth = 4 * loss / missing / plan.record  # as if half of the loads could be bought off, at half of it on average
+    account = LossBudget(loss, layers, worth)
+    return Priced(prices, sizes, account), account
 
 
 def make_prefetch(text: str, manifest: Manifest, tables: Tables) -> prefetch.Prefetch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,15 +19,23 @@ from smoe.runtime.policies.routing import gate_scores, weigh
 @dataclass(frozen=True)
 class Choice:
     """What a policy sees of one layer and step: ids int64 and weights float32 `[T, k]` as the router chose them, the
-    selection `scores` and `raw` weights `[T, E]` of all experts, and which of them are `resident`, bool `[E]`."""
+    selection `scores` and `raw` weights `[T, E]` of all experts where a `rule` for them is known, and which experts
+    are `resident`, bool `[E]`; up to which of the `full` levels is in `levels` `[E]`, if they are not all there whole."""
 
     layer: int
-    rule: Routing
+    rule: Routing | None
     ids: np.ndarray
     weights: np.ndarray
-    scores: np.ndarray
-    raw: np.ndarray
+    scores: np.ndarray | None
+    raw: np.ndarray | None
     resident: np.ndarray
+    levels: np.ndarray | None = None
+    full: int = 1
+
+    @property
+    def here(self) -> np.ndarray:
+        """int `[E]`: the level at which each expert is here, 0 where it is not."""
+        return self.resident * self.full if self.levels is None else self.levels
 
     @property
     def missing(self) -> np.ndarray:
@@ -43,6 +52,14 @@ class Choice:
 
 
 Routed = tuple[np.ndarray, np.ndarray]
+
+
+class Chosen(NamedTuple):
+    """What runs: ids `[T, k]`, weights `[T, k]`, and the level of every expert `[E]` (None: all at the full one)."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+    levels: np.ndarray | None = None
 
 
 class Smoe:
@@ -225,4 +242,4 @@ def _in_place(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     return out
 
 
-Substitution = Callable[[Choice], Routed]
+Substitution = Callable[[Choice], Routed | Chosen]

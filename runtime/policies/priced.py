@@ -1,0 +1,146 @@
+"""The priced scheduler: every missing expert's alternatives have a price in nats and a time, and a budget buys time.
+
+At a step an active expert that is not here at its full level can be read, wholly or to a lower level; used at the level
+at which it is here; or its slots can do without it, each with the cheapest of nothing and a resident stand-in at the
+best weight. The choice is the one of least `nats + worth * bytes read`: a Lagrangian, so that a nat is spent where it
+saves most anywhere in the model, and not where it can be spent first. `LossBudget` sets `worth`, and is the hard limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from smoe.runtime.policies.substitution import Choice, Chosen
+from smoe.runtime.prices import LayerPrices, Prices
+
+REQUEST = 64 << 10  # bytes that could be read in the time that a request takes besides
+CAP = 16.0  # tokens' worth of nats that may be saved up
+GAIN, PULL = 0.1, 0.02  # per token: how fast `worth` follows what was spent, and what is saved up
+
+
+class LossBudget:
+    """A running account of nats: `rate` comes in with every token, up to `CAP` tokens' worth, and what is spent is never
+    more than is there. `worth` is what a byte that need not be read may cost, in nats; it follows the spending."""
+
+    def __init__(self, rate: float, layers: int, worth: float):
+        self.rate, self.worth, self.balance = rate, worth, rate * CAP / 2
+        self._layers, self._token, self._spent = layers, 0.0, 0.0
+
+    def begin(self, layer: int, tokens: int) -> None:
+        """A step of so many tokens reaches a layer."""
+        if layer == 0 and tokens == 1:
+            self._follow()
+        if layer == 0:
+            self._token = 0.0
+        self.balance = min(self.rate * CAP, self.balance + self.rate * tokens / self._layers)
+
+    def spend(self, nats: float) -> None:
+        self.balance -= nats
+        self._spent += nats
+        self._token += nats
+
+    def collect(self) -> float:
+        """What was spent since the last call."""
+        spent, self._spent = self._spent, 0.0
+        return spent
+
+    def _follow(self) -> None:
+        under = float(np.clip(1 - self._token / self.rate, -1, 1))
+        saved = self.balance / (self.rate * CAP) * 2 - 1
+        self.worth *= float(np.exp(GAIN * under + PULL * saved))
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """The slots of experts that are not here at their full level: token, rank, expert, mixing weight, and what takes
+    the place (the number of experts: nothing), with which weight, for how many nats."""
+
+    tokens: np.ndarray
+    ranks: np.ndarray
+    experts: np.ndarray
+    weights: np.ndarray
+    stand_ins: np.ndarray
+    stand_in_weights: np.ndarray
+    nats: np.ndarray
+
+
+class Priced:
+    """`prices` of the bundle; `sizes[l][j]` bytes of the first j planes of a record of layer l, from j = 0."""
+
+    def __init__(self, prices: Prices, sizes: list[np.ndarray], budget: LossBudget):
+        self.prices, self.budget, self._sizes = prices, budget, sizes
+
+    def __call__(self, choice: Choice) -> Chosen:
+        experts, here, full = len(choice.resident), choice.here, choice.full
+        prices, sizes = self.prices.layers[choice.layer], self._sizes[choice.layer]
+        self.budget.begin(choice.layer, len(choice.ids))
+        active = np.unique(choice.ids)
+        short = active[active < experts]
+        short = short[here[short] < full]
+        levels = np.full(experts, full)
+        if not len(short):
+            return Chosen(choice.ids, choice.weights, levels)
+        slots = _slots(choice, prices, short)
+        nats, saved = _alternatives(slots, prices, sizes, short, here[short], full)
+        picked = self._pick(nats, saved)
+        levels[short] = np.where(picked == 0, full, picked)
+        gone = np.zeros(experts, bool)
+        gone[short[picked == 0]] = True
+        ids, weights = choice.ids.copy(), choice.weights.copy()
+        which = gone[slots.experts]
+        at = slots.tokens[which], slots.ranks[which]
+        ids[at], weights[at] = slots.stand_ins[which], slots.stand_in_weights[which]
+        return Chosen(ids, weights, levels)
+
+    def _pick(self, nats: np.ndarray, saved: np.ndarray) -> np.ndarray:
+        """For every expert (row) the alternative of least cost that the account can pay."""
+        rows = np.arange(len(nats))
+        picked = (nats - self.budget.worth * saved).argmin(1)
+        cost, gain = nats[rows, picked], saved[rows, picked]
+        order = np.argsort(-cost / np.maximum(gain, 1), kind="stable")  # dearest for what it saves first
+        for row in order:
+            if cost.sum() <= max(self.budget.balance, 0):
+                break
+            picked[row], cost[row] = nats.shape[1] - 1, 0.0
+        self.budget.spend(float(cost.sum()))
+        return picked
+
+
+def _slots(choice: Choice, prices: LayerPrices, short: np.ndarray) -> _Slots:
+    """The slots of `short`, each with the cheapest of skipping and a stand-in that is here at its full level."""
+    experts = len(choice.resident)
+    wanted = np.zeros(experts + 1, bool)
+    wanted[short] = True
+    tokens, ranks = np.nonzero(wanted[choice.ids])
+    e, w = choice.ids[tokens, ranks], choice.weights[tokens, ranks].astype(np.float64)
+    nats, stand_ins, weights = prices.skip(e, w), np.full(len(e), experts), np.zeros(len(e), np.float32)
+    able = np.flatnonzero(choice.here >= choice.full)
+    if len(able):
+        best = prices.best_weight(e[:, None], w[:, None], able)
+        costs = prices.stand_in(e[:, None], w[:, None], able, best)
+        least = costs.argmin(1)
+        rows = np.arange(len(e))
+        better = costs[rows, least] < nats
+        nats = np.where(better, costs[rows, least], nats)
+        stand_ins = np.where(better, able[least], stand_ins)
+        weights = np.where(better, best[rows, least], weights).astype(np.float32)
+    return _Slots(tokens, ranks, e, w, stand_ins, weights, nats)
+
+
+def _alternatives(
+    slots: _Slots, prices: LayerPrices, sizes: np.ndarray, short: np.ndarray, here: np.ndarray, full: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nats, and bytes saved against reading all that is missing, `[experts, 1 + levels]`: column 0 does without, column j
+    computes at level j. What cannot be, or would be silly, costs infinitely much."""
+    row = np.searchsorted(short, slots.experts)
+    levels = np.arange(1, full + 1)
+    nats = np.zeros((len(short), full + 1))
+    nats[:, 0] = np.bincount(row, slots.nats, len(short))
+    for level in levels[:-1]:
+        nats[:, level] = np.bincount(row, prices.at_level(slots.experts, slots.weights, level), len(short))
+    nats[:, 1:][levels < here[:, None]] = np.inf
+    read = np.maximum(sizes[1 : full + 1] - sizes[here][:, None], 0)
+    read = np.where(read > 0, read + REQUEST, 0)
+    return nats, np.concatenate([read[:, -1:], read[:, -1:] - read], 1)
