@@ -15,7 +15,7 @@ import numpy as np
 from smoe.artifacts.encodings import encoding_named
 from smoe.artifacts.manifest import FORMAT, VERSION, Experts, File, Layer, Manifest, Model, Wires
 from smoe.artifacts.validate import open_bundle, sha256
-from smoe.prep import cut
+from smoe.prep import cut, price
 from smoe.prep.calibration import Calibration
 from smoe.prep.check import check_backbone
 from smoe.prep.checkpoint import Checkpoint, open_checkpoint
@@ -23,6 +23,7 @@ from smoe.prep.errors import PrepError
 from smoe.prep.estimate import disk_needed
 from smoe.prep.experts import expert_geometry
 from smoe.prep.export import Exported, export
+from smoe.prep.fit import add_fit
 from smoe.prep.pack import chosen_quantiser, pack, quantiser_settings, unpacked
 from smoe.prep.precision import check_precision, reduce
 from smoe.prep.profile import PROFILE_FILES, open_profile, profile
@@ -38,6 +39,7 @@ class Recipe:
     encoding: str = "bf16"
     backbone: str = "f32"
     quantiser: str | None = None  # of nested encodings: one of `pack.QUANTISERS`; None is the first
+    prices: int | None = None  # tokens that prices come from; None: `price.DEFAULT_TOKENS` where there is text; 0: no prices
 
 
 def build(
@@ -60,20 +62,62 @@ def build(
     checkpoint = open_checkpoint(model)
     _refuse_early(checkpoint, recipe, calibration, profiled)
     calibrated = chosen_quantiser(recipe.encoding, recipe.quantiser, calibration) == "calibrated"
-    rows = calibration.rows(checkpoint) if calibration is not None and (profiled is None or calibrated) else []
+    priced = _price_tokens(recipe, calibration)
+    needed = profiled is None or calibrated or priced
+    rows = calibration.rows(checkpoint) if calibration is not None and needed else []
     with beside(output, _settings(checkpoint, recipe, calibration, rows, profiled), progress) as partial:
         refuse_full_disk(partial, disk_needed(checkpoint.model, recipe.encoding, sum(len(row) for row in rows)))
         _statistics(checkpoint, partial, calibration, rows, profiled, progress)
         experts = pack(checkpoint, partial, recipe.encoding, progress, rows if calibrated else None)
+        fitted_on = _prices(checkpoint, partial, experts, rows, priced, calibration, progress) if priced else []
         # Last, though it may refuse a family: the exporter leaves 0.2 GB behind, which would be there in all stages.
         draft = _backbone(checkpoint, partial, experts, recipe.backbone, progress)
         for file in checkpoint.text_files():
             shutil.copyfile(file, partial / file.name)
-        manifest = dataclasses.replace(draft, files=_files(partial))
-        write_whole(partial / "manifest.json", manifest.to_json())
+        manifest = _listed(partial, draft)
+        if fitted_on:  # now that the bundle can run
+            add_fit(partial, fitted_on, calibration.seed if calibration else 0, progress)
+            manifest = _listed(partial, draft)
         open_bundle(partial)
     progress.say(f"build: {output} is ready, {sum(f.size for f in manifest.files.values()) / 1e6:.1f} MB")
     return manifest
+
+
+def _listed(partial: Path, draft: Manifest) -> Manifest:
+    """The manifest, with all files as they are now, written."""
+    manifest = dataclasses.replace(draft, files=_files(partial))
+    write_whole(partial / "manifest.json", manifest.to_json())
+    return manifest
+
+
+def _price_tokens(recipe: Recipe, calibration: Calibration | None) -> int:
+    """How many tokens prices come from; 0 for none."""
+    if recipe.prices is not None and recipe.prices < 0:
+        raise PrepError(f"--prices is {recipe.prices}; 0 (none) or more tokens are wanted.")
+    if recipe.prices and calibration is None:
+        raise PrepError("Prices come from text; give --calibration FILE too, or leave out --prices.")
+    if recipe.prices is None:
+        return price.DEFAULT_TOKENS if calibration is not None else 0
+    return recipe.prices
+
+
+def _prices(
+    checkpoint: Checkpoint,
+    partial: Path,
+    experts: Experts,
+    rows: list[np.ndarray],
+    tokens: int,
+    calibration: Calibration | None,
+    progress: Progress,
+) -> list[np.ndarray]:
+    """Add the price tables; the rows on which they are to be fitted, none if there are no prices."""
+    assert calibration is not None
+    drawn, others = price.sampled(rows, tokens, calibration.seed)
+    why = price.add_prices(checkpoint, partial, drawn, calibration.seed, price.Packed(experts, partial), progress)
+    if why:
+        progress.say(f"price: none for this model, and so no --loss: {why}")
+        return []
+    return others or list(drawn)
 
 
 def _settings(
@@ -85,7 +129,7 @@ def _settings(
 ) -> dict[str, str]:
     """All that the bundle's bytes depend on: an interrupted build goes on only with the same."""
     about = {"--encoding": encoding_named(recipe.encoding).name, "--backbone": recipe.backbone}
-    about |= quantiser_settings(recipe.encoding, recipe.quantiser)
+    about |= quantiser_settings(recipe.encoding, recipe.quantiser) | {"--prices": str(_price_tokens(recipe, calibration))}
     if profiled is not None:
         about["--profile"] = f"{Path(profiled).name} ({sha256(Path(profiled) / 'tables.safetensors')[:12]})"
     if calibration is not None and rows:
@@ -154,6 +198,7 @@ def _refuse_early(
 ) -> None:
     """Whatever the user may have got wrong is a `PrepError` now, not after hours of profiling."""
     chosen_quantiser(recipe.encoding, recipe.quantiser, calibration)
+    _price_tokens(recipe, calibration)
     check_precision(recipe.backbone)
     unpacked(checkpoint, recipe.encoding)
     if profiled is not None:

@@ -23,6 +23,7 @@ from smoe.prep.estimate import Inspection, families
 from smoe.prep.estimate import inspect as look_at
 from smoe.prep.pack import QUANTISERS, chosen_quantiser, quantiser_settings, unpacked
 from smoe.prep.pack import pack as pack_experts
+from smoe.prep.price import DEFAULT_TOKENS as DEFAULT_PRICE_TOKENS
 from smoe.prep.profile import profile as run_profile
 from smoe.prep.progress import Progress, duration
 from smoe.prep.resume import beside, refuse_existing
@@ -31,6 +32,7 @@ from smoe.prep.simulate import report as simulation_report
 from smoe.prep.simulate import simulate as run_simulation
 from smoe.prep.traces import Trace, read_trace
 from smoe.prep.verify import verify as compare
+from smoe.prep.verify_prices import text_of, verify_prices
 from smoe.runtime.policies.eviction import EVICTIONS
 
 RECIPE = building.Recipe()
@@ -95,6 +97,11 @@ def cli() -> None:
 @_encoding
 @_quantiser
 @_backbone
+@click.option(
+    "--prices",
+    type=int,
+    help=f"Tokens of the calibration text that prices come from; 0: no prices. [default: {DEFAULT_PRICE_TOKENS}]",
+)
 @_json
 def build(
     model: Path,
@@ -106,11 +113,12 @@ def build(
     encoding: str,
     quantiser: str | None,
     backbone: str,
+    prices: int | None,
     as_json: bool,
 ) -> None:
-    """Make a bundle of the checkpoint MODEL: profile, pack, export."""
+    """Make a bundle of the checkpoint MODEL: profile, pack, price, export."""
     source = _source(calibration, tokens, seed)
-    recipe = building.Recipe(encoding, backbone, quantiser)
+    recipe = building.Recipe(encoding, backbone, quantiser, prices)
     manifest = building.build(model, output, source, recipe, profiled, Progress())
     size = sum(file.size for file in manifest.files.values())
     _print({"bundle": str(output), "bytes": size}, f"{output}: {size / 1e6:.1f} MB", as_json)
@@ -226,12 +234,27 @@ def _writing(
 @click.option("--tokens", type=int, default=4096, show_default=True)
 @click.option("--memory", metavar="SIZE", help="Budget of the runtime, as in `smoe run`.")
 @click.option("--level", type=int, help="Planes of every expert to read, as in `smoe run`.")
+@click.option("--prices", is_flag=True, help="Compare the prices of random shortcuts with what they cost, instead.")
 @_json
 def verify(
-    bundle: Path, model: Path, text: str, tokens: int, memory: str | None, level: int | None, as_json: bool
+    bundle: Path,
+    model: Path,
+    text: str,
+    tokens: int,
+    memory: str | None,
+    level: int | None,
+    prices: bool,
+    as_json: bool,
 ) -> None:
     """Compare BUNDLE with the checkpoint MODEL token by token on held-out text, through the runtime's own path."""
-    found = compare(bundle, model, Calibration(text, tokens, length=256), memory, Progress(), level)
+    held_out = Calibration(text, tokens, length=256)
+    if prices:
+        if memory is not None or level is not None:
+            raise click.UsageError("--prices are checked with all experts at every level; leave out --memory and --level.")
+        checked = verify_prices(bundle, open_checkpoint(model), held_out, Progress())
+        _print(checked, text_of(checked), as_json)
+        return
+    found = compare(bundle, model, held_out, memory, Progress(), level)
     lines = "\n".join(f"{name.replace('_', ' '):28} {value}" for name, value in found.items())
     _print(found, lines, as_json)
 

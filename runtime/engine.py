@@ -340,7 +340,7 @@ def _plan(manifest: Manifest, budget: str | int | None, context: int | None, lev
 
 def _check(policies: Policies, plan: memory.Plan, manifest: Manifest) -> None:
     """Refuse what would have no effect or cannot work."""
-    if plan.capacity == plan.experts and policies != DEFAULT:
+    if plan.capacity == plan.experts and policies != DEFAULT and isinstance(policies.substitution, str):
         raise EngineError(
             f"All {plan.experts} experts fit into memory, so that policies for missing ones have no effect; leave them "
             f"out, or state less memory than {memory.show(plan.total)}."

@@ -106,9 +106,9 @@ class Experts:
         layer = self.layers[index]
         self._settle_guesses()  # once, so that all below see the same experts here
         ids, weights, levels = self._substituted(index, layer, routed)
-        enough = self._residency.levels(index) >= levels
-        tasks = scheduler.decide(ids, levels, enough)
-        ready, missing, flights = self._begin(index, tasks, ids, enough, routed)
+        here = self._residency.levels(index)
+        tasks = scheduler.decide(ids, levels, here)
+        ready, missing, flights = self._begin(index, tasks, ids, here, routed)
         todo = {(index, task.expert) for task in tasks}
         outputs = np.zeros((*ids.shape, layer.hidden), np.float32)
         decoding = len(ids) == 1
@@ -166,14 +166,14 @@ class Experts:
     # -- deciding --------------------------------------------------------------------------------------------------
 
     def _substituted(self, index: int, layer: Layer, routed: Routed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids and weights of the experts that run, and the level of every expert that is one of them."""
+        """Ids, weights and levels `[T, k]` of the slots as they run."""
         self.stats.slots += routed.ids.size
-        full = np.full(layer.experts, self._shards.level)
+        full = np.full(routed.ids.shape, self._shards.level)
         if self._substitution is None:
             return routed.ids, routed.weights, full
         here, levels = self._residency.resident(index), self._residency.levels(index)
         chosen = Chosen(*self._substitution(
-            Choice(index, layer.routing, routed.ids, routed.weights, routed.scores, routed.raw, here, levels, full[0])
+            Choice(index, layer.routing, routed.ids, routed.weights, routed.scores, routed.raw, here, levels, self._shards.level)
         ))  # fmt: skip
         self.stats.substituted += int((chosen.ids != routed.ids).sum())
         if self.account is not None:
@@ -181,10 +181,10 @@ class Experts:
         return chosen.ids, chosen.weights, full if chosen.levels is None else chosen.levels
 
     def _begin(
-        self, index: int, tasks: list[Task], ids: np.ndarray, enough: np.ndarray, routed: Routed
+        self, index: int, tasks: list[Task], ids: np.ndarray, here: np.ndarray, routed: Routed
     ) -> tuple[list[Task], deque[Task], list[_Flight]]:
         """Tell the residency what the step wants and count it: tasks that are ready, that are missing, and that are on
-        their way as guesses. `enough` bool `[E]` says who is here."""
+        their way as guesses. `here` int `[E]` are the levels of who is here."""
         wanted = np.unique(routed.ids)
         wanted = wanted[wanted < self.layers[index].experts]
         self.stats.wanted += len(wanted)
@@ -192,12 +192,12 @@ class Experts:
         self._residency.begin(index, len(routed.ids), self._gate_scores(index, routed))
         ready, missing, flights = [], deque[Task](), []
         experts = self.layers[index].experts
-        tokens = np.bincount(ids.reshape(-1), minlength=experts).tolist()
-        for expert in scheduler.uses(ids, experts):
+        tokens = np.bincount(routed.ids.reshape(-1), minlength=experts).tolist()
+        for expert in scheduler.uses(routed.ids, experts):
             self.stats.guesses_used += self._residency.use((index, expert), tokens[expert])
         for task in tasks:
             key = (index, task.expert)
-            if enough[task.expert]:
+            if here[task.expert] >= task.level:
                 ready.append(task)
             elif key in self._guesses:
                 flights.append(dataclasses.replace(self._guesses.pop(key), task=task))
@@ -312,10 +312,11 @@ class Experts:
         """Fill the slots of `tasks`, whose experts are here, in `outputs` `[T, k, hidden]`."""
         for batch in scheduler.batches(tasks, memory.SLOTS):
             tokens, ranks = (np.concatenate([getattr(task, name) for task in batch]) for name in ("tokens", "ranks"))
+            runs = scheduler.runs(batch)
             work = kernels.Work(
-                np.array([self._residency.find((index, task.expert)) for task in batch]),
-                np.array([task.level for task in batch]),
-                np.cumsum([0, *(len(task.tokens) for task in batch)]),
+                np.array([self._residency.find((index, task.expert)) for task, _, _ in runs]),
+                np.array([level for _, level, _ in runs]),
+                np.cumsum([0, *(count for _, _, count in runs)]),
                 tokens,
             )
             outputs[tokens, ranks] = self._kernels[index](self.frames, work, x)

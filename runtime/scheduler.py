@@ -14,12 +14,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Task:
-    """One expert to compute at a `level`: `tokens` and `ranks` int64 say which slots (token, place among its k) are its."""
+    """One expert to compute: `tokens` and `ranks` int64 say which slots (token, place among its k) are its, `levels` at
+    which level each, lowest first."""
 
     expert: int
-    level: int
     tokens: np.ndarray
     ranks: np.ndarray
+    levels: np.ndarray
+
+    @property
+    def level(self) -> int:
+        """What has to be here."""
+        return int(self.levels[-1])
 
 
 def batches(tasks: list[Task], slots: int) -> Iterator[list[Task]]:
@@ -35,19 +41,29 @@ def batches(tasks: list[Task], slots: int) -> Iterator[list[Task]]:
 
 
 def decide(ids: np.ndarray, levels: np.ndarray, here: np.ndarray) -> list[Task]:
-    """The tasks of one layer of E experts for ids `[T, k]` (E itself is no expert), each at its of `levels` int `[E]`: experts
-    that are `here` (bool `[E]`) first, so that a load never evicts what is still needed; each group by expert number.
-    The result of a step does not depend on this order (`Engine` combines by rank), only the number of loads does."""
-    flat = ids.reshape(-1)
-    order = np.argsort(flat, kind="stable")
+    """The tasks of one layer of E experts for ids `[T, k]` (E itself is no expert), each slot at its of `levels` int
+    `[T, k]`: experts that are `here` (int `[E]`, a level) as far as is wanted first, so that a load never evicts what
+    is still needed; each group by expert number. The result of a step does not depend on this order (`Engine` combines
+    by rank), only the number of loads does."""
+    flat, level = ids.reshape(-1), levels.reshape(-1)
+    order = np.lexsort((level, flat))
     experts, starts = np.unique(flat[order], return_index=True)
     groups = np.split(order, starts[1:])
     tasks = [
-        Task(int(expert), int(levels[expert]), slots // ids.shape[1], slots % ids.shape[1])
+        Task(int(expert), slots // ids.shape[1], slots % ids.shape[1], level[slots])
         for expert, slots in zip(experts, groups, strict=True)
-        if expert < len(levels)
+        if expert < len(here)
     ]
-    return sorted(tasks, key=lambda task: (not here[task.expert], task.expert))
+    return sorted(tasks, key=lambda task: (here[task.expert] < task.level, task.expert))
+
+
+def runs(tasks: list[Task]) -> list[tuple[Task, int, int]]:
+    """(task, its level, number of slots) wherever the expert or the level changes."""
+    found = []
+    for task in tasks:
+        levels, counts = np.unique(task.levels, return_counts=True)
+        found += [(task, int(level), int(count)) for level, count in zip(levels, counts, strict=True)]
+    return found
 
 
 def uses(ids: np.ndarray, count: int) -> list[int]:

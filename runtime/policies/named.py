@@ -24,14 +24,14 @@ class Policies:
 
     eviction: which resident expert goes (`EVICTIONS`). shares: every layer has an equal part of the pool for itself.
     warm: start with the experts that calibration used most, rather than with none. substitution: what stands in for a
-    missing expert (`SUBSTITUTIONS`; none is lossless). prefetch: what is read on a guess (`PREFETCHES`). loss: nats per
+    missing expert (`SUBSTITUTIONS`, or a function of one's own; none is lossless). prefetch: what is read on a guess (`PREFETCHES`). loss: nats per
     token that the priced scheduler may spend on reading less (0: none, lossless); the bundle must have prices.
     """
 
     eviction: str = DEFAULT_EVICTION
     shares: bool = False
     warm: bool = True
-    substitution: str = "none"
+    substitution: str | substitution.Substitution = "none"
     prefetch: str = "none"
     loss: float = 0.0
 
@@ -80,8 +80,12 @@ def make_eviction(text: str, manifest: Manifest) -> Eviction:
     return made
 
 
-def make_substitution(text: str, manifest: Manifest, tables: Tables) -> substitution.Substitution | None:
+def make_substitution(
+    text: str | substitution.Substitution, manifest: Manifest, tables: Tables
+) -> substitution.Substitution | None:
     """The substitution called `text`, None for "none"; an `EngineError` where this model allows none."""
+    if not isinstance(text, str):
+        return text
     if text == "none":
         return None
     name, colon, number = text.partition(":")

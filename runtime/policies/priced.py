@@ -76,22 +76,22 @@ class Priced:
         experts, here, full = len(choice.resident), choice.here, choice.full
         prices, sizes = self.prices.layers[choice.layer], self._sizes[choice.layer]
         self.budget.begin(choice.layer, len(choice.ids))
+        levels = np.full(choice.ids.shape, full)
         active = np.unique(choice.ids)
         short = active[active < experts]
         short = short[here[short] < full]
-        levels = np.full(experts, full)
         if not len(short):
             return Chosen(choice.ids, choice.weights, levels)
         slots = _slots(choice, prices, short)
         nats, saved = _alternatives(slots, prices, sizes, short, here[short], full)
-        picked = self._pick(nats, saved)
-        levels[short] = np.where(picked == 0, full, picked)
-        gone = np.zeros(experts, bool)
-        gone[short[picked == 0]] = True
+        picked = np.full(experts, full)
+        picked[short] = self._pick(nats, saved)
         ids, weights = choice.ids.copy(), choice.weights.copy()
-        which = gone[slots.experts]
-        at = slots.tokens[which], slots.ranks[which]
-        ids[at], weights[at] = slots.stand_ins[which], slots.stand_in_weights[which]
+        gone = picked[slots.experts] == 0
+        at = slots.tokens[gone], slots.ranks[gone]
+        ids[at], weights[at] = slots.stand_ins[gone], slots.stand_in_weights[gone]
+        kept = slots.tokens[~gone], slots.ranks[~gone]
+        levels[kept] = picked[slots.experts[~gone]]
         return Chosen(ids, weights, levels)
 
     def _pick(self, nats: np.ndarray, saved: np.ndarray) -> np.ndarray:

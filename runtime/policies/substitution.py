@@ -55,7 +55,7 @@ Routed = tuple[np.ndarray, np.ndarray]
 
 
 class Chosen(NamedTuple):
-    """What runs: ids `[T, k]`, weights `[T, k]`, and the level of every expert `[E]` (None: all at the full one)."""
+    """What runs: ids and weights `[T, k]`, and the level of every slot `[T, k]` (None: all at the full one)."""
 
     ids: np.ndarray
     weights: np.ndarray

@@ -35,15 +35,16 @@ def test_any_choice_of_experts_can_be_weighed():
 def test_tasks_cover_every_slot_once_residents_first(tokens, k, experts, seed):
     random = np.random.default_rng(seed)
     ids = np.stack([random.permutation(experts + 1)[:k] for _ in range(tokens)])  # the last id is no expert
-    here, levels = random.random(experts) < 0.5, random.integers(1, 4, experts)
+    here = random.integers(0, 4, experts)
+    levels = random.integers(1, 4, ids.shape)
     tasks = decide(ids, levels, here)
     seen = np.full(ids.shape, experts)
     for task in tasks:
         assert (seen[task.tokens, task.ranks] == experts).all()
         seen[task.tokens, task.ranks] = task.expert
-        assert task.level == levels[task.expert]
+        assert np.array_equal(task.levels, np.sort(levels[task.tokens, task.ranks]))
     assert np.array_equal(seen, ids)
-    order = [here[task.expert] for task in tasks]
+    order = [here[task.expert] >= task.level for task in tasks]
     assert order == sorted(order, reverse=True)
 
 
