@@ -1,9 +1,10 @@
-"""SMoE's ablation, and all substitutions at equal loads:  python bench/policies.py BUNDLE [--text FILE] [--tokens N]
+"""SMoE's ablation, and all substitutions at equal bytes:  python bench/policies.py BUNDLE [--text FILE] [--tokens N]
 
-Two tables for each residency (share of the experts that is in memory), from one text, teacher-forced token by token and
+Three tables for each residency (share of the experts that is in memory), from one text, teacher-forced token by token and
 compared with the lossless run. The first adds the parts of SMoE one by one to plain LRU, then varies alpha. The second sets every
-policy's number by bisection so that all load the same share of slots, with the controls that the literature's
-contradictions ask for; a row that cannot reach a share says how near it comes. Loaded: experts read of those that the router wanted.
+policy's number by bisection so that all read the same bytes per token, with the controls that the literature's
+contradictions ask for; a row that cannot reach a share says how near it comes. The third gives the priced scheduler the
+loss that gives SMoE's KL, and compares bytes. Loaded: experts read of those that the router wanted.
 """
 
 import argparse
@@ -30,7 +31,9 @@ STEPS = [
 ALPHAS = (0.1, 0.25, 0.35, 0.6, 1.0, 1.5)
 # name: smallest and largest number worth trying, and whether a larger one loads less
 NUMBERS = {
+    "priced": (1e-5, 0.5, True),
     "smoe": (0, 4, True),
+    "smoe as published": (0, 4, True),
     "cache-prior": (0, 1.5, True),
     "buddy": (0.3, 1, False),
     "live": (0, 1, True),
@@ -38,6 +41,15 @@ NUMBERS = {
     "random": (0, 1, True),
     "similar": (0, 1, True),
 }
+
+
+def named(name: str, number: float) -> Policies:
+    """The policy of that name in `NUMBERS`."""
+    if name == "priced":
+        return Policies(loss=number)
+    if name == "smoe as published":
+        return Policies("score", substitution=f"smoe:{number}")
+    return Policies(substitution=f"{name}:{number}")
 
 
 class Subject:
@@ -49,6 +61,7 @@ class Subject:
         with Engine.open(bundle, self.budget(0.25), CONTEXT) as engine:
             self.texts = rows(engine, documents, tokens, LENGTH)
             self.short = self.texts[: max(1, len(self.texts) // 3)]
+            self.positions = sum(len(row) - min(PROMPT, len(row)) + 1 for row in self.short)
             self.questions = items(engine, documents, choices) if choices else []
             self.wanted = exact(engine, self.texts, PROMPT, scratch / "exact")
             self.accuracy = choose(engine, self.questions) if choices else float("nan")
@@ -64,19 +77,20 @@ class Subject:
             found = measure(engine, self.texts, PROMPT, self.wanted)
             return found | {"choice": choose(engine, self.questions) if self.questions else float("nan")}
 
-    def loaded(self, policies: Policies, residency: float) -> float:
+    def short_run(self, policies: Policies, residency: float) -> dict:
+        """The same on a third of the text, and no questions."""
         with Engine.open(self.bundle, self.budget(residency), CONTEXT, policies=policies) as engine:
             measure(engine, self.texts[:1], PROMPT)
-            return measure(engine, self.short, PROMPT)["loaded_share"]
+            return measure(engine, self.short, PROMPT, self.wanted[: self.positions])
 
-    def number_for(self, name: str, share: float, residency: float) -> float:
-        """The policy's number at which it loads `share`, by bisection on a third of the text."""
+    def number_for(self, name: str, wanted: float, residency: float, what: str = "bytes_read") -> float:
+        """The policy's number at which `what` (falling for bytes, rising for kl) of a short run is `wanted`, by bisection."""
         low, high, falls = NUMBERS[name]
-        for _ in range(6):
-            middle = (low + high) / 2
-            above = self.loaded(Policies(substitution=f"{name}:{middle}"), residency) > share
-            low, high = (middle, high) if above == falls else (low, middle)
-        return round((low + high) / 2, 4)
+        for _ in range(7):
+            middle = (low * high) ** 0.5 if low else (low + high) / 2
+            above = self.short_run(named(name, middle), residency)[what] > wanted
+            low, high = (middle, high) if above == (falls == (what == "bytes_read")) else (low, middle)
+        return float(f"{(low * high) ** 0.5 if low else (low + high) / 2:.3g}")
 
 
 def ablation(subject: Subject, residency: float, alphas: list[float], rounds: int, io: str | None) -> None:
@@ -96,17 +110,33 @@ def ablation(subject: Subject, residency: float, alphas: list[float], rounds: in
               f"{run['top1']:.1%} | {run['choice']:.1%} |", flush=True)  # fmt: skip
 
 
-def equal_loads(subject: Subject, residency: float, parts: list[float]) -> None:
-    lossless = subject.loaded(Policies(), residency)
-    print(f"\n{residency:.0%} of the experts in memory; lossless loads {lossless:.1%}\n")
-    print("| wanted | policy | loaded | substituted | KL | same best | choice |\n|---|---|---|---|---|---|---|")
+def equal_bytes(subject: Subject, residency: float, parts: list[float]) -> None:
+    lossless = subject.short_run(Policies(), residency)["bytes_read"]
+    print(f"\n{residency:.0%} of the experts in memory\n")
+    print("| bytes, of lossless | policy | bytes / token | loaded | substituted | KL | same best | choice |")
+    print("|---|---|---|---|---|---|---|---|")
     for part in parts:
         for name in NUMBERS:
             number = subject.number_for(name, part * lossless, residency)
-            run = subject.run(Policies(substitution=f"{name}:{number}"), residency)
-            print(f"| {part * lossless:.1%} | {name}:{number} | {run['loaded_share']:.1%} | {run['substituted_share']:.1%} | "
-                  f"{run['kl']:.4f} ± {run['kl_error']:.4f} | {run['top1']:.1%} | {run['choice']:.1%} |",
-                  flush=True)  # fmt: skip
+            run = subject.run(named(name, number), residency)
+            print(f"| {part:.0%} | {name} {number} | {_bytes(run) / 1e3:.0f} kB | {run['loaded_share']:.1%} | "
+                  f"{run['substituted_share']:.1%} | {run['kl']:.4f} ± {run['kl_error']:.4f} | {run['top1']:.1%} | "
+                  f"{run['choice']:.1%} |", flush=True)  # fmt: skip
+
+
+def equal_loss(subject: Subject, residency: float, alphas: list[float]) -> None:
+    print(f"\n{residency:.0%} of the experts in memory, at equal KL\n")
+    print("| SMoE | KL | bytes / token | --loss | KL | bytes / token | fewer bytes |\n|---|---|---|---|---|---|---|")
+    for alpha in alphas:
+        theirs = subject.run(named("smoe", alpha), residency)
+        loss = subject.number_for("priced", subject.short_run(named("smoe", alpha), residency)["kl"], residency, "kl")
+        ours = subject.run(named("priced", loss), residency)
+        print(f"| {alpha} | {theirs['kl']:.4f} | {_bytes(theirs) / 1e3:.0f} kB | {loss} | {ours['kl']:.4f} | "
+              f"{_bytes(ours) / 1e3:.0f} kB | {1 - _bytes(ours) / _bytes(theirs):.0%} |", flush=True)  # fmt: skip
+
+
+def _bytes(run: dict) -> float:
+    return run["bytes_read"] / run["tokens"]
 
 
 if __name__ == "__main__":
@@ -118,11 +148,11 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--alphas", type=float, nargs="*", default=ALPHAS)
     parser.add_argument("--residency", type=float, nargs="+", default=[0.25, 0.4, 0.6])
-    parser.add_argument("--parts", type=float, nargs="+", default=[0.75, 0.5], help="Of the lossless loads.")
+    parser.add_argument("--parts", type=float, nargs="+", default=[0.75, 0.5], help="Of the lossless bytes.")
     parser.add_argument(
         "--io", choices=["direct", "buffered"], help="Of the first table; direct: the page cache does not help."
     )
-    parser.add_argument("--skip", choices=["ablation", "equal"], nargs="*", default=[])
+    parser.add_argument("--skip", choices=["ablation", "bytes", "loss"], nargs="*", default=[])
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         subject = Subject(asked.bundle, asked.text, asked.tokens, asked.choices, Path(directory))
@@ -130,5 +160,7 @@ if __name__ == "__main__":
         for residency in asked.residency:
             if "ablation" not in asked.skip:
                 ablation(subject, residency, asked.alphas, asked.rounds, asked.io)
-            if "equal" not in asked.skip:
-                equal_loads(subject, residency, asked.parts)
+            if "bytes" not in asked.skip:
+                equal_bytes(subject, residency, asked.parts)
+            if "loss" not in asked.skip:
+                equal_loss(subject, residency, [0.35, 1.0])

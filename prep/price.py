@@ -47,9 +47,10 @@ class Packed:
 
 
 def sampled(rows: list[np.ndarray], tokens: int, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Rows `[n, length]` for the prices, drawn with `seed` until they have `tokens` tokens, and all others."""
+    """Rows `[n, length]` for the prices, drawn with `seed` until they have `tokens` tokens, at most three quarters of all
+    there are, and all others."""
     whole = [i for i, row in enumerate(rows) if len(row) == len(rows[0])]
-    wanted = max(1, -(-tokens // len(rows[0])))
+    wanted = max(1, min(-(-tokens // len(rows[0])), len(whole) * 3 // 4))
     drawn = np.sort(np.random.default_rng([seed, 1]).permutation(whole)[:wanted])
     return np.stack([rows[i] for i in drawn]), [row for i, row in enumerate(rows) if i not in set(drawn.tolist())]
 

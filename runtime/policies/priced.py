@@ -36,10 +36,11 @@ class LossBudget:
             self._token = 0.0
         self.balance = min(self.rate * CAP, self.balance + self.rate * tokens / self._layers)
 
-    def spend(self, nats: float) -> None:
+    def spend(self, nats: float, wanted: float) -> None:
+        """Of `wanted`, which is what `worth` would have bought, `nats` could be paid."""
         self.balance -= nats
         self._spent += nats
-        self._token += nats
+        self._token += wanted
 
     def collect(self) -> float:
         """What was spent since the last call."""
@@ -99,12 +100,13 @@ class Priced:
         rows = np.arange(len(nats))
         picked = (nats - self.budget.worth * saved).argmin(1)
         cost, gain = nats[rows, picked], saved[rows, picked]
+        wanted = float(cost.sum())
         order = np.argsort(-cost / np.maximum(gain, 1), kind="stable")  # dearest for what it saves first
         for row in order:
             if cost.sum() <= max(self.budget.balance, 0):
                 break
             picked[row], cost[row] = nats.shape[1] - 1, 0.0
-        self.budget.spend(float(cost.sum()))
+        self.budget.spend(float(cost.sum()), wanted)
         return picked
 
 

@@ -1,0 +1,256 @@
+"""The priced scheduler against brute force, its account, and the engine that obeys it: levels, bytes, failures, misuse."""
+
+import dataclasses
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+
+from smoe.artifacts import open_bundle, safetensors_file
+from smoe.artifacts.tables import load_tables, save_tables
+from smoe.runtime import Engine, EngineError, Policies, memory
+from smoe.runtime.policies.priced import CAP, REQUEST, LossBudget, Priced
+from smoe.runtime.policies.substitution import Choice, Chosen
+from smoe.runtime.prices import Prices
+
+E, J = 6, 3
+SIZES = np.array([0, 500_000, 700_000, 900_000])
+
+
+def _tables(random, experts=E, levels=J, size=1e-2) -> dict[str, np.ndarray]:
+    products = random.standard_normal((experts, 30, experts)) * np.sqrt(size)
+    cross = np.stack([(products[e, :, [e]].T * products[e]).mean(0) for e in range(experts)])
+    level = np.sort(random.random((experts, levels)), 1)[:, ::-1] * size
+    level[:, -1] = 0
+    fit = np.array([[1.1, 0.002], [0.9, 0.003], [1.0, 0.001]])
+    found = {"cross": cross, "standin": np.square(products).mean(1), "level": level, "fit": fit}
+    return {f"price_{name}": table.astype(np.float32) for name, table in found.items()}
+
+
+def _choice(random, tokens: int) -> Choice:
+    ids = np.stack([random.permutation(E + 1)[:3] for _ in range(tokens)])  # E is no expert
+    weights = random.random((tokens, 3)).astype(np.float32)
+    levels = random.integers(0, J + 1, E)
+    return Choice(0, None, ids, weights, None, None, levels > 0, levels, J)
+
+
+def _cheapest_slot(prices, choice, e, w) -> float:
+    found = [float(prices.skip(e, w))]
+    for s in range(E):
+        if choice.here[s] == J:
+            found.append(float(prices.stand_in(e, w, s, prices.best_weight(np.array(e), w, np.array(s)))))
+    return min(found)
+
+
+def _brute_force(prices, choice, worth) -> float:
+    """The least of nats + worth x bytes over all alternatives of every expert."""
+    total = 0.0
+    for e in np.unique(choice.ids[choice.ids < E]).tolist():
+        here = int(choice.here[e])
+        weights = choice.weights[choice.ids == e].tolist()
+        if here == J:
+            continue
+        found = [sum(_cheapest_slot(prices, choice, e, w) for w in weights)]
+        for level in range(max(1, here), J + 1):
+            read = SIZES[level] - SIZES[here]
+            found.append(sum(float(prices.at_level(e, w, level)) for w in weights) + worth * (read + REQUEST * (read > 0)))
+        total += min(found)
+    return total
+
+
+def _cost(prices, choice, chosen, worth) -> tuple[float, float]:
+    """Nats, and those with worth x bytes, of what was chosen."""
+    nats, read = 0.0, {}
+    for slot in itertools.product(range(len(choice.ids)), range(3)):
+        e, new, w = int(choice.ids[slot]), int(chosen.ids[slot]), float(choice.weights[slot])
+        if e == E:
+            assert new == E
+        elif new == e:
+            assert chosen.weights[slot] == choice.weights[slot] and 1 <= chosen.levels[slot] <= J
+            level, here = int(chosen.levels[slot]), int(choice.here[e])
+            nats += float(prices.at_level(e, w, level))
+            assert level >= here, "what is here costs nothing"
+            read[e] = SIZES[level] - SIZES[here]
+        elif new == E:
+            assert chosen.weights[slot] == 0
+            nats += float(prices.skip(e, w))
+        else:
+            assert choice.here[new] == J, "a stand-in is here, whole"
+            nats += float(prices.stand_in(e, w, new, float(chosen.weights[slot])))
+    return nats, nats + worth * sum(float(size) + REQUEST for size in read.values() if size)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_the_choice_is_the_best_of_all(tokens):
+    random = np.random.default_rng(tokens)
+    (prices,) = Prices.of([_tables(random)]).layers
+    shortcuts = 0
+    for _ in range(60):
+        choice = _choice(random, tokens)
+        account = LossBudget(1e9, 1, worth=10 ** random.uniform(-10, -7))
+        chosen = Priced(Prices((prices,)), [SIZES], account)(choice)
+        worth = account.worth
+        nats, cost = _cost(prices, choice, chosen, worth)
+        assert np.isclose(cost, _brute_force(prices, choice, worth), rtol=1e-5)
+        assert np.isclose(account.collect(), nats, rtol=1e-5, atol=1e-12)
+        shortcuts += nats > 0
+    assert 20 < shortcuts < 60
+
+
+def test_nothing_is_spent_that_is_not_there():
+    random = np.random.default_rng(0)
+    prices = Prices.of([_tables(random)] * 2)
+    for rate in (1e-6, 1e-4, 1e-3):
+        account = LossBudget(rate, 2, worth=1e-6)  # would buy everything
+        priced, spent, steps = Priced(prices, [SIZES] * 2, account), 0.0, 200
+        for step in range(2 * steps):
+            priced(dataclasses.replace(_choice(random, 1), layer=step % 2))
+            spent += account.collect()
+            assert -1e-12 <= account.balance <= rate * CAP and spent <= rate * ((step + 1) / 2 + CAP / 2) + 1e-12
+        assert spent > 0.5 * rate * steps
+
+
+def test_worth_follows_what_is_spent():
+    random = np.random.default_rng(1)
+    prices = Prices.of([_tables(random)])
+    found = []
+    for start in (1e-12, 1e-6):  # far too stingy, far too generous
+        account = LossBudget(1e-3, 1, start)
+        priced = Priced(prices, [SIZES], account)
+        for _ in range(400):
+            priced(_choice(random, 1))
+        found.append(account.worth)
+    assert 0.3 < found[0] / found[1] < 3
+
+
+def test_a_long_prompt_saves_up_no_more_than_the_cap():
+    account = LossBudget(0.01, 3, 1e-9)
+    for layer in range(3):
+        account.begin(layer, 10_000)
+    assert account.balance == 0.01 * CAP and account.worth == 1e-9
+
+
+# -- in the engine ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def priced_bundle(goldens, tmp_path_factory):
+    """The golden bundle with planes, and prices."""
+    out = shutil.copytree(goldens[2], tmp_path_factory.mktemp("priced") / "b.smoe")
+    manifest, file = open_bundle(out), out / "tables.safetensors"
+    levels = len(manifest.experts.encoding.split("+"))
+    tables = load_tables(file, [7, 7])
+    random = np.random.default_rng(0)
+    save_tables(file, [of | _tables(random, 7, levels) for of in tables], safetensors_file.read_header(file).metadata)
+    about = dataclasses.replace(manifest.files["tables.safetensors"], size=file.stat().st_size)
+    files = manifest.files | {"tables.safetensors": about}
+    (out / "manifest.json").write_text(dataclasses.replace(manifest, files=files).to_json())
+    return out
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return np.random.default_rng(3).integers(3, 40, 40)
+
+
+def _budget(bundle, experts: int) -> int:
+    plan = memory.plan(open_bundle(bundle), None, 300)
+    return plan.total - (plan.capacity - experts) * plan.record
+
+
+def _scored(engine, ids):
+    return np.stack(list(engine.score(ids, 8)))
+
+
+def test_a_budget_buys_bytes_and_no_budget_changes_no_bit(priced_bundle, prompt):
+    exact, read = [], []
+    for loss in (0.0, 0.003, 0.03):
+        with Engine.open(priced_bundle, _budget(priced_bundle, 6), 300, policies=Policies(loss=loss)) as engine:
+            assert engine.lossless == (loss == 0)
+            exact.append(_scored(engine, prompt))
+            read.append(engine.stats.bytes_read)
+            assert (engine.stats.nats_spent > 0) == (loss > 0)
+            assert engine.stats.nats_spent <= loss * (len(prompt) + CAP / 2)
+            assert (f"at most {loss} nats per token" in "\n".join(engine.mode_lines())) == (loss > 0)
+    with Engine.open(priced_bundle, context=300) as engine:
+        assert np.array_equal(exact[0], _scored(engine, prompt))
+    assert read[0] > read[1] > read[2] and not np.array_equal(exact[0], exact[2])
+
+
+def _at_level(level):
+    return lambda choice: Chosen(choice.ids, choice.weights, np.full(choice.ids.shape, level))
+
+
+def test_levels_are_those_of_the_slots(priced_bundle, prompt):
+    with Engine.open(priced_bundle, context=300, level=2) as engine:
+        wanted = _scored(engine, prompt)
+    own = Policies(substitution=_at_level(2), warm=False)
+    with Engine.open(priced_bundle, _budget(priced_bundle, 14) - 1, 300, policies=own) as engine:
+        assert np.array_equal(_scored(engine, prompt), wanted)
+
+
+def test_a_higher_level_reads_only_what_is_missing(priced_bundle, prompt):
+    level = 1
+    own = Policies(substitution=lambda choice: _at_level(level)(choice), warm=False)
+    with Engine.open(priced_bundle, _budget(priced_bundle, 13), 300, policies=own) as engine:
+        ends = engine._shards.layouts[0].levels
+        engine.step(engine._sequence, prompt[:1], np.array([0]))
+        first = engine.stats.bytes_read
+        assert first == 6 * ends[0] and ends[0] < ends[2]
+        engine._sequence.reset()
+        level = 3
+        engine.step(engine._sequence, prompt[:1], np.array([0]))
+        again = engine.stats.bytes_read - first
+        # The first layer chooses as before; the second may choose others after a more exact first.
+        assert 3 * (ends[2] - ends[0]) <= again <= 3 * (ends[2] - ends[0]) + 3 * ends[2]
+        assert sorted(np.unique(engine._experts._residency.levels(0))) == [0, 3]
+        engine._sequence.reset()
+        level, before = 2, engine.stats.bytes_read
+        engine.step(engine._sequence, prompt[:1], np.array([0]))
+        assert engine.stats.bytes_read - before <= 3 * ends[2], "what is here at a higher level is not read again"
+
+
+def test_a_failed_refinement_keeps_what_was_there(priced_bundle, prompt, monkeypatch):
+    level = 1
+    own = Policies(substitution=lambda choice: _at_level(level)(choice), warm=False)
+    with Engine.open(priced_bundle, _budget(priced_bundle, 13), 300, policies=own) as engine:
+        wanted = _scored(engine, prompt)
+        read = engine._experts._reader._read
+
+        def failing(layer, expert, into, since, upto):
+            if since:
+                raise EngineError("the disk is gone")
+            return read(layer, expert, into, since, upto)
+
+        monkeypatch.setattr(engine._experts._reader, "_read", failing)
+        level = 3
+        with pytest.raises(EngineError, match="the disk is gone"):
+            _scored(engine, prompt)
+        level = 1
+        assert np.array_equal(_scored(engine, prompt), wanted)
+        monkeypatch.setattr(engine._experts._reader, "_read", read)
+        level = 4
+        with Engine.open(priced_bundle, context=300) as full:
+            assert np.array_equal(_scored(engine, prompt), _scored(full, prompt))
+
+
+@pytest.mark.parametrize("policies, sentence", [
+    (Policies(loss=-0.1), "-0.1 nats per token was asked for; it goes from 0 to 1"),
+    (Policies(loss=7), "7 nats per token"),
+    (Policies(loss=float("nan")), "nan nats per token"),
+    (Policies(loss=0.01, substitution="zero"), "exclude each other"),
+])  # fmt: skip
+def test_misuse_is_a_sentence(priced_bundle, policies, sentence):
+    with pytest.raises(EngineError, match=sentence):
+        Engine.open(priced_bundle, _budget(priced_bundle, 6), 300, policies=policies)
+
+
+def test_a_bundle_without_prices_takes_no_loss_budget(goldens):
+    with pytest.raises(EngineError, match=r"This bundle has no prices.*--prices"):
+        Engine.open(goldens[2], _budget(goldens[2], 6), 300, policies=Policies(loss=0.01))
+
+
+def test_a_loss_budget_where_all_fits_has_no_effect_and_is_refused(priced_bundle):
+    with pytest.raises(EngineError, match="have no effect"):
+        Engine.open(priced_bundle, context=300, policies=Policies(loss=0.01))
