@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,6 +131,22 @@ def _entry(path: Path, name: str, fields: object, data_start: int) -> Entry:
     if end - begin != wanted:
         raise BundleError(f"{path}: tensor {name!r} has {end - begin} bytes, its shape wants {wanted}.")
     return Entry(fields["dtype"], tuple(fields["shape"]), begin, end)
+
+
+def load_some(path: str | os.PathLike[str], names: Collection[str]) -> dict[str, np.ndarray]:
+    """Those tensors of `names` that a file has, as `load` gives them; nothing else is read."""
+    header, arrays = read_header(path), {}
+    with open(path, "rb") as file:
+        for name, entry in header.entries.items():
+            if name not in names:
+                continue
+            file.seek(entry.begin)
+            array = np.fromfile(file, DTYPES[entry.dtype], math.prod(entry.shape))
+            if array.nbytes != entry.end - entry.begin:
+                raise BundleError(f"{path} became shorter while it was read; copy it again.")
+            array.flags.writeable = False
+            arrays[name] = array.reshape(entry.shape)
+    return arrays
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

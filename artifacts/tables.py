@@ -6,6 +6,7 @@ MoE layer has its own, under `NN.name`, because layers may differ in their numbe
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from smoe.artifacts.errors import BundleError
 
 @dataclass(frozen=True)
 class Table:
-    """`shape` is in letters: E experts of this layer, P experts of the previous MoE layer, R ranks, J levels, T tokens."""
+    """`shape` is in letters: E experts of this layer, P experts of the previous MoE layer, H hidden, R ranks, J levels,
+    T tokens."""
 
     shape: str
     dtype: str
@@ -25,6 +27,10 @@ class Table:
     formula: str
     optional: bool = False
 
+
+# How a layer's choice is guessed from so many MoE layers before: the rows and columns of `predict_recall`.
+PREDICTORS = ("previous", "transition", "router", "linear")
+DISTANCES = (1, 2, 3)
 
 TABLES: dict[str, Table] = {
     "counts": Table("E", "I64", "tokens", "how often e was routed to"),
@@ -45,6 +51,11 @@ TABLES: dict[str, Table] = {
     "price_level": Table("E,J", "F32", "nats/weight^2", "E[(g . (y_e at level j - y_e at level J))^2]", True),
     "price_packed": Table("E", "F32", "nats/weight^2", "E[(g . (y_e at level J - y_e of the checkpoint))^2]", True),
     "price_fit": Table("3,2", "F32", "1, nats^(1/2)", "rows skip, stand-in, level: of p and of sqrt(p)", True),
+    "predict_recall": Table("4,3", "F32", "1", "rows previous, transition, router, linear; columns distances", True),
+    "predict_bias": Table("3,E", "F32", "score", "of the linear predictor, a row for each distance", True),
+    "predict_1": Table("H,E", "F16", "score", "of the linear predictor, from the hidden state one MoE layer before", True),
+    "predict_2": Table("H,E", "F16", "score", "two MoE layers before", True),
+    "predict_3": Table("H,E", "F16", "score", "three MoE layers before", True),
 }
 
 TRACE: dict[str, Table] = {
@@ -67,21 +78,25 @@ def save_tables(path: Path, layers: list[dict[str, np.ndarray]], metadata: dict[
     safetensors_file.save(path, arrays, metadata)
 
 
-def load_tables(path: Path, experts: list[int]) -> list[dict[str, np.ndarray]]:
-    """The tables of layers of so many `experts`, checked."""
+def load_tables(path: Path, experts: list[int], names: Collection[str] = tuple(TABLES)) -> list[dict[str, np.ndarray]]:
+    """Those tables of `names` that layers of so many `experts` have, checked; no others are read."""
     check_tables(path, experts)
-    loaded = safetensors_file.load(path)
-    return [{name: loaded[key(i, name)] for name in TABLES if key(i, name) in loaded} for i in range(len(experts))]
+    layers = range(len(experts))
+    loaded = safetensors_file.load_some(path, {key(i, name) for name in names for i in layers})
+    return [{name: loaded[key(i, name)] for name in names if key(i, name) in loaded} for i in layers]
 
 
-def check_tables(path: Path, experts: list[int], levels: int | None = None) -> None:
+def check_tables(
+    path: Path, experts: list[int], levels: int | None = None, hidden: list[int] | None = None
+) -> None:
     """Look at the header alone: a missing table, a wrong shape or dtype is a `BundleError`. `levels` are those of the
-    experts' encoding, where that is known."""
+    experts' encoding and `hidden` the layers' sizes, where those are known."""
     header = safetensors_file.read_header(path)
     known = {} if levels is None else {"J": levels}
     for layer, count in enumerate(experts):
         wanted = {n: t for n, t in TABLES.items() if n != "transition" or layer > 0}
-        _check(path, header, layer, wanted, {"E": count, "P": experts[layer - 1]} | known)
+        sizes = known | ({} if hidden is None else {"H": hidden[layer]})
+        _check(path, header, layer, wanted, {"E": count, "P": experts[layer - 1]} | sizes)
 
 
 def check_trace(path: Path, layers: list[tuple[int, int]]) -> None:

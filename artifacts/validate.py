@@ -223,7 +223,8 @@ def _weights(path: Path, m: Manifest) -> None:
 def _tables(path: Path, m: Manifest) -> None:
     if "tables.safetensors" in m.files:
         levels = encoding_named(m.experts.encoding).levels
-        tables.check_tables(path / "tables.safetensors", [layer.experts for layer in m.layers], levels)
+        experts, hidden = [layer.experts for layer in m.layers], [layer.hidden for layer in m.layers]
+        tables.check_tables(path / "tables.safetensors", experts, levels, hidden)
     if "trace.safetensors" in m.files:
         tables.check_trace(path / "trace.safetensors", [(layer.experts, layer.top_k) for layer in m.layers])
 

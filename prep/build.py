@@ -26,10 +26,13 @@ from smoe.prep.export import Exported, export
 from smoe.prep.fit import add_fit
 from smoe.prep.pack import chosen_quantiser, pack, quantiser_settings, unpacked
 from smoe.prep.precision import check_precision, reduce
+from smoe.prep.predict import add_predictors
 from smoe.prep.profile import PROFILE_FILES, open_profile, profile
 from smoe.prep.progress import Progress
 from smoe.prep.resume import FINISHED, MARKER, beside, refuse_existing, refuse_full_disk, write_whole
 from smoe.prep.trace import continues
+
+HELD_OUT = 2048  # tokens on which predictors are compared
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,20 @@ def _prices(
     calibration: Calibration | None,
     progress: Progress,
 ) -> list[np.ndarray]:
-    """Add the price tables; the rows on which they are to be fitted, none if there are no prices."""
+    """Add the tables of prices and predictors; the rows on which prices are to be fitted, none if there are no prices."""
     assert calibration is not None
     drawn, others = price.sampled(rows, tokens, calibration.seed)
     why = price.add_prices(checkpoint, partial, drawn, calibration.seed, price.Packed(experts, partial), progress)
+    add_predictors(checkpoint, partial, list(drawn), _some(others or list(drawn), HELD_OUT), progress)
     if why:
         progress.say(f"price: none for this model, and so no --loss: {why}")
         return []
     return others or list(drawn)
+
+
+def _some(rows: list[np.ndarray], tokens: int) -> list[np.ndarray]:
+    """The first rows, until they have so many tokens."""
+    return rows[: 1 + int(np.searchsorted(np.cumsum([len(row) for row in rows]), tokens))]
 
 
 def _settings(

@@ -64,13 +64,15 @@ def experts_run_by(model: torch.nn.Module, modules: list[ExpertsLayer], run: Run
     def dispatch(module, hidden, ids, weights):
         return run(layers[id(module)], module, hidden, ids, weights)
 
-    previous = model.get_experts_implementation()
+    previous, outer = model.get_experts_implementation(), ALL_EXPERTS_FUNCTIONS.get(_NAME)
     ALL_EXPERTS_FUNCTIONS.register(_NAME, dispatch)
     model.set_experts_implementation(_NAME)
     try:
         yield
     finally:
         model.set_experts_implementation(previous)  # the registry has no way to unregister; the next block overwrites
+        if outer is not None:  # perhaps we are inside of one
+            ALL_EXPERTS_FUNCTIONS.register(_NAME, outer)
 
 
 def symbolic(layer, module, hidden, ids, weights):

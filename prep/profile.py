@@ -104,7 +104,7 @@ def batches(rows: list[np.ndarray]) -> Iterator[np.ndarray]:
         yield rows[-1][None]
 
 
-class _Scores(TorchFunctionMode):
+class Scores(TorchFunctionMode):
     """Remembers every topk since the last `take`: (its input, its indices)."""
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ class _Observer:
         self._checkpoint, self._finished = checkpoint, finished
         sizes = [expert_geometry(module)[0] for _, module in checkpoint.layers]
         self.sums = [LayerSums.zeros(e, sizes[i - 1] if i else 0) for i, e in enumerate(sizes)]
-        self.scores = _Scores()
+        self.scores = Scores()
         ends = np.cumsum([batch.size for batch in batches])
         self._starts = ends - [batch.size for batch in batches]
         self._picked = [

@@ -69,8 +69,14 @@ _engine = _options(
         metavar="NAME[:NUMBER]",
         help=f"LOSSY. What stands in for a missing expert: {', '.join(SUBSTITUTIONS)}. Default: none, lossless.",
     ),
+    click.option(
+        "--loss",
+        type=float,
+        metavar="NATS",
+        help="LOSSY. Rise of KL divergence per token that may be spent on reading less, like 0.01. Default: 0, lossless.",
+    ),
 )
-_ENGINE = ("memory", "context", "threads", "level", "io", "eviction", "shares", "cold", "prefetch", "substitution")
+_ENGINE = ("memory", "context", "threads", "level", "io", "eviction", "shares", "cold", "prefetch", "substitution", "loss")
 _generation = _options(
     click.option("--max-new-tokens", type=int, default=64, show_default=True),
     click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
@@ -84,7 +90,7 @@ _generation = _options(
 def _open(bundle: Path, options: dict[str, Any]) -> Engine:
     """The engine that the options of `_engine` ask for; they are taken out of `options`."""
     asked = {name: options.pop(name) for name in _ENGINE}
-    policies = {name: asked.pop(name) for name in ("eviction", "prefetch", "substitution")}
+    policies = {name: asked.pop(name) for name in ("eviction", "prefetch", "substitution", "loss")}
     given = {name: value for name, value in policies.items() if value is not None}
     return Engine.open(
         bundle, policies=Policies(shares=asked.pop("shares"), warm=not asked.pop("cold"), **given), **asked

@@ -22,7 +22,7 @@ from smoe.runtime import kernels, machine, memory, store
 from smoe.runtime.backbone import LARGE, Backbone, Sequence, Values, ort_value
 from smoe.runtime.errors import EngineError
 from smoe.runtime.experts import Experts, Routed
-from smoe.runtime.policies.named import Policies, Tables
+from smoe.runtime.policies.named import Policies, Tables, tables_bytes
 from smoe.runtime.policies.priced import CAP
 from smoe.runtime.sampling import Sampler, Sampling
 from smoe.runtime.stats import Stats
@@ -90,7 +90,7 @@ class Engine:
         """
         path = Path(path)
         manifest = open_bundle(path)
-        plan = _plan(manifest, memory, context, level)
+        plan = _plan(manifest, memory, context, level, tables_bytes(policies, manifest))
         _check(policies, plan, manifest)
         try:
             engine = cls(path, manifest, plan, threads, level, policies, io)
@@ -334,8 +334,10 @@ def _threads_line(threads: list[int]) -> str:
     return f"backbone threads: {shown} (a second thread pays from weights of {memory.show(LARGE)} on, unless told)"
 
 
-def _plan(manifest: Manifest, budget: str | int | None, context: int | None, level: int | None) -> memory.Plan:
-    return memory.plan(manifest, None if budget is None else memory.parse_size(budget), context, level)
+def _plan(
+    manifest: Manifest, budget: str | int | None, context: int | None, level: int | None, tables: int
+) -> memory.Plan:
+    return memory.plan(manifest, None if budget is None else memory.parse_size(budget), context, level, tables)
 
 
 def _check(policies: Policies, plan: memory.Plan, manifest: Manifest) -> None:

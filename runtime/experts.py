@@ -28,8 +28,8 @@ from smoe.runtime.policies.named import (
     make_substitution,
 )
 from smoe.runtime.policies.prefetch import Guesses
-from smoe.runtime.policies.routing import gate_scores
 from smoe.runtime.policies.priced import LossBudget
+from smoe.runtime.policies.routing import gate_scores
 from smoe.runtime.policies.substitution import Choice, Chosen, Substitution
 from smoe.runtime.reader import Reader, Request
 from smoe.runtime.residency import Key, Residency
@@ -115,7 +115,7 @@ class Experts:
         try:
             self._demand(index, missing, tasks, todo, flights)
             if decoding:
-                self._guess(self._prefetch.ahead(index, routed.ids), todo)
+                self._guess(self._prefetch.ahead(index, routed.ids, routed.hidden), todo)
             while ready or flights or missing:
                 self._compute(index, ready, todo, routed.hidden, outputs)
                 if missing:  # what was computed may go now

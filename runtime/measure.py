@@ -41,7 +41,7 @@ def bench(
     choices: int,
     say: Callable[..., None] = lambda *lines: None,
 ) -> dict:
-    """All of this page for the engine that `opened()` gives; `opened(substitution=None, level=None)` is its exact twin,
+    """All of this page for the engine that `opened()` gives; `opened(substitution=None, loss=None, level=None)` is its exact twin,
     which runs only where the engine is lossy. `text` is cut into rows of `length`, `tokens` in all; `choices` questions.
     `say` receives the mode lines."""
     documents = read_documents(text)
@@ -52,7 +52,7 @@ def bench(
             say(*engine.mode_lines())
             return _measured(engine, texts, prompt, questions)
     with tempfile.TemporaryDirectory() as scratch:
-        with opened(substitution=None, level=None) as twin:
+        with opened(substitution=None, loss=None, level=None) as twin:
             wanted = exact(twin, texts, prompt, Path(scratch) / "exact")
             accuracy = {"choice_accuracy_exact": choose(twin, questions)} if questions else {}
         reset_peak_memory()

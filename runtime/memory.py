@@ -84,10 +84,12 @@ class Plan:
         return out
 
 
-def plan(manifest: Manifest, budget: int | None, context: int | None = None, level: int | None = None) -> Plan:
+def plan(
+    manifest: Manifest, budget: int | None, context: int | None = None, level: int | None = None, tables: int = 0
+) -> Plan:
     """Divide `budget` bytes (None: as much as it takes) for sequences of `context` tokens (None: 2048, or what the
-    model was made for if that is less) and experts at `level` (None: the highest). An `EngineError` names the minimum
-    where the budget is too small."""
+    model was made for if that is less), experts at `level` (None: the highest) and so many bytes of `tables`. An
+    `EngineError` names the minimum where the budget is too small."""
     layers, longest = manifest.layers, manifest.model.context
     context = min(2048, longest) if context is None else context
     if not 1 <= context <= longest:
@@ -102,7 +104,7 @@ def plan(manifest: Manifest, budget: int | None, context: int | None = None, lev
     backbone = copies * manifest.files[manifest.backbone.weights].size + SESSION * len(manifest.backbone.segments)
     backbone += RUNTIME + TOKENIZER * tokenizer
     state = state_bytes(manifest.backbone.state, context)
-    workspace = _workspace(manifest, context)
+    workspace = _workspace(manifest, context) + tables
     experts, smallest = sum(layer.experts for layer in layers), max(layer.top_k for layer in layers)
     fixed = backbone + state + workspace
     if budget is not None and budget < fixed + smallest * record:

@@ -20,6 +20,7 @@ import numpy as np
 from smoe.runtime.errors import EngineError
 
 KINDS = ("skip", "standin", "level")  # the rows of `price_fit`
+PRICE_TABLES = ("price_cross", "price_standin", "price_level", "price_fit")
 AS_IT_IS = np.array([[1.0, 0.0]] * len(KINDS), np.float32)  # a fit that leaves p alone
 
 

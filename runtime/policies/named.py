@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from smoe.artifacts.manifest import Manifest
-from smoe.artifacts.tables import load_tables
+from smoe.artifacts.encodings import encoding_named
+from smoe.artifacts.manifest import Layer, Manifest
+from smoe.artifacts.tables import DISTANCES, load_tables
 from smoe.runtime.errors import EngineError
 from smoe.runtime.memory import Plan
 from smoe.runtime.policies import prefetch, substitution
 from smoe.runtime.policies.eviction import DEFAULT_EVICTION, Eviction, eviction_named
 from smoe.runtime.policies.priced import LossBudget, Priced
-from smoe.runtime.prices import Prices
+from smoe.runtime.prices import PRICE_TABLES, Prices
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,34 @@ class Policies:
 
 
 class Tables:
-    """The tables of a bundle, read when a policy asks for them."""
+    """The tables of a bundle, of which only what a policy asks for is read."""
 
     def __init__(self, path: Path, manifest: Manifest):
         self._path, self._experts = path / "tables.safetensors", [layer.experts for layer in manifest.layers]
-        self._loaded: list[dict[str, np.ndarray]] | None = None
 
-    def layers(self) -> list[dict[str, np.ndarray]]:
-        """All tables of every layer."""
-        if self._loaded is None:
-            self._loaded = load_tables(self._path, self._experts)
-        return self._loaded
+    def layers(self, *names: str) -> list[dict[str, np.ndarray]]:
+        """These tables of every layer, where it has them."""
+        return load_tables(self._path, self._experts, names)
 
     def of(self, name: str) -> list[np.ndarray]:
         """One table for every layer that has it, in order."""
-        return [tables[name] for tables in self.layers() if name in tables]
+        return [tables[name] for tables in self.layers(name) if name in tables]
+
+
+def tables_bytes(policies: Policies, manifest: Manifest) -> int:
+    """What the tables take that the policies keep in memory: part of the engine's budget."""
+    layers, levels = manifest.layers, encoding_named(manifest.experts.encoding).levels
+    square = 8 * sum(layer.experts**2 for layer in layers)
+    total = 0
+    if policies.loss:
+        total += 2 * square + 8 * levels * sum(layer.experts for layer in layers)
+    if isinstance(policies.substitution, str) and policies.substitution.startswith(("buddy", "similar")):
+        total += 2 * square
+    if policies.prefetch == "transition":
+        total += 2 * square
+    if policies.prefetch.startswith("predicted"):
+        total += 4 * sum((layer.hidden + len(DISTANCES)) * layer.experts for layer in layers)
+    return total
 
 
 # NAME: (what the number is, its default or None where one must be given, smallest, largest, how it is made)
@@ -69,7 +83,7 @@ SUBSTITUTIONS: dict[str, tuple[str, float | None, float, float, _Maker]] = {
     "random": ("weight below", 0.1, 0, 100, lambda n, m, t: substitution.Below("random", n)),
     "similar": ("weight below", 0.1, 0, 100, lambda n, m, t: substitution.Below("similar", n, t.of("output_error"))),
 }
-PREFETCHES = ("none", "previous", "transition", "smoe")
+PREFETCHES = ("none", "previous", "transition", "predicted", "smoe")
 
 
 def make_eviction(text: str, manifest: Manifest) -> Eviction:
@@ -100,7 +114,7 @@ def make_priced(
     loss: float, manifest: Manifest, tables: Tables, sizes: list[np.ndarray], plan: Plan
 ) -> tuple[Priced, LossBudget]:
     """The priced scheduler and its account; an `EngineError` where the bundle has no prices. `sizes` as in `Priced`."""
-    prices = Prices.of(tables.layers())
+    prices = Prices.of(tables.layers(*PRICE_TABLES))
     layers = len(manifest.layers)
     missing = plan.token_cycle * max(1 - plan.capacity / plan.experts, 0.02)
     worth = 4 * loss / missing / plan.record  # as if half of the loads could be bought off, at half of it on average
@@ -117,6 +131,8 @@ def make_prefetch(text: str, manifest: Manifest, tables: Tables) -> prefetch.Pre
     if name == "smoe":
         _needs_routing(manifest, "Prefetch by scores")
         return prefetch.TopScore(_number(text, number if colon else 0.35, "alpha", 0, 10))
+    if name == "predicted":
+        return _predicted(text, int(_number(text, number if colon else 1, "distance", 1, len(DISTANCES))), layers, tables)
     if colon:
         raise EngineError(f"Prefetch {name} takes no number; write {name} instead of {text}.")
     if name == "previous":
@@ -124,6 +140,20 @@ def make_prefetch(text: str, manifest: Manifest, tables: Tables) -> prefetch.Pre
     if name == "transition":
         return prefetch.Transition([None, *tables.of("transition")], [layer.top_k for layer in layers])
     return prefetch.Prefetch()
+
+
+def _predicted(text: str, distance: int, layers: tuple[Layer, ...], tables: Tables) -> prefetch.Predicted:
+    found = tables.layers(f"predict_{distance}", "predict_bias")
+    if not any(f"predict_{distance}" in of for of in found):
+        raise EngineError(
+            f"Prefetch {text} is not possible: this bundle has no linear predictor at distance {distance}, because it was "
+            "built without --prices or because another predictor was better; use previous or transition."
+        )
+    made = [
+        (of[f"predict_{distance}"].astype(np.float32), of["predict_bias"][distance - 1]) if len(of) == 2 else None
+        for of in found
+    ]
+    return prefetch.Predicted(distance, made, [layer.top_k for layer in layers])
 
 
 def _needs_routing(manifest: Manifest, what: str) -> None:

@@ -19,8 +19,8 @@ class Prefetch:
 
     looks_ahead = False  # wants the next layer's scores, which cost a run of its attention and router
 
-    def ahead(self, layer: int, ids: np.ndarray) -> Guesses:
-        """After the router of `layer` chose `ids` int64 `[tokens, k]`."""
+    def ahead(self, layer: int, ids: np.ndarray, hidden: np.ndarray) -> Guesses:
+        """After the router of `layer` chose `ids` int64 `[tokens, k]` for `hidden` float32 `[tokens, H]`."""
         return []
 
     def foresee(self, layer: int, rule: Routing, ids: np.ndarray, scores: np.ndarray) -> Guesses:
@@ -34,7 +34,7 @@ class Previous(Prefetch):
     def __init__(self, layers: int):
         self._last: list[np.ndarray] = [np.zeros(0, np.int64) for _ in range(layers)]
 
-    def ahead(self, layer: int, ids: np.ndarray) -> Guesses:
+    def ahead(self, layer: int, ids: np.ndarray, hidden: np.ndarray) -> Guesses:
         self._last[layer] = ids[-1]
         following = (layer + 1) % len(self._last)
         return [(following, int(e)) for e in self._last[following]]
@@ -49,7 +49,7 @@ class Transition(Prefetch):
         self._chance = [None if c is None else c / np.maximum(c.sum(1, keepdims=True), 1) for c in counts]
         self._top_k = top_k
 
-    def ahead(self, layer: int, ids: np.ndarray) -> Guesses:
+    def ahead(self, layer: int, ids: np.ndarray, hidden: np.ndarray) -> Guesses:
         if layer + 1 == len(self._chance):
             return []
         chance = self._chance[layer + 1]
@@ -57,6 +57,22 @@ class Transition(Prefetch):
         active = ids[-1][ids[-1] < len(chance)]
         likeliest = np.argsort(-chance[active].sum(0), kind="stable")[: self._top_k[layer + 1]]
         return [(layer + 1, int(e)) for e in likeliest]
+
+
+class Predicted(Prefetch):
+    """By the linear predictor of the tables: what the layer that is `distance` ahead will choose, from this layer's hidden
+    state. `linear[l]` are weights `[H, experts]` and bias `[experts]` for layer l, None where there are none."""
+
+    def __init__(self, distance: int, linear: list[tuple[np.ndarray, np.ndarray] | None], top_k: list[int]):
+        self.distance, self._linear, self._top_k = distance, linear, top_k
+
+    def ahead(self, layer: int, ids: np.ndarray, hidden: np.ndarray) -> Guesses:
+        target = layer + self.distance
+        if target >= len(self._linear) or (linear := self._linear[target]) is None:
+            return []
+        weights, bias = linear
+        scores = hidden[-1] @ weights + bias
+        return [(target, int(e)) for e in np.argsort(-scores, kind="stable")[: self._top_k[target]]]
 
 
 class TopScore(Prefetch):

@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pytest
 
 from smoe.artifacts import open_bundle
 from smoe.artifacts.tables import load_tables

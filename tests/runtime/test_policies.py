@@ -12,7 +12,7 @@ from smoe.artifacts.manifest import Routing
 from smoe.runtime import Engine, EngineError, Policies, memory
 from smoe.runtime.policies.eviction import EVICTIONS
 from smoe.runtime.policies.named import SUBSTITUTIONS
-from smoe.runtime.policies.prefetch import Previous, TopScore, Transition
+from smoe.runtime.policies.prefetch import Predicted, Previous, TopScore, Transition
 from smoe.runtime.policies.routing import gate_scores, weigh
 from smoe.runtime.policies.substitution import Below, Buddy, CachePrior, Choice, Smoe
 
@@ -230,14 +230,21 @@ def test_smoe_at_zero_is_lossless(golden, answer, budget, wanted):
 
 
 def test_what_prefetches_guess():
+    x = np.ones((1, 2), np.float32)
     previous = Previous(2)
-    assert previous.ahead(0, np.array([[4, 1]])) == []
-    assert previous.ahead(1, np.array([[2, 3]])) == [(0, 4), (0, 1)]
-    assert previous.ahead(0, np.array([[5, 6]])) == [(1, 2), (1, 3)]
+    assert previous.ahead(0, np.array([[4, 1]]), x) == []
+    assert previous.ahead(1, np.array([[2, 3]]), x) == [(0, 4), (0, 1)]
+    assert previous.ahead(0, np.array([[5, 6]]), x) == [(1, 2), (1, 3)]
     counts = np.array([[8, 1, 1], [0, 0, 10]])
     transition = Transition([None, counts], [2, 2])
-    assert transition.ahead(0, np.array([[0, 1]])) == [(1, 2), (1, 0)] and transition.ahead(1, np.array([[0]])) == []
-    assert transition.ahead(0, np.array([[0, 2]])) == [(1, 0), (1, 1)]  # 2 is no expert
+    assert transition.ahead(0, np.array([[0, 1]]), x) == [(1, 2), (1, 0)]
+    assert transition.ahead(1, np.array([[0]]), x) == []
+    assert transition.ahead(0, np.array([[0, 2]]), x) == [(1, 0), (1, 1)]  # 2 is no expert
+    weights, bias = np.array([[3, 0, 1], [-4, 1, 1]], np.float32), np.array([0, 0, 0.5], np.float32)
+    predicted = Predicted(2, [None, None, (weights, bias)], [2, 2, 2])
+    assert predicted.ahead(0, np.array([[0]]), np.array([[9, 0], [1, 1]], np.float32)) == [(2, 2), (2, 1)]
+    assert predicted.ahead(1, np.array([[0]]), x) == []  # beyond the last layer
+    assert Predicted(1, [None, None], [1, 1]).ahead(0, np.array([[0]]), x) == []
     scores = np.array([[0.5, 0.1, 0.12, 0.28]], np.float32)
     rule = Routing("none", 1, 0)
     assert TopScore(0.1).foresee(1, rule, np.array([[0, 3]]), scores) == [(1, 0), (1, 3)]
@@ -256,6 +263,8 @@ def test_what_prefetches_guess():
     (Policies(substitution="zero:nan"), "the weight below is nan"),
     (Policies(prefetch="next"), "no prefetch 'next'"),
     (Policies(prefetch="previous:2"), "takes no number"),
+    (Policies(prefetch="predicted"), "no linear predictor at distance 1"),
+    (Policies(prefetch="predicted:4"), "the distance is 4.0; it goes from 1 to 3"),
 ])  # fmt: skip
 def test_policies_that_do_not_exist_are_sentences(golden, budget, policies, sentence):
     with pytest.raises(EngineError, match=sentence):
