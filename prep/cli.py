@@ -19,20 +19,26 @@ from smoe.artifacts.encodings import ENCODINGS
 from smoe.prep import build as building
 from smoe.prep.calibration import DEFAULT_TOKENS, Calibration
 from smoe.prep.checkpoint import Checkpoint, open_checkpoint
-from smoe.prep.estimate import Inspection, families
+from smoe.prep.estimate import families
 from smoe.prep.estimate import inspect as look_at
 from smoe.prep.pack import QUANTISERS, chosen_quantiser, quantiser_settings, unpacked
 from smoe.prep.pack import pack as pack_experts
+from smoe.prep.plan import choose
+from smoe.prep.plan import plan as make_plan
+from smoe.prep.plan import text_of as plan_text
 from smoe.prep.price import DEFAULT_TOKENS as DEFAULT_PRICE_TOKENS
 from smoe.prep.profile import profile as run_profile
-from smoe.prep.progress import Progress, duration
+from smoe.prep.progress import Progress
 from smoe.prep.resume import beside, refuse_existing
+from smoe.prep.show import families_text, inspection_text, profile_text, simulation_text
 from smoe.prep.simulate import COUNTINGS, SUBSTITUTIONS, budgets_of, with_bound
 from smoe.prep.simulate import report as simulation_report
 from smoe.prep.simulate import simulate as run_simulation
-from smoe.prep.traces import Trace, read_trace
+from smoe.prep.traces import read_trace
 from smoe.prep.verify import verify as compare
 from smoe.prep.verify_prices import text_of, verify_prices
+from smoe.runtime.device import Device
+from smoe.runtime.memory import parse_size
 from smoe.runtime.policies.eviction import EVICTIONS
 
 RECIPE = building.Recipe()
@@ -144,10 +150,10 @@ def inspect(model: Path | None, list_families: bool, encoding: str, tokens: int,
         raise click.UsageError("Give either MODEL or --families.")
     if list_families or model is None:
         found = families()
-        _print({"transformers": transformers.__version__, "families": found}, _families_text(found), as_json)
+        _print({"transformers": transformers.__version__, "families": found}, families_text(found), as_json)
         return
     about = look_at(model, encoding, tokens)
-    _print(dataclasses.asdict(about), _inspection_text(about, encoding, tokens), as_json)
+    _print(dataclasses.asdict(about), inspection_text(about, encoding, tokens), as_json)
     if about.refusal:
         raise SystemExit(1)
 
@@ -162,7 +168,7 @@ def profile(model: Path, output: Path, calibration: str, tokens: int | None, see
     source = Calibration(calibration, tokens, seed)
     with _writing(model, output, lambda opened: source.settings(source.rows(opened))) as (checkpoint, partial):
         about = run_profile(checkpoint, partial, source, Progress())
-    _print(about, _profile_text(about), as_json)
+    _print(about, profile_text(about), as_json)
 
 
 @cli.command()
@@ -323,72 +329,43 @@ def simulate(
         lambda runs: progress.over(runs, "simulate", "runs", len(runs)),
     )
     about = simulation_report(trace, rows)
-    _print(about, _simulation_text(trace, about, substitute is not None), as_json)
+    _print(about, simulation_text(trace, about, substitute is not None), as_json)
 
 
-def _families_text(found: list[dict[str, str]]) -> str:
-    lines = [f"{len(found)} families of transformers {transformers.__version__} offer the experts interface:"]
-    for family in found:
-        lines.append(f"  {family['family']:22} {family['experts']:24} {family['text'] or 'no model generates text'}")
-    return "\n".join(lines)
-
-
-def _inspection_text(about: Inspection, encoding: str, tokens: int) -> str:
-    used = "" if about.top_k is None else f", {about.top_k} used per token"
-    active = "" if about.active_parameters is None else f", {about.active_parameters / 1e9:.2f} billion used per token"
-    hours = "" if about.seconds is None else f"; about {duration(about.seconds)} on this machine"
-    weights = about.weights or f"all there, {_size(about.download)}"
-    return "\n".join([
-        f"{about.family} ({about.architecture}): "
-        + (f"cannot be prepared: {about.refusal}" if about.refusal else "can be prepared"),
-        f"{about.layers} MoE layers of {about.experts} experts{used}; hidden {about.hidden}, width {about.width}",
-        f"{about.parameters / 1e9:.2f} billion parameters, {about.expert_parameters / 1e9:.2f} in experts{active}",
-        f"weights: {weights}",
-        f"bundle: about {_size(about.bundle)} with experts in {encoding}",
-        f"device: from {_size(about.device[0])} to {_size(about.device[1])} with all experts in memory, and the "
-        "KV cache",
-        f"build: about {_size(about.disk)} of disk, {_size(about.memory)} of memory for {tokens} tokens{hours}",
-    ])  # fmt: skip
-
-
-def _simulation_text(trace: Trace, about: dict, substituted: bool) -> str:
-    cycle, tokens = trace.show(trace.token_cycle), sum(s.decode for s in trace.steps) // len(trace.experts)
-    lines = [
-        f"{trace.name}: {len(trace.experts)} MoE layers, {sum(trace.experts)} experts, {trace.show(trace.total)}; "
-        f"{tokens} tokens decoded, each of which uses {cycle}",
-    ]
-    if not about["trace"]["exact_bound"]:
-        lines.append("records differ in length between layers: belady is then near the bound in bytes, not it")
-    lines.append(
-        f"{'budget':>12}  {'policy':14} {'hits':>7}  {'decode':>7}  {'to belady':>9}  {'read':>12}  {'per token':>10}"
-        + ("  after substitution  substituted" if substituted else "")
-    )
-    for row in about["rows"]:
-        read = row["bytes_read"]
-        lines.append(
-            f"{trace.show(row['budget']):>12}  {row['policy']:14} {row['hit_rate']:7.2%}  {row['decode_hit_rate']:7.2%}  "
-            f"{row['to_bound']:9.2%}  {trace.show(read):>12}  {row['loads'] / max(1, tokens):10.1f}"
-            + (f"  {row['after_hit_rate']:18.2%}  {row['substituted_share']:11.2%}" if substituted else "")
-        )
-    return "\n".join(lines)
-
-
-def _size(nbytes: int | None) -> str:
-    return f"{(nbytes or 0) / 1e9:.1f} GB" if (nbytes or 0) >= 1e9 else f"{(nbytes or 0) / 1e6:.0f} MB"
-
-
-def _profile_text(about: dict) -> str:
-    lines = [
-        f"{about['model']}: {about['calibration']['tokens']} tokens of {about['calibration']['source']}",
-        f"{'layer':32} experts  unreached  effective  busiest  output similarity  best stand-in error",
-    ]
-    for layer in about["layers"]:
-        similarity, error = layer["mean_output_similarity"], layer["best_standin_error"]
-        lines.append(
-            f"{layer['name']:32} {layer['experts']:7}  {len(layer['unreached']):9}  {layer['effective_experts']:9}"
-            f"  {layer['busiest_share']:7.1%}  {similarity!s:>17}  {error!s:>19}"
-        )
-    return "\n".join(lines)
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--device",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="What `smoe bench BUNDLE --device FILE` wrote on the device.",
+)
+@click.option("--memory", multiple=True, metavar="SIZE", help="Of the whole engine, repeatable. Default: the device's.")
+@click.option("--context", type=int, metavar="TOKENS", help="Longest sequence, as in `smoe run`.")
+@click.option("--speed", type=float, metavar="TOK/S", help="Wish: at least so fast, with the least loss.")
+@click.option("--loss", type=float, metavar="NATS", help="Wish: at most so lossy, and as fast as can be.")
+@click.option("--smoe", is_flag=True, help="Plan SMoE's own eviction and substitution, at several alphas.")
+@_json
+def plan(
+    bundle: Path,
+    device: Path,
+    memory: tuple[str, ...],
+    context: int | None,
+    speed: float | None,
+    loss: float | None,
+    smoe: bool,
+    as_json: bool,
+) -> None:
+    """Say how fast BUNDLE will run on a device, at which loss, and with which options."""
+    if speed is not None and loss is not None:
+        raise click.UsageError("Wish for a --speed or for a --loss; the other one follows.")
+    about, progress = Device.load(device), Progress()
+    budgets = [parse_size(size) for size in memory] or [about.memory]
+    found = make_plan(bundle, about, budgets, context, smoe, lambda runs: progress.over(runs, "plan", "runs", len(runs)))
+    wished = choose(found, speed, loss) if speed is not None or loss is not None else None
+    data = {"candidates": [c.as_dict() for c in found], "chosen": wished.as_dict() if wished else None}
+    _print(data, plan_text(bundle, about, found, wished), as_json)
 
 
 def _print(data: dict, text: str, as_json: bool) -> None:

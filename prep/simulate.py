@@ -19,7 +19,7 @@ from smoe.prep.errors import PrepError
 from smoe.prep.traces import Step, Trace
 from smoe.runtime.memory import parse_size
 from smoe.runtime.policies.eviction import EVICTIONS, Belady, Eviction, eviction_named
-from smoe.runtime.policies.substitution import Below, Buddy, CachePrior, Choice, Smoe, Substitution
+from smoe.runtime.policies.substitution import Below, Buddy, CachePrior, Choice, Chosen, Smoe, Substitution
 from smoe.runtime.residency import Key, Residency
 from smoe.runtime.scheduler import uses
 
@@ -143,7 +143,9 @@ def _eviction(policy: str, trace: Trace) -> Eviction:
 
 class Replay:
     """One run as the engine does it: each step's experts once, room made before each load, and what the step uses is
-    shielded while there is room beside it."""
+    shielded while there is room beside it. `full` is the level of a whole record."""
+
+    full = 1
 
     def __init__(self, trace: Trace, residency: Residency, substitution: Substitution | None = None):
         self._trace, self.residency, self._substitution = trace, residency, substitution
@@ -162,38 +164,49 @@ class Replay:
 
     def step(self, step: Step) -> None:
         layer, experts = step.layer, self._trace.experts[step.layer]
-        resident = self.residency.resident(layer)
-        chosen = uses(step.ids, experts)
-        self.count(step.decode, len(chosen), int(resident[chosen].sum()))
+        resident, here = self.residency.resident(layer), self.residency.levels(layer)
+        wanted = uses(step.ids, experts)
+        self.count(step.decode, len(wanted), int(resident[wanted].sum()))
         self._add(slots=step.ids.size)
-        ids = step.ids
-        if self._substitution is not None:
-            ids = self._substituted(step, resident)
-            self._add(substituted=int((ids != step.ids).sum()))
-            chosen = uses(ids, experts)
-        missing = [(layer, e) for e in chosen if not resident[e]]
-        self._add(after_lookups=len(chosen), after_hits=len(chosen) - len(missing))
-        keys = [(layer, e) for e in chosen]
-        tokens = np.bincount(ids.reshape(-1), minlength=experts).tolist()
-        for key in keys:
-            self.residency.use(key, tokens[key[1]])
-        for key in missing:
-            self.load(key, keys)
+        chosen = self.chosen(step, resident, here)
+        self._add(substituted=int((chosen.ids != step.ids).sum()))
+        needed = self.needed(chosen, experts)
+        computed = uses(chosen.ids, experts)
+        missing = [e for e in computed if here[e] < needed[e]]
+        self._add(after_lookups=len(computed), after_hits=len(computed) - len(missing))
+        tokens = np.bincount(step.ids.reshape(-1), minlength=experts).tolist()
+        for e in wanted:
+            self.residency.use((layer, e), tokens[e])
+        for e in missing:
+            self.load((layer, e), [(layer, e) for e in computed], int(needed[e]))
 
-    def load(self, key: Key, shield: Iterable[Key] = ()) -> None:
-        place = self.residency.reserve(key, shield)
+    def needed(self, chosen: Chosen, experts: int) -> np.ndarray:
+        """The highest level of any slot of each expert, int `[E]`."""
+        needed = np.zeros(experts + 1, np.int64)
+        np.maximum.at(needed, chosen.ids, self.full if chosen.levels is None else chosen.levels)
+        return needed[:experts]
+
+    def load(self, key: Key, shield: Iterable[Key] = (), level: int = 1) -> None:
+        place, since = self.residency.find(key), 0
+        if place is not None:
+            since = int(self.residency.levels(key[0])[key[1]])
+        else:
+            place = self.residency.reserve(key, shield)
         if place is None:  # the step does not fit at once: of what was computed something goes
             place = self.residency.reserve(key)
-        size = self._trace.records[key[0]]
         if place is None:
             raise PrepError(
-                f"A record of {self._trace.show(size)} does not fit the budget, or a layer's share of it; give more, or "
-                "a policy without shares."
+                f"A record of {self._trace.show(self._trace.records[key[0]])} does not fit the budget, or a layer's share "
+                "of it; give more, or a policy without shares."
             )
-        self.residency.put(key, place)
+        self.residency.put(key, place, level=level)
         self._loaded[key[0]][key[1]] = True
-        self._add(loads=1, bytes_read=size)
+        self._add(loads=1, bytes_read=self.bytes_between(key[0], since, level))
         self._counts["peak"] = max(self._counts["peak"], self.residency.held)
+
+    def bytes_between(self, layer: int, since: int, level: int) -> int:
+        """What the planes after the first `since` take, up to `level`."""
+        return self._trace.records[layer]
 
     def count(self, decode: bool, lookups: int, hits: int) -> None:
         self._add(lookups=lookups, hits=hits)
@@ -204,11 +217,15 @@ class Replay:
         for name, more in counts.items():
             self._counts[name] += more
 
-    def _substituted(self, step: Step, resident: np.ndarray) -> np.ndarray:
+    def chosen(self, step: Step, resident: np.ndarray, here: np.ndarray) -> Chosen:
+        """What runs."""
+        if self._substitution is None:
+            return Chosen(step.ids, step.weights)
         rule = self._trace.rules[step.layer]
         # The raw weights are not in a trace. They change what a stand-in counts for, never which one it is.
-        choice = Choice(step.layer, rule, step.ids, step.weights, step.scores, step.scores, resident)
-        return self._substitution(choice)[0]
+        return Chosen(*self._substitution(
+            Choice(step.layer, rule, step.ids, step.weights, step.scores, step.scores, resident, here, self.full)
+        ))  # fmt: skip
 
 
 class SlotReplay(Replay):

@@ -12,6 +12,7 @@ import click
 
 from smoe.artifacts import open_bundle
 from smoe.runtime import memory as budget
+from smoe.runtime.device import measure_device
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
 from smoe.runtime.measure import bench as run_bench
@@ -198,20 +199,47 @@ def _answer(engine: Engine, ids: list[int], stop: tuple[str, ...], generation: d
 
 @cli.command()
 @_engine
-@click.option(
-    "--text", type=click.Path(path_type=Path), required=True, help="A .jsonl file with text and domain, or text."
-)
+@click.option("--text", type=click.Path(path_type=Path), help="A .jsonl file with text and domain, or text.")
 @click.option("--tokens", type=click.IntRange(2), default=1024, show_default=True, help="How much of it.")
 @click.option("--length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a row.")
 @click.option("--prompt", type=click.IntRange(1), default=32, show_default=True, help="Tokens of a row read at once.")
 @click.option("--choices", type=click.IntRange(0), default=0, help="Questions of the choice task. Default: none.")
+@click.option(
+    "--device",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Measure this machine's reads, kernels and backbone instead, and write FILE for smoe-prep plan.",
+)
 @_json
 def bench(
-    bundle: Path, text: Path, tokens: int, length: int, prompt: int, choices: int, as_json: bool, **options: Any
+    bundle: Path,
+    text: Path | None,
+    tokens: int,
+    length: int,
+    prompt: int,
+    choices: int,
+    device: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure speed, hits, memory and quality on a text, teacher-forced; a lossy run is compared with the exact one."""
+    if (text is None) == (device is None):
+        raise click.UsageError("Give either --text, to measure a run, or --device, to measure the machine.")
+    if device is not None:
+        measured = measure_device(bundle, options["io"])
+        _write(device, measured.to_json())
+        click.echo(measured.to_json().rstrip() if as_json else f"{device}: written")
+        return
+    assert text is not None
     found = run_bench(lambda **changed: _open(bundle, options | changed), text, tokens, length, prompt, choices, _say)
     click.echo(json.dumps(found) if as_json else "\n".join(_bench_lines(found)))
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, "utf-8")
+    except OSError as error:
+        raise EngineError(f"{file} cannot be written: {error.strerror}.") from error
 
 
 def _bench_lines(found: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from smoe.artifacts import open_bundle
 from smoe.artifacts.manifest import Routing
 from smoe.runtime import Engine, EngineError, Policies, memory
 from smoe.runtime.policies.eviction import EVICTIONS
-from smoe.runtime.policies.named import SUBSTITUTIONS
+from smoe.runtime.policies.named import SUBSTITUTIONS, tables_bytes
 from smoe.runtime.policies.prefetch import Predicted, Previous, TopScore, Transition
 from smoe.runtime.policies.routing import gate_scores, weigh
 from smoe.runtime.policies.substitution import Below, Buddy, CachePrior, Choice, Smoe
@@ -45,7 +45,8 @@ def wanted(golden, answer):
 ])  # fmt: skip
 def test_lossless_policies_change_no_bit(golden, answer, budget, wanted, experts, policies, io):
     prefill, decoded = wanted
-    with Engine.open(golden, memory=budget(experts), policies=policies, io=io) as engine:
+    kept = tables_bytes(policies, open_bundle(golden))
+    with Engine.open(golden, memory=budget(experts) + kept, policies=policies, io=io) as engine:
         assert np.array_equal(engine.logits(answer["prompt"]), prefill)
         assert np.array_equal(np.stack(list(engine.score(answer["prompt"][:40]))), decoded)
         stats = engine.stats
