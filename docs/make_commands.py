@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 COMMANDS = {
-    "smoe.prep": ("smoe-prep", "build inspect profile pack export verify simulate"),
+    "smoe.prep": ("smoe-prep", "build inspect profile pack export verify simulate plan"),
     "smoe.runtime": ("smoe", "run chat bench info verify"),
 }
 

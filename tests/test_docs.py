@@ -8,7 +8,7 @@ import pytest
 
 COMMANDS = {
     "smoe.runtime": ("run", "chat", "bench", "info", "verify"),
-    "smoe.prep": ("build", "inspect", "profile", "pack", "export", "verify", "simulate"),
+    "smoe.prep": ("build", "inspect", "profile", "pack", "export", "verify", "simulate", "plan"),
 }
 
 
