@@ -59,10 +59,15 @@ class Device:
             names = {field.name for field in dataclasses.fields(cls)}
             if not isinstance(found, dict) or set(found) != names:
                 raise ValueError(f"it needs {', '.join(sorted(names))}")
-            texts = {name: str(found[name]) for name in ("bundle", "io", "kernels")}
-            numbers = {name: float(found[name]) for name in ("read_latency", "read_bandwidth", "backbone_seconds")}
             made = cls(
-                memory=int(found["memory"]), expert_seconds=tuple(map(float, found["expert_seconds"])), **texts, **numbers
+                str(found["bundle"]),
+                int(found["memory"]),
+                str(found["io"]),
+                float(found["read_latency"]),
+                float(found["read_bandwidth"]),
+                float(found["backbone_seconds"]),
+                tuple(map(float, found["expert_seconds"])),
+                str(found["kernels"]),
             )
         except (OSError, ValueError, TypeError) as error:
             raise EngineError(f"{path} is no device description ({error}); write one with smoe bench --device.") from error
@@ -174,7 +179,10 @@ def _storage(path: Path, manifest: Manifest, io: str) -> tuple[float, float]:
             for key in picked:
                 shards.forget(*key)
             before = time.perf_counter()
-            asked = [reader.demand(Request(*key, frames[i], 0, shards.level)) for i, key in enumerate(picked)]
+            asked = [
+                reader.demand(Request(layer, expert, frames[i], 0, shards.level))
+                for i, (layer, expert) in enumerate(picked)
+            ]
             for request in asked:
                 reader.wait([request])
                 if request.error:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from smoe.artifacts.manifest import Routing
 from smoe.runtime.policies.routing import gate_scores, weigh
 
 
@@ -23,11 +22,11 @@ class Choice:
     are `resident`, bool `[E]`; up to which of the `full` levels is in `levels` `[E]`, if they are not all there whole."""
 
     layer: int
-    rule: Routing | None
+    rule: Any  # Routing, and None with `scores` and `raw` where it is not known: prices need none of them
     ids: np.ndarray
     weights: np.ndarray
-    scores: np.ndarray | None
-    raw: np.ndarray | None
+    scores: Any
+    raw: Any
     resident: np.ndarray
     levels: np.ndarray | None = None
     full: int = 1
