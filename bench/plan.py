@@ -1,4 +1,4 @@
-"""What smoe-prep plan expects beside what smoe bench measures:  python bench/plan.py BUNDLE [--losses 0 .01]
+"""What smoe-prep plan expects beside what smoe bench measures:  python bench/plan.py BUNDLE [--residency .25 .4]
 
 The machine is measured first, with the bundle and with reads past the page cache; then every budget is run on text that
 no table was made from. Expectations come from the bundle's trace, which is calibration text.
@@ -26,7 +26,7 @@ if __name__ == "__main__":
         for residency in chosen.residency:
             for c in plan(chosen.bundle, device, [subject.budget(residency)], CONTEXT):
                 if c.level:
-                    continue  # smoe bench --level is another engine; see docs/log.md
+                    continue  # another engine: `Subject` runs all levels
                 run = subject.run(c.policies, residency, chosen.io)
                 ratio = f"{c.loss / run['kl']:.2f}" if c.policies.loss else ""
                 print(f"| {residency:.0%} | {c.options or 'lossless'} | {c.tokens_per_second:.1f} | "

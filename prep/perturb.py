@@ -16,6 +16,7 @@ import numpy as np
 from smoe.artifacts import open_bundle
 from smoe.artifacts.manifest import Manifest
 from smoe.runtime import Engine, Policies, memory
+from smoe.runtime.measure import log_softmax
 from smoe.runtime.policies.substitution import Choice, Chosen
 from smoe.runtime.prices import KINDS, Prices
 
@@ -125,11 +126,11 @@ def outcomes(
         for number in counted(range(len(rows))):
             row = rows[number]
             told.begin(None, None, np.random.default_rng(seed))
-            exact, seen = _log_softmax(engine.logits(row)), told.seen
+            exact, seen = log_softmax(engine.logits(row)), told.seen
             for plan, outcome in zip(plans, found, strict=True):
                 random = np.random.default_rng([seed, number])
                 told.begin(plan(seen, random), outcome, random)
-                q = _log_softmax(engine.logits(row))
+                q = log_softmax(engine.logits(row))
                 outcome.kl += float((np.exp(exact) * (exact - q)).sum())
                 outcome.tokens += len(row)
     return found
@@ -140,12 +141,6 @@ def _budget(manifest: Manifest, context: int) -> int | None:
     plan = memory.plan(manifest, None, context)
     most = 2 * max(layer.experts for layer in manifest.layers)
     return None if most >= plan.experts else plan.fixed + most * plan.record
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    z = logits.astype(np.float64)
-    z -= z.max(-1, keepdims=True)
-    return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
 # -- plans -----------------------------------------------------------------------------------------------------------

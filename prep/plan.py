@@ -82,7 +82,8 @@ def plan(
             "smoe bench --device with this bundle."
         )
     tables = Tables(bundle, manifest)
-    priced = all("price_fit" in of for of in tables.layers(*PRICE_TABLES))
+    needed = {"price_fit", "price_level"} if levels > 1 else {"price_fit"}
+    priced = all(needed <= set(of) for of in tables.layers(*PRICE_TABLES))
     ways: list[tuple[int, Policies]] = [(levels, Policies(loss=loss)) for loss in LOSSES if priced or not loss]
     ways += [(level, Policies()) for level in range(1, levels)]
     if smoe:

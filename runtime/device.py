@@ -1,8 +1,9 @@
 """What a device can do with a bundle, measured there: `smoe bench --device` writes it, `smoe-prep plan` reads it.
 
 Four figures make a decode step: the backbone, one expert at each level, and latency and bandwidth of reads of records.
-Experts are timed in the engine, among so many others that no cache holds them: alone a kernel is up to twice as fast. `step_seconds` puts them together as the engine does: reads go on while what is here is computed, and what has
-arrived is computed while the rest is read.
+Experts are timed in the engine, among so many others that no cache holds them: alone a kernel is up to twice as fast.
+`step_seconds` puts them together as the engine does: reads go on while what is here is computed, and what has arrived is
+computed while the rest is read.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from smoe.runtime.policies.named import Policies
 from smoe.runtime.policies.substitution import Choice, Chosen
 from smoe.runtime.reader import Reader, Request
 
-STEPS = 48  # tokens that are decoded without experts to time the backbone
+STEPS = 48  # tokens that are decoded to time a step
 BEYOND_CACHES = 256 << 20  # bytes of experts among which computing is timed, if there are so many
 MANY = 4  # records read at once, beside one
 REPEATS = 24
@@ -75,10 +76,6 @@ class Device:
         if not (np.isfinite(values).all() and (values >= 0).all() and made.read_bandwidth > 0 and made.expert_seconds):
             raise EngineError(f"{path}: times and sizes are finite and not negative, and the bandwidth is not zero.")
         return made
-
-    def read_seconds(self, records: int, nbytes: int) -> float:
-        """So many records, asked for at once."""
-        return self.read_latency + nbytes / self.read_bandwidth if records else 0.0
 
     def step_seconds(self, computed: np.ndarray, records: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
         """The experts' part of steps of one token: seconds of kernels `computed`, and what was read, each `[steps]`; one

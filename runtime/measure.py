@@ -136,7 +136,7 @@ def exact(engine: Engine, texts: Sequence[np.ndarray], prompt: int, file: Path) 
     at = 0
     for row in texts:
         for logits in engine.score(row, _prompt(row, prompt)):
-            kept[at] = _log_softmax(logits)
+            kept[at] = log_softmax(logits)
             at += 1
     return kept
 
@@ -154,7 +154,7 @@ def measure(engine: Engine, texts: Sequence[np.ndarray], prompt: int, wanted: np
         for position, logits in enumerate(engine.score(row, start), start):
             if position == start:
                 first.append(engine.stats.prefill_seconds - before)
-            q = _log_softmax(logits)
+            q = log_softmax(logits)
             if position < len(row):
                 nats.append(-float(q[row[position]]))
             if wanted is not None:
@@ -184,7 +184,7 @@ def choose(engine: Engine, questions: Sequence[Item]) -> float:
 def _likelihood(engine: Engine, context: np.ndarray, option: np.ndarray) -> float:
     ids = np.concatenate([context, option])
     logits = engine.score(ids[:-1], len(context), reuse=True)
-    return sum(float(_log_softmax(found)[token]) for found, token in zip(logits, option, strict=True))
+    return sum(float(log_softmax(found)[token]) for found, token in zip(logits, option, strict=True))
 
 
 def _speed(engine: Engine, first: list[float]) -> dict:
@@ -214,8 +214,8 @@ def _prompt(row: np.ndarray, prompt: int) -> int:
     return min(prompt, len(row))
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 of float32 `[vocabulary]`."""
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64 of float32 `[.., vocabulary]`."""
     z = logits.astype(np.float64)
-    z -= z.max()
-    return z - np.log(np.exp(z).sum())
+    z -= z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))

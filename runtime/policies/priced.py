@@ -140,7 +140,8 @@ def _alternatives(
     levels = np.arange(1, full + 1)
     nats = np.zeros((len(short), full + 1))
     nats[:, 0] = np.bincount(row, slots.nats, len(short))
-    for level in levels[:-1]:
+    nats[:, 1:-1] = np.inf  # where a bundle does not say what a level costs
+    for level in levels[:-1][: prices.level.shape[1]]:
         nats[:, level] = np.bincount(row, prices.at_level(slots.experts, slots.weights, level), len(short))
     nats[:, 1:][levels < here[:, None]] = np.inf
     read = np.maximum(sizes[1 : full + 1] - sizes[here][:, None], 0)

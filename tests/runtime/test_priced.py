@@ -98,6 +98,17 @@ def test_the_choice_is_the_best_of_all(tokens):
     assert 20 < shortcuts < 60
 
 
+def test_levels_without_a_price_are_not_taken():
+    random = np.random.default_rng(5)
+    tables = _tables(random)
+    del tables["price_level"]
+    prices, nowhere = Prices.of([tables]), np.zeros(E, np.int64)
+    for _ in range(20):
+        choice = dataclasses.replace(_choice(random, 2), levels=nowhere, resident=nowhere > 0)
+        chosen = Priced(prices, [SIZES], LossBudget(1e9, 1, 1e-8))(choice)
+        assert (chosen.levels == J).all()
+
+
 def test_nothing_is_spent_that_is_not_there():
     random = np.random.default_rng(0)
     prices = Prices.of([_tables(random)] * 2)
