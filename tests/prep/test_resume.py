@@ -172,7 +172,7 @@ def test_what_was_finished_is_not_done_again(checkpoints, bundles, ids_file, tmp
     assert read == [1] and "profile.json" in there
     read.clear()
     there = build_until((module, "export_checked"))
-    assert read == [0, 1, 0, 1, 1, 0], "packed, then forward and back for the prices"
+    assert read == [0, 1, 0, 1, 1, 0, 0, 1], "packed, forward and back for the prices, forward for the predictors"
     assert "experts/layer-01.safetensors" in there
     read.clear()
     there = build_until((module, "open_bundle"))
