@@ -76,9 +76,9 @@ def plan(
     bundle's experts, an `EngineError` if a budget is too small."""
     manifest = open_bundle(bundle)
     levels = encoding_named(manifest.experts.encoding).levels
-    if len(device.expert_seconds) != levels:
+    if len(device.record_bytes) != levels:
         raise PrepError(
-            f"The device was measured with experts of {len(device.expert_seconds)} levels, {bundle} has {levels}; run "
+            f"The device was measured with experts of {len(device.record_bytes)} levels, {bundle} has {levels}; run "
             "smoe bench --device with this bundle."
         )
     tables = Tables(bundle, manifest)
@@ -142,9 +142,7 @@ def _candidate(
     counted = slice(SETTLE * len(manifest.layers), None) if len(trace.steps) > 2 * SETTLE * len(manifest.layers) else slice(None)
     computed, records, nbytes = (np.array(values)[counted] for values in zip(*replay.steps, strict=True))
     tokens = len(computed) / len(manifest.layers)
-    seconds = device.backbone_seconds + device.step_seconds(
-        computed * device.expert_seconds[level - 1], records, nbytes
-    ).sum() / tokens
+    seconds = device.backbone_seconds + device.step_seconds(computed, level, records, nbytes).sum() / tokens
     loss = 0.0 if policies.lossless and level == levels else None
     if prices is not None:
         loss = float(np.sum(replay.nats[counted])) / tokens

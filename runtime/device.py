@@ -1,9 +1,8 @@
 """What a device can do with a bundle, measured there: `smoe bench --device` writes it, `smoe-prep plan` reads it.
 
-Four figures make a decode step: the backbone, one expert at each level, and latency and bandwidth of reads of records.
-Experts are timed in the engine, among so many others that no cache holds them: alone a kernel is up to twice as fast.
-`step_seconds` puts them together as the engine does: reads go on while what is here is computed, and what has arrived is
-computed while the rest is read.
+Reads and kernels share processors and a memory bus, so that a step is not the longer of its parts measured alone. So the engine
+itself is timed, made to read so many of a layer's experts at such a level: `layer_seconds` is that grid, and `step_seconds`
+looks up in it what a policy would do. Latency and bandwidth of the storage alone are there to compare devices by.
 """
 
 from __future__ import annotations
@@ -11,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from smoe.artifacts import open_bundle
-from smoe.artifacts.encodings import encoding_named
+from smoe.artifacts import open_bundle, safetensors_file
+from smoe.artifacts.encodings import encoding_named, record_layout
 from smoe.artifacts.manifest import Manifest
 from smoe.runtime import kernels, memory, store
 from smoe.runtime.engine import Engine
@@ -29,16 +27,19 @@ from smoe.runtime.policies.named import Policies
 from smoe.runtime.policies.substitution import Choice, Chosen
 from smoe.runtime.reader import Reader, Request
 
-STEPS = 48  # tokens that are decoded to time a step
-BEYOND_CACHES = 256 << 20  # bytes of experts among which computing is timed, if there are so many
+SECONDS = 8.0  # to spend on the steps of one level, at most `STEPS` of each kind
+STEPS = 24
+TURN, SETTLE = 8, 2
+TEXT = 4096  # tokens to take turns with
 MANY = 4  # records read at once, beside one
 REPEATS = 24
 
 
 @dataclass(frozen=True)
 class Device:
-    """Seconds, bytes, and bytes per second. `expert_seconds[j - 1]` is one expert for one token at level j, among the
-    others of its layer; `backbone_seconds` is a token without its experts. `bundle` is what it was measured with."""
+    """Seconds, bytes, and bytes per second. `backbone_seconds` is a token without its experts. `layer_seconds[j - 1][m]` is
+    one layer with k experts for one token at level j, of which m are read, up to k, as a mean over layers;
+    `record_bytes[j - 1]` are the bytes of one. `bundle` is what it was measured with."""
 
     bundle: str
     memory: int
@@ -46,8 +47,14 @@ class Device:
     read_latency: float
     read_bandwidth: float
     backbone_seconds: float
-    expert_seconds: tuple[float, ...]
+    layer_seconds: tuple[tuple[float, ...], ...]
+    record_bytes: tuple[int, ...]
     kernels: str
+
+    @property
+    def expert_seconds(self) -> list[float]:
+        """One expert for one token, at each level."""
+        return [row[0] / (len(row) - 1) for row in self.layer_seconds]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
@@ -67,36 +74,49 @@ class Device:
                 float(found["read_latency"]),
                 float(found["read_bandwidth"]),
                 float(found["backbone_seconds"]),
-                tuple(map(float, found["expert_seconds"])),
+                tuple(tuple(map(float, row)) for row in found["layer_seconds"]),
+                tuple(map(int, found["record_bytes"])),
                 str(found["kernels"]),
             )
         except (OSError, ValueError, TypeError) as error:
             raise EngineError(f"{path} is no device description ({error}); write one with smoe bench --device.") from error
-        values = np.array([made.memory, made.read_latency, made.read_bandwidth, made.backbone_seconds, *made.expert_seconds])
-        if not (np.isfinite(values).all() and (values >= 0).all() and made.read_bandwidth > 0 and made.expert_seconds):
-            raise EngineError(f"{path}: times and sizes are finite and not negative, and the bandwidth is not zero.")
+        rows, sizes = made.layer_seconds, made.record_bytes
+        if not (rows and len(rows) == len(sizes) and len({len(row) for row in rows}) == 1 and len(rows[0]) >= 2):
+            raise EngineError(f"{path}: layer_seconds has a row for each of record_bytes, and in each k + 1 times.")
+        values = np.array([made.memory, made.read_latency, made.read_bandwidth, made.backbone_seconds, *np.ravel(rows)])
+        if not (np.isfinite(values).all() and (values >= 0).all() and made.read_bandwidth > 0 and min(sizes) > 0):
+            raise EngineError(f"{path}: times and sizes are finite and not negative, and bytes and bandwidth not zero.")
+        if not (np.diff(sizes) > 0).all():
+            raise EngineError(f"{path}: record_bytes rise from level to level.")
         return made
 
-    def step_seconds(self, computed: np.ndarray, records: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
-        """The experts' part of steps of one token: seconds of kernels `computed`, and what was read, each `[steps]`; one
-        step is one layer."""
-        reading = np.where(records > 0, self.read_latency + nbytes / self.read_bandwidth, 0.0)
-        last = np.where(records > 0, self.expert_seconds[-1], 0.0)  # what comes last waits for nothing else
-        return np.maximum(computed, reading + last)
+    def step_seconds(self, computed: np.ndarray, level: int, records: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
+        """The experts' part of steps of one token and layer, float64 `[steps]`: experts `computed` at `level`, and what was
+        read in how many records. Between what was measured, and below the smallest record, it is linear."""
+        grid, sizes = np.array(self.layer_seconds), np.array(self.record_bytes)
+        beyond = np.stack([np.interp(records, np.arange(grid.shape[1]), row - row[0]) for row in grid])  # [levels, steps]
+        reading = beyond[-1]
+        if len(sizes) > 1:
+            each = nbytes / np.maximum(records, 1)
+            above = np.clip(np.searchsorted(sizes, each), 1, len(sizes) - 1)
+            share = (each - sizes[above - 1]) / (sizes[above] - sizes[above - 1])
+            low, high = (beyond[row, np.arange(len(records))] for row in (above - 1, above))
+            reading = low + share * (high - low)
+        return computed * self.expert_seconds[level - 1] + np.where(records > 0, np.maximum(reading, 0), 0)
 
 
 def measure_device(path: Path, io: str | None = None) -> Device:
-    """Measure this machine with the bundle at `path`, in little memory: that in which it runs, and `BEYOND_CACHES`."""
+    """Measure this machine with the bundle at `path`, with half of the experts in memory, or as many as half of the memory
+    that is there."""
     manifest = open_bundle(path)
     plan = memory.plan(manifest, None, min(256, manifest.model.context))
-    records = min(plan.experts, max(plan.smallest, BEYOND_CACHES // plan.record))
+    spare = spare_memory(0)
+    room = plan.total if spare is None else spare // 2
+    records = max(plan.smallest, min(plan.experts // 2, (room - plan.fixed) // plan.record))
     budget = plan.fixed + records * plan.record
     chosen = store.choose(path, manifest, None, io, memory.plan(manifest, budget, plan.context))
     latency, bandwidth = _storage(path, manifest, chosen.io)
-    backbone = _token_seconds(path, budget, plan.context, manifest, _without_experts)
-    whole = _token_seconds(path, budget, plan.context, manifest, _among_residents)
-    alone = np.array(list(_kernels(path, manifest)))
-    spare = spare_memory(0)
+    backbone, layers = _engine(path, budget, plan.context, chosen.io)
     return Device(
         manifest.provenance.get("source_fingerprint", ""),
         spare if spare is not None else plan.total,
@@ -104,60 +124,85 @@ def measure_device(path: Path, io: str | None = None) -> Device:
         latency,
         bandwidth,
         backbone,
-        tuple((alone / alone[-1] * max(whole - backbone, alone[-1]) / plan.token_cycle).tolist()),
+        layers,
+        _record_bytes(manifest),
         kernels.choose().name,
     )
 
 
-def _without_experts(choice: Choice) -> Chosen:
-    return Chosen(np.full(choice.ids.shape, len(choice.resident)), np.zeros_like(choice.weights))
+def _record_bytes(manifest: Manifest) -> tuple[int, ...]:
+    """Of a record at each level, as a mean over layers."""
+    shapes = [manifest.expert_shape(i) for i in range(len(manifest.layers))]
+    sizes = [record_layout(shape, manifest.experts.encoding, manifest.experts.page).levels for shape in shapes]
+    return tuple(int(size) for size in np.mean(sizes, 0))
 
 
-def _among_residents(choice: Choice) -> Chosen:
-    """Others than were chosen where those are missing, so that nothing is read and as much is computed."""
-    here = np.flatnonzero(choice.resident)
-    if not len(here):
-        return _without_experts(choice)
-    ids = choice.ids.copy()
-    for row in ids:
-        others = np.setdiff1d(here, row)
-        missing = np.flatnonzero(~np.isin(row, here))
-        row[missing] = np.resize(np.roll(others if len(others) else here, int(row.sum())), len(missing))
-    return Chosen(ids, choice.weights)
+class _Forced:
+    """`missing` experts that have to be read up to `level`, and others that are here at it, `computed` in all: those that
+    the router chose as far as there are such, so that caches are hit as often as they will be, and any beside."""
+
+    def __init__(self, computed: int):
+        self.computed, self.missing, self.level = computed, 0, 0
+        self._random = np.random.default_rng(0)
+
+    def __call__(self, choice: Choice) -> Chosen:
+        experts, (wanted,) = len(choice.resident), choice.ids
+        read = self._some(choice.here == 0, wanted, min(self.missing, len(wanted)))
+        used = self._some(choice.here >= self.level, wanted, min(self.computed, len(wanted)) - len(read))
+        ids = np.full(choice.ids.shape, experts)
+        ids[:, : len(read) + len(used)] = np.concatenate([read, used])
+        return Chosen(ids, choice.weights, np.full(ids.shape, self.level))
+
+    def _some(self, able: np.ndarray, wanted: np.ndarray, count: int) -> np.ndarray:
+        """Up to `count` experts that are `able` (bool `[experts]`), the `wanted` ones first."""
+        order = self._random.permutation(len(able))
+        order = np.concatenate([wanted[wanted < len(able)], order[~np.isin(order, wanted)]])
+        return order[able[order]][:count]
 
 
-def _token_seconds(
-    path: Path, budget: int, context: int, manifest: Manifest, substitution: Callable[[Choice], Chosen]
-) -> float:
-    """The median of a decode step."""
-    ids = np.random.default_rng(0).integers(0, manifest.model.vocabulary, min(STEPS, context - 1) + 1)
-    times = []
-    with Engine.open(path, budget, context, policies=Policies(substitution=substitution), io="buffered") as engine:
-        before = time.perf_counter()
-        for _ in engine.score(ids, 1):
-            times.append(time.perf_counter() - before)
-            before = time.perf_counter()
-    return float(np.median(times[len(times) // 4 :]))
+def _engine(
+    path: Path, budget: int, context: int, io: str
+) -> tuple[float, tuple[tuple[float, ...], ...]]:
+    """Seconds of a token without experts, and of one layer's experts by level and by how many of them are read."""
+    manifest = open_bundle(path)
+    k = max(layer.top_k for layer in manifest.layers)
+    levels = encoding_named(manifest.experts.encoding).levels
+    counts = np.unique(np.rint(np.linspace(0, k, 5)).astype(int))
+    forced, grid = _Forced(0), np.zeros((levels, k + 1))
+    with Engine.open(path, budget, context, policies=Policies(substitution=forced), io=io) as engine:
+        backbone = _token_seconds(engine, forced, np.zeros(1, int))[0]
+        forced.computed = k
+        for level in range(levels, 0, -1):  # downward: what is here at a lower level than wanted could not be used
+            forced.level = level
+            tokens = _token_seconds(engine, forced, counts)
+            layer = np.maximum(tokens - backbone, 0) / len(manifest.layers)
+            grid[level - 1] = np.interp(np.arange(k + 1), counts, np.maximum.accumulate(layer))
+    return float(backbone), tuple(map(tuple, grid.tolist()))
 
 
-def _kernels(path: Path, manifest: Manifest) -> Iterator[float]:
-    """Seconds of the k experts of the widest layer for one token, at every level: how levels compare."""
-    shards = store.Shards(path, manifest)
-    try:
-        layer = max(range(len(manifest.layers)), key=lambda i: shards.layouts[i].nbytes)
-        spec, k = manifest.layers[layer], manifest.layers[layer].top_k
-        frames = aligned(k, shards.layouts[layer].nbytes)
-        for expert in range(k):
-            shards.read(layer, expert, frames[expert])
-        kernel = kernels.choose().layer(
-            manifest.experts.gate, manifest.expert_shape(layer), manifest.experts.encoding, shards.layouts[layer]
-        )
-    finally:
-        shards.close()
-    x = np.random.default_rng(0).standard_normal((1, spec.hidden)).astype(np.float32)
-    for level in range(1, encoding_named(manifest.experts.encoding).levels + 1):
-        work = kernels.Work(np.arange(k), np.full(k, level), np.arange(k + 1), np.zeros(k, np.int64))
-        yield _median(lambda work=work: kernel(frames, work, x), REPEATS)
+def _token_seconds(engine: Engine, forced: _Forced, counts: np.ndarray) -> np.ndarray:
+    """The median of a decode step that reads so many experts of every layer, for each of `counts` float64. They take turns
+    of `TURN` steps; the first of these still find in the caches what the turn before left there."""
+    tokens = _tokens(engine.path, engine.manifest)
+    times: list[list[float]] = [[] for _ in counts]
+    started = time.perf_counter()
+    while not times[-1] or (len(times[-1]) < STEPS and time.perf_counter() - started < SECONDS):
+        for forced.missing, found in zip(counts.tolist(), times, strict=True):
+            steps = engine.score(tokens[: 1 + TURN])
+            tokens = np.roll(tokens, -TURN)
+            for number in range(1 + TURN):
+                before = time.perf_counter()
+                next(steps)
+                if number > SETTLE:
+                    found.append(time.perf_counter() - before)
+    return np.array([np.median(found) for found in times])
+
+
+def _tokens(path: Path, manifest: Manifest) -> np.ndarray:
+    """Text: that of the bundle's trace if it has one."""
+    if "trace.safetensors" in manifest.files:
+        return np.resize(safetensors_file.load(path / "trace.safetensors")["tokens"], TEXT)
+    return np.random.default_rng(0).integers(0, manifest.model.vocabulary, TEXT)
 
 
 def _storage(path: Path, manifest: Manifest, io: str) -> tuple[float, float]:
@@ -194,11 +239,3 @@ def _storage(path: Path, manifest: Manifest, io: str) -> tuple[float, float]:
     each = max((many - one) / (MANY - 1), 1e-9)
     return float(max(one - each, 0.0)), size / float(each)
 
-
-def _median(run, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        before = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - before)
-    return float(np.median(times))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from smoe.artifacts import open_bundle, safetensors_file
+from smoe.artifacts.encodings import record_layout
 from smoe.prep import plan as planning
 from smoe.prep.errors import PrepError
 from smoe.prep.plan import Candidate, choose, plan
@@ -15,7 +16,7 @@ from smoe.runtime import Engine, Policies, memory
 from smoe.runtime.device import Device
 from smoe.runtime.policies.named import tables_bytes
 
-DEVICE = Device("", 10**9, "direct", 1e-4, 1e8, 2e-3, (1e-5,), "avx2")
+DEVICE = Device("", 10**9, "direct", 1e-4, 1e8, 2e-3, (tuple(4e-5 + m * 1e-3 for m in range(5)),), (10**5,), "avx2")
 TOKENS = 220
 
 
@@ -56,12 +57,18 @@ def test_what_is_expected_is_what_the_engine_does(reference_bundle, budget, shor
 
 
 def test_the_time_of_a_token_is_the_sum_of_its_steps(reference_bundle, short, budget):
-    slow = dataclasses.replace(DEVICE, read_bandwidth=1e6, read_latency=0.0, expert_seconds=(0.0,))
-    (lossless, *_) = plan(reference_bundle, slow, [budget], 256)
-    assert np.isclose(1 / lossless.tokens_per_second, 2e-3 + lossless.bytes_per_token / 1e6, rtol=1e-6)
+    (lossless, *_) = plan(reference_bundle, DEVICE, [budget], 256)
+    record = record_layout(*_experts(reference_bundle)).nbytes
+    reads = lossless.bytes_per_token / record
+    assert np.isclose(1 / lossless.tokens_per_second, 2e-3 + 6 * 4e-5 + reads * 1e-3, rtol=1e-6)
     everything = memory.plan(open_bundle(reference_bundle), None, 256).total
-    (alone,) = plan(reference_bundle, dataclasses.replace(DEVICE, expert_seconds=(1e-4,)), [2 * everything], 256)
-    assert alone.options == "" and np.isclose(alone.tokens_per_second, 1 / (2e-3 + 6 * 4 * 1e-4))
+    (alone,) = plan(reference_bundle, DEVICE, [2 * everything], 256)
+    assert alone.options == "" and np.isclose(alone.tokens_per_second, 1 / (2e-3 + 6 * 4e-5))
+
+
+def _experts(bundle):
+    manifest = open_bundle(bundle)
+    return manifest.expert_shape(0), manifest.experts.encoding, manifest.experts.page
 
 
 def test_smoe_is_planned_by_alpha(reference_bundle, short, budget):
@@ -101,6 +108,6 @@ def test_the_command(reference_bundle, smoe_prep, tmp_path, budget):
     done = smoe_prep(*common, "--json")
     found = json.loads(done.stdout)
     assert done.returncode == 0 and len(found["candidates"]) == 1 and found["chosen"] is None
-    (tmp_path / "d.json").write_text(dataclasses.replace(DEVICE, expert_seconds=(1.0, 2.0)).to_json())
+    (tmp_path / "d.json").write_text(dataclasses.replace(DEVICE, layer_seconds=DEVICE.layer_seconds * 2, record_bytes=(1, 2)).to_json())
     done = smoe_prep(*common)
     assert done.returncode == 1 and "experts of 2 levels" in done.stderr
