@@ -6,7 +6,10 @@ import sys
 
 from smoe.artifacts import SmoeError
 
-NEEDED = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "datasets", "sklearn", "greenlet")
+NEEDED = (
+    "torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "datasets", "sklearn", "greenlet",
+    "threadpoolctl",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from smoe.prep.profile import profile as run_profile
 from smoe.prep.progress import Progress
 from smoe.prep.resume import beside, refuse_existing
 from smoe.prep.show import families_text, inspection_text, profile_text, simulation_text
-from smoe.prep.simulate import COUNTINGS, SUBSTITUTIONS, budgets_of, with_bound
+from smoe.prep.simulate import COUNTINGS, budgets_of, with_bound
 from smoe.prep.simulate import report as simulation_report
 from smoe.prep.simulate import simulate as run_simulation
 from smoe.prep.traces import read_trace
@@ -40,6 +40,7 @@ from smoe.prep.verify_prices import text_of, verify_prices
 from smoe.runtime.device import Device
 from smoe.runtime.memory import parse_size
 from smoe.runtime.policies.eviction import EVICTIONS
+from smoe.runtime.policies.named import SUBSTITUTIONS
 
 RECIPE = building.Recipe()
 CALIBRATION = Calibration("")
@@ -282,7 +283,7 @@ def verify(
 @click.option(
     "--substitute",
     metavar="NAME:NUMBER",
-    help=f"Replay a substitution too: {', '.join(f'{n}:{p.upper()}' for n, p in SUBSTITUTIONS.items())}.",
+    help=f"Replay a substitution too: {', '.join(f'{n}:{about[0].split()[0].upper()}' for n, about in SUBSTITUTIONS.items())}.",
 )
 @click.option("--warm", is_flag=True, help="Start from how often calibration used each expert.")
 @click.option(

@@ -114,11 +114,14 @@ def mixed_outputs(
     On the seam an id that is the number of experts means no expert.
     """
     mixed, norms = torch.zeros_like(x), torch.zeros_like(weights)
-    for expert in ids[ids < expert_geometry(module)[0]].unique().tolist():
-        tokens, ranks = torch.where(ids == expert)
-        y = expert_outputs(module, expert, x[tokens])
-        norms[tokens, ranks] = y.norm(dim=-1)
-        mixed.index_add_(0, tokens, y * weights[tokens, ranks, None])
+    count, k = expert_geometry(module)[0], ids.shape[1]
+    slots = ids.reshape(-1).argsort(stable=True).split(ids.reshape(-1).bincount(minlength=count + 1).tolist())
+    for expert, its in enumerate(slots[:count]):
+        if len(its):
+            tokens = its // k
+            y = expert_outputs(module, expert, x[tokens])
+            norms.view(-1)[its] = y.norm(dim=-1)
+            mixed.index_add_(0, tokens, y * weights.reshape(-1)[its, None])
     return mixed, norms
 
 

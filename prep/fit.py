@@ -17,7 +17,7 @@ from scipy.optimize import nnls
 
 from smoe.artifacts import open_bundle, safetensors_file
 from smoe.artifacts.tables import load_tables, save_tables
-from smoe.prep.perturb import LENGTH, Outcome, Plan, at_random, cheapest, outcomes
+from smoe.prep.perturb import LENGTH, Outcome, Perturbation, at_random, cheapest, outcomes
 from smoe.prep.progress import Progress
 from smoe.runtime.prices import AS_IT_IS, KINDS, Prices
 
@@ -49,7 +49,7 @@ def add_fit(bundle: Path, rows: Sequence[np.ndarray], seed: int, progress: Progr
     ]))  # fmt: skip
 
 
-def _plans(kind: str, prices: Prices) -> list[Plan]:
+def _plans(kind: str, prices: Prices) -> list[Perturbation]:
     random = [at_random([kind], share, 0.0, 1.0, "weights", number) for number, share in enumerate(AT_RANDOM)]
     return [*(cheapest(kind, prices, nats) for nats in SIZES), *random]
 

@@ -19,6 +19,7 @@ from smoe.prep.errors import PrepError
 from smoe.prep.experts import experts_run_by, mixed_outputs
 
 T = TypeVar("T")
+TOGETHER = 8192  # tokens whose experts run at once
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,24 @@ def lockstep(
                     arrived[i] = None
 
 
+def mixed(module: torch.nn.Module, arrived: list[Arrived]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What `mixed_outputs` gives for every pass, one after another: a few passes at once, since small products are slow."""
+    whole = max(1, TOGETHER // max(1, len(arrived[0].ids))) if arrived else 1
+    for start in range(0, len(arrived), whole):
+        group = arrived[start : start + whole]
+        x, ids, weights = (torch.cat([getattr(slots, name) for slots in group]) for name in ("tokens", "ids", "weights"))
+        outputs, norms = mixed_outputs(module, x, ids, weights)
+        sizes = [len(slots.ids) for slots in group]
+        for slots, output, norm in zip(group, outputs.split(sizes), norms.split(sizes), strict=True):
+            yield output.reshape(slots.hidden.shape), norm
+
+
 def as_trained(checkpoint: Checkpoint) -> Callable[[int, list[Arrived]], Iterator[torch.Tensor]]:
     """A `visit` that computes what the model itself would."""
 
     def visit(layer: int, arrived: list[Arrived]) -> Iterator[torch.Tensor]:
         with checkpoint.experts(layer) as module:
-            for slots in arrived:
-                mixed, _ = mixed_outputs(module, slots.tokens, slots.ids, slots.weights)
-                yield mixed.reshape(slots.hidden.shape)
+            for output, _ in mixed(module, arrived):
+                yield output
 
     return visit

@@ -1,7 +1,7 @@
 """Shortcuts taken on purpose, at chosen slots, to measure what they cost beside what their prices say.
 
 The bundle runs in the runtime's own engine, with a substitution that does as it is told. A row of text runs exactly
-once, which shows what every slot was; then once for every `Plan`, whose slots take their shortcut. Slots of a plan are places
+once, which shows what every slot was; then once for every `Perturbation`, whose slots take their shortcut. Slots of a plan are places
 (layer, token, rank), so that two plans perturb as many although routers decide otherwise after a shortcut.
 """
 
@@ -34,12 +34,12 @@ class Seen:
 
 # Which kind of shortcut every slot takes: per layer int `[T, k]`, an index into KINDS or -1.
 Kinds = list[np.ndarray]
-Plan = Callable[[Seen, np.random.Generator], Kinds]
+Perturbation = Callable[[Seen, np.random.Generator], Kinds]
 
 
 @dataclass
 class Outcome:
-    """One plan's sums over all rows. `moments` and `roots` float64 `[KINDS]` are of p and sqrt(p) (`runtime.prices`),
+    """One perturbation's sums over all rows. `moments` and `roots` float64 `[KINDS]` are of p and sqrt(p) (`runtime.prices`),
     `kl` is the measured divergence in nats, `square` the sum of the slots' squared mixing weights."""
 
     tokens: int = 0
@@ -113,11 +113,11 @@ class _Told:
 
 
 def outcomes(
-    bundle: Path, prices: Prices, rows: Sequence[np.ndarray], plans: Sequence[Plan], seed: int,
+    bundle: Path, prices: Prices, rows: Sequence[np.ndarray], perturbations: Sequence[Perturbation], seed: int,
     counted: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> list[Outcome]:  # fmt: skip
-    """What each of `plans` costs over `rows` of token ids, `prices` being those without a fit."""
-    told, found = _Told(prices), [Outcome() for _ in plans]
+    """What each of `perturbations` costs over `rows` of token ids, `prices` being those without a fit."""
+    told, found = _Told(prices), [Outcome() for _ in perturbations]
     manifest = open_bundle(bundle)
     longest = max(len(row) for row in rows)
     with Engine.open(
@@ -127,9 +127,9 @@ def outcomes(
             row = rows[number]
             told.begin(None, None, np.random.default_rng(seed))
             exact, seen = log_softmax(engine.logits(row)), told.seen
-            for plan, outcome in zip(plans, found, strict=True):
+            for perturb, outcome in zip(perturbations, found, strict=True):
                 random = np.random.default_rng([seed, number])
-                told.begin(plan(seen, random), outcome, random)
+                told.begin(perturb(seen, random), outcome, random)
                 q = log_softmax(engine.logits(row))
                 outcome.kl += float((np.exp(exact) * (exact - q)).sum())
                 outcome.tokens += len(row)
@@ -143,14 +143,14 @@ def _budget(manifest: Manifest, context: int) -> int | None:
     return None if most >= plan.experts else plan.fixed + most * plan.record
 
 
-# -- plans -----------------------------------------------------------------------------------------------------------
+# -- perturbations -----------------------------------------------------------------------------------------------------------
 
 
-def cheapest(kind: str, prices: Prices, nats: float) -> Plan:
+def cheapest(kind: str, prices: Prices, nats: float) -> Perturbation:
     """What a scheduler would do with one kind alone: of a random `ABLE` of all slots those of the lowest price, up to
     `nats` per token."""
 
-    def plan(seen: Seen, random: np.random.Generator) -> Kinds:
+    def perturbation(seen: Seen, random: np.random.Generator) -> Kinds:
         p = [_price(kind, prices, layer, ids, w) for layer, (ids, w) in enumerate(zip(seen.ids, seen.weights, strict=True))]  # fmt: skip
         missing = [random.random(of.shape) < ABLE for of in p]
         every = np.sort(np.concatenate([of[m] for of, m in zip(p, missing, strict=True)]))
@@ -158,7 +158,7 @@ def cheapest(kind: str, prices: Prices, nats: float) -> Plan:
         limit = every[min(within, len(every) - 1)]
         return [np.where(m & (of < limit), KINDS.index(kind), -1) for of, m in zip(p, missing, strict=True)]
 
-    return plan
+    return perturbation
 
 
 def _price(kind: str, prices: Prices, layer: int, ids: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -169,11 +169,11 @@ def _price(kind: str, prices: Prices, layer: int, ids: np.ndarray, w: np.ndarray
     return np.where(ids < len(of.cross), p, np.inf)
 
 
-def at_random(kinds: Sequence[str], share: float, tilt: float, layers: float, prefer: str, seed: int) -> Plan:
+def at_random(kinds: Sequence[str], share: float, tilt: float, layers: float, prefer: str, seed: int) -> Perturbation:
     """`share` of all slots, in a random part `layers` of the layers, each with one of `kinds`: slots of small (`tilt`
     < 0) or large mixing weight, or of unlikely or likely `prefer` "experts", come first. The count is exact."""
 
-    def plan(seen: Seen, random: np.random.Generator) -> Kinds:
+    def perturbation(seen: Seen, random: np.random.Generator) -> Kinds:
         fixed = np.random.default_rng(seed)  # the same layers and experts in every row
         total, count = sum(of.size for of in seen.ids), len(seen.ids)
         used = fixed.permutation(count)[: max(1, round(layers * count))]
@@ -191,4 +191,4 @@ def at_random(kinds: Sequence[str], share: float, tilt: float, layers: float, pr
         ends = np.cumsum([of.size for of in keys])
         return [part.reshape(of.shape) for part, of in zip(np.split(marked, ends[:-1]), keys, strict=True)]
 
-    return plan
+    return perturbation

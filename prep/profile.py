@@ -7,6 +7,7 @@ be known. Output similarity and error come from a stated, seeded subsample of to
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch.overrides import TorchFunctionMode
 
 from smoe.artifacts import safetensors_file
@@ -22,8 +24,8 @@ from smoe.artifacts.tables import key, save_tables
 from smoe.prep.calibration import Calibration
 from smoe.prep.checkpoint import Checkpoint
 from smoe.prep.errors import PrepError
-from smoe.prep.experts import expert_geometry, expert_outputs, mixed_outputs
-from smoe.prep.lockstep import Arrived, lockstep
+from smoe.prep.experts import expert_geometry, expert_outputs
+from smoe.prep.lockstep import Arrived, lockstep, mixed
 from smoe.prep.progress import Progress
 from smoe.prep.resume import Finished, write_whole
 from smoe.prep.statistics import LayerSums, activity
@@ -35,6 +37,8 @@ BATCH = 4  # rows at once
 SAMPLED_AT_ONCE = 32 << 20  # bytes, in float64, of all experts' outputs for sampled tokens
 
 
+# Threads of NumPy's own pool that wait for work take the processors from torch's: with both, three times the time.
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def profile(
     checkpoint: Checkpoint,
     directory: Path,
@@ -117,6 +121,15 @@ class Scores(TorchFunctionMode):
             self._seen.append((args[0] if args else kwargs["input"], result[1]))
         return result
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Without looking: every operation that is looked at takes longer."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
+
     def take(self, ids: torch.Tensor) -> torch.Tensor | None:
         """The scores `[T, E]` whose topk gave `ids`, if there was one."""
         seen, self._seen = self._seen, []
@@ -172,20 +185,32 @@ class _Observer:
     def _observed(self, layer: int, arrived: list[Arrived]) -> Iterator[torch.Tensor]:
         sums = self.sums[layer]
         with self._checkpoint.experts(layer) as module:
-            for i, slots in enumerate(arrived):
-                x = slots.tokens
-                mixed, norms = mixed_outputs(module, x, slots.ids, slots.weights)
-                weights = slots.weights.double().numpy()
-                active = sums.add_routing(slots.ids.numpy(), weights, norms.double().numpy(), self._before[i])
-                experts = active.shape[1]
-                if slots.noted is not None:
-                    sums.add_scores(slots.noted[:, :experts].numpy())
-                at_once = max(1, SAMPLED_AT_ONCE // (experts * x.shape[1] * 8))
-                for group in np.split(self._picked[i], range(at_once, len(self._picked[i]), at_once)):
-                    if len(group):
-                        every = [expert_outputs(module, e, x[group]) for e in range(experts)]
-                        sums.add_outputs(torch.stack(every, 1).numpy(), active[group])
-                yield mixed.reshape(slots.hidden.shape)
+            with self.scores.aside():
+                self._sampled(module, sums, arrived)
+            computed = mixed(module, arrived)
+            for slots, before in zip(arrived, self._before, strict=True):
+                with self.scores.aside():
+                    output, norms = next(computed)
+                    active = sums.add_routing(
+                        slots.ids.numpy(), slots.weights.double().numpy(), norms.double().numpy(), before
+                    )
+                    if slots.noted is not None:
+                        sums.add_scores(slots.noted[:, : active.shape[1]].numpy())
+                yield output
+
+    def _sampled(self, module: torch.nn.Module, sums: LayerSums, arrived: list[Arrived]) -> None:
+        """Run all experts on the sampled tokens."""
+        picked = list(zip(arrived, self._picked, strict=True))
+        x = torch.cat([slots.tokens[of] for slots, of in picked])
+        experts = len(sums.counts)
+        active = activity(np.concatenate([slots.ids.numpy()[of] for slots, of in picked]), experts)
+        at_once = max(1, SAMPLED_AT_ONCE // (experts * x.shape[1] * 8))
+        for start in range(0, len(x), at_once):
+            group = slice(start, start + at_once)
+            every = torch.empty(len(x[group]), experts, x.shape[1], dtype=torch.float64)
+            for expert in range(experts):
+                every[:, expert] = expert_outputs(module, expert, x[group])
+            sums.add_outputs(every.numpy(), active[group])
 
     def _remember(self, i: int, layer: int, slots: Arrived) -> None:
         """What the next layer and the trace need of this one."""

@@ -9,6 +9,7 @@ looks at when an expert is needed next and not at what it costs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ from smoe.prep.errors import PrepError
 from smoe.prep.traces import Step, Trace
 from smoe.runtime.memory import parse_size
 from smoe.runtime.policies.eviction import EVICTIONS, Belady, Eviction, eviction_named
-from smoe.runtime.policies.substitution import Below, Buddy, CachePrior, Choice, Chosen, Smoe, Substitution
+from smoe.runtime.policies.named import substitution_named
+from smoe.runtime.policies.substitution import Choice, Chosen, Substitution
 from smoe.runtime.residency import Key, Residency
 from smoe.runtime.scheduler import uses
 
@@ -77,7 +79,7 @@ def simulate(
     """Every policy at every budget (bytes, or records where their sizes are not known), in this order.
 
     Policies are `runtime.policies.eviction.EVICTIONS` with their parameter (`decay:64`), `belady`, and any of these
-    after `layer-`. `substitution` is `NAME:NUMBER` of `SUBSTITUTIONS`; Belady is without it. `warm` starts from the
+    after `layer-`. `substitution` is one of `runtime.policies.named.SUBSTITUTIONS`, as for the engine; Belady is without it. `warm` starts from the
     calibration's counts. `counting` is one of `COUNTINGS`. `over` may report progress over the list of runs."""
     if counting not in COUNTINGS:
         raise PrepError(f"There is no counting {counting!r}; there are {', '.join(COUNTINGS)}.")
@@ -87,7 +89,9 @@ def simulate(
         raise PrepError(f"{trace.name} has no calibration counts to start from; leave out warm.")
     for policy in policies:
         _eviction(policy, trace)  # a wrong name is said before the first run
-    substitute = None if substitution is None else substitution_named(substitution, trace)
+    substitute = None if substitution is None else functools.partial(_substitution, substitution, trace)
+    if substitute:
+        substitute()
     rows = []
     for budget, policy in over([(budget, policy) for budget in budgets for policy in policies]):
         eviction = _eviction(policy, trace)
@@ -139,6 +143,16 @@ def _eviction(policy: str, trace: Trace) -> Eviction:
         able = ", ".join(n for n, kind in EVICTIONS.items() if not kind.needs_scores)
         raise PrepError(f"{name} needs the router's scores, which {trace.name} lacks; it can replay {able}.")
     return eviction
+
+
+def _substitution(name: str, trace: Trace) -> Substitution:
+    """Afresh for every run: some of them remember."""
+    made = substitution_named(name, lambda table: trace.tables.get(table, []))
+    if not trace.scored or any(not isinstance(rule, Routing) for rule in trace.rules or [None]):
+        raise PrepError(
+            f"{trace.name} does not say scores and routing rules; substitution needs a bundle that has both."
+        )
+    return made
 
 
 class Replay:
@@ -306,39 +320,3 @@ def budgets_of(trace: Trace, memory: Sequence[str], residency: Sequence[float]) 
         if budget < least:
             raise PrepError(f"A budget of {trace.show(budget)} holds no record of {trace.show(least)}; give more.")
     return asked
-
-
-# -- substitution ------------------------------------------------------------------------------------------------------
-
-SUBSTITUTIONS: dict[str, str] = {
-    "smoe": "alpha",
-    "cache-prior": "strength",
-    "buddy": "entropy",
-    "zero": "below",
-    "live": "below",
-    "random": "below",
-}
-
-
-def substitution_named(name: str, trace: Trace) -> Callable[[], Substitution]:
-    """Makes the policy afresh for every run: `smoe:0.3`, `cache-prior:0.15`, `buddy:0.95`, or a control with the mixing
-    weight below which a slot gives way (`zero:0.08`, `live:0.08`, `random:0.08`)."""
-    kind, _, number = name.partition(":")
-    try:
-        value = float(number)
-    except ValueError:
-        value = -1.0
-    if kind not in SUBSTITUTIONS or not 0 <= value <= 1e6:
-        known = ", ".join(f"{n}:{p.upper()}" for n, p in SUBSTITUTIONS.items())
-        raise PrepError(f"There is no substitution {name[:40]!r}; there are {known}, each with a number from 0 on.")
-    if not trace.scored or any(not isinstance(rule, Routing) for rule in trace.rules or [None]):
-        raise PrepError(
-            f"{trace.name} does not say scores and routing rules; substitution needs a bundle that has both."
-        )
-    if kind == "smoe":
-        return lambda: Smoe(value)
-    if kind == "cache-prior":
-        return lambda: CachePrior(value)
-    if kind == "buddy":
-        return lambda: Buddy(trace.coactivation, entropy=value)
-    return lambda: Below(kind, value)

@@ -61,9 +61,8 @@ class LayerSums:
         ids, weights, norms = ids[real], weights[real], norms[real]
         counted = active.astype(np.float64)  # exact up to 2^53, and BLAS multiplies it
         self.counts += active.sum(0)
-        np.add.at(self.gate_mass, ids, weights)
-        np.add.at(self.weighted_norm, ids, weights * norms)
-        np.add.at(self.norm, ids, norms)
+        for total, values in ((self.gate_mass, weights), (self.weighted_norm, weights * norms), (self.norm, norms)):
+            total += np.bincount(ids, values, len(total))
         self.together += (counted.T @ counted).astype(np.int64)
         if before is not None:
             self.transition += (before.astype(np.float64).T @ counted).astype(np.int64)
@@ -81,7 +80,7 @@ class LayerSums:
 
     def add_outputs(self, outputs: np.ndarray, active: np.ndarray) -> None:
         """Add sampled tokens: `outputs` float `[n, E, H]` of every expert, `active` bool `[n, E]`."""
-        outputs = outputs.astype(np.float64)  # the error of near twins is a difference of large numbers
+        outputs = outputs.astype(np.float64, copy=False)  # the error of near twins is a difference of large numbers
         gram = outputs @ outputs.transpose(0, 2, 1)  # [n, E, E]
         energy = np.einsum("nee->ne", gram).astype(np.float64)
         norms = np.sqrt(energy)

@@ -42,7 +42,7 @@ class Step:
 @dataclass(frozen=True)
 class Trace:
     """`experts` and `records` (bytes; 1 each where they are not known) are per layer. `share` float64 `[all experts]` is
-    what part of its layer's slots each got in calibration, `coactivation` joint counts, `rules` how routers choose."""
+    what part of its layer's slots each got in calibration, `tables` those that substitutions use, by name, `rules` how routers choose."""
 
     name: str
     experts: list[int]
@@ -50,7 +50,7 @@ class Trace:
     steps: list[Step] = field(repr=False)
     share: np.ndarray | None = field(default=None, repr=False)
     rules: list[Routing | None] = field(default_factory=list, repr=False)
-    coactivation: list[np.ndarray] = field(default_factory=list, repr=False)
+    tables: dict[str, list[np.ndarray]] = field(default_factory=dict, repr=False)
 
     @property
     def sized(self) -> bool:
@@ -125,7 +125,7 @@ def bundle_trace(path: Path, level: int | None = None, prompt: int = 0) -> Trace
         for low, high, decode in spans
         for layer in range(len(manifest.layers))
     ]
-    share, coactivation = _tables(path, manifest)
+    share, tables = _tables(path, manifest)
     return Trace(
         path.name,
         [spec.experts for spec in manifest.layers],
@@ -133,7 +133,7 @@ def bundle_trace(path: Path, level: int | None = None, prompt: int = 0) -> Trace
         steps,
         share,
         [spec.routing for spec in manifest.layers],
-        coactivation,
+        tables,
     )
 
 
@@ -167,13 +167,15 @@ def _record_sizes(manifest: Manifest, level: int | None) -> list[int]:
     return [layout.levels[at] for layout in layouts]
 
 
-def _tables(path: Path, manifest: Manifest) -> tuple[np.ndarray | None, list[np.ndarray]]:
+def _tables(path: Path, manifest: Manifest) -> tuple[np.ndarray | None, dict[str, list[np.ndarray]]]:
+    """What part of its layer's slots each expert got, and the tables that substitutions use."""
     if "tables.safetensors" not in manifest.files:
-        return None, []
+        return None, {}
     loaded = safetensors_file.load(path / "tables.safetensors")
-    counts = [loaded[key(i, "counts")] for i in range(len(manifest.layers))]
+    layers = range(len(manifest.layers))
+    counts = [loaded[key(i, "counts")] for i in layers]
     share = np.concatenate([c / max(1, c.sum()) for c in counts])
-    return share, [loaded[key(i, "coactivation")] for i in range(len(manifest.layers))]
+    return share, {name: [loaded[key(i, name)] for i in layers] for name in ("coactivation", "output_error")}
 
 
 # -- files of others ---------------------------------------------------------------------------------------------------

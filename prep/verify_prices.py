@@ -16,7 +16,7 @@ from smoe.artifacts import open_bundle
 from smoe.artifacts.tables import load_tables
 from smoe.prep.calibration import Calibration
 from smoe.prep.checkpoint import Checkpoint
-from smoe.prep.perturb import LENGTH, Outcome, Plan, at_random, outcomes
+from smoe.prep.perturb import LENGTH, Outcome, Perturbation, at_random, outcomes
 from smoe.prep.progress import Progress
 from smoe.runtime.prices import KINDS, Prices
 
@@ -55,7 +55,7 @@ def verify_prices(bundle: Path, checkpoint: Checkpoint, text: Calibration, progr
     }  # fmt: skip
 
 
-def _sets(kinds: list[str], seed: int) -> list[tuple[float, str, Plan]]:
+def _sets(kinds: list[str], seed: int) -> list[tuple[float, str, Perturbation]]:
     """(share, kind, plan) of every set."""
     random = np.random.default_rng([seed, 2])
     found = []

@@ -72,16 +72,17 @@ def tables_bytes(policies: Policies, manifest: Manifest) -> int:
     return total
 
 
-# NAME: (what the number is, its default or None where one must be given, smallest, largest, how it is made)
-_Maker = Callable[[float, Manifest, Tables], substitution.Substitution]
+# NAME: (what the number is, its default or None where one must be given, smallest, largest, how it is made of the number
+# and of tables by name)
+_Maker = Callable[[float, Callable[[str], list[np.ndarray]]], substitution.Substitution]
 SUBSTITUTIONS: dict[str, tuple[str, float | None, float, float, _Maker]] = {
-    "smoe": ("alpha", 0.35, 0, 10, lambda n, m, t: substitution.Smoe(n)),
-    "cache-prior": ("lambda", 0.2, 0, 10, lambda n, m, t: substitution.CachePrior(n)),
-    "buddy": ("entropy that is needed", 0.95, 0, 1, lambda n, m, t: substitution.Buddy(t.of("coactivation"), n)),
-    "live": ("weight below", 0.1, 0, 100, lambda n, m, t: substitution.Below("live", n)),
-    "zero": ("weight below", 0.1, 0, 100, lambda n, m, t: substitution.Below("zero", n)),
-    "random": ("weight below", 0.1, 0, 100, lambda n, m, t: substitution.Below("random", n)),
-    "similar": ("weight below", 0.1, 0, 100, lambda n, m, t: substitution.Below("similar", n, t.of("output_error"))),
+    "smoe": ("alpha", 0.35, 0, 10, lambda n, of: substitution.Smoe(n)),
+    "cache-prior": ("lambda", 0.2, 0, 10, lambda n, of: substitution.CachePrior(n)),
+    "buddy": ("entropy that is needed", 0.95, 0, 1, lambda n, of: substitution.Buddy(of("coactivation"), n)),
+    "live": ("weight below", 0.1, 0, 100, lambda n, of: substitution.Below("live", n)),
+    "zero": ("weight below", 0.1, 0, 100, lambda n, of: substitution.Below("zero", n)),
+    "random": ("weight below", 0.1, 0, 100, lambda n, of: substitution.Below("random", n)),
+    "similar": ("weight below", 0.1, 0, 100, lambda n, of: substitution.Below("similar", n, of("output_error"))),
 }
 PREFETCHES = ("none", "previous", "transition", "predicted", "smoe")
 
@@ -102,12 +103,18 @@ def make_substitution(
         return text
     if text == "none":
         return None
+    made = substitution_named(text, tables.of)
+    _needs_routing(manifest, "Substitution")
+    return made
+
+
+def substitution_named(text: str, of: Callable[[str], list[np.ndarray]]) -> substitution.Substitution:
+    """The substitution called `text`; `of(name)` gives one table of every layer."""
     name, colon, number = text.partition(":")
     if name not in SUBSTITUTIONS:
-        raise EngineError(f"There is no substitution {name!r}; there are none, {', '.join(SUBSTITUTIONS)}.")
+        raise EngineError(f"There is no substitution {name[:40]!r}; there are none, {', '.join(SUBSTITUTIONS)}.")
     what, default, least, most, make = SUBSTITUTIONS[name]
-    _needs_routing(manifest, "Substitution")
-    return make(_number(text, number if colon else default, what, least, most), manifest, tables)
+    return make(_number(text, number if colon else default, what, least, most), of)
 
 
 def make_priced(
