@@ -142,8 +142,13 @@ def _source(calibration: str | None, tokens: int | None, seed: int) -> Calibrati
 @click.option("--families", "list_families", is_flag=True, help="List the families that can be prepared, instead.")
 @_encoding
 @click.option("--tokens", type=int, default=DEFAULT_TOKENS, show_default=True, help="Of calibration text.")
+@click.option(
+    "--prices", type=int, default=DEFAULT_PRICE_TOKENS, show_default=True, help="Of these for prices; 0: no prices."
+)
 @_json
-def inspect(model: Path | None, list_families: bool, encoding: str, tokens: int, as_json: bool) -> None:
+def inspect(
+    model: Path | None, list_families: bool, encoding: str, tokens: int, prices: int, as_json: bool
+) -> None:
     """Say whether the checkpoint MODEL can be prepared, and what that takes in disk, memory and time.
 
     It needs a config.json and no more. Exits with 1 if the model cannot be prepared."""
@@ -153,7 +158,7 @@ def inspect(model: Path | None, list_families: bool, encoding: str, tokens: int,
         found = families()
         _print({"transformers": transformers.__version__, "families": found}, families_text(found), as_json)
         return
-    about = look_at(model, encoding, tokens)
+    about = look_at(model, encoding, tokens, prices)
     _print(dataclasses.asdict(about), inspection_text(about, encoding, tokens), as_json)
     if about.refusal:
         raise SystemExit(1)

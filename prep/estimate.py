@@ -15,21 +15,28 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
-from smoe.artifacts.encodings import record_layout
+from smoe.artifacts.encodings import encoding_named, record_layout
 from smoe.artifacts.layout import ExpertShape
 from smoe.prep.checkpoint import read_config
 from smoe.prep.errors import PrepError
 from smoe.prep.experts import expert_geometry, experts_modules, probe_gate
 from smoe.prep.families import empty_model, refuse_without_seam, text_class
+from smoe.prep.fit import AT_RANDOM, SIZES
+from smoe.prep.fit import TOKENS as FIT_TOKENS
 from smoe.prep.pack import PAGE
+from smoe.prep.price import DEFAULT_TOKENS as DEFAULT_PRICES
+from smoe.prep.price import DRAWS
 from smoe.prep.profile import SAMPLE, TRACE
 from smoe.prep.weights import open_weights
 from smoe.runtime.memory import RUNTIME, SESSION
+from smoe.runtime.prices import KINDS
 
 # Measured with bench/large.py (docs/log.md, 2026-11-22); all of them are about, and say so where they are shown.
+TABLES, PREDICTORS = 48, 6  # bytes, of pairs of experts, and of a hidden value and an expert
 PROCESS = 1.0e9  # bytes: Python, torch and transformers, and what an export takes besides the weights
 READ = 0.2e9  # bytes of experts per second: read, merged, checked
 PACK = 0.11e9  # the same, encoded and written as well
+QUANTISE = 0.35e6  # weights per second, where nested codes are calibrated (docs/log.md, 2026-11-25)
 EXPORT = 5.5  # seconds per MoE layer
 SMALL = 2.0  # how much longer many small products on widened weights take than one large one
 
@@ -59,9 +66,11 @@ class Inspection:
     seconds: float | None
 
 
-def inspect(path: str | Path, encoding: str = "bf16", tokens: int = 65536) -> Inspection:
+def inspect(
+    path: str | Path, encoding: str = "bf16", tokens: int = 65536, prices: int = DEFAULT_PRICES
+) -> Inspection:
     """Look at the checkpoint directory `path`, which needs a config.json and no more, for a build in `encoding` with so
-    many calibration `tokens`. A config that cannot be read, or is of a family that cannot be run, is a `PrepError`."""
+    many calibration `tokens`, of which so many for `prices`. A config that cannot be read, or is of a family that cannot be run, is a `PrepError`."""
     path = Path(path)
     model = empty_model(read_config(path), path)
     refuse_without_seam(model, path)
@@ -73,7 +82,7 @@ def inspect(path: str | Path, encoding: str = "bf16", tokens: int = 65536) -> In
         len(sizes.layers), max(count for count, _, _ in sizes.layers), sizes.top_k,
         config.hidden_size, sizes.layers[0][2],
         sizes.backbone + sizes.in_experts, sizes.in_experts, sizes.active,
-        download, sizes.bundle, sizes.disk, sizes.memory, sizes.device, _seconds(sizes, tokens),
+        download, sizes.bundle, sizes.disk, sizes.memory, sizes.device, _seconds(sizes, encoding, tokens, prices),
     )  # fmt: skip
 
 
@@ -171,7 +180,8 @@ class _Sizes:
         top_k = getattr(config, "num_experts_per_tok", None)
         shards = sum(count * record for (count, _, _), record in zip(layers, records, strict=True))
         tables = sum(
-            40 * count * count + min(tokens, TRACE) * (2 * count + 6 * (top_k or count)) for count, _, _ in layers
+            TABLES * count * count + PREDICTORS * hidden * count + min(tokens, TRACE) * (2 * count + 6 * (top_k or count))
+            for count, hidden, _ in layers
         )
         fixed = 4 * backbone + RUNTIME + SESSION * (len(layers) + 1)
         activations = 3 * tokens * config.hidden_size * 4
@@ -185,13 +195,25 @@ class _Sizes:
         )  # fmt: skip
 
 
-def _seconds(sizes: _Sizes, tokens: int) -> float | None:
+def _seconds(sizes: _Sizes, encoding: str, tokens: int, prices: int) -> float | None:
     """About how long a build takes on this machine: products at the speed that is measured now, the rest by rates."""
     if sizes.active is None:
         return None
     sampled = min(tokens, SAMPLE) * sizes.in_experts
-    products = SMALL * 2 * (sizes.active * tokens + sampled) / _products_per_second()
-    return products + 2 * sizes.in_experts * (1 / READ + 1 / PACK) + EXPORT * len(sizes.layers)
+    multiplied = sizes.active * tokens + sampled + _priced(sizes, min(prices, tokens * 3 // 4))
+    products = SMALL * 2 * multiplied / _products_per_second()
+    quantised = sizes.in_experts / QUANTISE if encoding_named(encoding).levels > 1 else 0
+    return products + quantised + 2 * sizes.in_experts * (1 / READ + 1 / PACK) + EXPORT * len(sizes.layers)
+
+
+def _priced(sizes: _Sizes, tokens: int) -> int:
+    """Multiplications for prices: two sweeps, in each of them forward and, for every draw, back; all experts on every
+    token; and the runs that prices are fitted to."""
+    assert sizes.active is not None
+    if not tokens:
+        return 0
+    runs = 1 + len(KINDS) * (len(SIZES) + len(AT_RANDOM))
+    return tokens * (2 * (1 + DRAWS) * sizes.active + sizes.in_experts) + runs * FIT_TOKENS * sizes.active
 
 
 def _products_per_second() -> float:
