@@ -110,13 +110,13 @@ def ablation(subject: Subject, residency: float, alphas: list[float], rounds: in
               f"{run['top1']:.1%} | {run['choice']:.1%} |", flush=True)  # fmt: skip
 
 
-def equal_bytes(subject: Subject, residency: float, parts: list[float]) -> None:
+def equal_bytes(subject: Subject, residency: float, parts: list[float], names: list[str]) -> None:
     lossless = subject.short_run(Policies(), residency)["bytes_read"]
     print(f"\n{residency:.0%} of the experts in memory\n")
     print("| bytes, of lossless | policy | bytes / token | loaded | substituted | KL | same best | choice |")
     print("|---|---|---|---|---|---|---|---|")
     for part in parts:
-        for name in NUMBERS:
+        for name in names:
             number = subject.number_for(name, part * lossless, residency)
             run = subject.run(named(name, number), residency)
             print(f"| {part:.0%} | {name} {number} | {_bytes(run) / 1e3:.0f} kB | {run['loaded_share']:.1%} | "
@@ -148,6 +148,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--alphas", type=float, nargs="*", default=ALPHAS)
     parser.add_argument("--residency", type=float, nargs="+", default=[0.25, 0.4, 0.6])
+    parser.add_argument("--policies", nargs="+", choices=NUMBERS, default=list(NUMBERS), help="Of the second table.")
     parser.add_argument("--parts", type=float, nargs="+", default=[0.75, 0.5], help="Of the lossless bytes.")
     parser.add_argument(
         "--io", choices=["direct", "buffered"], help="Of the first table; direct: the page cache does not help."
@@ -161,6 +162,6 @@ if __name__ == "__main__":
             if "ablation" not in asked.skip:
                 ablation(subject, residency, asked.alphas, asked.rounds, asked.io)
             if "bytes" not in asked.skip:
-                equal_bytes(subject, residency, asked.parts)
+                equal_bytes(subject, residency, asked.parts, asked.policies)
             if "loss" not in asked.skip:
                 equal_loss(subject, residency, [0.35, 1.0])

@@ -51,6 +51,12 @@ class LayerPrices:
         other = self.standin[e, s]
         return w_e * np.divide(np.maximum(self.cross[e, s], 0), other, out=np.zeros(np.shape(other)), where=other > 0)
 
+    def best_stand_in(self, e: np.ndarray, able: np.ndarray) -> np.ndarray:
+        """Which of experts `able` `[n]` stands in for each of `e` at the lowest price, each at its best weight."""
+        between, other = np.maximum(self.cross[e[:, None], able], 0), self.standin[e[:, None], able]
+        saved = np.divide(between * between, other, out=np.zeros_like(other), where=other > 0)
+        return able[saved.argmax(1)]
+
     def at_level(self, e: np.ndarray, w: np.ndarray, level: np.ndarray) -> np.ndarray:
         """Compute expert `e` from the first `level` (from 1) planes only; the full level costs nothing."""
         return self._nats("level", w * w * self.level[e, np.asarray(level) - 1])

@@ -15,7 +15,6 @@ import numpy as np
 from smoe.runtime.policies.substitution import Choice, Chosen
 from smoe.runtime.prices import LayerPrices, Prices
 
-REQUEST = 64 << 10  # bytes that could be read in the time that a request takes besides
 CAP = 16.0  # tokens' worth of nats that may be saved up
 GAIN, PULL = 0.1, 0.02  # per token: how fast `worth` follows what was spent, and what is saved up
 
@@ -120,14 +119,13 @@ def _slots(choice: Choice, prices: LayerPrices, short: np.ndarray) -> _Slots:
     nats, stand_ins, weights = prices.skip(e, w), np.full(len(e), experts), np.zeros(len(e), np.float32)
     able = np.flatnonzero(choice.here >= choice.full)
     if len(able):
-        best = prices.best_weight(e[:, None], w[:, None], able)
-        costs = prices.stand_in(e[:, None], w[:, None], able, best)
-        least = costs.argmin(1)
-        rows = np.arange(len(e))
-        better = costs[rows, least] < nats
-        nats = np.where(better, costs[rows, least], nats)
-        stand_ins = np.where(better, able[least], stand_ins)
-        weights = np.where(better, best[rows, least], weights).astype(np.float32)
+        others = prices.best_stand_in(e, able)
+        best = prices.best_weight(e, w, others)
+        costs = prices.stand_in(e, w, others, best)
+        better = costs < nats
+        nats = np.where(better, costs, nats)
+        stand_ins = np.where(better, others, stand_ins)
+        weights = np.where(better, best, weights).astype(np.float32)
     return _Slots(tokens, ranks, e, w, stand_ins, weights, nats)
 
 
@@ -145,5 +143,4 @@ def _alternatives(
         nats[:, level] = np.bincount(row, prices.at_level(slots.experts, slots.weights, level), len(short))
     nats[:, 1:][levels < here[:, None]] = np.inf
     read = np.maximum(sizes[1 : full + 1] - sizes[here][:, None], 0)
-    read = np.where(read > 0, read + REQUEST, 0)
     return nats, np.concatenate([read[:, -1:], read[:, -1:] - read], 1)

@@ -10,7 +10,7 @@ import pytest
 from smoe.artifacts import open_bundle, safetensors_file
 from smoe.artifacts.tables import load_tables, save_tables
 from smoe.runtime import Engine, EngineError, Policies, memory
-from smoe.runtime.policies.priced import CAP, REQUEST, LossBudget, Priced
+from smoe.runtime.policies.priced import CAP, LossBudget, Priced
 from smoe.runtime.policies.substitution import Choice, Chosen
 from smoe.runtime.prices import Prices
 
@@ -54,7 +54,7 @@ def _brute_force(prices, choice, worth) -> float:
         found = [sum(_cheapest_slot(prices, choice, e, w) for w in weights)]
         for level in range(max(1, here), J + 1):
             read = SIZES[level] - SIZES[here]
-            found.append(sum(float(prices.at_level(e, w, level)) for w in weights) + worth * (read + REQUEST * (read > 0)))
+            found.append(sum(float(prices.at_level(e, w, level)) for w in weights) + worth * read)
         total += min(found)
     return total
 
@@ -78,7 +78,7 @@ def _cost(prices, choice, chosen, worth) -> tuple[float, float]:
         else:
             assert choice.here[new] == J, "a stand-in is here, whole"
             nats += float(prices.stand_in(e, w, new, float(chosen.weights[slot])))
-    return nats, nats + worth * sum(float(size) + REQUEST for size in read.values() if size)
+    return nats, nats + worth * sum(float(size) for size in read.values())
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
