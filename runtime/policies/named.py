@@ -15,7 +15,7 @@ from smoe.runtime.errors import EngineError
 from smoe.runtime.memory import Plan
 from smoe.runtime.policies import prefetch, substitution
 from smoe.runtime.policies.eviction import DEFAULT_EVICTION, Eviction, eviction_named
-from smoe.runtime.policies.priced import LossBudget, Priced
+from smoe.runtime.policies.priced import LossBudget, Priced, Reuse
 from smoe.runtime.prices import PRICE_TABLES, Prices
 
 
@@ -126,7 +126,8 @@ def make_priced(
     missing = plan.token_cycle * max(1 - plan.capacity / plan.experts, 0.02)
     worth = 4 * loss / missing / plan.record  # as if half of the loads could be bought off, at half of it on average
     account = LossBudget(loss, layers, worth)
-    return Priced(prices, sizes, account), account
+    reuse = Reuse([layer.experts for layer in manifest.layers], plan.capacity)
+    return Priced(prices, sizes, account, reuse), account
 
 
 def make_prefetch(text: str, manifest: Manifest, tables: Tables) -> prefetch.Prefetch:
