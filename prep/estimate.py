@@ -25,7 +25,7 @@ from smoe.prep.fit import AT_RANDOM, SIZES
 from smoe.prep.fit import TOKENS as FIT_TOKENS
 from smoe.prep.pack import PAGE
 from smoe.prep.price import DEFAULT_TOKENS as DEFAULT_PRICES
-from smoe.prep.price import DRAWS
+from smoe.prep.price import DRAWS, GRAPH
 from smoe.prep.profile import SAMPLE, TRACE
 from smoe.prep.weights import open_weights
 from smoe.runtime.memory import RUNTIME, SESSION
@@ -74,7 +74,7 @@ def inspect(
     path = Path(path)
     model = empty_model(read_config(path), path)
     refuse_without_seam(model, path)
-    sizes = _Sizes.of(model, encoding, tokens, _shape(model))
+    sizes = _Sizes.of(model, encoding, tokens, prices, _shape(model))
     download, wrong = _weights(path, model)
     config = model.config.get_text_config()
     return Inspection(
@@ -88,7 +88,7 @@ def inspect(
 
 def disk_needed(model: transformers.PreTrainedModel, encoding: str, tokens: int) -> int:
     """About how many bytes a build has on disk at its largest: the bundle, or before it what profiling `tokens` keeps."""
-    return _Sizes.of(model, encoding, tokens, _shape(model)).disk
+    return _Sizes.of(model, encoding, tokens, 0, _shape(model)).disk
 
 
 def families() -> list[dict[str, str]]:
@@ -167,7 +167,7 @@ class _Sizes:
         return max(self.bundle, self.outputs)
 
     @classmethod
-    def of(cls, model: torch.nn.Module, encoding: str, tokens: int, shape: ExpertShape) -> _Sizes:
+    def of(cls, model: torch.nn.Module, encoding: str, tokens: int, prices: int, shape: ExpertShape) -> _Sizes:
         modules = [module for _, module in experts_modules(model)]
         layers = [expert_geometry(module) for module in modules]
         per_layer = [sum(p.numel() for p in module.parameters()) for module in modules]
@@ -190,7 +190,7 @@ class _Sizes:
             backbone + sum(n * top_k // count for n, (count, _, _) in zip(per_layer, layers, strict=True)) if top_k else None,
             shards + 4 * backbone + tables + (32 << 20),
             sum(tokens * hidden * 4 for _, hidden, _ in layers),
-            int(PROCESS + 8 * backbone + 2 * 2 * max(per_layer) + activations),
+            int(PROCESS + max(8 * backbone, 4 * backbone + (GRAPH if prices else 0)) + 2 * 2 * max(per_layer) + activations),
             (fixed + (top_k or 1) * max(records), fixed + shards),
         )  # fmt: skip
 

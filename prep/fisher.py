@@ -11,8 +11,9 @@ experts: there g is complete, the experts are in memory, and go back through the
 
 from __future__ import annotations
 
+import contextlib
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -44,18 +45,52 @@ def sweep_gradients(checkpoint: Checkpoint, rows: np.ndarray, draws: int, seed: 
     """Run `rows` of token ids int64 `[n, length]` forward and `draws` times back, and call
     `visit(layer, module, at)` for every layer, last first, while its experts are in memory.
 
-    Memory holds the backbone's graph of all tokens. A model that cannot be differentiated is a `PrepError`.
+    Memory holds the backbone's graph of all tokens (`row_bytes`). A model that cannot be differentiated is a `PrepError`.
     """
     sweeps = _Sweeps(checkpoint, draws, seed)
-    wanted = [(p, p.requires_grad) for p in checkpoint.model.parameters()]
-    for parameter, _ in wanted:
-        parameter.requires_grad_(False)  # only values are differentiated, and experts come and go
-    try:
+    with _only_values(checkpoint.model):
         with torch.enable_grad(), experts_run_by(checkpoint.model, checkpoint.layers, sweeps.forward):
             logits = checkpoint.model(input_ids=torch.from_numpy(rows), use_cache=False).logits
             score = _OwnScore.apply(sweeps, logits)
         del logits
         sweeps.back(score, visit)
+
+
+def row_bytes(checkpoint: Checkpoint, row: np.ndarray, draws: int) -> int:
+    """About what `sweep_gradients` holds for one row of token ids int64 `[length]`: its graph and the draws' gradients, and
+    as much again for what comes and goes (peaks were 1.2 and 2.3 times the former; docs/log.md, 2026-11-25)."""
+    weights = {p.untyped_storage().data_ptr() for p in checkpoint.model.parameters() if not p.is_meta}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def nothing(layer, module, hidden, ids, mixing):
+        return torch.zeros_like(hidden, requires_grad=True)
+
+    with (
+        _only_values(checkpoint.model),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        experts_run_by(checkpoint.model, checkpoint.layers, nothing),
+    ):
+        logits = checkpoint.model(input_ids=torch.from_numpy(row[None]), use_cache=False).logits
+    hidden = max(expert_geometry(module)[1] for _, module in checkpoint.layers)
+    gradients = 3 * draws * len(row) * hidden * 4  # arrived, going on, and at one layer's experts
+    return 2 * (sum(kept.values()) + 3 * logits.nbytes + gradients)
+
+
+@contextlib.contextmanager
+def _only_values(model: torch.nn.Module) -> Iterator[None]:
+    """Parameters are not differentiated: only values are, and experts come and go."""
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    for parameter, _ in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
     finally:
         for parameter, wants in wanted:
             parameter.requires_grad_(wants)

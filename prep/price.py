@@ -23,7 +23,7 @@ from smoe.artifacts.tables import load_tables, save_tables
 from smoe.prep.checkpoint import Checkpoint
 from smoe.prep.errors import PrepError
 from smoe.prep.experts import expert_geometry, expert_outputs
-from smoe.prep.fisher import AtExperts, sweep_gradients
+from smoe.prep.fisher import AtExperts, row_bytes, sweep_gradients
 from smoe.prep.moments import PriceSums
 from smoe.prep.progress import Progress
 from smoe.prep.statistics import activity
@@ -31,7 +31,8 @@ from smoe.runtime import kernels
 
 DEFAULT_TOKENS = 8192  # of the calibration text
 DRAWS = 4  # of labels per position: more draws are cheaper than more tokens, up to about here
-TOGETHER = 4096  # tokens whose graph is in memory at once; a larger sample takes two sweeps for each so many
+TOGETHER = 4096  # tokens whose graph is in memory at once; a larger sample takes two sweeps for each so many,
+GRAPH = 1 << 30  # or fewer, so that it takes no more bytes than this, if one row does not
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def price(
     """The sums of every layer over `rows` of token ids int64 `[n, length]`."""
     levels = packed.levels if packed else 0
     sums = [PriceSums.zeros(expert_geometry(module)[0], levels) for _, module in checkpoint.layers]
-    at_once = max(1, TOGETHER // rows.shape[1])
+    at_once = max(1, min(TOGETHER // rows.shape[1], GRAPH // row_bytes(checkpoint, rows[0], DRAWS)))
     groups = np.split(rows, range(at_once, len(rows), at_once))
     count = progress.counter("price", "layers", len(groups) * len(sums))
     done = 0
