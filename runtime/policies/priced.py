@@ -20,7 +20,7 @@ from smoe.runtime.prices import LayerPrices, Prices
 
 CAP = 16.0  # tokens' worth of nats that may be saved up
 GAIN, PULL = 0.1, 0.02  # per token: how fast `worth` follows what was spent, and what is saved up
-CERTAIN = 0.8  # of what is due again counts at most: it may come cheaper than today
+CERTAIN = 0.5  # how much of what is due again counts: it may come cheaper than today
 HALF = 64.0  # tokens in which what `Reuse` remembers loses half of its weight
 
 

@@ -10,7 +10,7 @@ import pytest
 from smoe.artifacts import open_bundle, safetensors_file
 from smoe.artifacts.tables import load_tables, save_tables
 from smoe.runtime import Engine, EngineError, Policies, memory
-from smoe.runtime.policies.priced import CAP, LossBudget, Priced
+from smoe.runtime.policies.priced import CAP, LossBudget, Priced, Reuse
 from smoe.runtime.policies.substitution import Choice, Chosen
 from smoe.runtime.prices import Prices
 
@@ -140,6 +140,33 @@ def test_a_long_prompt_saves_up_no_more_than_the_cap():
     for layer in range(3):
         account.begin(layer, 10_000)
     assert account.balance == 0.01 * CAP and account.worth == 1e-9
+
+
+def test_reuse_follows_rates_and_reads():
+    reuse = Reuse([3, 5], capacity=10)
+    for _ in range(2000):  # expert 0 by every token, expert 2 by every other; four reads a token
+        for layer, ids in ((0, [[0, 2], [0, 3]]), (1, [[4, 5], [4, 5]])):  # 3 and 5 are no experts
+            reuse.begin(layer, np.array(ids))
+            reuse.read(4)
+    stay = 10 / 4
+    assert np.allclose(reuse.chance(0, np.array([0, 1, 2])), [1 - np.exp(-stay), 0, 1 - np.exp(-stay / 2)], atol=0.01)
+    assert np.allclose(reuse.chance(1, np.array([4, 3])), [1 - np.exp(-stay), 0], atol=0.01)
+
+
+def test_what_will_be_wanted_again_is_read_sooner():
+    random = np.random.default_rng(7)
+    prices, gone = Prices.of([_tables(random)]), np.zeros(E, np.int64)
+    choice = dataclasses.replace(_choice(random, 1), ids=np.array([[0, E, E]]), levels=gone, resident=gone > 0)
+
+    def read(reuse, worth: float) -> bool:
+        return bool(Priced(prices, [SIZES], LossBudget(1e9, 1, worth), reuse)(choice).ids[0, 0] == 0)
+
+    worths = np.geomspace(1e-12, 1e-5, 200)
+    often = Reuse([E], capacity=100)
+    for _ in range(500):
+        often.begin(0, choice.ids)
+    alone, again = (sum(read(reuse, worth) for worth in worths) for reuse in (None, often))
+    assert alone < again < len(worths)  # up to a higher worth of a byte
 
 
 # -- in the engine ---------------------------------------------------------------------------------------------------
