@@ -122,7 +122,7 @@ def _workspace(manifest: Manifest, context: int) -> int:
     """Intermediate values of one chunk: a few copies of the hidden state and of every slot's output, the attention
     scores of all heads and the mask, the logits of one token (of a chunk, where the graph gives all), and what the
     kernels hold of the slots in one call."""
-    widest = max(layer.hidden * (64 + 8 * layer.top_k) for layer in manifest.layers)
+    widest = max(layer.hidden * (96 + 8 * layer.top_k) for layer in manifest.layers)
     fused = all(state.in_place for state in manifest.backbone.state)
     per_position = 4 * manifest.backbone.heads * (1 if fused else 3) + 16
     sliced = "logits_to_keep" in manifest.backbone.segments[-1].inputs

@@ -12,7 +12,7 @@ from smoe.artifacts.encodings import encoding_named
 from smoe.artifacts.manifest import Layer, Manifest
 from smoe.artifacts.tables import DISTANCES, load_tables
 from smoe.runtime.errors import EngineError
-from smoe.runtime.memory import Plan
+from smoe.runtime.memory import Plan, chunk
 from smoe.runtime.policies import prefetch, substitution
 from smoe.runtime.policies.eviction import DEFAULT_EVICTION, Eviction, eviction_named
 from smoe.runtime.policies.priced import LossBudget, Priced, Reuse
@@ -63,6 +63,7 @@ def tables_bytes(policies: Policies, manifest: Manifest) -> int:
     total = 0
     if policies.loss:
         total += 2 * square + 8 * levels * sum(layer.experts for layer in layers)
+        total += 8 * 6 * chunk(manifest) * max(layer.top_k * layer.experts for layer in layers)  # of every slot and stand-in
     if isinstance(policies.substitution, str) and policies.substitution.startswith(("buddy", "similar")):
         total += 2 * square
     if policies.prefetch == "transition":
