@@ -69,7 +69,7 @@ def row_bytes(checkpoint: Checkpoint, row: np.ndarray, draws: int) -> int:
         return tensor
 
     def nothing(layer, module, hidden, ids, mixing):
-        return torch.zeros_like(hidden, requires_grad=True)
+        return torch.zeros_like(hidden, requires_grad=True) * 1  # no leaf: a model may add to it in place
 
     with (
         _only_values(checkpoint.model),
