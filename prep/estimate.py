@@ -32,12 +32,12 @@ from smoe.runtime.memory import RUNTIME, SESSION
 from smoe.runtime.prices import KINDS
 
 # Measured with bench/large.py (docs/log.md, 2026-11-22); all of them are about, and say so where they are shown.
-TABLES, PREDICTORS = 48, 6  # bytes, of pairs of experts, and of a hidden value and an expert
 PROCESS = 1.0e9  # bytes: Python, torch and transformers, and what an export takes besides the weights
 READ = 0.2e9  # bytes of experts per second: read, merged, checked
 PACK = 0.11e9  # the same, encoded and written as well
 QUANTISE = 0.35e6  # weights per second, where nested codes are calibrated (docs/log.md, 2026-11-25)
 EXPORT = 5.5  # seconds per MoE layer
+TABLES, PREDICTORS = 48, 6  # bytes by the format, of a pair of experts, and of a hidden value and an expert
 SMALL = 2.0  # how much longer many small products on widened weights take than one large one
 
 
@@ -70,7 +70,8 @@ def inspect(
     path: str | Path, encoding: str = "bf16", tokens: int = 65536, prices: int = DEFAULT_PRICES
 ) -> Inspection:
     """Look at the checkpoint directory `path`, which needs a config.json and no more, for a build in `encoding` with so
-    many calibration `tokens`, of which so many for `prices`. A config that cannot be read, or is of a family that cannot be run, is a `PrepError`."""
+    many calibration `tokens`, of which so many for `prices`. A config that cannot be read, or is of a family that cannot be
+    run, is a `PrepError`."""
     path = Path(path)
     model = empty_model(read_config(path), path)
     refuse_without_seam(model, path)

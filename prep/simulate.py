@@ -79,8 +79,8 @@ def simulate(
     """Every policy at every budget (bytes, or records where their sizes are not known), in this order.
 
     Policies are `runtime.policies.eviction.EVICTIONS` with their parameter (`decay:64`), `belady`, and any of these
-    after `layer-`. `substitution` is one of `runtime.policies.named.SUBSTITUTIONS`, as for the engine; Belady is without it. `warm` starts from the
-    calibration's counts. `counting` is one of `COUNTINGS`. `over` may report progress over the list of runs."""
+    after `layer-`. `substitution` is one of `runtime.policies.named.SUBSTITUTIONS`, as for the engine; Belady is
+    without it. `warm` starts from the calibration's counts. `counting` is one of `COUNTINGS`. `over` may report progress over the list of runs."""
     if counting not in COUNTINGS:
         raise PrepError(f"There is no counting {counting!r}; there are {', '.join(COUNTINGS)}.")
     if substitution is not None and counting == "slot":
@@ -91,7 +91,7 @@ def simulate(
         _eviction(policy, trace)  # a wrong name is said before the first run
     substitute = None if substitution is None else functools.partial(_substitution, substitution, trace)
     if substitute:
-        substitute()
+        substitute()  # a wrong name, again
     rows = []
     for budget, policy in over([(budget, policy) for budget in budgets for policy in policies]):
         eviction = _eviction(policy, trace)

@@ -42,7 +42,8 @@ class Step:
 @dataclass(frozen=True)
 class Trace:
     """`experts` and `records` (bytes; 1 each where they are not known) are per layer. `share` float64 `[all experts]` is
-    what part of its layer's slots each got in calibration, `tables` those that substitutions use, by name, `rules` how routers choose."""
+    what part of its layer's slots each got in calibration, `tables` those that substitutions use, by name, `rules` how
+    routers choose."""
 
     name: str
     experts: list[int]

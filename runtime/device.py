@@ -29,7 +29,7 @@ from smoe.runtime.reader import Reader, Request
 
 SECONDS = 8.0  # to spend on the steps of one level, at most `STEPS` of each kind
 STEPS = 24
-TURN, SETTLE = 8, 2
+TURN, SETTLE = 8, 2  # steps of a turn, and those of them that are not counted
 TEXT = 4096  # tokens to take turns with
 MANY = 4  # records read at once, beside one
 REPEATS = 24
@@ -160,9 +160,7 @@ class _Forced:
         return order[able[order]][:count]
 
 
-def _engine(
-    path: Path, budget: int, context: int, io: str
-) -> tuple[float, tuple[tuple[float, ...], ...]]:
+def _engine(path: Path, budget: int, context: int, io: str) -> tuple[float, tuple[tuple[float, ...], ...]]:
     """Seconds of a token without experts, and of one layer's experts by level and by how many of them are read."""
     manifest = open_bundle(path)
     k = max(layer.top_k for layer in manifest.layers)
@@ -238,4 +236,3 @@ def _storage(path: Path, manifest: Manifest, io: str) -> tuple[float, float]:
         shards.close()
     each = max((many - one) / (MANY - 1), 1e-9)
     return float(max(one - each, 0.0)), size / float(each)
-
