@@ -153,6 +153,18 @@ def test_reuse_follows_rates_and_reads():
     assert np.allclose(reuse.chance(1, np.array([4, 3])), [1 - np.exp(-stay), 0], atol=0.01)
 
 
+@pytest.mark.parametrize("here, places", [(0, 3), (1, 0)])  # more planes of what is here take no place
+def test_reads_that_take_a_place_are_counted(here, places):
+    random = np.random.default_rng(8)
+    levels = np.full(E, here)
+    choice = dataclasses.replace(_choice(random, 1), ids=np.array([[0, 1, 2]]), levels=levels, resident=levels > 0)
+    reuse = Reuse([E], capacity=6)
+    priced = Priced(Prices.of([_tables(random)]), [SIZES], LossBudget(1e-9, 1, 1e-30), reuse)  # buys nothing
+    for _ in range(1000):
+        assert (priced(choice).levels == J).all()
+    assert np.isclose(reuse.chance(0, np.array([0]))[0], 1 - np.exp(-6 / max(places, 0.01)), atol=0.01)
+
+
 def test_what_will_be_wanted_again_is_read_sooner():
     random = np.random.default_rng(7)
     prices, gone = Prices.of([_tables(random)]), np.zeros(E, np.int64)
