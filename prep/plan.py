@@ -22,11 +22,10 @@ from smoe.prep.traces import Step, Trace, bundle_trace
 from smoe.runtime import memory
 from smoe.runtime.device import Device
 from smoe.runtime.policies.eviction import eviction_named
-from smoe.runtime.policies.named import Policies, Tables, make_priced, make_substitution, tables_bytes
+from smoe.runtime.policies.named import Policies, Tables, make_priced, make_substitution, residency_for, tables_bytes
 from smoe.runtime.policies.priced import LossBudget
 from smoe.runtime.policies.substitution import Chosen
 from smoe.runtime.prices import PRICE_TABLES, LayerPrices, Prices
-from smoe.runtime.residency import Residency
 
 TOKENS, SETTLE = 1536, 512  # of the trace: replayed, and of those not counted
 LOSSES = (0.0, 0.003, 0.01, 0.03)
@@ -162,7 +161,7 @@ class _Timed(Replay):
     ):  # fmt: skip
         layouts = [record_layout(manifest.expert_shape(i), manifest.experts.encoding, manifest.experts.page)
                    for i in range(len(manifest.layers))]  # fmt: skip
-        self._ends = [np.array([0, *layout.levels]) for layout in layouts]
+        self._ends = [np.array([0, *layout.levels[:level]]) for layout in layouts]
         self.full, self._prices = level, prices
         self._below = level < len(layouts[0].levels)
         self.steps: list[tuple[int, int, int]] = []
@@ -173,8 +172,8 @@ class _Timed(Replay):
             eviction.warm(trace.share)
         substitution = make_substitution(policies.substitution, manifest, tables)
         if policies.loss:
-            substitution, self._account = make_priced(policies.loss, manifest, tables, self._ends, held)
-        super().__init__(trace, Residency(trace.experts, held.capacity, eviction), substitution)
+            substitution, self._account = make_priced(policies.loss, manifest, tables, self._ends, held, eviction)
+        super().__init__(trace, residency_for(held, self._ends, eviction, policies), substitution)
         self._fill(held.capacity)
 
     def _fill(self, capacity: int) -> None:
@@ -182,7 +181,7 @@ class _Timed(Replay):
         keys = [(layer, expert) for layer, count in enumerate(self._trace.experts) for expert in range(count)]
         share = self._trace.share if self._trace.share is not None else np.zeros(len(keys))
         for i in np.sort(np.argsort(-share, kind="stable")[:capacity]):
-            place = self.residency.reserve(keys[i])
+            place = self.residency.reserve(keys[i], (), self.full)
             assert place is not None
             self.residency.put(keys[i], place, level=self.full)
 

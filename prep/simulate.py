@@ -201,13 +201,10 @@ class Replay:
         return needed[:experts]
 
     def load(self, key: Key, shield: Iterable[Key] = (), level: int = 1) -> None:
-        place, since = self.residency.find(key), 0
-        if place is not None:
-            since = int(self.residency.levels(key[0])[key[1]])
-        else:
-            place = self.residency.reserve(key, shield)
+        since = int(self.residency.levels(key[0])[key[1]])
+        place = self.residency.reserve(key, shield, level)
         if place is None:  # the step does not fit at once: of what was computed something goes
-            place = self.residency.reserve(key)
+            place = self.residency.reserve(key, (), level)
         if place is None:
             raise PrepError(
                 f"A record of {self._trace.show(self._trace.records[key[0]])} does not fit the budget, or a layer's share "
@@ -216,7 +213,7 @@ class Replay:
         self.residency.put(key, place, level=level)
         self._loaded[key[0]][key[1]] = True
         self._add(loads=1, bytes_read=self.bytes_between(key[0], since, level))
-        self._counts["peak"] = max(self._counts["peak"], self.residency.held)
+        self._counts["peak"] = max(self._counts["peak"], self.residency.total)
 
     def bytes_between(self, layer: int, since: int, level: int) -> int:
         """What the planes after the first `since` take, up to `level`."""
@@ -278,14 +275,14 @@ class WholeSteps(Residency):
         super().__init__(experts, total, eviction, sizes)
         self._limit, self._share = capacity, capacity // len(experts) if shares else None
 
-    def _full(self, layer: int) -> bool:
+    def _full(self, layer: int, size: int) -> bool:
         return False
 
     def trim(self, layer: int, shield: Iterable[Key]) -> None:
         """Evict down to the budget, or the layer's share of it, but nothing in `shield`."""
         shield = list(shield)
-        while self._total > self._limit if self._share is None else self._used[layer] > self._share:
-            victim = self._victim(layer, shield)
+        while self.total > self._limit if self._share is None else self._used[layer] > self._share:
+            victim = self._victim(layer, 0, shield)
             if victim is None:
                 return
             self._drop(victim)

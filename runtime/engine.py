@@ -108,7 +108,7 @@ class Engine:
     def _fill(self) -> None:
         self._experts.fill(self.policies.warm)
         if self.plan.capacity == self.plan.experts:
-            self._pinned = f", {machine.pin(self._experts.frames)}"
+            self._pinned = f", {machine.pin(self._experts.places.rows)}"
         self.reset_stats()
 
     def reset_stats(self) -> None:

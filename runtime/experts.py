@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from smoe.artifacts.manifest import Layer, Manifest
 from smoe.runtime import kernels, memory, scheduler
 from smoe.runtime.errors import EngineError
-from smoe.runtime.machine import aligned
+from smoe.runtime.machine import Places
 from smoe.runtime.policies.named import (
     Policies,
     Tables,
@@ -26,6 +26,7 @@ from smoe.runtime.policies.named import (
     make_prefetch,
     make_priced,
     make_substitution,
+    residency_for,
 )
 from smoe.runtime.policies.prefetch import Guesses
 from smoe.runtime.policies.priced import LossBudget
@@ -80,17 +81,16 @@ class Experts:
         stats: Stats,
     ):
         self.layers, self.stats, self._shards, self._plan, self._tables = manifest.layers, stats, shards, plan, tables
-        experts = [layer.experts for layer in manifest.layers]
-        self._residency = Residency(
-            experts, plan.capacity, make_eviction(policies.eviction, manifest), None, policies.shares
-        )
+        eviction = make_eviction(policies.eviction, manifest)
         self.account: LossBudget | None = None
         self._substitution: Substitution | None = make_substitution(policies.substitution, manifest, tables)
+        sizes = [np.array([0, *layout.levels[: shards.level]]) for layout in shards.layouts]
         if policies.loss:
-            sizes = [np.array([0, *layout.levels]) for layout in shards.layouts]
-            self._substitution, self.account = make_priced(policies.loss, manifest, tables, sizes, plan)
+            self._substitution, self.account = make_priced(policies.loss, manifest, tables, sizes, plan, eviction)
+        self._residency = residency_for(plan, sizes, eviction, policies)
+        most = None if policies.lossless else plan.capacity * plan.record
+        self.places = Places(len(self._residency.held), plan.record, most)
         self._prefetch = make_prefetch(policies.prefetch, manifest, tables)
-        self.frames = aligned(plan.capacity, plan.record)
         self._kernels = [
             chosen.layer(manifest.experts.gate, manifest.expert_shape(i), manifest.experts.encoding, layout)
             for i, layout in enumerate(shards.layouts)
@@ -146,7 +146,7 @@ class Experts:
             keys.sort(key=lambda key: -share[first[key[0]] + key[1]])
         flights = []
         for key in sorted(self._room_for(keys)):  # in the order of the files
-            place = self._residency.reserve(key, [])
+            place = self._reserve(key, [], self._shards.level)
             assert place is not None
             flights.append(_Flight(place, self._reader.demand(self._request(key, place, 0, self._shards.level))))
         failed = self._land(flights)
@@ -224,19 +224,23 @@ class Experts:
         layer = [(index, task.expert) for task in tasks]
         while missing:
             key = (index, missing[0].expert)
-            place = self._residency.find(key)
-            since = 0 if place is None else int(self._residency.levels(index)[key[1]])
+            since, level = int(self._residency.levels(index)[key[1]]), missing[0].level
+            place = self._reserve(key, layer, level)
             if place is None:
-                place = self._residency.reserve(key, layer)
-            if place is None:
-                place = self._residency.reserve(key, todo)
+                place = self._reserve(key, todo, level)
             if place is None:
                 return
             task = missing.popleft()
             flights.append(_Flight(place, self._reader.demand(self._request(key, place, since, task.level)), task))
 
+    def _reserve(self, key: Key, shield: Iterable[Key], level: int) -> int | None:
+        """A place for `key` up to `level`; what had to go for it is out of memory."""
+        place = self._residency.reserve(key, shield, level)
+        self.places.keep(self._residency.held)
+        return place
+
     def _request(self, key: Key, place: int, since: int, level: int) -> Request:
-        return Request(*key, self.frames[place], since, level)
+        return Request(*key, self.places.rows[place], since, level)
 
     def _arrivals(self, flights: list[_Flight]) -> list[Task]:
         """Wait until a flight has landed, or a guess whose place is needed; the tasks that are ready now."""
@@ -268,8 +272,8 @@ class Experts:
                 self._residency.put(key, flight.place, guessed, request.level)
                 self.stats.bytes_read += request.nbytes
             else:
-                if not request.since:  # what was there before still is
-                    self._residency.cancel(key, flight.place)
+                self._residency.cancel(key, flight.place)  # what was there before still is
+                self.places.keep(self._residency.held)
                 failed = request.error or EngineError(f"Reading expert {key[1]} of layer {key[0]} failed.")
             request.landed = True
         return failed
@@ -283,7 +287,7 @@ class Experts:
                 return
             if key[1] >= self.layers[key[0]].experts or key in self._residency or key in self._guesses:
                 continue
-            place = self._residency.reserve(key, [*todo, *guesses])
+            place = self._reserve(key, [*todo, *guesses], self._shards.level)
             if place is None:
                 return
             request = self._request(key, place, 0, self._shards.level)
@@ -319,7 +323,7 @@ class Experts:
                 np.cumsum([0, *(count for _, _, count in runs)]),
                 tokens,
             )
-            outputs[tokens, ranks] = self._kernels[index](self.frames, work, x)
+            outputs[tokens, ranks] = self._kernels[index](self.places.rows, work, x)
         todo.difference_update((index, task.expert) for task in tasks)
 
 

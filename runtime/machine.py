@@ -7,6 +7,8 @@ import ctypes
 import mmap
 import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,51 @@ try:
 except ModuleNotFoundError:  # not a Unix
     resource = None  # type: ignore[assignment]
 
+NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE on x86-64 and aarch64, which Python's mmap lacks
 
-def aligned(rows: int, nbytes: int) -> np.ndarray:
-    """uint8 `[rows, nbytes]` that starts on a page boundary, as reading past the page cache wants it; not touched yet."""
-    return np.frombuffer(mmap.mmap(-1, max(1, rows * nbytes)), np.uint8, rows * nbytes).reshape(rows, nbytes)
+
+def aligned(rows: int, nbytes: int, reserve: bool = True) -> np.ndarray:
+    """uint8 `[rows, nbytes]` that starts on a page boundary, as reading past the page cache wants it; not touched yet.
+    Without `reserve` it may be more than the system has."""
+    flags = {}
+    if hasattr(mmap, "MAP_PRIVATE"):  # only pages of a private mapping can be given back
+        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0 if reserve else NO_RESERVE)}
+    mapping = mmap.mmap(-1, max(1, rows * nbytes), **flags)
+    return np.frombuffer(mapping, np.uint8, rows * nbytes).reshape(rows, nbytes)
+
+
+class Places:
+    """`count` places of `nbytes` each, `rows` of one mapping. If no more than `most` bytes of them are in use at once, they
+    take memory only as far as they are, so there may be more of them than fit."""
+
+    def __init__(self, count: int, nbytes: int, most: int | None = None):
+        sparse = most is not None
+        if sparse:
+            aligned(1, most)  # where the system would not give that, it says so here
+        self.rows = aligned(count, nbytes, reserve=not sparse)
+        self._used = np.zeros(count, np.int64)
+        self._advise = _madvise() if sparse else None
+        if self._advise:
+            self._advise(self.rows.ctypes.data, self.rows.nbytes, mmap.MADV_NOHUGEPAGE)
+
+    def keep(self, nbytes: np.ndarray) -> None:
+        """Of each place only so many bytes are in use now: give the others back to the system. What a place will hold from
+        now on counts as used."""
+        if self._advise is None:
+            return
+        for place in np.flatnonzero(self._used > nbytes).tolist():
+            start, end = (self.rows[place].ctypes.data + int(of[place]) for of in (nbytes, self._used))
+            start += -start % mmap.PAGESIZE
+            self._advise(start, max(0, end - start), mmap.MADV_DONTNEED)
+        self._used[:] = nbytes
+
+
+def _madvise() -> Callable[[int, int, int], object] | None:
+    """madvise(2), where the system has it."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return None
+    libc = ctypes.CDLL(None)
+    return lambda address, nbytes, advice: libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), advice)
 
 
 def pin(array: np.ndarray) -> str:

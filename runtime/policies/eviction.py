@@ -19,6 +19,7 @@ class Eviction:
     """Least recently used, and the base of the others."""
 
     needs_scores = False
+    by_planes = False  # whether a record may lose its highest plane alone
 
     def __init__(self, experts: Sequence[int]):
         """`experts[l]`: how many experts layer l has."""
@@ -42,6 +43,10 @@ class Eviction:
     def values(self, keys: np.ndarray) -> np.ndarray:
         """float64 for each of `keys`: what is kept longest has the most. Ties go to the first."""
         return self.last[keys]
+
+    def planes(self, keys: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        """The same for what would go of each, where they are here up to `levels`."""
+        return self.values(keys)
 
 
 class LeastRecentlyUsed(Eviction):
@@ -134,7 +139,12 @@ class NextUse(Eviction):
     d is what plain recency lacks, and why LRU, which lets go of the layers that come next, never hits below one token's
     cycle. A step of more than `most` tokens, part of a prompt, counts as that many, since what is generated resembles
     the prompt only so far. A start from calibration counts as the evidence of `warmth` tokens.
+
+    Where `worth` says what the highest plane of each record is good for at every use, the plane of least worth per token
+    goes.
     """
+
+    worth: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # of keys and levels
 
     def __init__(
         self,
@@ -179,8 +189,18 @@ class NextUse(Eviction):
         self.chance = share * 1.0
 
     def values(self, keys: np.ndarray) -> np.ndarray:
-        waits = self.ahead[self.layer_of[keys]] + 1 / np.maximum(self.chance[keys], 1e-6)
-        return self.last[keys] * 1e-12 - waits
+        return self.last[keys] * 1e-12 - self._waits(keys)
+
+    @property
+    def by_planes(self) -> bool:  # type: ignore[override]
+        return self.worth is not None
+
+    def planes(self, keys: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        return self.values(keys) if self.worth is None else self.worth(keys, levels) / self._waits(keys)
+
+    def _waits(self, keys: np.ndarray) -> np.ndarray:
+        """Tokens until each is needed next."""
+        return self.ahead[self.layer_of[keys]] + 1 / np.maximum(self.chance[keys], 1e-6)
 
     def _frequency(self, layer: int, keys: slice | int) -> np.ndarray:
         used = self.uses[keys] / self.unit[layer]

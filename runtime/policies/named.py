@@ -14,9 +14,10 @@ from smoe.artifacts.tables import DISTANCES, load_tables
 from smoe.runtime.errors import EngineError
 from smoe.runtime.memory import Plan, chunk
 from smoe.runtime.policies import prefetch, substitution
-from smoe.runtime.policies.eviction import DEFAULT_EVICTION, Eviction, eviction_named
-from smoe.runtime.policies.priced import LossBudget, Priced, Reuse
+from smoe.runtime.policies.eviction import DEFAULT_EVICTION, Eviction, NextUse, eviction_named
+from smoe.runtime.policies.priced import LossBudget, PlaneWorth, Priced
 from smoe.runtime.prices import PRICE_TABLES, Prices
+from smoe.runtime.residency import Residency
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def tables_bytes(policies: Policies, manifest: Manifest) -> int:
     square = 8 * sum(layer.experts**2 for layer in layers)
     total = 0
     if policies.loss:
-        total += 2 * square + 8 * levels * sum(layer.experts for layer in layers)
+        total += 2 * square + 8 * (3 * levels + 1) * sum(layer.experts for layer in layers)
         total += 8 * 6 * chunk(manifest) * max(layer.top_k * layer.experts for layer in layers)  # of every slot and stand-in
     if isinstance(policies.substitution, str) and policies.substitution.startswith(("buddy", "similar")):
         total += 2 * square
@@ -119,16 +120,28 @@ def substitution_named(text: str, of: Callable[[str], list[np.ndarray]]) -> subs
 
 
 def make_priced(
-    loss: float, manifest: Manifest, tables: Tables, sizes: list[np.ndarray], plan: Plan
+    loss: float, manifest: Manifest, tables: Tables, sizes: list[np.ndarray], plan: Plan, eviction: Eviction
 ) -> tuple[Priced, LossBudget]:
-    """The priced scheduler and its account; an `EngineError` where the bundle has no prices. `sizes` as in `Priced`."""
+    """The priced scheduler and its account; an `EngineError` where the bundle has no prices. `sizes` as in `Priced`.
+    `eviction` hears what planes are worth, where it can make use of that."""
     prices = Prices.of(tables.layers(*PRICE_TABLES))
     layers = len(manifest.layers)
     missing = plan.token_cycle * max(1 - plan.capacity / plan.experts, 0.02)
     worth = 4 * loss / missing / plan.record  # as if half of the loads could be bought off, at half of it on average
     account = LossBudget(loss, layers, worth)
-    reuse = Reuse([layer.experts for layer in manifest.layers], plan.capacity)
-    return Priced(prices, sizes, account, reuse), account
+    if isinstance(eviction, NextUse):
+        weights = [of["gate_mass"] / np.maximum(of["counts"], 1) for of in tables.layers("counts", "gate_mass")]
+        eviction.worth = PlaneWorth(prices, weights, sizes, account)
+    return Priced(prices, sizes, account), account
+
+
+def residency_for(plan: Plan, sizes: list[np.ndarray], eviction: Eviction, policies: Policies) -> Residency:
+    """The places of `plan`: as many as there are records where nothing is lost; otherwise counted in bytes, so that more of
+    them fit where records are here in fewer planes. `sizes` as in `Priced`."""
+    experts, levels = np.diff(eviction.first).tolist(), [of[1:] for of in sizes]
+    if policies.lossless:
+        return Residency(experts, plan.capacity, eviction, [np.ones_like(of) for of in levels], policies.shares)
+    return Residency(experts, plan.capacity * plan.record, eviction, levels, policies.shares)
 
 
 def make_prefetch(text: str, manifest: Manifest, tables: Tables) -> prefetch.Prefetch:

@@ -4,8 +4,7 @@ At a step an active expert that is not here at its full level can be read, wholl
 at which it is here; or its slots can do without it, each with the cheapest of nothing and a resident stand-in at the
 best weight. The choice is the one of least `nats + worth * bytes read`: a Lagrangian, so that a nat is spent where it
 saves most anywhere in the model, and not where it can be spent first. `LossBudget` sets `worth`, and is the hard limit.
-What is read is also there next time, if nothing took its place until then: `Reuse` says how likely that is, and so much
-of what would be due again is taken off its bytes.
+What it reads may stay; `PlaneWorth` tells eviction which planes are worth their place.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from smoe.runtime.prices import LayerPrices, Prices
 
 CAP = 16.0  # tokens' worth of nats that may be saved up
 GAIN, PULL = 0.1, 0.02  # per token: how fast `worth` follows what was spent, and what is saved up
-CERTAIN = 0.5  # how much of what is due again counts: it may come cheaper than today
-HALF = 64.0  # tokens in which what `Reuse` remembers loses half of its weight
+KEEP = 0.35  # how much of what a byte is worth counts for keeping it: in time it may come cheaper, or be done without
 
 
 class LossBudget:
@@ -57,30 +55,40 @@ class LossBudget:
         self.worth *= float(np.exp(GAIN * under + PULL * saved))
 
 
-class Reuse:
-    """How likely an expert that is read now is still here when it is wanted again: its layer's `experts` are wanted at
-    rates that are remembered, and `capacity` places stay for as many tokens as it takes to read so many."""
+class PlaneWorth:
+    """What the highest plane of a record that is here is good for at one use, in nats per byte: by how much a use costs
+    more without it. A use of an expert at its usual weight costs the least of `nats + worth * bytes` over all levels that
+    it can be read up to, and skipping. `weights[l]` float64 `[E]` are the usual ones, `sizes` as in `Priced`."""
 
-    def __init__(self, experts: Sequence[int], capacity: int):
-        self._rates = [np.zeros(count) for count in experts]  # of each expert, per token
-        self._capacity, self._reads, self._read = capacity, float(len(experts)), 0
+    def __init__(self, prices: Prices, weights: list[np.ndarray], sizes: list[np.ndarray], budget: LossBudget):
+        self._budget, self._at = budget, 0.0
+        self._layers = [
+            (_usual_nats(of, w, len(ends) - 1), ends.astype(np.float64))
+            for of, w, ends in zip(prices.layers, weights, sizes, strict=True)
+        ]
 
-    def begin(self, layer: int, ids: np.ndarray) -> None:
-        """A step of ids `[T, k]` reaches a layer."""
-        tokens, rates = len(ids), self._rates[layer]
-        kept = 0.5 ** (tokens / HALF)
-        if layer == 0:
-            self._reads, self._read = kept * self._reads + (1 - kept) * self._read / tokens, 0
-        rates *= kept
-        rates += (1 - kept) / tokens * np.bincount(ids.reshape(-1), minlength=len(rates) + 1)[:-1]
+    def __call__(self, keys: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        worth = KEEP * self._budget.worth
+        if not 0.9 * self._at < worth < 1.1 * self._at:
+            self._at, self._worth = worth, np.concatenate([_plane_worth(*layer, worth) for layer in self._layers])
+        return self._worth[keys, levels - 1]
 
-    def read(self, count: int) -> None:
-        """So many experts take a place."""
-        self._read += count
 
-    def chance(self, layer: int, experts: np.ndarray) -> np.ndarray:
-        """float64, of each of `experts`."""
-        return 1 - np.exp(-self._rates[layer][experts] * self._capacity / max(self._reads, 0.01))
+def _usual_nats(prices: LayerPrices, weights: np.ndarray, full: int) -> np.ndarray:
+    """Of a use of each expert at each level from 0, `[E, full + 1]`."""
+    e = np.arange(len(weights))
+    nats = np.full((len(e), full + 1), np.inf)  # where a bundle does not say what a level costs
+    nats[:, 0], nats[:, full] = prices.skip(e, weights), 0
+    for level in range(1, min(full, prices.level.shape[1] + 1)):
+        nats[:, level] = prices.at_level(e, weights, level)
+    return nats
+
+
+def _plane_worth(nats: np.ndarray, ends: np.ndarray, worth: float) -> np.ndarray:
+    """float64 `[E, levels]`, as `PlaneWorth` says."""
+    read = np.maximum(ends - ends[:, None], 0)  # [here, up to]
+    cost = np.where(ends >= ends[:, None], nats[:, None] + worth * read, np.inf).min(2)
+    return (cost[:, :-1] - cost[:, 1:]) / np.diff(ends)
 
 
 @dataclass(frozen=True)
@@ -98,18 +106,15 @@ class _Slots:
 
 
 class Priced:
-    """`prices` of the bundle; `sizes[l][j]` bytes of the first j planes of a record of layer l, from j = 0. Without
-    `reuse` nothing is expected to stay."""
+    """`prices` of the bundle; `sizes[l][j]` bytes of the first j planes of a record of layer l, from j = 0."""
 
-    def __init__(self, prices: Prices, sizes: list[np.ndarray], budget: LossBudget, reuse: Reuse | None = None):
-        self.prices, self.budget, self._sizes, self._reuse = prices, budget, sizes, reuse
+    def __init__(self, prices: Prices, sizes: list[np.ndarray], budget: LossBudget):
+        self.prices, self.budget, self._sizes = prices, budget, sizes
 
     def __call__(self, choice: Choice) -> Chosen:
         experts, here, full = len(choice.resident), choice.here, choice.full
         prices, sizes = self.prices.layers[choice.layer], self._sizes[choice.layer]
         self.budget.begin(choice.layer, len(choice.ids))
-        if self._reuse is not None:
-            self._reuse.begin(choice.layer, choice.ids)
         levels = np.full(choice.ids.shape, full)
         active = np.unique(choice.ids)
         short = active[active < experts]
@@ -118,13 +123,8 @@ class Priced:
             return Chosen(choice.ids, choice.weights, levels)
         slots = _slots(choice, prices, short)
         nats, saved = _alternatives(slots, prices, sizes, short, here[short], full)
-        if self._reuse is not None:  # the next time it would cost its nats or its bytes, whatever is less
-            due = np.minimum(1, nats[:, 0] / np.maximum(self.budget.worth * saved[:, 0], 1e-300))
-            saved = saved * (1 - CERTAIN * self._reuse.chance(choice.layer, short) * due)[:, None]
         picked = np.full(experts, full)
         picked[short] = self._pick(nats, saved)
-        if self._reuse is not None:
-            self._reuse.read(int(((picked > 0) & (here == 0))[short].sum()))
         ids, weights = choice.ids.copy(), choice.weights.copy()
         gone = picked[slots.experts] == 0
         at = slots.tokens[gone], slots.ranks[gone]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import mmap
+import os
 import shutil
 
 import numpy as np
@@ -10,7 +12,9 @@ import pytest
 from smoe.artifacts import open_bundle, safetensors_file
 from smoe.artifacts.tables import load_tables, save_tables
 from smoe.runtime import Engine, EngineError, Policies, memory
-from smoe.runtime.policies.priced import CAP, LossBudget, Priced, Reuse
+from smoe.runtime.machine import Places
+from smoe.runtime.policies.eviction import NextUse
+from smoe.runtime.policies.priced import CAP, KEEP, LossBudget, PlaneWorth, Priced
 from smoe.runtime.policies.substitution import Choice, Chosen
 from smoe.runtime.prices import Prices
 
@@ -142,43 +146,34 @@ def test_a_long_prompt_saves_up_no_more_than_the_cap():
     assert account.balance == 0.01 * CAP and account.worth == 1e-9
 
 
-def test_reuse_follows_rates_and_reads():
-    reuse = Reuse([3, 5], capacity=10)
-    for _ in range(2000):  # expert 0 by every token, expert 2 by every other; four reads a token
-        for layer, ids in ((0, [[0, 2], [0, 3]]), (1, [[4, 5], [4, 5]])):  # 3 and 5 are no experts
-            reuse.begin(layer, np.array(ids))
-            reuse.read(4)
-    stay = 10 / 4
-    assert np.allclose(reuse.chance(0, np.array([0, 1, 2])), [1 - np.exp(-stay), 0, 1 - np.exp(-stay / 2)], atol=0.01)
-    assert np.allclose(reuse.chance(1, np.array([4, 3])), [1 - np.exp(-stay), 0], atol=0.01)
+def test_a_plane_is_worth_what_uses_cost_more_without_it():
+    """Against the definition, expert by expert."""
+    random = np.random.default_rng(3)
+    prices = Prices.of([_tables(random), _tables(random)])
+    sizes, weights = [SIZES, SIZES // 2], [random.random(E), random.random(E)]
+    account = LossBudget(1, 2, 1e-8)
+    worth = PlaneWorth(prices, weights, sizes, account)
+    for byte in (1e-8, 3e-9, 1e-7):
+        account.worth = byte
+        for layer, expert, level in itertools.product(range(2), range(E), range(1, J + 1)):
+            of, w, ends = prices.layers[layer], weights[layer][expert], sizes[layer]
+            nats = [float(of.skip(expert, w)), *(float(of.at_level(expert, w, j)) for j in range(1, J)), 0.0]
+            cost = [min(nats[j] + KEEP * byte * (ends[j] - ends[here]) for j in range(here, J + 1)) for here in range(J + 1)]
+            found = worth(np.array([layer * E + expert]), np.array([level]))[0]
+            assert np.isclose(found, (cost[level - 1] - cost[level]) / (ends[level] - ends[level - 1]))
 
 
-@pytest.mark.parametrize("here, places", [(0, 3), (1, 0)])  # more planes of what is here take no place
-def test_reads_that_take_a_place_are_counted(here, places):
-    random = np.random.default_rng(8)
-    levels = np.full(E, here)
-    choice = dataclasses.replace(_choice(random, 1), ids=np.array([[0, 1, 2]]), levels=levels, resident=levels > 0)
-    reuse = Reuse([E], capacity=6)
-    priced = Priced(Prices.of([_tables(random)]), [SIZES], LossBudget(1e-9, 1, 1e-30), reuse)  # buys nothing
-    for _ in range(1000):
-        assert (priced(choice).levels == J).all()
-    assert np.isclose(reuse.chance(0, np.array([0]))[0], 1 - np.exp(-6 / max(places, 0.01)), atol=0.01)
-
-
-def test_what_will_be_wanted_again_is_read_sooner():
-    random = np.random.default_rng(7)
-    prices, gone = Prices.of([_tables(random)]), np.zeros(E, np.int64)
-    choice = dataclasses.replace(_choice(random, 1), ids=np.array([[0, E, E]]), levels=gone, resident=gone > 0)
-
-    def read(reuse, worth: float) -> bool:
-        return bool(Priced(prices, [SIZES], LossBudget(1e9, 1, worth), reuse)(choice).ids[0, 0] == 0)
-
-    worths = np.geomspace(1e-12, 1e-5, 200)
-    often = Reuse([E], capacity=100)
-    for _ in range(500):
-        often.begin(0, choice.ids)
-    alone, again = (sum(read(reuse, worth) for worth in worths) for reuse in (None, often))
-    assert alone < again < len(worths)  # up to a higher worth of a byte
+def test_what_is_wanted_sooner_and_worth_more_stays():
+    eviction = NextUse([E])
+    for expert in (0, 0, 0, 1):
+        eviction.begin(0, 1, None)
+        eviction.use(expert)
+    keys, levels = np.array([0, 1, 2]), np.array([1, 2, 1])
+    assert not eviction.by_planes and np.array_equal(eviction.planes(keys, levels), eviction.values(keys))
+    eviction.worth = lambda keys, levels: np.where(levels == 1, 1.0, 0.01)
+    assert eviction.by_planes and eviction.planes(keys, levels).argsort().tolist() == [2, 1, 0]
+    eviction.worth = lambda keys, levels: np.where(levels == 1, 1.0, 100.0)
+    assert eviction.planes(keys, levels).argmax() == 1
 
 
 # -- in the engine ---------------------------------------------------------------------------------------------------
@@ -261,6 +256,41 @@ def test_a_higher_level_reads_only_what_is_missing(priced_bundle, prompt):
         assert engine.stats.bytes_read - before <= 3 * ends[2], "what is here at a higher level is not read again"
 
 
+class _AtRandom:
+    """Levels at random, the same in every engine, and what planes are worth too, as bytes that fit show."""
+
+    def __init__(self):
+        self.random = np.random.default_rng(4)
+
+    def __call__(self, choice):
+        levels = self.random.integers(1, J + 2, choice.ids.max() + 1)
+        return Chosen(choice.ids, choice.weights, levels[choice.ids])
+
+
+def test_planes_come_and_go_and_change_no_bit(priced_bundle, prompt):
+    found, most = [], []
+    for by_planes in (False, True):
+        own = Policies(substitution=_AtRandom())
+        with Engine.open(priced_bundle, _budget(priced_bundle, 6), 300, policies=own) as engine:
+            residency, random = engine._experts._residency, np.random.default_rng(5)
+            if by_planes:
+                residency.eviction.worth = lambda keys, levels, random=random: random.random(len(keys))
+            scored, count = [], []
+            for logits in engine.score(prompt, 8):
+                scored.append(logits)
+                count.append(len(residency))
+                assert residency.held.sum() <= engine.plan.capacity * engine.plan.record
+                for layer, layout in enumerate(engine._shards.layouts):
+                    for expert, level in enumerate(residency.levels(layer)):
+                        place = residency.find((layer, expert))
+                        if level:  # what is here is what is in the shard, up to its level, and nothing else
+                            assert residency.held[place] == layout.levels[level - 1]
+                            assert not engine._experts.places.rows[place, layout.levels[level - 1] :].any()
+            found.append(np.stack(scored))
+            most.append(max(count))
+    assert np.array_equal(*found) and most[1] > most[0] >= 6
+
+
 def test_a_failed_refinement_keeps_what_was_there(priced_bundle, prompt, monkeypatch):
     level = 1
     own = Policies(substitution=lambda choice: _at_level(level)(choice), warm=False)
@@ -283,6 +313,35 @@ def test_a_failed_refinement_keeps_what_was_there(priced_bundle, prompt, monkeyp
         level = 4
         with Engine.open(priced_bundle, context=300) as full:
             assert np.array_equal(_scored(engine, prompt), _scored(full, prompt))
+
+
+def _resident(rows: np.ndarray) -> int:
+    """Bytes of `rows` that take memory, by what the system says of the mapping."""
+    start, size = rows.ctypes.data, 0
+    with open("/proc/self/pagemap", "rb") as pages:
+        pages.seek(start // mmap.PAGESIZE * 8)
+        entries = np.frombuffer(pages.read(rows.nbytes // mmap.PAGESIZE * 8), np.uint64)
+    return int((entries >> np.uint64(63)).sum()) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/pagemap"), reason="this system does not say which pages are resident")
+def test_places_take_memory_only_as_far_as_they_are_in_use():
+    page = mmap.PAGESIZE
+    places = Places(5, 8 * page, most=12 * page)
+    assert _resident(places.rows) == 0
+    for held in ([8, 0, 4, 0, 0], [2, 0, 4, 6, 0], [2, 8, 0, 0, 1], [0, 0, 0, 0, 0]):
+        places.keep(np.array(held) * page)
+        for place, pages in enumerate(held):
+            places.rows[place, : pages * page] = place + 1
+        assert _resident(places.rows) == sum(held) * page
+        assert all((places.rows[p, : n * page] == p + 1).all() for p, n in enumerate(held))
+
+
+def test_places_that_are_all_in_use_keep_their_pages():
+    places = Places(3, 2 * mmap.PAGESIZE)
+    places.rows[:] = 7
+    places.keep(np.array([1, 0, 0]))  # of records: not to be taken for bytes
+    assert (places.rows == 7).all()
 
 
 @pytest.mark.parametrize("policies, sentence", [

@@ -128,3 +128,56 @@ def test_bytes_and_shares():
         for key in [(0, e) for e in range(4)] + [(1, e) for e in range(3)]:
             _ask(residency, key)
         assert (residency.resident(0).sum(), residency.resident(1).sum()) == kept
+
+
+class _ByPlanes(LeastRecentlyUsed):
+    """Goes by planes: the highest of whatever was used least recently."""
+
+    by_planes = True
+
+
+ENDS = [[5, 7, 10], [6, 7, 9]]  # of records of two layers, by level
+
+
+@given(st.integers(20, 60), st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4), st.integers(1, 3)), max_size=60))
+def test_planes_are_held_and_let_go_one_by_one(capacity, requests):
+    residency = Residency([5, 5], capacity, _ByPlanes([5, 5]), ENDS)
+    held: dict[tuple[int, int], int] = {}  # level by key, least recently used first
+    for layer, expert, level in requests:
+        key = (layer, expert)
+        residency.use(key)
+        if key in held:
+            held[key] = held.pop(key)
+        if residency.levels(layer)[expert] < level:
+            place = residency.reserve(key, level=level)
+            while sum(ENDS[of][at - 1] for (of, _), at in (held | {key: level}).items()) > capacity:
+                victim = next(k for k in held if k != key)
+                held[victim] -= 1
+                if not held[victim]:
+                    del held[victim]
+            residency.put(key, place, level=level)
+            held[key] = level
+        for of in (0, 1):
+            assert residency.levels(of).tolist() == [held.get((of, e), 0) for e in range(5)]
+        assert residency.held.sum() == residency.total <= capacity
+        places = {residency.find(k) for k in held}
+        assert {residency.held[residency.find(k)] for k in held} <= {end for of in ENDS for end in of}
+        assert len(places) == len(held)
+
+
+def test_planes_that_were_not_added_claim_nothing():
+    residency = Residency([5, 5], 30, _ByPlanes([5, 5]), ENDS)
+    residency.put((0, 1), residency.reserve((0, 1), level=1), level=1)
+    place = residency.reserve((0, 1), level=3)
+    assert residency.total == 10 and residency.levels(0)[1] == 1
+    residency.cancel((0, 1), place)  # the read failed
+    assert residency.total == 5 and residency.levels(0)[1] == 1 and residency.find((0, 1)) == place
+
+
+def test_what_grows_is_not_let_go_for_it():
+    residency = Residency([5, 5], 12, _ByPlanes([5, 5]), ENDS)
+    for expert in (0, 1):
+        residency.put((0, expert), residency.reserve((0, expert), level=1), level=1)
+    residency.put((0, 0), residency.reserve((0, 0), level=3), level=3)
+    assert residency.levels(0).tolist() == [3, 0, 0, 0, 0]
+    assert residency.reserve((0, 1), shield=[(0, 0)], level=1) is None
