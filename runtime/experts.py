@@ -33,7 +33,7 @@ from smoe.runtime.policies.priced import LossBudget
 from smoe.runtime.policies.routing import gate_scores
 from smoe.runtime.policies.substitution import Choice, Chosen, Substitution
 from smoe.runtime.reader import Reader, Request
-from smoe.runtime.residency import Key, Residency
+from smoe.runtime.residency import Key
 from smoe.runtime.scheduler import Task
 from smoe.runtime.stats import Stats
 from smoe.runtime.store import Shards

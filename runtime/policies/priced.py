@@ -9,7 +9,6 @@ What it reads may stay; `PlaneWorth` tells eviction which planes are worth their
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np

@@ -317,7 +317,7 @@ def test_a_failed_refinement_keeps_what_was_there(priced_bundle, prompt, monkeyp
 
 def _resident(rows: np.ndarray) -> int:
     """Bytes of `rows` that take memory, by what the system says of the mapping."""
-    start, size = rows.ctypes.data, 0
+    start = rows.ctypes.data
     with open("/proc/self/pagemap", "rb") as pages:
         pages.seek(start // mmap.PAGESIZE * 8)
         entries = np.frombuffer(pages.read(rows.nbytes // mmap.PAGESIZE * 8), np.uint64)
