@@ -36,12 +36,11 @@ class Places:
     take memory only as far as they are, so there may be more of them than fit."""
 
     def __init__(self, count: int, nbytes: int, most: int | None = None):
-        sparse = most is not None
-        if sparse:
+        if most is not None:
             aligned(1, most)  # where the system would not give that, it says so here
-        self.rows = aligned(count, nbytes, reserve=not sparse)
+        self.rows = aligned(count, nbytes, reserve=most is None)
         self._used = np.zeros(count, np.int64)
-        self._advise = _madvise() if sparse else None
+        self._advise = _madvise() if most is not None else None
         if self._advise:
             self._advise(self.rows.ctypes.data, self.rows.nbytes, mmap.MADV_NOHUGEPAGE)
 

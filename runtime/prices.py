@@ -57,7 +57,7 @@ class LayerPrices:
         saved = np.divide(between * between, other, out=np.zeros_like(other), where=other > 0)
         return able[saved.argmax(1)]
 
-    def at_level(self, e: np.ndarray, w: np.ndarray, level: np.ndarray) -> np.ndarray:
+    def at_level(self, e: np.ndarray, w: np.ndarray, level: np.ndarray | int) -> np.ndarray:
         """Compute expert `e` from the first `level` (from 1) planes only; the full level costs nothing."""
         return self._nats("level", w * w * self.level[e, np.asarray(level) - 1])
 

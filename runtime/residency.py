@@ -28,7 +28,7 @@ class Residency:
         experts: Sequence[int],
         capacity: int,
         eviction: Eviction,
-        sizes: Sequence[int | Sequence[int]] | None = None,
+        sizes: Sequence[int | np.ndarray] | None = None,
         shares: bool = False,
     ):
         self.capacity, self.eviction = capacity, eviction
