@@ -185,15 +185,14 @@ class Experts:
     ) -> tuple[list[Task], deque[Task], list[_Flight]]:
         """Tell the residency what the step wants and count it: tasks that are ready, that are missing, and that are on
         their way as guesses. `here` int `[E]` are the levels of who is here."""
-        wanted = np.unique(routed.ids)
-        wanted = wanted[wanted < self.layers[index].experts]
+        experts = self.layers[index].experts
+        wanted = scheduler.uses(routed.ids, experts)
         self.stats.wanted += len(wanted)
-        self.stats.wanted_hits += int(self._residency.resident(index)[wanted].sum())
+        self.stats.wanted_hits += int((here[wanted] > 0).sum())
         self._residency.begin(index, len(routed.ids), self._gate_scores(index, routed))
         ready, missing, flights = [], deque[Task](), []
-        experts = self.layers[index].experts
         tokens = np.bincount(routed.ids.reshape(-1), minlength=experts).tolist()
-        for expert in scheduler.uses(routed.ids, experts):
+        for expert in wanted:
             self.stats.guesses_used += self._residency.use((index, expert), tokens[expert])
         for task in tasks:
             key = (index, task.expert)

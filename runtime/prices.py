@@ -35,7 +35,7 @@ class LayerPrices:
     cross: np.ndarray  # [E, E]
     standin: np.ndarray  # [E, E]
     level: np.ndarray  # [E, J]
-    fit: np.ndarray  # [3, 2]
+    fit: np.ndarray  # [3, 2], all float64
 
     def skip(self, e: np.ndarray, w: np.ndarray) -> np.ndarray:
         """Leave out expert `e` where its mixing weight is `w`."""
@@ -62,8 +62,8 @@ class LayerPrices:
         return self._nats("level", w * w * self.level[e, np.asarray(level) - 1])
 
     def _nats(self, kind: str, moment: np.ndarray) -> np.ndarray:
-        linear, root = self.fit[KINDS.index(kind)].astype(np.float64)
-        p = np.maximum(np.asarray(moment, np.float64), 0) / 2  # of moments that are estimates: a form may come out < 0
+        linear, root = self.fit[KINDS.index(kind)]
+        p = np.maximum(moment, 0) / 2  # of moments that are estimates: a form may come out < 0
         return linear * p + root * np.sqrt(p)
 
 
@@ -90,4 +90,4 @@ class Prices:
 def _layer(tables: dict[str, np.ndarray], fit: np.ndarray) -> LayerPrices:
     cross, standin = (tables[f"price_{name}"].astype(np.float64) for name in ("cross", "standin"))
     level = tables.get("price_level", np.zeros((len(cross), 0))).astype(np.float64)
-    return LayerPrices(cross, standin, level, fit)
+    return LayerPrices(cross, standin, level, fit.astype(np.float64))

@@ -61,6 +61,9 @@ def runs(tasks: list[Task]) -> list[tuple[Task, int, int]]:
     """(task, its level, number of slots) wherever the expert or the level changes."""
     found = []
     for task in tasks:
+        if task.levels[0] == task.level:
+            found.append((task, task.level, len(task.levels)))
+            continue
         levels, counts = np.unique(task.levels, return_counts=True)
         found += [(task, int(level), int(count)) for level, count in zip(levels, counts, strict=True)]
     return found
@@ -69,6 +72,5 @@ def runs(tasks: list[Task]) -> list[tuple[Task, int, int]]:
 def uses(ids: np.ndarray, count: int) -> list[int]:
     """The experts of ids `[T, k]` (`count` itself is no expert), each once, that of the last slot last: the order in
     which eviction hears of them. Token after token, so that what a prompt ends with is the most recent."""
-    flat = ids.reshape(-1)[::-1]
-    experts, last = np.unique(flat, return_index=True)
-    return [e for e in experts[np.argsort(-last)].tolist() if e < count]
+    last_first = dict.fromkeys(ids.reshape(-1)[::-1].tolist())
+    return [e for e in reversed(last_first) if e < count]

@@ -115,12 +115,13 @@ class Priced:
         prices, sizes = self.prices.layers[choice.layer], self._sizes[choice.layer]
         self.budget.begin(choice.layer, len(choice.ids))
         levels = np.full(choice.ids.shape, full)
-        active = np.unique(choice.ids)
-        short = active[active < experts]
-        short = short[here[short] < full]
+        missing = np.zeros(experts + 1, bool)
+        missing[choice.ids] = True
+        missing &= np.append(here < full, False)
+        short = np.flatnonzero(missing)
         if not len(short):
             return Chosen(choice.ids, choice.weights, levels)
-        slots = _slots(choice, prices, short)
+        slots = _slots(choice, prices, missing)
         nats, saved = _alternatives(slots, prices, sizes, short, here[short], full)
         picked = np.full(experts, full)
         picked[short] = self._pick(nats, saved)
@@ -138,21 +139,20 @@ class Priced:
         picked = (nats - self.budget.worth * saved).argmin(1)
         cost, gain = nats[rows, picked], saved[rows, picked]
         wanted = float(cost.sum())
-        order = np.argsort(-cost / np.maximum(gain, 1), kind="stable")  # dearest for what it saves first
-        for row in order:
-            if cost.sum() <= max(self.budget.balance, 0):
-                break
-            picked[row], cost[row] = nats.shape[1] - 1, 0.0
+        limit = max(self.budget.balance, 0)
+        if wanted > limit:
+            for row in np.argsort(-cost / np.maximum(gain, 1), kind="stable"):  # dearest for what it saves first
+                picked[row], cost[row] = nats.shape[1] - 1, 0.0
+                if cost.sum() <= limit:
+                    break
         self.budget.spend(float(cost.sum()), wanted)
         return picked
 
 
-def _slots(choice: Choice, prices: LayerPrices, short: np.ndarray) -> _Slots:
-    """The slots of `short`, each with the cheapest of skipping and a stand-in that is here at its full level."""
+def _slots(choice: Choice, prices: LayerPrices, missing: np.ndarray) -> _Slots:
+    """The slots of `missing` experts, each with the cheapest of skipping and a stand-in that is here at its full level."""
     experts = len(choice.resident)
-    wanted = np.zeros(experts + 1, bool)
-    wanted[short] = True
-    tokens, ranks = np.nonzero(wanted[choice.ids])
+    tokens, ranks = np.nonzero(missing[choice.ids])
     e, w = choice.ids[tokens, ranks], choice.weights[tokens, ranks].astype(np.float64)
     nats, stand_ins, weights = prices.skip(e, w), np.full(len(e), experts), np.zeros(len(e), np.float32)
     able = np.flatnonzero(choice.here >= choice.full)
@@ -172,13 +172,13 @@ def _alternatives(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nats, and bytes saved against reading all that is missing, `[experts, 1 + levels]`: column 0 does without, column j
     computes at level j. What cannot be, or would be silly, costs infinitely much."""
-    row = np.searchsorted(short, slots.experts)
-    levels = np.arange(1, full + 1)
+    each = np.zeros((len(slots.experts), full + 1))
+    each[:, 0] = slots.nats
+    each[:, 1:-1] = np.inf  # where a bundle does not say what a level costs
+    levels = np.arange(1, min(full, prices.level.shape[1] + 1))
+    each[:, levels] = prices.at_level(slots.experts[:, None], slots.weights[:, None], levels)
     nats = np.zeros((len(short), full + 1))
-    nats[:, 0] = np.bincount(row, slots.nats, len(short))
-    nats[:, 1:-1] = np.inf  # where a bundle does not say what a level costs
-    for level in levels[:-1][: prices.level.shape[1]]:
-        nats[:, level] = np.bincount(row, prices.at_level(slots.experts, slots.weights, level), len(short))
-    nats[:, 1:][levels < here[:, None]] = np.inf
+    np.add.at(nats, np.searchsorted(short, slots.experts), each)
+    nats[:, 1:][np.arange(1, full + 1) < here[:, None]] = np.inf
     read = np.maximum(sizes[1 : full + 1] - sizes[here][:, None], 0)
     return nats, np.concatenate([read[:, -1:], read[:, -1:] - read], 1)
