@@ -31,7 +31,7 @@ from smoe.prep.resume import Finished, write_whole
 from smoe.prep.statistics import LayerSums, activity
 
 PROFILE_FILES = ("tables.safetensors", "trace.safetensors", "profile.json")
-SAMPLE = 2048  # tokens on which all experts are run
+SAMPLE = 1024  # tokens on which all experts are run
 TRACE = 8192  # tokens kept in the trace
 BATCH = 4  # rows at once
 SAMPLED_AT_ONCE = 32 << 20  # bytes, in float64, of all experts' outputs for sampled tokens
@@ -51,11 +51,24 @@ def profile(
     `rows` are those of the calibration, if they are there already. Layers that an interrupted run finished are not
     profiled again. Returns what profile.json says.
     """
-    finished = Finished(directory)
-    if (directory / "profile.json").exists():  # written last
+    with Finished(directory) as finished:
+        if (directory / "profile.json").exists():  # written last
+            finished.clear()
+            progress.say("profile: kept from an earlier run")
+            return json.loads((directory / "profile.json").read_text("utf-8"))
+        about = _profile(checkpoint, directory, calibration, rows, finished, progress)
         finished.clear()
-        progress.say("profile: kept from an earlier run")
-        return json.loads((directory / "profile.json").read_text("utf-8"))
+        return about
+
+
+def _profile(
+    checkpoint: Checkpoint,
+    directory: Path,
+    calibration: Calibration,
+    rows: list[np.ndarray] | None,
+    finished: Finished,
+    progress: Progress,
+) -> dict:
     together = list(batches(calibration.rows(checkpoint) if rows is None else rows))
     total = sum(batch.size for batch in together)
     sample = np.sort(np.random.default_rng(calibration.seed).permutation(total)[:SAMPLE])
@@ -69,7 +82,6 @@ def profile(
     save_tables(directory / "tables.safetensors", tables, {"fingerprint": about["fingerprint"]})
     safetensors_file.save(directory / "trace.safetensors", observer.trace())
     write_whole(directory / "profile.json", json.dumps(about, indent=1) + "\n")
-    finished.clear()
     return about
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -114,9 +115,18 @@ class Finished:
     def __init__(self, directory: Path):
         self._directory = directory / FINISHED / "profile"
         self._directory.mkdir(parents=True, exist_ok=True)
+        self._writer = ThreadPoolExecutor(1)  # waits for the disk while the next layer is computed
+        self._written: dict[int, Future] = {}  # by layer
+
+    def __enter__(self) -> Finished:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.shutdown()  # what is being written gets finished, also where what came after it failed
 
     def sums(self, layer: int, like: LayerSums) -> LayerSums | None:
         """The sums of `layer`, or None if it is not finished."""
+        self._settle(layer)
         file = self._directory / f"{layer:02d}.sums"
         if not file.exists():
             return None
@@ -142,12 +152,23 @@ class Finished:
             for output in outputs:
                 opened.write(output.contiguous().numpy().reshape(-1).view(np.uint8).data)
                 yield output
-            opened.flush()
+        self._settle(layer - 1)
+        self._written[layer] = self._writer.submit(self._finish, layer, file, sums)
+
+    def _finish(self, layer: int, outputs: Path, sums: LayerSums) -> None:
+        with open(outputs, "rb") as opened:
             os.fsync(opened.fileno())
         arrays = {f.name: np.asarray(getattr(sums, f.name)) for f in dataclasses.fields(sums)}
         safetensors_file.save(self._directory / f"{layer:02d}.sums", arrays)
 
+    def _settle(self, layer: int) -> None:
+        """Wait until `layer` is written; what went wrong there is said here."""
+        if layer in self._written:
+            self._written.pop(layer).result()
+
     def clear(self) -> None:
+        for layer in list(self._written):
+            self._settle(layer)
         shutil.rmtree(self._directory)
 
 
