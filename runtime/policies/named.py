@@ -64,7 +64,7 @@ def tables_bytes(policies: Policies, manifest: Manifest) -> int:
     total = 0
     if policies.loss:
         total += 2 * square + 8 * (3 * levels + 1) * sum(layer.experts for layer in layers)
-        total += 8 * 6 * chunk(manifest) * max(layer.top_k * layer.experts for layer in layers)  # of every slot and stand-in
+        total += 8 * max(2 * layer.experts**2 + 24 * chunk(manifest) * layer.top_k for layer in layers)  # while it chooses
     if isinstance(policies.substitution, str) and policies.substitution.startswith(("buddy", "similar")):
         total += 2 * square
     if policies.prefetch == "transition":

@@ -157,7 +157,9 @@ def _slots(choice: Choice, prices: LayerPrices, missing: np.ndarray) -> _Slots:
     nats, stand_ins, weights = prices.skip(e, w), np.full(len(e), experts), np.zeros(len(e), np.float32)
     able = np.flatnonzero(choice.here >= choice.full)
     if len(able):
-        others = prices.best_stand_in(e, able)
+        others = np.full(experts, experts)
+        others[missing[:experts]] = prices.best_stand_in(np.flatnonzero(missing), able)
+        others = others[e]
         best = prices.best_weight(e, w, others)
         costs = prices.stand_in(e, w, others, best)
         better = costs < nats
