@@ -130,9 +130,14 @@ def make_priced(
     worth = 4 * loss / missing / plan.record  # as if half of the loads could be bought off, at half of it on average
     account = LossBudget(loss, layers, worth)
     if isinstance(eviction, NextUse):
-        weights = [of["gate_mass"] / np.maximum(of["counts"], 1) for of in tables.layers("counts", "gate_mass")]
+        weights = [_usual_weights(of["counts"], of["gate_mass"]) for of in tables.layers("counts", "gate_mass")]
         eviction.worth = PlaneWorth(prices, weights, sizes, account)
     return Priced(prices, sizes, account), account
+
+
+def _usual_weights(counts: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """Of each expert's slots in calibration; where it had none, of the whole layer's."""
+    return np.where(counts > 0, mass, mass.sum()) / np.where(counts > 0, counts, max(1, counts.sum()))
 
 
 def residency_for(plan: Plan, sizes: list[np.ndarray], eviction: Eviction, policies: Policies) -> Residency:

@@ -14,6 +14,7 @@ from smoe.artifacts.tables import load_tables, save_tables
 from smoe.runtime import Engine, EngineError, Policies, memory
 from smoe.runtime.machine import Places
 from smoe.runtime.policies.eviction import NextUse
+from smoe.runtime.policies.named import _usual_weights
 from smoe.runtime.policies.priced import CAP, KEEP, LossBudget, PlaneWorth, Priced
 from smoe.runtime.policies.substitution import Choice, Chosen
 from smoe.runtime.prices import Prices
@@ -163,6 +164,12 @@ def test_a_plane_is_worth_what_uses_cost_more_without_it():
             assert np.isclose(found, (cost[level - 1] - cost[level]) / (ends[level] - ends[level - 1]))
 
 
+def test_an_expert_that_calibration_never_reached_counts_as_its_layer_does():
+    found = _usual_weights(np.array([4, 0, 1]), np.array([2.0, 0.0, 0.25]))
+    assert found.tolist() == [0.5, 2.25 / 5, 0.25]
+    assert _usual_weights(np.zeros(2, int), np.zeros(2)).tolist() == [0, 0]
+
+
 def test_what_is_wanted_sooner_and_worth_more_stays():
     eviction = NextUse([E])
     for expert in (0, 0, 0, 1):
@@ -206,6 +213,19 @@ def _budget(bundle, experts: int) -> int:
 
 def _scored(engine, ids):
     return np.stack(list(engine.score(ids, 8)))
+
+
+@pytest.mark.parametrize("level", [2, 3])
+def test_a_loss_budget_below_the_full_level(priced_bundle, prompt, level):
+    with Engine.open(priced_bundle, context=300, level=level) as engine:
+        wanted = _scored(engine, prompt)
+    plan = memory.plan(open_bundle(priced_bundle), None, 300, level)
+    budget = plan.total - (plan.capacity - 8) * plan.record
+    for loss, same in ((1e-9, True), (0.05, False)):
+        with Engine.open(priced_bundle, budget, 300, level=level, policies=Policies(loss=loss)) as engine:
+            assert np.allclose(_scored(engine, prompt), wanted, atol=1e-4) == same
+            assert engine._experts._residency.levels(0).max() <= level
+            assert engine._experts._residency.total <= engine.plan.capacity * engine.plan.record
 
 
 def test_a_budget_buys_bytes_and_no_budget_changes_no_bit(priced_bundle, prompt):
