@@ -277,7 +277,7 @@ def test_a_higher_level_reads_only_what_is_missing(priced_bundle, prompt):
 
 
 class _AtRandom:
-    """Levels at random, the same in every engine, and what planes are worth too, as bytes that fit show."""
+    """Levels at random, the same in every engine."""
 
     def __init__(self):
         self.random = np.random.default_rng(4)
