@@ -15,7 +15,7 @@ import numpy as np
 
 from smoe.artifacts import open_bundle
 from smoe.runtime import Engine, Policies, memory
-from smoe.runtime.measure import choose, exact, items, measure, read_documents, rows
+from smoe.runtime.measure import choose, exact, graded, items, measure, read_documents, rows
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONTEXT, LENGTH, PROMPT = 512, 256, 32
@@ -64,7 +64,7 @@ class Subject:
             self.positions = sum(len(row) - min(PROMPT, len(row)) + 1 for row in self.short)
             self.questions = items(engine, documents, choices) if choices else []
             self.wanted = exact(engine, self.texts, PROMPT, scratch / "exact")
-            self.accuracy = choose(engine, self.questions) if choices else float("nan")
+            self.answers = choose(engine, self.questions)
 
     def budget(self, residency: float) -> int:
         plan = memory.plan(self.manifest, None, CONTEXT)
@@ -75,7 +75,7 @@ class Subject:
         with Engine.open(self.bundle, self.budget(residency), CONTEXT, policies=policies, io=io) as engine:
             measure(engine, self.texts[:1], PROMPT)
             found = measure(engine, self.texts, PROMPT, self.wanted)
-            return found | {"choice": choose(engine, self.questions) if self.questions else float("nan")}
+            return found | (graded(choose(engine, self.questions), self.answers) if self.questions else {})
 
     def short_run(self, policies: Policies, residency: float) -> dict:
         """The same on a third of the text, and no questions."""
@@ -96,8 +96,8 @@ class Subject:
 def ablation(subject: Subject, residency: float, alphas: list[float], rounds: int, io: str | None) -> None:
     steps = [*STEPS, *((f"our eviction, smoe:{a}", Policies(substitution=f"smoe:{a}")) for a in alphas)]
     print(f"\n{residency:.0%} of the experts in memory\n")
-    print("| policies | TPOT ms | of lru | stall | hits before | hits after | substituted | KL | same best | choice |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| policies | TPOT ms | of lru | stall | hits before | hits after | substituted | KL | same best | choice | answered alike |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     runs: dict[str, list[dict]] = {name: [] for name, _ in steps}
     for _ in range(rounds):  # interleaved
         for name, policies in steps:
@@ -107,21 +107,21 @@ def ablation(subject: Subject, residency: float, alphas: list[float], rounds: in
         run, tpot = found[0], np.median([r["tpot"] for r in found])
         print(f"| {name} | {tpot * 1e3:.1f} | {tpot / base:.2f} | {run['stall_share']:.0%} | {run['hit_rate_before']:.1%} | "
               f"{run['hit_rate_after']:.1%} | {run['substituted_share']:.1%} | {run['kl']:.4f} ± {run['kl_error']:.4f} | "
-              f"{run['top1']:.1%} | {run['choice']:.1%} |", flush=True)  # fmt: skip
+              f"{run['top1']:.1%} | {_choice(run)} |", flush=True)  # fmt: skip
 
 
 def equal_bytes(subject: Subject, residency: float, parts: list[float], names: list[str]) -> None:
     lossless = subject.short_run(Policies(), residency)["bytes_read"]
     print(f"\n{residency:.0%} of the experts in memory\n")
-    print("| bytes, of lossless | policy | bytes / token | loaded | substituted | KL | same best | choice |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| bytes, of lossless | policy | bytes / token | loaded | substituted | KL | same best | choice | answered alike |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for part in parts:
         for name in names:
             number = subject.number_for(name, part * lossless, residency)
             run = subject.run(named(name, number), residency)
             print(f"| {part:.0%} | {name} {number} | {_bytes(run) / 1e3:.0f} kB | {run['loaded_share']:.1%} | "
                   f"{run['substituted_share']:.1%} | {run['kl']:.4f} ± {run['kl_error']:.4f} | {run['top1']:.1%} | "
-                  f"{run['choice']:.1%} |", flush=True)  # fmt: skip
+                  f"{_choice(run)} |", flush=True)  # fmt: skip
 
 
 def equal_loss(subject: Subject, residency: float, alphas: list[float]) -> None:
@@ -137,6 +137,11 @@ def equal_loss(subject: Subject, residency: float, alphas: list[float]) -> None:
 
 def _bytes(run: dict) -> float:
     return run["bytes_read"] / run["tokens"]
+
+
+def _choice(run: dict) -> str:
+    """Two cells: how often the true continuation was preferred, and how often the same one as in the exact run."""
+    return f"{run['choice_accuracy']:.1%} | {run['choice_same']:.1%}" if "choice_same" in run else "- | -"
 
 
 if __name__ == "__main__":
@@ -157,7 +162,8 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         subject = Subject(asked.bundle, asked.text, asked.tokens, asked.choices, Path(directory))
-        print(f"choice accuracy of the exact run: {subject.accuracy:.1%}")
+        if subject.questions:
+            print(f"choice accuracy of the exact run: {np.mean(subject.answers == 0):.1%}")
         for residency in asked.residency:
             if "ablation" not in asked.skip:
                 ablation(subject, residency, asked.alphas, asked.rounds, asked.io)

@@ -249,7 +249,7 @@ def _bench_lines(found: dict[str, Any]) -> list[str]:
             continue
         if name.endswith(("memory", "bytes_read")):
             value = budget.show(value)
-        elif name.endswith(("rate_before", "rate_after", "share", "top1", "accuracy", "accuracy_exact")):
+        elif name.endswith(("rate_before", "rate_after", "share", "top1", "accuracy", "accuracy_exact", "same")):
             value = f"{value:.1%}"
         elif name in ("ttft", "tpot"):
             value = f"{value * 1000:.1f} ms"

@@ -54,18 +54,23 @@ def bench(
     with tempfile.TemporaryDirectory() as scratch:
         with opened(substitution=None, loss=None, level=None) as twin:
             wanted = exact(twin, texts, prompt, Path(scratch) / "exact")
-            accuracy = {"choice_accuracy_exact": choose(twin, questions)} if questions else {}
+            answers = choose(twin, questions)
         reset_peak_memory()
         with opened() as engine:
             say(*engine.mode_lines())
-            return _measured(engine, texts, prompt, questions, wanted) | accuracy
+            return _measured(engine, texts, prompt, questions, wanted, answers)
 
 
 def _measured(
-    engine: Engine, texts: list[np.ndarray], prompt: int, questions: list[Item], wanted: np.ndarray | None = None
+    engine: Engine,
+    texts: list[np.ndarray],
+    prompt: int,
+    questions: list[Item],
+    wanted: np.ndarray | None = None,
+    answers: np.ndarray | None = None,
 ) -> dict:
     found = measure(engine, texts, prompt, wanted)
-    return found | ({"choice_accuracy": choose(engine, questions)} if questions else {})
+    return found | (graded(choose(engine, questions), answers) if questions else {})
 
 
 def read_documents(path: Path) -> list[tuple[str, str]]:
@@ -172,13 +177,19 @@ def measure(engine: Engine, texts: Sequence[np.ndarray], prompt: int, wanted: np
     return found
 
 
-def choose(engine: Engine, questions: Sequence[Item]) -> float:
-    """The share of `questions` whose true continuation is the likeliest."""
-    right = 0
-    for item in questions:
-        scores = [_likelihood(engine, item.context, option) for option in item.options]
-        right += int(np.argmax(scores)) == 0
-    return right / len(questions)
+def choose(engine: Engine, questions: Sequence[Item]) -> np.ndarray:
+    """The likeliest option of every question, int64 `[questions]`; 0 is the true continuation."""
+    scores = [[_likelihood(engine, item.context, option) for option in item.options] for item in questions]
+    return np.array(scores).reshape(-1, OPTIONS).argmax(1)
+
+
+def graded(answers: np.ndarray, exact: np.ndarray | None = None) -> dict:
+    """The share of right `answers` (from `choose`), and with those of the exact run also its share, and the share of questions
+    that both answer alike: that tells policies apart by fewer questions than accuracy does, since each is its own control."""
+    found = {"choice_accuracy": float(np.mean(answers == 0))}
+    if exact is not None:
+        found |= {"choice_accuracy_exact": float(np.mean(exact == 0)), "choice_same": float(np.mean(answers == exact))}
+    return found
 
 
 def _likelihood(engine: Engine, context: np.ndarray, option: np.ndarray) -> float:

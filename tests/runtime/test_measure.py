@@ -1,0 +1,120 @@
+"""`smoe bench`: its numbers against the same ones made by hand from the engine's logits."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from smoe.artifacts import open_bundle
+from smoe.runtime import Engine, EngineError, Policies, memory
+from smoe.runtime.measure import OPTIONS, bench, choose, exact, graded, items, measure, read_documents, rows
+
+DOCUMENTS = [("code", f"def main_{n}(argument): return argument + {n} " * 9) for n in range(4)] + [("prose", "Grüße")]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"domain": domain, "text": text}) for domain, text in DOCUMENTS))
+    return file
+
+
+@pytest.fixture
+def small(golden):
+    """Opens the golden bundle with room for 5 of 14 experts; as `bench` wants it, so that policies can be taken out."""
+    plan = memory.plan(open_bundle(golden), None, 200)
+    budget = plan.total - (plan.capacity - 5) * plan.record
+    lossy = {"substitution": "zero:1"}
+    return lambda **changed: Engine.open(
+        golden, memory=budget, context=200, policies=Policies(substitution={**lossy, **changed}["substitution"] or "none")
+    )
+
+
+def _log_softmax(logits):
+    return logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+
+
+def test_rows_take_turns_and_stop_at_the_count(golden):
+    with Engine.open(golden) as engine:
+        encoded = [engine.text.encode(text) for _, text in DOCUMENTS]
+        found = rows(engine, DOCUMENTS, tokens=120, length=50)
+        assert [row.tolist() for row in found[:2]] == [encoded[0][:50], encoded[1][:50]]
+        assert sum(map(len, found)) == 120
+        every = rows(engine, DOCUMENTS, tokens=10**6, length=50)
+        assert every[len(DOCUMENTS)].tolist() == encoded[0][50:100]
+        with pytest.raises(EngineError, match="no row of 2 tokens"):
+            rows(engine, [("", "")], 100, 50)
+
+
+def test_quality_is_what_the_logits_say(small, golden, tmp_path):
+    with Engine.open(golden) as engine:
+        texts = rows(engine, DOCUMENTS, 140, 50)
+        p = [_log_softmax(engine.logits(row)) for row in texts]
+        kept = exact(engine, texts, 8, tmp_path / "exact")
+        assert kept.shape == (sum(len(row) - 7 for row in texts), 307)
+        assert np.allclose(kept, np.concatenate([of[7:] for of in p]), atol=1e-4)
+    with small() as engine:
+        q = [np.stack(list(engine.score(row, 8))) for row in texts]
+    with small() as engine:  # a fresh one, since what is resident changes what is left out
+        found = measure(engine, texts, 8, kept)
+    q = [_log_softmax(of) for of in q]
+    p = [of[7:] for of in p]
+    kl = np.concatenate([(np.exp(a) * (a - b)).sum(-1) for a, b in zip(p, q, strict=True)])
+    nats = np.concatenate([-b[np.arange(len(row) - 8), row[8:]] for b, row in zip(q, texts, strict=True)])
+    assert found["kl"] == pytest.approx(kl.mean(), rel=1e-3) and found["kl"] > 0.001
+    assert found["kl_error"] == pytest.approx(kl.std() / len(kl) ** 0.5, rel=1e-3)
+    assert found["perplexity"] == pytest.approx(np.exp(nats.mean()), rel=1e-4)
+    same = np.concatenate([a.argmax(-1) == b.argmax(-1) for a, b in zip(p, q, strict=True)])
+    assert found["top1"] == pytest.approx(same.mean()) and 0 < found["top1"] < 1
+    assert found["tokens"] == 140
+
+
+def test_the_choice_task_prefers_what_is_likelier(golden):
+    with Engine.open(golden) as engine:
+        questions = items(engine, DOCUMENTS, 6, context=20, option=5)
+        assert len(questions) == 6 and all(len(item.options) == OPTIONS for item in questions)
+        answers = choose(engine, questions)
+        for item, answer in zip(questions, answers, strict=True):
+            likelihoods = []
+            for option in item.options:
+                log_p = _log_softmax(engine.logits(np.concatenate([item.context, option])))
+                likelihoods.append(log_p[np.arange(19, 24), option].sum())
+            assert answer == np.argmax(likelihoods)
+        joined = ["".join(chr(token) for token in engine.text.encode(text)) for _, text in DOCUMENTS]
+        for item in questions:
+            true = "".join(map(chr, np.concatenate([item.context, item.options[0]])))
+            assert sum(true in text for text in joined) == 1, "the first option follows its context"
+        with pytest.raises(EngineError, match="4 documents of 205 tokens in one domain"):
+            items(engine, DOCUMENTS, 1, context=200, option=5)
+
+
+def test_answers_are_graded_alone_and_beside_the_exact_run():
+    answers, exact_answers = np.array([0, 1, 0, 3]), np.array([0, 0, 0, 3])
+    assert graded(answers) == {"choice_accuracy": 0.5}
+    assert graded(answers, exact_answers) == {"choice_accuracy": 0.5, "choice_accuracy_exact": 0.75, "choice_same": 0.75}
+
+
+def test_a_lossy_run_is_compared_with_its_exact_twin(small, text):
+    said = []
+    found = bench(small, text, 100, 50, 8, 8, lambda *lines: said.extend(lines))
+    assert found["kl"] > 0.001 and 0 < found["substituted_share"] < 1
+    assert {"choice_accuracy", "choice_accuracy_exact", "choice_same", "peak_memory"} <= set(found)
+    assert any("lossy" in line for line in said)
+    with small(substitution=None) as engine:
+        assert engine.lossless
+    lossless = bench(lambda **changed: small(substitution=None), text, 100, 50, 8, 8)
+    assert "kl" not in lossless and "choice_same" not in lossless
+    assert lossless["choice_accuracy"] == found["choice_accuracy_exact"]
+
+
+def test_the_command_prints_it_for_people_and_as_json(golden, text, tmp_path):
+    command = [sys.executable, "-m", "smoe.runtime", "bench", golden, "--text", text, "--tokens", "60", "--choices", "2"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "tokens per second" in shown.stdout and "choice accuracy" in shown.stdout
+    found = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)
+    assert found["tokens"] == 60 and found["perplexity"] > 1
+    (tmp_path / "bad.jsonl").write_text('{"txt": "x"}\n')
+    with pytest.raises(EngineError, match="bad.jsonl, line 1"):
+        read_documents(tmp_path / "bad.jsonl")
