@@ -19,6 +19,7 @@ from smoe.prep.calibration import Calibration
 from smoe.prep.checkpoint import open_checkpoint
 from smoe.prep.pack import pack
 from smoe.prep.progress import Progress
+from smoe.prep.recipe import PRICE_TOKENS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -40,7 +41,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, default=EXAMPLES / "reference")
     parser.add_argument("--text", type=Path, default=EXAMPLES / "calibration.jsonl")
     parser.add_argument("--tokens", type=int, default=65536)
-    parser.add_argument("--prices", type=int, default=price.DEFAULT_TOKENS)
+    parser.add_argument("--prices", type=int, default=PRICE_TOKENS)
     parser.add_argument("--encoding", default="nested:2+1+1")
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()

@@ -45,11 +45,12 @@ def one(family: str) -> dict:
     from agreement import agreement
 
     from smoe.artifacts import SmoeError
-    from smoe.prep.build import Recipe, build
+    from smoe.prep.build import build
     from smoe.prep.calibration import Calibration
     from smoe.prep.checkpoint import open_checkpoint
     from smoe.prep.families import text_class
     from smoe.prep.progress import Progress
+    from smoe.prep.recipe import Recipe
 
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore")

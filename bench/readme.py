@@ -8,11 +8,12 @@ import tempfile
 from pathlib import Path
 
 from smoe.artifacts.encodings import ENCODINGS
-from smoe.prep.build import Recipe, build
+from smoe.prep.build import build
 from smoe.prep.calibration import Calibration
 from smoe.prep.checkpoint import open_checkpoint
 from smoe.prep.profile import profile
 from smoe.prep.progress import Progress
+from smoe.prep.recipe import Recipe
 from smoe.prep.verify import verify
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

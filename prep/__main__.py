@@ -1,4 +1,4 @@
-"""`smoe-prep`: this stub loads nothing heavy, so that a device without the extra is told what to install."""
+"""`smoe-prep`. A device without the extra is told what to install, by the first command that needs it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ NEEDED = (
 
 
 def main() -> None:
+    from smoe.prep.cli import cli
+
     try:
-        from smoe.prep.cli import cli
+        cli(prog_name="smoe-prep")
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in NEEDED:
             raise
@@ -23,8 +25,6 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
-    try:
-        cli(prog_name="smoe-prep")
     except (SmoeError, OSError) as error:
         print(f"smoe-prep: {error}", file=sys.stderr)
         sys.exit(1)

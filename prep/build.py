@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,25 +23,16 @@ from smoe.prep.estimate import disk_needed
 from smoe.prep.experts import expert_geometry
 from smoe.prep.export import Exported, export
 from smoe.prep.fit import add_fit
-from smoe.prep.pack import chosen_quantiser, pack, quantiser_settings, unpacked
+from smoe.prep.pack import pack, unpacked
 from smoe.prep.precision import check_precision, reduce
 from smoe.prep.predict import add_predictors
 from smoe.prep.profile import PROFILE_FILES, open_profile, profile
 from smoe.prep.progress import Progress
+from smoe.prep.recipe import Recipe, chosen_quantiser, quantiser_settings
 from smoe.prep.resume import FINISHED, MARKER, beside, refuse_existing, refuse_full_disk, write_whole
 from smoe.prep.trace import continues
 
 HELD_OUT = 2048  # tokens on which predictors are compared
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a bundle is built; the defaults are those of the command line."""
-
-    encoding: str = "bf16"
-    backbone: str = "f32"
-    quantiser: str | None = None  # of nested encodings: one of `pack.QUANTISERS`; None is the first
-    prices: int | None = None  # tokens that prices come from; None: `price.DEFAULT_TOKENS` where there is text; 0: no prices
 
 
 def build(
@@ -65,7 +55,7 @@ def build(
     checkpoint = open_checkpoint(model)
     _refuse_early(checkpoint, recipe, calibration, profiled)
     calibrated = chosen_quantiser(recipe.encoding, recipe.quantiser, calibration) == "calibrated"
-    priced = _price_tokens(recipe, calibration)
+    priced = recipe.price_tokens(calibration)
     needed = profiled is None or calibrated or priced
     rows = calibration.rows(checkpoint) if calibration is not None and needed else []
     with beside(output, _settings(checkpoint, recipe, calibration, rows, profiled), progress) as partial:
@@ -91,17 +81,6 @@ def _listed(partial: Path, draft: Manifest) -> Manifest:
     manifest = dataclasses.replace(draft, files=_files(partial))
     write_whole(partial / "manifest.json", manifest.to_json())
     return manifest
-
-
-def _price_tokens(recipe: Recipe, calibration: Calibration | None) -> int:
-    """How many tokens prices come from; 0 for none."""
-    if recipe.prices is not None and recipe.prices < 0:
-        raise PrepError(f"--prices is {recipe.prices}; 0 (none) or more tokens are wanted.")
-    if recipe.prices and calibration is None:
-        raise PrepError("Prices come from text; give --calibration FILE too, or leave out --prices.")
-    if recipe.prices is None:
-        return price.DEFAULT_TOKENS if calibration is not None else 0
-    return recipe.prices
 
 
 def _prices(
@@ -138,7 +117,7 @@ def _settings(
 ) -> dict[str, str]:
     """All that the bundle's bytes depend on: an interrupted build goes on only with the same."""
     about = {"--encoding": encoding_named(recipe.encoding).name, "--backbone": recipe.backbone}
-    about |= quantiser_settings(recipe.encoding, recipe.quantiser) | {"--prices": str(_price_tokens(recipe, calibration))}
+    about |= quantiser_settings(recipe.encoding, recipe.quantiser) | {"--prices": str(recipe.price_tokens(calibration))}
     if profiled is not None:
         about["--profile"] = f"{Path(profiled).name} ({sha256(Path(profiled) / 'tables.safetensors')[:12]})"
     if calibration is not None and rows:
@@ -207,7 +186,7 @@ def _refuse_early(
 ) -> None:
     """Whatever the user may have got wrong is a `PrepError` now, not after hours of profiling."""
     chosen_quantiser(recipe.encoding, recipe.quantiser, calibration)
-    _price_tokens(recipe, calibration)
+    recipe.price_tokens(calibration)
     check_precision(recipe.backbone)
     unpacked(checkpoint, recipe.encoding)
     if profiled is not None:

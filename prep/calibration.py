@@ -12,12 +12,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tokenizers
 
-from smoe.prep.checkpoint import Checkpoint
 from smoe.prep.errors import PrepError
+
+if TYPE_CHECKING:
+    from smoe.prep.checkpoint import Checkpoint
 
 MINIMUM = 128  # tokens: below this the statistics would be of nothing
 DEFAULT_TOKENS = 128 * 512

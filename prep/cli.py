@@ -1,48 +1,43 @@
 """The commands of `smoe-prep`: build does all; profile, pack, export and verify are its steps.
 
-Each parses, calls one library function and prints. Results on stdout, progress on stderr.
+Each parses, calls one library function and prints. Results on stdout, progress on stderr. What loads torch is imported by
+the command that needs it, so that help, mistakes and replays answer at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
-import transformers
 
 from smoe.artifacts.encodings import ENCODINGS
-from smoe.prep import build as building
 from smoe.prep.calibration import DEFAULT_TOKENS, Calibration
-from smoe.prep.checkpoint import Checkpoint, open_checkpoint
-from smoe.prep.estimate import families
-from smoe.prep.estimate import inspect as look_at
-from smoe.prep.pack import QUANTISERS, chosen_quantiser, quantiser_settings, unpacked
-from smoe.prep.pack import pack as pack_experts
 from smoe.prep.plan import choose
 from smoe.prep.plan import plan as make_plan
 from smoe.prep.plan import text_of as plan_text
-from smoe.prep.price import DEFAULT_TOKENS as DEFAULT_PRICE_TOKENS
-from smoe.prep.profile import profile as run_profile
 from smoe.prep.progress import Progress
-from smoe.prep.resume import beside, refuse_existing
+from smoe.prep.recipe import PRICE_TOKENS, QUANTISERS, Recipe, chosen_quantiser, quantiser_settings
 from smoe.prep.show import families_text, inspection_text, profile_text, simulation_text
 from smoe.prep.simulate import COUNTINGS, budgets_of, with_bound
 from smoe.prep.simulate import report as simulation_report
 from smoe.prep.simulate import simulate as run_simulation
 from smoe.prep.traces import read_trace
-from smoe.prep.verify import verify as compare
-from smoe.prep.verify_prices import text_of, verify_prices
 from smoe.runtime.device import Device
 from smoe.runtime.memory import parse_size
 from smoe.runtime.policies.eviction import EVICTIONS
 from smoe.runtime.policies.named import SUBSTITUTIONS
 
-RECIPE = building.Recipe()
+if TYPE_CHECKING:
+    from smoe.prep.checkpoint import Checkpoint
+
+RECIPE = Recipe()
 CALIBRATION = Calibration("")
 
 _model = click.argument("model", type=click.Path(path_type=Path))
@@ -107,7 +102,7 @@ def cli() -> None:
 @click.option(
     "--prices",
     type=int,
-    help=f"Tokens of the calibration text that prices come from; 0: no prices. [default: {DEFAULT_PRICE_TOKENS}]",
+    help=f"Tokens of the calibration text that prices come from; 0: no prices. [default: {PRICE_TOKENS}]",
 )
 @_json
 def build(
@@ -125,8 +120,9 @@ def build(
 ) -> None:
     """Make a bundle of the checkpoint MODEL: profile, pack, price, export."""
     source = _source(calibration, tokens, seed)
-    recipe = building.Recipe(encoding, backbone, quantiser, prices)
-    manifest = building.build(model, output, source, recipe, profiled, Progress())
+    from smoe.prep.build import build
+
+    manifest = build(model, output, source, Recipe(encoding, backbone, quantiser, prices), profiled, Progress())
     size = sum(file.size for file in manifest.files.values())
     _print({"bundle": str(output), "bytes": size}, f"{output}: {size / 1e6:.1f} MB", as_json)
 
@@ -143,7 +139,7 @@ def _source(calibration: str | None, tokens: int | None, seed: int) -> Calibrati
 @_encoding
 @click.option("--tokens", type=int, default=DEFAULT_TOKENS, show_default=True, help="Of calibration text.")
 @click.option(
-    "--prices", type=int, default=DEFAULT_PRICE_TOKENS, show_default=True, help="Of these for prices; 0: no prices."
+    "--prices", type=int, default=PRICE_TOKENS, show_default=True, help="Of these for prices; 0: no prices."
 )
 @_json
 def inspect(
@@ -154,11 +150,13 @@ def inspect(
     It needs a config.json and no more. Exits with 1 if the model cannot be prepared."""
     if (model is None) != list_families:
         raise click.UsageError("Give either MODEL or --families.")
+    from smoe.prep import estimate
+
     if list_families or model is None:
-        found = families()
-        _print({"transformers": transformers.__version__, "families": found}, families_text(found), as_json)
+        found, version = estimate.families(), importlib.metadata.version("transformers")
+        _print({"transformers": version, "families": found}, families_text(found, version), as_json)
         return
-    about = look_at(model, encoding, tokens, prices)
+    about = estimate.inspect(model, encoding, tokens, prices)
     _print(dataclasses.asdict(about), inspection_text(about, encoding, tokens), as_json)
     if about.refusal:
         raise SystemExit(1)
@@ -171,9 +169,11 @@ def inspect(
 @_json
 def profile(model: Path, output: Path, calibration: str, tokens: int | None, seed: int, as_json: bool) -> None:
     """Learn which experts matter, which resemble each other and which follow each other; write PROFILE."""
+    from smoe.prep.profile import profile
+
     source = Calibration(calibration, tokens, seed)
     with _writing(model, output, lambda opened: source.settings(source.rows(opened))) as (checkpoint, partial):
-        about = run_profile(checkpoint, partial, source, Progress())
+        about = profile(checkpoint, partial, source, Progress())
     _print(about, profile_text(about), as_json)
 
 
@@ -199,6 +199,8 @@ def pack(
     calibrated = chosen_quantiser(encoding, quantiser, source) == "calibrated"
     if source is not None and not calibrated:
         raise click.UsageError("--calibration is for nested encodings with --quantiser calibrated.")
+    from smoe.prep.pack import pack
+
     rows: list[np.ndarray] = []
 
     def settings(opened: Checkpoint) -> dict[str, str]:
@@ -209,7 +211,7 @@ def pack(
         return about | source.settings(rows)
 
     with _writing(model, output, settings) as (checkpoint, partial):
-        experts = pack_experts(checkpoint, partial, encoding, Progress(), rows if calibrated else None)
+        experts = pack(checkpoint, partial, encoding, Progress(), rows if calibrated else None)
         (partial / "experts.json").write_text(json.dumps(dataclasses.asdict(experts), indent=1) + "\n")
     _print(dataclasses.asdict(experts), f"{output}: experts in {encoding}", as_json)
 
@@ -221,8 +223,11 @@ def pack(
 @_json
 def export(model: Path, output: Path, backbone: str, as_json: bool) -> None:
     """Write only the backbone, as ONNX segments, with backbone.json beside them."""
+    from smoe.prep.build import export_checked
+    from smoe.prep.pack import unpacked
+
     with _writing(model, output, lambda _: {"--backbone": backbone}) as (checkpoint, partial):
-        manifest = building.export_checked(checkpoint, partial, unpacked(checkpoint, "f32"), backbone, Progress())
+        manifest = export_checked(checkpoint, partial, unpacked(checkpoint, "f32"), backbone, Progress())
         parts = {name: dataclasses.asdict(manifest)[name] for name in ("backbone", "layers")}
         (partial / "backbone.json").write_text(json.dumps(parts, indent=1) + "\n")
     _print(parts, f"{output}: {len(manifest.backbone.segments)} segments", as_json)
@@ -233,9 +238,13 @@ def _writing(
     model: Path, output: Path, settings: Callable[[Checkpoint], dict[str, str]]
 ) -> Iterator[tuple[Checkpoint, Path]]:
     """The opened checkpoint, and the directory that becomes `output`."""
+    from smoe.prep.build import made_by
+    from smoe.prep.checkpoint import open_checkpoint
+    from smoe.prep.resume import beside, refuse_existing
+
     refuse_existing(output)
     checkpoint = open_checkpoint(model)
-    with beside(output, settings(checkpoint) | building.made_by(checkpoint), Progress()) as partial:
+    with beside(output, settings(checkpoint) | made_by(checkpoint), Progress()) as partial:
         yield checkpoint, partial
 
 
@@ -263,10 +272,15 @@ def verify(
     if prices:
         if memory is not None or level is not None:
             raise click.UsageError("--prices are checked with all experts at every level; leave out --memory and --level.")
+        from smoe.prep.checkpoint import open_checkpoint
+        from smoe.prep.verify_prices import text_of, verify_prices
+
         checked = verify_prices(bundle, open_checkpoint(model), held_out, Progress())
         _print(checked, text_of(checked), as_json)
         return
-    found = compare(bundle, model, held_out, memory, Progress(), level)
+    from smoe.prep.verify import verify
+
+    found = verify(bundle, model, held_out, memory, Progress(), level)
     lines = "\n".join(f"{name.replace('_', ' '):28} {value}" for name, value in found.items())
     _print(found, lines, as_json)
 

@@ -24,9 +24,9 @@ from smoe.prep.families import empty_model, refuse_without_seam, text_class
 from smoe.prep.fit import AT_RANDOM, SIZES
 from smoe.prep.fit import TOKENS as FIT_TOKENS
 from smoe.prep.pack import PAGE
-from smoe.prep.price import DEFAULT_TOKENS as DEFAULT_PRICES
 from smoe.prep.price import DRAWS, GRAPH
 from smoe.prep.profile import SAMPLE, TRACE
+from smoe.prep.recipe import PRICE_TOKENS
 from smoe.prep.weights import open_weights
 from smoe.runtime.memory import RUNTIME, SESSION
 from smoe.runtime.prices import KINDS
@@ -67,7 +67,7 @@ class Inspection:
 
 
 def inspect(
-    path: str | Path, encoding: str = "bf16", tokens: int = 65536, prices: int = DEFAULT_PRICES
+    path: str | Path, encoding: str = "bf16", tokens: int = 65536, prices: int = PRICE_TOKENS
 ) -> Inspection:
     """Look at the checkpoint directory `path`, which needs a config.json and no more, for a build in `encoding` with so
     many calibration `tokens`, of which so many for `prices`. A config that cannot be read, or is of a family that cannot be

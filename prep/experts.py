@@ -114,15 +114,20 @@ def mixed_outputs(
     On the seam an id that is the number of experts means no expert.
     """
     mixed, norms = torch.zeros_like(x), torch.zeros_like(weights)
-    count, k = expert_geometry(module)[0], ids.shape[1]
-    slots = ids.reshape(-1).argsort(stable=True).split(ids.reshape(-1).bincount(minlength=count + 1).tolist())
-    for expert, its in enumerate(slots[:count]):
-        if len(its):
-            tokens = its // k
-            y = expert_outputs(module, expert, x[tokens])
-            norms.view(-1)[its] = y.norm(dim=-1)
-            mixed.index_add_(0, tokens, y * weights.reshape(-1)[its, None])
+    for expert, tokens, its in slots_of(ids, expert_geometry(module)[0]):
+        y = expert_outputs(module, expert, x[tokens])
+        norms.view(-1)[its] = y.norm(dim=-1)
+        mixed.index_add_(0, tokens, y * weights.reshape(-1)[its, None])
     return mixed, norms
+
+
+def slots_of(ids: torch.Tensor, experts: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Every expert that `ids` int64 `[T, k]` name, with its tokens and its places in the flattened ids, in order."""
+    flat = ids.reshape(-1)
+    of = flat.argsort(stable=True).split(flat.bincount(minlength=experts + 1).tolist())
+    for expert, its in enumerate(of[:experts]):
+        if len(its):
+            yield expert, its // ids.shape[1], its
 
 
 def expert_weights(module: torch.nn.Module, expert: int) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ import torch
 
 from smoe.prep.checkpoint import Checkpoint
 from smoe.prep.errors import PrepError
-from smoe.prep.experts import expert_geometry, expert_outputs, experts_run_by, mixed_outputs
+from smoe.prep.experts import expert_geometry, expert_outputs, experts_run_by, mixed_outputs, slots_of
 
 
 @dataclass(frozen=True)
@@ -160,14 +160,13 @@ def _through_experts(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Per draw, gradients `[T, H]` at what the experts received and `[T, k]` at the mixing weights."""
     at_x, at_weights = torch.zeros_like(gradients), torch.zeros(len(gradients), *weights.shape)
-    for expert in ids[ids < expert_geometry(module)[0]].unique().tolist():
-        tokens, ranks = torch.where(ids == expert)
+    for expert, tokens, its in slots_of(ids, expert_geometry(module)[0]):
         with torch.enable_grad():
             received = x[tokens].detach().requires_grad_()
             y = expert_outputs(module, expert, received)
-        w = weights[tokens, ranks, None].float()
+        w = weights.reshape(-1)[its, None].float()
         for draw, g in enumerate(gradients):
-            at_weights[draw, tokens, ranks] = (g[tokens] * y.detach()).sum(-1)
+            at_weights[draw].view(-1)[its] = (g[tokens] * y.detach()).sum(-1)
             (found,) = torch.autograd.grad(y, received, w * g[tokens], retain_graph=True)
             at_x[draw].index_add_(0, tokens, found)
     return list(zip(at_x, at_weights, strict=True))

@@ -81,12 +81,17 @@ def mixed(module: torch.nn.Module, arrived: list[Arrived]) -> Iterator[tuple[tor
             yield output.reshape(slots.hidden.shape), norm
 
 
+def outputs(module: torch.nn.Module, arrived: list[Arrived]) -> Iterator[torch.Tensor]:
+    """The experts' output for every pass, as a `visit` of `lockstep` gives it."""
+    for output, _ in mixed(module, arrived):
+        yield output
+
+
 def as_trained(checkpoint: Checkpoint) -> Callable[[int, list[Arrived]], Iterator[torch.Tensor]]:
     """A `visit` that computes what the model itself would."""
 
     def visit(layer: int, arrived: list[Arrived]) -> Iterator[torch.Tensor]:
         with checkpoint.experts(layer) as module:
-            for output, _ in mixed(module, arrived):
-                yield output
+            yield from outputs(module, arrived)
 
     return visit

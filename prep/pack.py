@@ -19,17 +19,15 @@ from smoe.artifacts.encodings import encode_expert, encoding_named, fill_record,
 from smoe.artifacts.layout import ExpertShape, RecordLayout
 from smoe.artifacts.manifest import Experts, Gate, Manifest
 from smoe.artifacts.shard import write_shard
-from smoe.prep.calibration import Calibration
 from smoe.prep.checkpoint import Checkpoint
 from smoe.prep.errors import PrepError
-from smoe.prep.experts import expert_geometry, expert_inner, expert_weights, mixed_outputs, probe_gate
-from smoe.prep.lockstep import Arrived, lockstep
+from smoe.prep.experts import expert_geometry, expert_inner, expert_weights, probe_gate
+from smoe.prep.lockstep import Arrived, lockstep, outputs
 from smoe.prep.profile import batches, run
 from smoe.prep.progress import Progress
 from smoe.prep.quantise import Quantised, quantise, second_moment
 
 PAGE = 16384  # bytes: some aarch64 kernels use pages of this size
-QUANTISERS = ("calibrated", "nearest")
 COMMON = 256  # tokens of the layer at large, spread over the text, that every expert's second moment sees
 AT_ONCE = 256 << 20  # bytes of second moments in memory
 
@@ -64,28 +62,6 @@ def pack(
                 write_shard(file, layout, PAGE, _rounded(module, layout, experts.encoding), expert_geometry(module)[0])
         count.done(layer + 1, worked=not finished[layer])
     return experts
-
-
-def chosen_quantiser(encoding: str, asked: str | None, calibration: Calibration | None) -> str | None:
-    """How a nested encoding's codes are found, None for the others; a `PrepError` if that cannot be."""
-    name = encoding_named(encoding).name
-    if asked is not None and asked not in QUANTISERS:
-        raise PrepError(f"There is no quantiser {asked!r}; there are {' and '.join(QUANTISERS)}.")
-    if not name.startswith("nested"):
-        if asked is not None:
-            raise PrepError(f"--quantiser {asked} says how nested encodings are made; {name} has one way only.")
-        return None
-    quantiser = asked or QUANTISERS[0]
-    if quantiser == "calibrated" and calibration is None:
-        raise PrepError(
-            f"{name} is quantised on calibration text; give --calibration FILE, or --quantiser nearest for plain rounding."
-        )
-    return quantiser
-
-
-def quantiser_settings(encoding: str, asked: str | None) -> dict[str, str]:
-    """What an interrupted run must have in common with the next one."""
-    return {"--quantiser": asked or QUANTISERS[0]} if encoding.startswith("nested") else {}
 
 
 def unpacked(checkpoint: Checkpoint, encoding: str) -> Experts:
@@ -130,8 +106,7 @@ def _visit(
             write_shard(files[layer], calibrated.layout, PAGE, calibrated.records(), expert_geometry(module)[0])
             progress.say(f"pack: {checkpoint.layers[layer][0]}: {calibrated.report()}")
         count.done(layer + 1, worked=work)
-        for slots in arrived:
-            yield mixed_outputs(module, slots.tokens, slots.ids, slots.weights)[0].reshape(slots.hidden.shape)
+        yield from outputs(module, arrived)
 
 
 class _Calibrated:

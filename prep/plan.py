@@ -110,7 +110,8 @@ def choose(candidates: Sequence[Candidate], speed: float | None, loss: float | N
                 "more memory, or wish for less."
             )
         return min(able, key=lambda c: (c.loss, c.memory, -c.tokens_per_second))
-    able = [c for c in known if c.loss is not None and c.loss <= (loss or 0)]
+    # An account keeps to its budget, though a replay as short as this one may end above it.
+    able = [c for c in known if (c.policies.loss or c.loss or 0) <= (loss or 0)]
     if not able:
         raise PrepError(f"No way to run this within {loss} nats per token was tried; wish for another loss.")
     return max(able, key=lambda c: (c.tokens_per_second, -c.memory))

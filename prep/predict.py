@@ -21,8 +21,8 @@ from smoe.artifacts import safetensors_file
 from smoe.artifacts.tables import DISTANCES, PREDICTORS, load_tables, save_tables
 from smoe.prep.checkpoint import Checkpoint
 from smoe.prep.errors import PrepError
-from smoe.prep.experts import expert_geometry, experts_run_by, mixed_outputs
-from smoe.prep.lockstep import Arrived, lockstep
+from smoe.prep.experts import expert_geometry, experts_run_by
+from smoe.prep.lockstep import Arrived, lockstep, outputs
 from smoe.prep.profile import Scores, batches, run
 from smoe.prep.progress import Progress
 from smoe.prep.statistics import activity
@@ -82,9 +82,7 @@ class _Learner:
         self.tables.append(self._learn(layer, now))
         self._before.appendleft(now)
         with self._checkpoint.experts(layer) as module:
-            for slots in arrived:
-                mixed, _ = mixed_outputs(module, slots.tokens, slots.ids, slots.weights)
-                yield mixed.reshape(slots.hidden.shape)
+            yield from outputs(module, arrived)
         self._count.done(layer + 1)
 
     def _learn(self, layer: int, now: _Layer) -> dict[str, np.ndarray]:

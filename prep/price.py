@@ -29,7 +29,6 @@ from smoe.prep.progress import Progress
 from smoe.prep.statistics import activity
 from smoe.runtime import kernels
 
-DEFAULT_TOKENS = 8192  # of the calibration text
 DRAWS = 4  # of labels per position: more draws are cheaper than more tokens, up to about here
 TOGETHER = 4096  # tokens whose graph is in memory at once; a larger sample takes two sweeps for each so many,
 GRAPH = 800_000_000  # or fewer, so that it takes no more bytes than this, if one row does not

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import transformers
+from typing import TYPE_CHECKING
 
-from smoe.prep.estimate import Inspection
 from smoe.prep.progress import duration
 from smoe.prep.traces import Trace
 
+if TYPE_CHECKING:
+    from smoe.prep.estimate import Inspection
 
-def families_text(found: list[dict[str, str]]) -> str:
-    lines = [f"{len(found)} families of transformers {transformers.__version__} offer the experts interface:"]
+
+def families_text(found: list[dict[str, str]], version: str) -> str:
+    lines = [f"{len(found)} families of transformers {version} offer the experts interface:"]
     for family in found:
         lines.append(f"  {family['family']:22} {family['experts']:24} {family['text'] or 'no model generates text'}")
     return "\n".join(lines)

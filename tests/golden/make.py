@@ -18,8 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from smoe.artifacts import safetensors_file
-from smoe.prep.build import Recipe, build
+from smoe.prep.build import build
 from smoe.prep.calibration import Calibration
+from smoe.prep.recipe import Recipe
 
 LINES = ["def main(argument): return argument + 1", "Grüße aus Köln: ä, ö, ü und ß", "日本語のテキスト 🙂 emoji"] * 4
 CHAT = (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +15,29 @@ import pytest
 
 pytest.importorskip("torch", reason="prep needs its extra; the lean environment does not run these tests")
 
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pico
 from transformers import AutoModelForCausalLM
+
+from smoe.prep.__main__ import main
 
 
 @pytest.fixture(scope="session")
 def smoe_prep():
-    """smoe_prep(*arguments) -> the finished process of the command as a user types it."""
+    """smoe_prep(*arguments) -> what the command does as a user types it: exit status, stdout, stderr. It runs in this process,
+    since loading torch takes longer than what most tests ask for; an exception that the command lets out fails the test."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "smoe.prep", *map(str, arguments)],
-            capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, "argv", ["smoe-prep", *map(str, arguments)])
+            try:
+                main()
+                status = 0
+            except SystemExit as done:
+                status = int(done.code or 0)
+        return subprocess.CompletedProcess(sys.argv, status, out.getvalue(), err.getvalue())
 
     return run
 
@@ -64,9 +76,10 @@ def ids_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory, checkpoints, ids_file):
     """family -> its pico bundle in f32, built once."""
-    from smoe.prep.build import Recipe, build
+    from smoe.prep.build import build
     from smoe.prep.calibration import Calibration
     from smoe.prep.progress import Progress
+    from smoe.prep.recipe import Recipe
 
     made: dict[str, Path] = {}
 
@@ -89,9 +102,10 @@ def reference_model(root):
 @pytest.fixture(scope="session")
 def reference_bundle(root, tmp_path_factory) -> Path:
     """The example model in f32."""
-    from smoe.prep.build import Recipe, build
+    from smoe.prep.build import build
     from smoe.prep.calibration import Calibration
     from smoe.prep.progress import Progress
+    from smoe.prep.recipe import Recipe
 
     out = tmp_path_factory.mktemp("reference") / "reference.smoe"
     text = Calibration(str(root / "examples" / "calibration.jsonl"), tokens=2048)

@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM
 
 from smoe.artifacts import BundleError, open_bundle, safetensors_file
 from smoe.artifacts.encodings import decode_expert, record_layout
-from smoe.prep.build import Recipe, build
+from smoe.prep.build import build
 from smoe.prep.calibration import Calibration
 from smoe.prep.checkpoint import open_checkpoint
 from smoe.prep.errors import PrepError
 from smoe.prep.pack import pack
 from smoe.prep.profile import profile
 from smoe.prep.progress import Progress
+from smoe.prep.recipe import Recipe
 from smoe.runtime.store import Shards
 
 QUIET = Progress(True)

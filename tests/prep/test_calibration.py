@@ -79,8 +79,7 @@ def test_a_bad_source_is_a_sentence(pico, tmp_path, name, content, options, said
         Calibration(str(tmp_path / name), **options).rows(pico)
 
 
-def test_a_name_that_is_no_dataset_is_a_sentence(pico, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_name_that_is_no_dataset_is_a_sentence(pico):
     with pytest.raises(PrepError, match="dataset 'no-such/thing' cannot be loaded"):
         Calibration("no-such/thing[sub](train):5").rows(pico)
 

@@ -73,8 +73,9 @@ def test_a_bundle_with_planes_has_prices_of_its_levels(smoe_prep, checkpoints, i
 
 def test_a_model_that_cannot_be_differentiated_is_built_without(checkpoints, ids_file, tmp_path, monkeypatch, capsys):
     from smoe.prep import price
-    from smoe.prep.build import Recipe, build
+    from smoe.prep.build import build
     from smoe.prep.errors import PrepError
+    from smoe.prep.recipe import Recipe
 
     def refuses(*_):
         raise PrepError("this one has no gradient")

@@ -88,6 +88,8 @@ def test_wishes():
     every = [faster, unknown, slow, fast]
     assert choose(every, 15, None) == fast and choose(every, 5, None) == slow and choose(every, None, 0.01) == fast
     assert choose(every, None, 0) == slow and choose([*every, _candidate(10, 0.0, 0)], 5, None).memory == 0
+    over = dataclasses.replace(fast, loss=0.0031)  # a short replay may end above what its account allows
+    assert choose([slow, over], None, 0.003) == over
     with pytest.raises(PrepError, match="31 tokens per second are out of reach; the fastest way gives 99.0"):
         choose(every, 31, None)
     with pytest.raises(PrepError, match="within 0.001 nats"):

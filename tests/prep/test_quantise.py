@@ -9,14 +9,15 @@ import torch
 
 from smoe.artifacts import nested, open_bundle, record_layout
 from smoe.artifacts.encodings import decode_expert
-from smoe.prep.build import Recipe, build
+from smoe.prep.build import build
 from smoe.prep.calibration import Calibration
 from smoe.prep.checkpoint import open_checkpoint
 from smoe.prep.errors import PrepError
 from smoe.prep.experts import expert_weights
-from smoe.prep.pack import chosen_quantiser, pack
+from smoe.prep.pack import pack
 from smoe.prep.progress import Progress
 from smoe.prep.quantise import quantise, second_moment
+from smoe.prep.recipe import Recipe, chosen_quantiser
 from smoe.runtime import Engine
 from smoe.runtime.store import Shards
 

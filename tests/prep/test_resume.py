@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from smoe.artifacts import open_bundle
-from smoe.prep.build import Recipe, build
+from smoe.prep.build import build
 from smoe.prep.calibration import Calibration
 from smoe.prep.errors import PrepError
 from smoe.prep.progress import Progress
+from smoe.prep.recipe import Recipe
 from smoe.prep.resume import MARKER, Finished, beside
 from smoe.prep.statistics import LayerSums
 

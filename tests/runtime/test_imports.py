@@ -42,6 +42,12 @@ def test_artifacts_need_numpy_and_the_standard_library():
     assert not [n for n in loaded if n.split(".")[0] in ("onnxruntime", "tokenizers", "jinja2", "click")]
 
 
+def test_help_and_replays_of_smoe_prep_load_none_of_the_extras(golden):
+    for command in ("['--help']", f"['simulate', {str(golden)!r}, '--residency', '0.5']"):
+        loaded = _loaded(f"from smoe.prep.cli import cli; cli({command}, standalone_mode=False)")
+        assert "smoe.prep.cli" in loaded and not [name for name in loaded if name.split(".")[0] in EXTRAS]
+
+
 def test_smoe_prep_without_its_extra_says_what_to_install():
     code = """
 import sys
@@ -50,7 +56,7 @@ class Absent:
         if name.split(".")[0] in ("torch", "transformers"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
-sys.argv = ["smoe-prep", "--help"]
+sys.argv = ["smoe-prep", "export", "model", "-o", "out"]
 from smoe.prep.__main__ import main
 main()
 """
