@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ from smoe.prep.statistics import LayerSums
 # In a directory that is being written: it is ours, held by the process that writes, and says with which settings.
 MARKER = "smoe-prep.lock"
 FINISHED = "finished"  # what later stages or runs need of those that are done, and the output does not
+BLOCK = 4 << 20  # bytes written at once
 
 
 @contextlib.contextmanager
@@ -148,7 +150,7 @@ class Finished:
     def keeping(self, layer: int, outputs: Iterator[torch.Tensor], sums: LayerSums) -> Iterator[torch.Tensor]:
         """Pass `outputs` on and keep them; at the end keep `sums`, which says that the layer is finished."""
         file = self._directory / f"{layer:02d}.outputs"
-        with open(file, "wb") as opened:
+        with _Direct(file) as opened:
             for output in outputs:
                 opened.write(output.contiguous().numpy().reshape(-1).view(np.uint8).data)
                 yield output
@@ -170,6 +172,47 @@ class Finished:
         for layer in list(self._written):
             self._settle(layer)
         shutil.rmtree(self._directory)
+
+
+class _Direct:
+    """A file that is written past the page cache where that can be: emptying it takes the processors from the model."""
+
+    def __init__(self, path: Path):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        try:
+            self._file = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
+        except OSError:
+            self._file = os.open(path, flags, 0o666)
+        self._block = mmap.mmap(-1, BLOCK)  # aligned
+        self._filled = 0
+
+    def __enter__(self) -> _Direct:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                fcntl.fcntl(self._file, fcntl.F_SETFL, 0)  # the rest is no whole number of sectors
+                self._flush()
+        finally:
+            os.close(self._file)
+            self._block.close()
+
+    def write(self, data: memoryview) -> None:
+        while data:
+            room = min(BLOCK - self._filled, len(data))
+            self._block[self._filled : self._filled + room] = data[:room]
+            self._filled, data = self._filled + room, data[room:]
+            if self._filled == BLOCK:
+                self._flush()
+
+    def _flush(self) -> None:
+        with memoryview(self._block) as whole, whole[: self._filled] as left:
+            at = 0
+            while at < len(left):
+                with left[at:] as rest:
+                    at += os.write(self._file, rest)
+        self._filled = 0
 
 
 def write_whole(path: Path, text: str) -> None:

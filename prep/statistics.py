@@ -59,13 +59,13 @@ class LayerSums:
         active = activity(ids, len(self.counts))
         real = ids < len(self.counts)
         ids, weights, norms = ids[real], weights[real], norms[real]
-        counted = active.astype(np.float64)  # exact up to 2^53, and BLAS multiplies it
+        counted = active.astype(np.float32)  # exact below 2^24 tokens, and BLAS multiplies it
         self.counts += active.sum(0)
         for total, values in ((self.gate_mass, weights), (self.weighted_norm, weights * norms), (self.norm, norms)):
             total += np.bincount(ids, values, len(total))
         self.together += (counted.T @ counted).astype(np.int64)
         if before is not None:
-            self.transition += (before.astype(np.float64).T @ counted).astype(np.int64)
+            self.transition += (before.astype(np.float32).T @ counted).astype(np.int64)
         return active
 
     def add_scores(self, scores: np.ndarray) -> None:

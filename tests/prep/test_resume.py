@@ -85,7 +85,7 @@ def test_a_finished_layer_comes_back_to_the_bit(tmp_path):
     sums = LayerSums.zeros(5, 4)
     sums.add_routing(random.integers(0, 5, (7, 1)), random.random((7, 1)), random.random((7, 1)), None)
     sums.add_scores(random.random((7, 5)))
-    outputs = [torch.rand(1, 3, 6), torch.rand(2, 2, 6)]
+    outputs = [torch.rand(1, 3, 6), torch.rand(2, 300, 5003), torch.rand(2, 2, 6)]  # less and more than is written at once
     finished = Finished(tmp_path)
     assert finished.sums(0, sums) is None
     kept = list(finished.keeping(0, iter(outputs), sums))
