@@ -64,22 +64,23 @@ class PriceSums:
     def tables(self) -> dict[str, np.ndarray]:
         """The price tables of this layer, names and dtypes as in `artifacts.tables.TABLES`.
 
-        An expert's moments hold `PRIOR` tokens of the layer at large besides its own: its products over all sampled
-        tokens, times how much larger own moments are than those, over all experts.
+        An expert's moments hold `PRIOR` tokens of the layer besides its own: of its own output those of all slots, of the
+        others' outputs those of all tokens, times how much larger own moments are than those. What its own output does to
+        tokens that were not sent to it says little: an expert for another kind of text is nearly silent there.
         """
         n = self.sampled[:, None] + PRIOR
-        own = np.diag(self.square)
-        at_large = self.any_square / max(1, self.tokens)
-        larger = own.sum() / max(1e-300, (at_large * self.sampled).sum())
-        scale = larger * PRIOR / max(1, self.tokens)
+        slots, tokens = max(1, self.slots), max(1, self.tokens)
+        own = np.diag(self.square).sum()
+        larger = own / max(1e-300, (self.any_square * self.sampled).sum() / tokens)
+        cross, square = (PRIOR * larger / tokens * np.broadcast_to(of, self.cross.shape).copy() for of in (self.any_cross, self.any_square))
+        np.fill_diagonal(cross, PRIOR * own / slots)
+        np.fill_diagonal(square, PRIOR * own / slots)
         found = {
             "price_sampled": self.sampled,
-            "price_cross": ((self.cross + self.any_cross * scale) / n).astype(np.float32),
-            "price_standin": ((self.square + self.any_square * scale) / n).astype(np.float32),
+            "price_cross": ((self.cross + cross) / n).astype(np.float32),
+            "price_standin": ((self.square + square) / n).astype(np.float32),
         }
         if self.level.shape[1]:
-            # No expert's error is like another's in size, but relative to its own moment it is.
-            relative = PRIOR * (at_large * larger)[:, None] / max(1e-300, own.sum())
-            found["price_level"] = ((self.level + relative * self.level.sum(0)) / n).astype(np.float32)
-            found["price_packed"] = ((self.packed + relative[:, 0] * self.packed.sum()) / n[:, 0]).astype(np.float32)
+            found["price_level"] = ((self.level + PRIOR * self.level.sum(0) / slots) / n).astype(np.float32)
+            found["price_packed"] = ((self.packed + PRIOR * self.packed.sum() / slots) / n[:, 0]).astype(np.float32)
         return found

@@ -96,12 +96,18 @@ def test_the_sums_are_those_of_loops():
 
 def test_tables_are_means_drawn_towards_the_layer():
     random = np.random.default_rng(1)
-    found = (random.standard_normal((2, 4000, 3)) * [1, 2, 3]).astype(np.float32)
+    found = (random.standard_normal((2, 4000, 3)) * [1, 2, 0.01]).astype(np.float32)
     active = np.stack([np.ones(4000, bool), random.random(4000) < 0.5, np.zeros(4000, bool)], 1)
-    sums = PriceSums.zeros(3, 1)
+    sums = PriceSums.zeros(3, 2)
     sums.add(found, active)
+    for expert in (0, 1):
+        n = int(active[:, expert].sum())
+        sums.add_levels(expert, np.full((2, n, 2), [0.5 + expert, 0]), np.zeros((2, n)))
     tables = sums.tables()
-    assert np.allclose(np.diag(tables["price_standin"]), [1, 4, 9], rtol=0.1), "also of the one that no token reached"
+    # No token reached the last one, which is silent where others work: its own moments are those of the layer's slots.
+    assert np.allclose(np.diag(tables["price_standin"]), [1, 4, 2], rtol=0.1)
+    assert np.allclose(tables["price_level"], [[0.25, 0], [2.25, 0], [(0.25 * 4000 + 2.25 * 2000) / 6000, 0]], rtol=0.05)
+    assert tables["price_standin"][0, 2] < 0.01, "as a stand-in it is as silent as it was"
     assert np.array_equal(np.diag(tables["price_standin"]), np.diag(tables["price_cross"]))
     only = np.square(found[..., 0].astype(np.float64)).mean()
     assert np.isclose(tables["price_standin"][0, 0], only, rtol=2 * PRIOR / 4000)
