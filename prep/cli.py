@@ -18,7 +18,7 @@ import click
 import numpy as np
 
 from smoe.artifacts.encodings import ENCODINGS
-from smoe.prep.calibration import DEFAULT_TOKENS, Calibration
+from smoe.prep.calibration import DEFAULT_TOKENS, MINIMUM, Calibration
 from smoe.prep.plan import choose
 from smoe.prep.plan import plan as make_plan
 from smoe.prep.plan import text_of as plan_text
@@ -137,9 +137,11 @@ def _source(calibration: str | None, tokens: int | None, seed: int) -> Calibrati
 @click.argument("model", type=click.Path(path_type=Path), required=False)
 @click.option("--families", "list_families", is_flag=True, help="List the families that can be prepared, instead.")
 @_encoding
-@click.option("--tokens", type=int, default=DEFAULT_TOKENS, show_default=True, help="Of calibration text.")
 @click.option(
-    "--prices", type=int, default=PRICE_TOKENS, show_default=True, help="Of these for prices; 0: no prices."
+    "--tokens", type=click.IntRange(MINIMUM), default=DEFAULT_TOKENS, show_default=True, help="Of calibration text."
+)
+@click.option(
+    "--prices", type=click.IntRange(0), default=PRICE_TOKENS, show_default=True, help="Of these for prices; 0: no prices."
 )
 @_json
 def inspect(
@@ -385,7 +387,7 @@ def plan(
     found = make_plan(bundle, about, budgets, context, smoe, lambda runs: progress.over(runs, "plan", "runs", len(runs)))
     wished = choose(found, speed, loss) if speed is not None or loss is not None else None
     data = {"candidates": [c.as_dict() for c in found], "chosen": wished.as_dict() if wished else None}
-    _print(data, plan_text(bundle, about, found, wished), as_json)
+    _print(data, plan_text(bundle, about, found, wished, context), as_json)
 
 
 def _print(data: dict, text: str, as_json: bool) -> None:

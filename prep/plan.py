@@ -101,13 +101,16 @@ def choose(candidates: Sequence[Candidate], speed: float | None, loss: float | N
     """The one of least loss that is as fast as `speed` (tokens per second), or the fastest within `loss` (nats per
     token; None: lossless). Where none is, a `PrepError` says what there is."""
     known = [c for c in candidates if c.loss is not None]
+    if not known:
+        raise PrepError("This bundle has no prices, so that what these ways lose is not known; build it with --prices.")
     if speed is not None:
         able = [c for c in known if c.tokens_per_second >= speed]
         if not able:
-            best = max(candidates, key=lambda c: c.tokens_per_second)
+            best = max(c.tokens_per_second for c in known)
+            faster = " (without prices in the bundle, what faster ways lose is not known)" if len(known) < len(candidates) else ""
             raise PrepError(
-                f"{speed:g} tokens per second are out of reach; the fastest way gives {best.tokens_per_second:.1f}. Allow "
-                "more memory, or wish for less."
+                f"{speed:g} tokens per second are out of reach; the fastest way gives {best:.1f}{faster}. Allow more memory, "
+                "or wish for less."
             )
         return min(able, key=lambda c: (c.loss, c.memory, -c.tokens_per_second))
     # An account keeps to its budget, though a replay as short as this one may end above it.
@@ -226,7 +229,9 @@ def _replaced(prices: LayerPrices, step: Step, chosen: Chosen, experts: int) -> 
     return float(total + prices.skip(old[gone], step.weights[gone]).sum())
 
 
-def text_of(bundle: Path, device: Device, candidates: Sequence[Candidate], chosen: Candidate | None) -> str:
+def text_of(
+    bundle: Path, device: Device, candidates: Sequence[Candidate], chosen: Candidate | None, context: int | None = None
+) -> str:
     """For people."""
     lines = [
         f"device: backbone {device.backbone_seconds * 1e3:.2f} ms a token, an expert "
@@ -241,5 +246,6 @@ def text_of(bundle: Path, device: Device, candidates: Sequence[Candidate], chose
             f"{memory.show(int(c.bytes_per_token)):>10}  {c.options or 'lossless'}"
         )
     if chosen is not None:
-        lines.append(f"smoe run {bundle} --memory {memory.show(chosen.memory, up=True)} {chosen.options}".rstrip())
+        length = "" if context is None else f"--context {context} "
+        lines.append(f"smoe run {bundle} --memory {memory.show(chosen.memory, up=True)} {length}{chosen.options}".rstrip())
     return "\n".join(lines)

@@ -55,7 +55,7 @@ _engine = _options(
         type=click.IntRange(1),
         help="Threads of backbone and experts. Default: as many as pay, and as there are processors.",
     ),
-    click.option("--level", type=int, help="Planes of every expert to read: fewer is lossy. Default: all."),
+    click.option("--level", type=int, help="LOSSY. Planes of every expert to read. Default: all, lossless."),
     click.option(
         "--eviction", help=f"Which resident expert goes: {', '.join(EVICTIONS)}. Default: {POLICIES.eviction}."
     ),

@@ -78,14 +78,17 @@ class Device:
                 tuple(map(int, found["record_bytes"])),
                 str(found["kernels"]),
             )
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise EngineError(f"{path} is no device description ({error}); write one with smoe bench --device.") from error
         rows, sizes = made.layer_seconds, made.record_bytes
         if not (rows and len(rows) == len(sizes) and len({len(row) for row in rows}) == 1 and len(rows[0]) >= 2):
             raise EngineError(f"{path}: layer_seconds has a row for each of record_bytes, and in each k + 1 times.")
-        values = np.array([made.memory, made.read_latency, made.read_bandwidth, made.backbone_seconds, *np.ravel(rows)])
-        if not (np.isfinite(values).all() and (values >= 0).all() and made.read_bandwidth > 0 and min(sizes) > 0):
-            raise EngineError(f"{path}: times and sizes are finite and not negative, and bytes and bandwidth not zero.")
+        values = np.array([made.read_latency, made.read_bandwidth, made.backbone_seconds, *np.ravel(rows)])
+        above = min(made.read_bandwidth, made.backbone_seconds, *sizes) > 0 and max(made.memory, *sizes) < 1 << 60
+        if not (np.isfinite(values).all() and (values >= 0).all() and made.memory >= 0 and above):
+            raise EngineError(
+                f"{path}: times and sizes are finite and not negative, and bytes, bandwidth and the backbone's time not zero."
+            )
         if not (np.diff(sizes) > 0).all():
             raise EngineError(f"{path}: record_bytes rise from level to level.")
         return made

@@ -62,9 +62,13 @@ class Engine:
         self._sequence = Sequence(manifest.backbone.state, plan.context)
         self.reading = store.choose(path, manifest, level, io, plan)
         self._shards = store.Shards(path, manifest, level, self.reading.io)
-        self._experts = Experts(
-            manifest, plan, self._shards, self._kernels, policies, Tables(path, manifest), self.stats
-        )
+        try:
+            self._experts = Experts(
+                manifest, plan, self._shards, self._kernels, policies, Tables(path, manifest), self.stats
+            )
+        except BaseException:
+            self._shards.close()
+            raise
         self._pinned = ""
 
     @classmethod
@@ -149,16 +153,17 @@ class Engine:
     def _policy_lines(self) -> list[str]:
         if self.plan.capacity == self.plan.experts:
             return []
-        p = self.policies
+        p, level = self.policies, self._shards.level
+        beside = f" than level {level}" if level < len(self._shards.layouts[0].levels) else ""
         return [
             f"policies: eviction {p.eviction}{' in shares by layer' if p.shares else ''}, "
             f"{'warm' if p.warm else 'cold'} start, prefetch {p.prefetch}, "
             + (
-                f"at most {p.loss} nats per token for reading less, {CAP:.0f} tokens' worth saved up"
+                f"at most {p.loss} nats per token for reading less{beside}, {CAP:.0f} tokens' worth saved up"
                 if p.loss
                 else f"substitution {p.substitution}"
             )
-            + (" (lossless)" if p.lossless else " (lossy)")
+            + (" (lossless)" if self.lossless else " (lossy)")
         ]
 
     def _level_line(self) -> str:

@@ -23,11 +23,14 @@ NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE on x86-64
 
 def aligned(rows: int, nbytes: int, reserve: bool = True) -> np.ndarray:
     """uint8 `[rows, nbytes]` that starts on a page boundary, as reading past the page cache wants it; not touched yet.
-    Without `reserve` it may be more than the system has."""
+    Without `reserve` it may be more than the system has. A `MemoryError` if the system does not give it."""
     flags = {}
     if hasattr(mmap, "MAP_PRIVATE"):  # only pages of a private mapping can be given back
         flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0 if reserve else NO_RESERVE)}
-    mapping = mmap.mmap(-1, max(1, rows * nbytes), **flags)
+    try:
+        mapping = mmap.mmap(-1, max(1, rows * nbytes), **flags)
+    except OSError as error:
+        raise MemoryError(f"{rows * nbytes} bytes: {error.strerror}") from error
     return np.frombuffer(mapping, np.uint8, rows * nbytes).reshape(rows, nbytes)
 
 
@@ -52,7 +55,9 @@ class Places:
         for place in np.flatnonzero(self._used > nbytes).tolist():
             start, end = (self.rows[place].ctypes.data + int(of[place]) for of in (nbytes, self._used))
             start += -start % mmap.PAGESIZE
-            self._advise(start, max(0, end - start), mmap.MADV_DONTNEED)
+            end -= end % mmap.PAGESIZE  # the system would round up, into the next place
+            if end > start:
+                self._advise(start, end - start, mmap.MADV_DONTNEED)
         self._used[:] = nbytes
 
 

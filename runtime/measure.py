@@ -82,8 +82,10 @@ def read_documents(path: Path) -> list[tuple[str, str]]:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             record = json.loads(line)
+            if not isinstance(record["text"], str):
+                raise ValueError("text is no string")
             documents.append((str(record.get("domain", "")), record["text"]))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise EngineError(f'{path}, line {number}: {{"text": ..., "domain": ...}} is wanted ({error}).') from error
     return documents
 

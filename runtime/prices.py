@@ -84,6 +84,9 @@ class Prices:
                 f"This bundle has no prices (its tables lack {', '.join(sorted(set(missing))) or 'all layers'}); build "
                 "it again with --prices, or run it without a loss budget."
             )
+        for name, of in ((name, of) for of in tables for name in PRICE_TABLES if name in of):
+            if not np.isfinite(of[name]).all() or (name != "price_cross" and (of[name] < 0).any()):
+                raise EngineError(f"This bundle's {name} holds values that are no prices; build it again, or run it without --loss.")
         return cls(tuple(_layer(of, of["price_fit"] if fitted else AS_IT_IS) for of in tables))
 
 

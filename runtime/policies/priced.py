@@ -18,6 +18,7 @@ from smoe.runtime.prices import LayerPrices, Prices
 
 CAP = 16.0  # tokens' worth of nats that may be saved up
 GAIN, PULL = 0.1, 0.02  # per token: how fast `worth` follows what was spent, and what is saved up
+SPAN = 1e4  # how far `worth` may go from where it began: beyond, all is bought or nothing, and the way back is long
 KEEP = 0.35  # how much of what a byte is worth counts for keeping it: in time it may come cheaper, or be done without
 
 
@@ -28,6 +29,7 @@ class LossBudget:
     def __init__(self, rate: float, layers: int, worth: float):
         self.rate, self.worth, self.balance = rate, worth, rate * CAP / 2
         self._layers, self._token, self._spent = layers, 0.0, 0.0
+        self._range = worth / SPAN, worth * SPAN
 
     def begin(self, layer: int, tokens: int) -> None:
         """A step of so many tokens reaches a layer."""
@@ -51,7 +53,7 @@ class LossBudget:
     def _follow(self) -> None:
         under = float(np.clip(1 - self._token / self.rate, -1, 1))
         saved = self.balance / (self.rate * CAP) * 2 - 1
-        self.worth *= float(np.exp(GAIN * under + PULL * saved))
+        self.worth = float(np.clip(self.worth * np.exp(GAIN * under + PULL * saved), *self._range))
 
 
 class PlaneWorth:

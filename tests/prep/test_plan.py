@@ -90,8 +90,10 @@ def test_wishes():
     assert choose(every, None, 0) == slow and choose([*every, _candidate(10, 0.0, 0)], 5, None).memory == 0
     over = dataclasses.replace(fast, loss=0.0031)  # a short replay may end above what its account allows
     assert choose([slow, over], None, 0.003) == over
-    with pytest.raises(PrepError, match="31 tokens per second are out of reach; the fastest way gives 99.0"):
+    with pytest.raises(PrepError, match="31 tokens per second are out of reach; the fastest way gives 30.0 .without prices"):
         choose(every, 31, None)
+    with pytest.raises(PrepError, match="has no prices"):
+        choose([unknown], 31, None)
     with pytest.raises(PrepError, match="within 0.001 nats"):
         choose([faster, unknown], None, 0.001)
 
@@ -102,7 +104,7 @@ def test_the_command(reference_bundle, smoe_prep, tmp_path, budget):
     done = smoe_prep(*common, "--memory", str(budget), "--loss", "0.01")
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
-    assert last.startswith(f"smoe run {reference_bundle} --memory ") and last.endswith("--loss 0.01")
+    assert last.startswith(f"smoe run {reference_bundle} --memory ") and last.endswith(" --context 256 --loss 0.01")
     done = smoe_prep(*common, "--memory", str(budget), "--speed", "1e9")
     assert done.returncode == 1 and "out of reach" in done.stderr and "Traceback" not in done.stderr
     done = smoe_prep(*common, "--speed", "1", "--loss", "0.01")

@@ -118,3 +118,7 @@ def test_the_command_prints_it_for_people_and_as_json(golden, text, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"txt": "x"}\n')
     with pytest.raises(EngineError, match="bad.jsonl, line 1"):
         read_documents(tmp_path / "bad.jsonl")
+    for text in ('{"text": 5}', '{"text": null}', "5", "[" * 100_000):
+        (tmp_path / "bad.jsonl").write_text(f'{{"text": "good"}}\n{text}\n')
+        with pytest.raises(EngineError, match="bad.jsonl, line 2"):
+            read_documents(tmp_path / "bad.jsonl")

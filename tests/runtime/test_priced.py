@@ -140,6 +140,23 @@ def test_worth_follows_what_is_spent():
     assert 0.3 < found[0] / found[1] < 3
 
 
+def test_worth_stays_finite_where_nothing_can_be_spent_and_comes_back():
+    random = np.random.default_rng(2)
+    prices = Prices.of([_tables(random)])
+    account = LossBudget(1e-3, 1, 1e-9)
+    for _ in range(20_000):
+        account.begin(0, 1)
+    assert np.isfinite(account.worth) and account.balance == 1e-3 * CAP
+    priced = Priced(prices, [SIZES], account)
+    for _ in range(300):
+        priced(_choice(random, 1))
+    fresh = LossBudget(1e-3, 1, 1e-9)
+    priced = Priced(prices, [SIZES], fresh)
+    for _ in range(300):
+        priced(_choice(random, 1))
+    assert 0.3 < account.worth / fresh.worth < 3
+
+
 def test_a_long_prompt_saves_up_no_more_than_the_cap():
     account = LossBudget(0.01, 3, 1e-9)
     for layer in range(3):
@@ -357,6 +374,16 @@ def test_places_take_memory_only_as_far_as_they_are_in_use():
         assert all((places.rows[p, : n * page] == p + 1).all() for p, n in enumerate(held))
 
 
+def test_what_is_given_back_never_reaches_into_the_next_place():
+    nbytes = 3 * mmap.PAGESIZE // 2  # no whole number of pages
+    places = Places(3, nbytes, most=3 * nbytes)
+    places.keep(np.array([nbytes] * 3))
+    places.rows[:] = 7
+    for first in (mmap.PAGESIZE // 2, mmap.PAGESIZE, 0):
+        places.keep(np.array([first, nbytes, nbytes]))
+        assert (places.rows[0, :first] == 7).all() and (places.rows[1:] == 7).all()
+
+
 def test_places_that_are_all_in_use_keep_their_pages():
     places = Places(3, 2 * mmap.PAGESIZE)
     places.rows[:] = 7
@@ -375,9 +402,27 @@ def test_misuse_is_a_sentence(priced_bundle, policies, sentence):
         Engine.open(priced_bundle, _budget(priced_bundle, 6), 300, policies=policies)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not say which files are open")
+def test_an_engine_that_is_refused_leaves_no_file_open(goldens):
+    before = len(os.listdir("/proc/self/fd"))
+    for policies in (Policies(loss=0.01), Policies(eviction="mru"), Policies(prefetch="predicted:1")):
+        with pytest.raises(EngineError):
+            Engine.open(goldens[2], _budget(goldens[2], 6), 300, policies=policies)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_bundle_without_prices_takes_no_loss_budget(goldens):
     with pytest.raises(EngineError, match=r"This bundle has no prices.*--prices"):
         Engine.open(goldens[2], _budget(goldens[2], 6), 300, policies=Policies(loss=0.01))
+
+
+@pytest.mark.parametrize("name, value", [("price_fit", np.nan), ("price_fit", -1), ("price_standin", np.inf), ("price_level", -1e-3)])
+def test_values_that_are_no_prices_are_refused(name, value):
+    tables = [_tables(np.random.default_rng(0)) for _ in range(2)]
+    assert len(Prices.of(tables).layers) == 2
+    tables[1][name] = np.full_like(tables[1][name], value)
+    with pytest.raises(EngineError, match=f"{name} holds values that are no prices"):
+        Prices.of(tables)
 
 
 def test_a_loss_budget_where_all_fits_has_no_effect_and_is_refused(priced_bundle):
