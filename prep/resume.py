@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from smoe.artifacts import safetensors_file
 from smoe.prep.errors import PrepError
 from smoe.prep.progress import Progress
 from smoe.prep.statistics import LayerSums
+from smoe.runtime.machine import aligned
 
 # In a directory that is being written: it is ours, held by the process that writes, and says with which settings.
 MARKER = "smoe-prep.lock"
@@ -152,7 +152,7 @@ class Finished:
         file = self._directory / f"{layer:02d}.outputs"
         with _Direct(file) as opened:
             for output in outputs:
-                opened.write(output.contiguous().numpy().reshape(-1).view(np.uint8).data)
+                opened.write(output.contiguous().numpy().reshape(-1).view(np.uint8))
                 yield output
         self._settle(layer - 1)
         self._written[layer] = self._writer.submit(self._finish, layer, file, sums)
@@ -183,7 +183,7 @@ class _Direct:
             self._file = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
         except OSError:
             self._file = os.open(path, flags, 0o666)
-        self._block = mmap.mmap(-1, BLOCK)  # aligned
+        self._block = aligned(1, BLOCK)[0]
         self._filled = 0
 
     def __enter__(self) -> _Direct:
@@ -196,10 +196,10 @@ class _Direct:
                 self._flush()
         finally:
             os.close(self._file)
-            self._block.close()
 
-    def write(self, data: memoryview) -> None:
-        while data:
+    def write(self, data: np.ndarray) -> None:
+        """Append uint8 `[n]`."""
+        while len(data):
             room = min(BLOCK - self._filled, len(data))
             self._block[self._filled : self._filled + room] = data[:room]
             self._filled, data = self._filled + room, data[room:]
@@ -207,11 +207,9 @@ class _Direct:
                 self._flush()
 
     def _flush(self) -> None:
-        with memoryview(self._block) as whole, whole[: self._filled] as left:
-            at = 0
-            while at < len(left):
-                with left[at:] as rest:
-                    at += os.write(self._file, rest)
+        left = self._block[: self._filled]
+        while len(left):
+            left = left[os.write(self._file, left) :]
         self._filled = 0
 
 
