@@ -221,6 +221,14 @@ def test_every_substitution_runs_and_is_counted(golden, answer, budget, wanted, 
         assert "(lossy)" in "\n".join(engine.mode_lines())
 
 
+def test_fewer_planes_are_lossy_whatever_the_policies(goldens):
+    for level, said in ((1, "(lossy)"), (None, "(lossless)")):
+        plan = memory.plan(open_bundle(goldens[2]), None, 300, level)
+        with Engine.open(goldens[2], plan.total - plan.record * (plan.capacity // 2), 300, level=level) as engine:
+            assert f"substitution none {said}" in "\n".join(engine.mode_lines())
+            assert engine.lossless == (level is None)
+
+
 def test_smoe_at_zero_is_lossless(golden, answer, budget, wanted):
     with Engine.open(golden, memory=budget(6), policies=Policies(substitution="smoe:0")) as engine:
         assert np.array_equal(np.stack(list(engine.score(answer["prompt"][:40]))), wanted[1])
