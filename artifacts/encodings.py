@@ -21,7 +21,7 @@ from smoe.artifacts import nested
 from smoe.artifacts.bfloat16 import from_bf16, to_bf16
 from smoe.artifacts.errors import BundleError
 from smoe.artifacts.layout import ExpertShape, Field, RecordLayout, lay_out
-from smoe.artifacts.safetensors_file import Planned
+from smoe.artifacts.safetensors_file import TensorSpec
 
 Encoded = dict[str, np.ndarray]
 Dims = tuple[int, int]
@@ -34,20 +34,20 @@ class Encoding:
 
     name: str
     levels: int
-    matrix: Callable[[str, Dims], list[list[Planned]]]
+    matrix: Callable[[str, Dims], list[list[TensorSpec]]]
     encode: Callable[[str, np.ndarray], Encoded]
     decode: Callable[[str, Encoded, Dims, int], np.ndarray]
 
-    def planes(self, shape: ExpertShape) -> list[list[Planned]]:
+    def planes(self, shape: ExpertShape) -> list[list[TensorSpec]]:
         """The tensors of one expert, by plane. Whatever is not a matrix is in the base plane."""
-        planes: list[list[Planned]] = [[] for _ in range(self.levels)]
+        planes: list[list[TensorSpec]] = [[] for _ in range(self.levels)]
         for name, dims in shape.matrices().items():
             for plane, tensors in zip(planes, self.matrix(name, dims), strict=True):
                 plane += tensors
             if shape.biased:
-                planes[0].append(Planned(f"{name}_bias", "F32", (dims[0],)))
+                planes[0].append(TensorSpec(f"{name}_bias", "F32", (dims[0],)))
         if shape.normed:
-            planes[0].append(Planned("norm", "F32", (shape.hidden,)))
+            planes[0].append(TensorSpec("norm", "F32", (shape.hidden,)))
         return planes
 
 
@@ -64,21 +64,23 @@ ENCODINGS: dict[str, Encoding] = {
         Encoding(
             "f32",
             1,
-            lambda name, dims: [[Planned(name, "F32", dims)]],
+            lambda name, dims: [[TensorSpec(name, "F32", dims)]],
             lambda name, w: {name: w.astype(np.float32)},
             lambda name, t, dims, level: t[name],
         ),
         Encoding(
             "bf16",
             1,
-            lambda name, dims: [[Planned(name, "BF16", dims)]],
+            lambda name, dims: [[TensorSpec(name, "BF16", dims)]],
             lambda name, w: {name: to_bf16(w)},
             lambda name, t, dims, level: from_bf16(t[name]),
         ),
         Encoding(
             "int8",
             1,
-            lambda name, dims: [[Planned(name, "I8", dims), Planned(f"{name}_scale", "F32", dims[:1])]],
+            lambda name, dims: [
+                [TensorSpec(name, "I8", dims), TensorSpec(f"{name}_scale", "F32", dims[:1])]
+            ],
             _encode_int8,
             lambda name, t, dims, level: t[name].astype(np.float32) * t[f"{name}_scale"][:, None],
         ),
@@ -114,12 +116,14 @@ def record_layout(shape: ExpertShape, encoding: str, page: int) -> RecordLayout:
     return lay_out(encoding_named(encoding).planes(shape), page)
 
 
-def encode_expert(layout: RecordLayout, encoding: str, weights: dict[str, np.ndarray]) -> np.ndarray:
+def encode_expert(
+    layout: RecordLayout, encoding: str, weights: dict[str, np.ndarray]
+) -> np.ndarray:
     """One record, `uint8 [layout.nbytes]`, from float32 matrices and biases named as in `ExpertShape`."""
     chosen = encoding_named(encoding)
     tensors: Encoded = {}
     for name, w in weights.items():
-        tensors |= {name: w} if is_vector(name) else chosen.encode(name, w)
+        tensors |= {name: w} if is_bias_or_norm(name) else chosen.encode(name, w)
     return fill_record(layout, tensors)
 
 
@@ -133,7 +137,11 @@ def fill_record(layout: RecordLayout, tensors: Encoded) -> np.ndarray:
 
 
 def decode_expert(
-    shape: ExpertShape, layout: RecordLayout, encoding: str, record: np.ndarray, level: int | None = None
+    shape: ExpertShape,
+    layout: RecordLayout,
+    encoding: str,
+    record: np.ndarray,
+    level: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Float32 matrices and biases of a record `uint8`, of which the bytes of `level` (None: all) are there: the inverse
     of `encode_expert`. A level that the encoding does not have is a `BundleError`."""
@@ -141,15 +149,19 @@ def decode_expert(
     level = checked_level(chosen, level)
     views = layout.views(record)
     out = {name: chosen.decode(name, views, dims, level) for name, dims in shape.matrices().items()}
-    return out | {name: view for name, view in views.items() if is_vector(name)}
+    return out | {name: view for name, view in views.items() if is_bias_or_norm(name)}
 
 
-def beside_matrices(layout: RecordLayout) -> list[Field]:
+def float_fields(layout: RecordLayout) -> list[Field]:
     """The fields of a record that are floats beside the matrices: scales, biases, the norm. They must be finite."""
-    return [field for field in layout.fields if is_vector(field.name) or field.name.endswith("_scale")]
+    return [
+        field
+        for field in layout.fields
+        if is_bias_or_norm(field.name) or field.name.endswith("_scale")
+    ]
 
 
-def is_vector(name: str) -> bool:
+def is_bias_or_norm(name: str) -> bool:
     """Whether a tensor of a record is neither codes nor scales: a bias or the norm, float32 in every encoding."""
     return name.endswith("_bias") or name == "norm"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smoe.artifacts.safetensors_file import DTYPES, Planned
+from smoe.artifacts.safetensors_file import DTYPES, TensorSpec
 
 ALIGN = 64  # bytes: every tensor of a record starts on a multiple, so that vector loads never straddle two
 
@@ -67,20 +67,24 @@ class RecordLayout:
             if f.offset + f.nbytes <= len(record)
         }
 
-    def tensors(self, expert: int) -> list[Planned]:
+    def tensors(self, expert: int) -> list[TensorSpec]:
         """What a shard's header says of this expert's record: its tensors, and the padding between them."""
         planned, end = [], 0
         for index, field in enumerate(self.fields):
             if field.offset > end:
-                planned.append(Planned(f"expert.{expert:04d}.pad.{index}", "U8", (field.offset - end,)))
-            planned.append(Planned(f"expert.{expert:04d}.{field.name}", field.dtype, field.shape))
+                planned.append(
+                    TensorSpec(f"expert.{expert:04d}.pad.{index}", "U8", (field.offset - end,))
+                )
+            planned.append(
+                TensorSpec(f"expert.{expert:04d}.{field.name}", field.dtype, field.shape)
+            )
             end = field.offset + field.nbytes
         if self.nbytes > end:
-            planned.append(Planned(f"expert.{expert:04d}.pad.end", "U8", (self.nbytes - end,)))
+            planned.append(TensorSpec(f"expert.{expert:04d}.pad.end", "U8", (self.nbytes - end,)))
         return planned
 
 
-def lay_out(planes: list[list[Planned]], page: int) -> RecordLayout:
+def lay_out(planes: list[list[TensorSpec]], page: int) -> RecordLayout:
     """Place the tensors of each plane one after another, aligned to 64 bytes; each plane starts on a page."""
     fields: list[Field] = []
     levels: list[int] = []

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
 
 from smoe.artifacts.errors import BundleError
 from smoe.artifacts.layout import ExpertShape
+from smoe.artifacts.safetensors_file import DTYPES
 
 FORMAT = "smoe"
 VERSION = 3
@@ -98,6 +100,11 @@ class State:
     growing: int
     in_place: bool
 
+    def nbytes(self, context: int) -> int:
+        """Bytes for sequences of `context` tokens. State that is replaced exists twice while a segment runs."""
+        sizes = (context if axis == self.growing else size for axis, size in enumerate(self.shape))
+        return math.prod(sizes) * DTYPES[self.dtype].itemsize * (1 if self.in_place else 2)
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -146,6 +153,10 @@ class Experts:
     biased: bool
     normed: bool = dataclasses.field(default=False, metadata={"since": 2})
 
+    def shape(self, hidden: int, width: int) -> ExpertShape:
+        """The geometry of an expert of these sizes."""
+        return ExpertShape(hidden, width, self.gate.kind != "plain", self.biased, self.normed)
+
 
 @dataclass(frozen=True)
 class File:
@@ -167,9 +178,7 @@ class Manifest:
     files: dict[str, File]
 
     def expert_shape(self, layer: int) -> ExpertShape:
-        spec = self.layers[layer]
-        gated = self.experts.gate.kind != "plain"
-        return ExpertShape(spec.hidden, spec.width, gated, self.experts.biased, self.experts.normed)
+        return self.experts.shape(self.layers[layer].hidden, self.layers[layer].width)
 
     @staticmethod
     def shard(layer: int) -> str:
@@ -207,9 +216,13 @@ def _parse(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
             raise _wrong(where, "an object", value)
         hints = typing.get_type_hints(wanted)
         later = {field.name for field in dataclasses.fields(wanted) if "since" in field.metadata}
-        odd = sorted((set(value) ^ set(hints)) - (later - set(value)))  # older versions lack what has a default
+        odd = sorted(
+            (set(value) ^ set(hints)) - (later - set(value))
+        )  # older versions lack what has a default
         if odd:
-            raise BundleError(f"{where}: the fields {', '.join(odd)} are missing or unknown; build the bundle again.")
+            raise BundleError(
+                f"{where}: the fields {', '.join(odd)} are missing or unknown; build the bundle again."
+            )
         return wanted(**{key: _parse(hints[key], value[key], f"{where}: {key}") for key in value})
     if origin is tuple:
         if not isinstance(value, list):
@@ -227,4 +240,6 @@ def _parse(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
 
 
 def _wrong(where: str, wanted: str, value: object) -> BundleError:
-    return BundleError(f"{where}: {wanted} was wanted, found {str(value)[:60]!r}; build the bundle again.")
+    return BundleError(
+        f"{where}: {wanted} was wanted, found {str(value)[:60]!r}; build the bundle again."
+    )

@@ -19,7 +19,7 @@ import numpy as np
 
 from smoe.artifacts.bfloat16 import from_bf16, to_bf16
 from smoe.artifacts.errors import BundleError
-from smoe.artifacts.safetensors_file import Planned
+from smoe.artifacts.safetensors_file import TensorSpec
 
 ROWS, COLUMNS = 16, 32  # of a block: 512 codes, of which one bit each is a slice of 64 bytes
 GROUPS = (32, 64, 128)
@@ -85,43 +85,55 @@ def parse(name: str) -> Nested:
     """`nested:2+1+1`, `nested:2+1+1:64` or `nested:2+1+1/3+1+1:64`; a `BundleError` says what is wrong with another."""
     match = re.fullmatch(r"nested:([0-9+]{1,20})(?:/([0-9+]{1,20}))?(?::([0-9]{1,4}))?", name)
     if not match:
-        raise BundleError(f"{name[:80]!r} is no nested encoding; write it like nested:2+1+1 or nested:5+1+1+1:64.")
+        raise BundleError(
+            f"{name[:80]!r} is no nested encoding; write it like nested:2+1+1 or nested:5+1+1+1:64."
+        )
     splits = [_split(text, name) for text in (match[1], match[2] or match[1])]
     group = int(match[3] or 128)
     if group not in GROUPS:
-        raise BundleError(f"{name} has groups of {group} columns; {', '.join(map(str, GROUPS))} are possible.")
+        raise BundleError(
+            f"{name} has groups of {group} columns; {', '.join(map(str, GROUPS))} are possible."
+        )
     if len(splits[0].planes) != len(splits[1].planes):
-        raise BundleError(f"{name}: both splits need the same number of planes, since a level is a number of planes.")
+        raise BundleError(
+            f"{name}: both splits need the same number of planes, since a level is a number of planes."
+        )
     return Nested(splits[0], splits[1], group)
 
 
 def _split(text: str, name: str) -> Split:
     bits = tuple(int(part or 0) for part in text.split("+"))
     if not 2 <= bits[0] <= 5 or any(b != 1 for b in bits[1:]) or sum(bits) > 8:
-        raise BundleError(f"{name}: a split is a base of 2 to 5 bits and planes of 1 bit, 8 in all; {text} is not.")
+        raise BundleError(
+            f"{name}: a split is a base of 2 to 5 bits and planes of 1 bit, 8 in all; {text} is not."
+        )
     return Split(bits)
 
 
-def matrix_planes(encoding: Nested, name: str, dims: tuple[int, int]) -> list[list[Planned]]:
+def matrix_planes(encoding: Nested, name: str, dims: tuple[int, int]) -> list[list[TensorSpec]]:
     """The tensors of one matrix, by plane. `NAME_scale` BF16 `[tiles, groups, 16]` is in the base plane; the slices of
     plane p are `NAME_plane{p}` U8 `[tiles, blocks, slices, 64]`."""
     tiles, blocks = _tiles(dims)
     planes = [
-        [Planned(f"{name}_plane{p}", "U8", (tiles, blocks, bits, ROWS * 4))]
+        [TensorSpec(f"{name}_plane{p}", "U8", (tiles, blocks, bits, ROWS * 4))]
         for p, bits in enumerate(encoding.of(name).planes)
     ]
-    scale = Planned(f"{name}_scale", "BF16", (tiles, -(-dims[1] // encoding.group), ROWS))
+    scale = TensorSpec(f"{name}_scale", "BF16", (tiles, -(-dims[1] // encoding.group), ROWS))
     return [[scale, *planes[0]], *planes[1:]]
 
 
-def pack_matrix(encoding: Nested, name: str, codes: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
+def pack_matrix(
+    encoding: Nested, name: str, codes: np.ndarray, scale: np.ndarray
+) -> dict[str, np.ndarray]:
     """The tensors of a matrix from its codes uint8 `[n_out, n_in]` and scales float32 `[n_out, groups]`, which must be
     values of bfloat16."""
     split, out = encoding.of(name), {f"{name}_scale": _tiled_scale(to_bf16(scale))}
     first = 0
     for p, bits in enumerate(split.planes):
         wanted = range(first, first + bits)
-        out[f"{name}_plane{p}"] = np.stack([_slice(codes >> (split.total - 1 - t) & 1, t) for t in wanted], axis=2)
+        out[f"{name}_plane{p}"] = np.stack(
+            [_slice(codes >> (split.total - 1 - t) & 1, t) for t in wanted], axis=2
+        )
         first += bits
     return out
 
@@ -156,13 +168,21 @@ def round_matrix(encoding: Nested, name: str, w: np.ndarray) -> tuple[np.ndarray
     """
     split, (n_out, n_in) = encoding.of(name), w.shape
     groups = -(-n_in // encoding.group)
-    padded = np.pad(w, ((0, 0), (0, groups * encoding.group - n_in))).reshape(n_out, groups, encoding.group)
+    padded = np.pad(w, ((0, 0), (0, groups * encoding.group - n_in))).reshape(
+        n_out, groups, encoding.group
+    )
     codes = np.zeros(padded.shape, np.uint8)
-    scale, best = np.zeros((n_out, groups), np.float32), np.full((n_out, groups), np.inf, np.float32)
+    scale, best = (
+        np.zeros((n_out, groups), np.float32),
+        np.full((n_out, groups), np.inf, np.float32),
+    )
     for candidate in scale_candidates(split, padded, n_in):
         found = nearest(split, padded / np.where(candidate > 0, candidate, 1)[..., None])
         cost = sum(
-            np.square(padded - candidate[..., None] * split.values(n)[found >> (split.total - split.bits(n))]).sum(-1)
+            np.square(
+                padded
+                - candidate[..., None] * split.values(n)[found >> (split.total - split.bits(n))]
+            ).sum(-1)
             * level_weight(split, n)
             for n in range(1, len(split.planes) + 1)
         )
@@ -171,7 +191,9 @@ def round_matrix(encoding: Nested, name: str, w: np.ndarray) -> tuple[np.ndarray
     return codes.reshape(n_out, -1)[:, :n_in], scale
 
 
-def scale_candidates(split: Split, groups: np.ndarray, n_in: int, count: int = 9) -> list[np.ndarray]:
+def scale_candidates(
+    split: Split, groups: np.ndarray, n_in: int, count: int = 9
+) -> list[np.ndarray]:
     """Scales to try for the groups `[n_out, groups, group]` of rows of `n_in` columns: float32 `[n_out, groups]`, values
     of bfloat16. For the tree around the spread, for a uniform grid around the largest magnitude; 0 for zeros."""
     if split.total <= 4:
@@ -202,8 +224,12 @@ def _slice(bits: np.ndarray, t: int) -> np.ndarray:
     tiles, blocks = _tiles(bits.shape)
     padded = np.zeros((tiles * ROWS, blocks * COLUMNS), np.uint8)
     padded[: bits.shape[0], : bits.shape[1]] = bits
-    quads = padded.reshape(tiles, ROWS, blocks, 8, 4).transpose(0, 2, 3, 1, 4)  # tile, block, quad, row, column
-    return np.bitwise_or.reduce(quads << _places(t)[:, None, None], axis=2).reshape(tiles, blocks, ROWS * 4)
+    quads = padded.reshape(tiles, ROWS, blocks, 8, 4).transpose(
+        0, 2, 3, 1, 4
+    )  # tile, block, quad, row, column
+    return np.bitwise_or.reduce(quads << _places(t)[:, None, None], axis=2).reshape(
+        tiles, blocks, ROWS * 4
+    )
 
 
 def _unsliced(packed: np.ndarray, t: int) -> np.ndarray:

@@ -58,7 +58,9 @@ def dtype_name(array: np.ndarray) -> str:
     """The safetensors name of an array's dtype; a dtype that the format lacks is a `BundleError`."""
     name = _NAMES.get(array.dtype.newbyteorder("<"))
     if name is None:
-        raise BundleError(f"safetensors has no name for dtype {array.dtype}; convert the array first.")
+        raise BundleError(
+            f"safetensors has no name for dtype {array.dtype}; convert the array first."
+        )
     return name
 
 
@@ -81,9 +83,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     try:
         parsed = json.loads(raw, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: the header is not JSON ({error}); copy the file again.") from error
+        raise BundleError(
+            f"{path}: the header is not JSON ({error}); copy the file again."
+        ) from error
     if not isinstance(parsed, dict):
-        raise BundleError(f"{path}: the header is {type(parsed).__name__}, not an object; copy the file again.")
+        raise BundleError(
+            f"{path}: the header is {type(parsed).__name__}, not an object; copy the file again."
+        )
     return _checked(path, parsed, 8 + length, size)
 
 
@@ -103,10 +109,14 @@ def _checked(path: Path, parsed: dict, data_start: int, size: int) -> Header:
     end = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != end:
-            raise BundleError(f"{path}: {name} starts at byte {entry.begin}, where {end} was wanted.")
+            raise BundleError(
+                f"{path}: {name} starts at byte {entry.begin}, where {end} was wanted."
+            )
         end = entry.end
     if end != size:
-        raise BundleError(f"{path}: its tensors end at byte {end}, the file at {size}; copy the file again.")
+        raise BundleError(
+            f"{path}: its tensors end at byte {end}, the file at {size}; copy the file again."
+        )
     return Header(entries, metadata, data_start)
 
 
@@ -125,17 +135,24 @@ def _entry(path: Path, name: str, fields: object, data_start: int) -> Entry:
         or len(fields["shape"]) > 8
         or not integers(fields.get("data_offsets"), 2)
     ):
-        raise BundleError(f"{path}: tensor {name!r} needs a known dtype, a shape and two data_offsets.")
+        raise BundleError(
+            f"{path}: tensor {name!r} needs a known dtype, a shape and two data_offsets."
+        )
     begin, end = (data_start + offset for offset in fields["data_offsets"])
     wanted = math.prod(fields["shape"]) * DTYPES[fields["dtype"]].itemsize
     if end - begin != wanted:
-        raise BundleError(f"{path}: tensor {name!r} has {end - begin} bytes, its shape wants {wanted}.")
+        raise BundleError(
+            f"{path}: tensor {name!r} has {end - begin} bytes, its shape wants {wanted}."
+        )
     return Entry(fields["dtype"], tuple(fields["shape"]), begin, end)
 
 
-def load_some(path: str | os.PathLike[str], names: Collection[str]) -> dict[str, np.ndarray]:
-    """Those tensors of `names` that a file has, as `load` gives them; nothing else is read."""
-    header, arrays = read_header(path), {}
+def load_some(
+    path: str | os.PathLike[str], names: Collection[str], header: Header | None = None
+) -> dict[str, np.ndarray]:
+    """Those tensors of `names` that a file has, as `load` gives them; nothing else is read. `header` spares reading it
+    again."""
+    header, arrays = header or read_header(path), {}
     with open(path, "rb") as file:
         for name, entry in header.entries.items():
             if name not in names:
@@ -167,7 +184,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Planned:
+class TensorSpec:
     """A tensor to be written: what the header says of it. Its bytes come later, in the same order."""
 
     name: str
@@ -181,7 +198,7 @@ class Planned:
 
 def write(
     path: str | os.PathLike[str],
-    tensors: Iterable[Planned],
+    tensors: Iterable[TensorSpec],
     chunks: Iterator[np.ndarray] | Iterable[np.ndarray],
     metadata: dict[str, str] | None = None,
     align: int = 8,
@@ -218,12 +235,16 @@ def write(
     os.replace(beside, path)
 
 
-def save(path: str | os.PathLike[str], arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+def save(
+    path: str | os.PathLike[str],
+    arrays: dict[str, np.ndarray],
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Write named arrays, largest item size first so that every tensor is aligned to its dtype."""
     order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
     write(
         path,
-        [Planned(name, dtype_name(arrays[name]), arrays[name].shape) for name in order],
+        [TensorSpec(name, dtype_name(arrays[name]), arrays[name].shape) for name in order],
         (arrays[name].astype(arrays[name].dtype.newbyteorder("<"), copy=False) for name in order),
         metadata,
         align=64,

@@ -16,7 +16,9 @@ from smoe.artifacts.errors import BundleError
 from smoe.artifacts.layout import RecordLayout
 
 
-def write_shard(path: str | Path, layout: RecordLayout, page: int, records: Iterable[np.ndarray], count: int) -> None:
+def write_shard(
+    path: str | Path, layout: RecordLayout, page: int, records: Iterable[np.ndarray], count: int
+) -> None:
     """Write `count` records (`uint8 [layout.nbytes]`, experts in order) to `path`, starting on a page."""
     tensors = [tensor for expert in range(count) for tensor in layout.tensors(expert)]
     safetensors_file.write(path, tensors, records, {"format": "smoe-shard"}, align=page)
@@ -27,12 +29,16 @@ def shard_start(path: str | Path, layout: RecordLayout, page: int, count: int) -
     header = safetensors_file.read_header(path)
     start = header.data_start
     if start % page:
-        raise BundleError(f"{path}: records start at byte {start}, not on a page of {page}; build the bundle again.")
+        raise BundleError(
+            f"{path}: records start at byte {start}, not on a page of {page}; build the bundle again."
+        )
     wanted = {}
     for expert in range(count):
         offset = start + expert * layout.nbytes
         for tensor in layout.tensors(expert):
-            wanted[tensor.name] = safetensors_file.Entry(tensor.dtype, tensor.shape, offset, offset + tensor.nbytes)
+            wanted[tensor.name] = safetensors_file.Entry(
+                tensor.dtype, tensor.shape, offset, offset + tensor.nbytes
+            )
             offset += tensor.nbytes
     if header.entries != wanted:
         odd = next(n for n in [*wanted, *header.entries] if header.entries.get(n) != wanted.get(n))

@@ -6,7 +6,7 @@ MoE layer has its own, under `NN.name`, because layers may differ in their numbe
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,31 +35,69 @@ DISTANCES = (1, 2, 3)
 TABLES: dict[str, Table] = {
     "counts": Table("E", "I64", "tokens", "how often e was routed to"),
     "gate_mass": Table("E", "F64", "weight", "sum of e's mixing weights"),
-    "saliency": Table("E", "F64", "norm", "mean over tokens routed to e of mixing weight x |y_e| (REAP)"),
+    "saliency": Table(
+        "E", "F64", "norm", "mean over tokens routed to e of mixing weight x |y_e| (REAP)"
+    ),
     "output_norm": Table("E", "F64", "norm", "mean over tokens routed to e of |y_e|"),
     "coactivation": Table("E,E", "I64", "tokens", "tokens routed to both; the diagonal is counts"),
-    "transition": Table("P,E", "I64", "tokens", "tokens routed to p in the previous MoE layer and e in this one"),
-    "score_similarity": Table("E,E", "F32", "1", "Pearson correlation over tokens of the selection scores", True),
-    "output_similarity": Table("E,E", "F32", "1", "mean cosine(y_e, y_s) over sampled tokens routed to e (row)"),
-    "output_error": Table("E,E", "F32", "1", "sum |y_s - y_e|^2 / sum |y_e|^2 over sampled tokens routed to e (row)"),
-    "sampled": Table("E", "I64", "tokens", "sampled tokens routed to e, the basis of the two above"),
-    "standin_ids": Table("E,R", "I16", "expert", "other experts, smallest output_error first; -1 beyond the last"),
+    "transition": Table(
+        "P,E", "I64", "tokens", "tokens routed to p in the previous MoE layer and e in this one"
+    ),
+    "score_similarity": Table(
+        "E,E", "F32", "1", "Pearson correlation over tokens of the selection scores", True
+    ),
+    "output_similarity": Table(
+        "E,E", "F32", "1", "mean cosine(y_e, y_s) over sampled tokens routed to e (row)"
+    ),
+    "output_error": Table(
+        "E,E", "F32", "1", "sum |y_s - y_e|^2 / sum |y_e|^2 over sampled tokens routed to e (row)"
+    ),
+    "sampled": Table(
+        "E", "I64", "tokens", "sampled tokens routed to e, the basis of the two above"
+    ),
+    "standin_ids": Table(
+        "E,R", "I16", "expert", "other experts, smallest output_error first; -1 beyond the last"
+    ),
     "standin_error": Table("E,R", "F32", "1", "their output_error"),
-    "price_sampled": Table("E", "I64", "tokens", "tokens routed to e that the prices are from", True),
-    "price_cross": Table("E,E", "F32", "nats/weight^2", "E[(g . y_e)(g . y_s)] over tokens routed to e (row)", True),
-    "price_standin": Table("E,E", "F32", "nats/weight^2", "E[(g . y_s)^2] over tokens routed to e (row)", True),
-    "price_level": Table("E,J", "F32", "nats/weight^2", "E[(g . (y_e at level j - y_e at level J))^2]", True),
-    "price_packed": Table("E", "F32", "nats/weight^2", "E[(g . (y_e at level J - y_e of the checkpoint))^2]", True),
-    "price_fit": Table("3,2", "F32", "1, nats^(1/2)", "rows skip, stand-in, level: of p and of sqrt(p)", True),
-    "predict_recall": Table("4,3", "F32", "1", "rows previous, transition, router, linear; columns distances", True),
-    "predict_bias": Table("3,E", "F32", "score", "of the linear predictor, a row for each distance", True),
-    "predict_1": Table("H,E", "F16", "score", "of the linear predictor, from the hidden state one MoE layer before", True),
+    "price_sampled": Table(
+        "E", "I64", "tokens", "tokens routed to e that the prices are from", True
+    ),
+    "price_cross": Table(
+        "E,E", "F32", "nats/weight^2", "E[(g . y_e)(g . y_s)] over tokens routed to e (row)", True
+    ),
+    "price_standin": Table(
+        "E,E", "F32", "nats/weight^2", "E[(g . y_s)^2] over tokens routed to e (row)", True
+    ),
+    "price_level": Table(
+        "E,J", "F32", "nats/weight^2", "E[(g . (y_e at level j - y_e at level J))^2]", True
+    ),
+    "price_packed": Table(
+        "E", "F32", "nats/weight^2", "E[(g . (y_e at level J - y_e of the checkpoint))^2]", True
+    ),
+    "price_fit": Table(
+        "3,2", "F32", "1, nats^(1/2)", "rows skip, stand-in, level: of p and of sqrt(p)", True
+    ),
+    "predict_recall": Table(
+        "4,3", "F32", "1", "rows previous, transition, router, linear; columns distances", True
+    ),
+    "predict_bias": Table(
+        "3,E", "F32", "score", "of the linear predictor, a row for each distance", True
+    ),
+    "predict_1": Table(
+        "H,E",
+        "F16",
+        "score",
+        "of the linear predictor, from the hidden state one MoE layer before",
+        True,
+    ),
     "predict_2": Table("H,E", "F16", "score", "two MoE layers before", True),
     "predict_3": Table("H,E", "F16", "score", "three MoE layers before", True),
 }
 
 TRACE: dict[str, Table] = {
-    "ids": Table("T,K", "I16", "expert", "experts routed to, in the router's order; E is no expert"),
+    "ids": Table(
+        "T,K", "I16", "expert", "experts routed to, in the router's order; E is no expert"
+    ),
     "weights": Table("T,K", "F32", "weight", "their mixing weights"),
     "scores": Table("T,E", "F16", "score", "selection scores of all experts", True),
 }
@@ -74,24 +112,60 @@ def key(layer: int, name: str) -> str:
 
 def save_tables(path: Path, layers: list[dict[str, np.ndarray]], metadata: dict[str, str]) -> None:
     """Write one dict of tables per MoE layer, names as in `TABLES`."""
-    arrays = {key(i, name): array for i, tables in enumerate(layers) for name, array in tables.items()}
+    arrays = {
+        key(i, name): array for i, tables in enumerate(layers) for name, array in tables.items()
+    }
     safetensors_file.save(path, arrays, metadata)
 
 
-def load_tables(path: Path, experts: list[int], names: Collection[str] = tuple(TABLES)) -> list[dict[str, np.ndarray]]:
+class Tables:
+    """The tables of a file, of which only what is asked for is read."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        experts: Sequence[int],
+        levels: int | None = None,
+        hidden: Sequence[int] | None = None,
+    ):
+        """Those at `path` (None: there are none) for layers of so many `experts`. A missing table, a wrong shape or
+        dtype is a `BundleError`; `levels` of the encoding and `hidden` sizes are checked where they are given."""
+        self._path, self._experts = path, list(experts)
+        self._header = None if path is None else safetensors_file.read_header(path)
+        if path is not None and self._header is not None:
+            _check_header(path, self._header, self._experts, levels, hidden)
+
+    def layers(self, *names: str) -> list[dict[str, np.ndarray]]:
+        """The tables of these names (none given: all) of every layer, where it has them."""
+        names = names or tuple(TABLES)
+        if self._path is None or self._header is None:
+            return [{} for _ in self._experts]
+        wanted = {key(layer, name) for name in names for layer in range(len(self._experts))}
+        loaded = safetensors_file.load_some(self._path, wanted, self._header)
+        return [
+            {name: loaded[key(layer, name)] for name in names if key(layer, name) in loaded}
+            for layer in range(len(self._experts))
+        ]
+
+    def column(self, name: str) -> list[np.ndarray]:
+        """One table of every layer that has it, in order."""
+        return [tables[name] for tables in self.layers(name) if name in tables]
+
+
+def load_tables(
+    path: Path, experts: list[int], names: Collection[str] = tuple(TABLES)
+) -> list[dict[str, np.ndarray]]:
     """Those tables of `names` that layers of so many `experts` have, checked; no others are read."""
-    check_tables(path, experts)
-    layers = range(len(experts))
-    loaded = safetensors_file.load_some(path, {key(i, name) for name in names for i in layers})
-    return [{name: loaded[key(i, name)] for name in names if key(i, name) in loaded} for i in layers]
+    return Tables(path, experts).layers(*names)
 
 
-def check_tables(
-    path: Path, experts: list[int], levels: int | None = None, hidden: list[int] | None = None
+def _check_header(
+    path: Path,
+    header: safetensors_file.Header,
+    experts: Sequence[int],
+    levels: int | None,
+    hidden: Sequence[int] | None,
 ) -> None:
-    """Look at the header alone: a missing table, a wrong shape or dtype is a `BundleError`. `levels` are those of the
-    experts' encoding and `hidden` the layers' sizes, where those are known."""
-    header = safetensors_file.read_header(path)
     known = {} if levels is None else {"J": levels}
     for layer, count in enumerate(experts):
         wanted = {n: t for n, t in TABLES.items() if n != "transition" or layer > 0}
@@ -105,20 +179,30 @@ def check_trace(path: Path, layers: list[tuple[int, int]]) -> None:
     for name, dtype in TRACE_TOKENS.items():
         entry = header.entries.get(name)
         if entry is None or entry.dtype != dtype or len(entry.shape) != 1:
-            raise BundleError(f"{path}: {dtype} {name!r} with one axis was wanted; profile and build again.")
+            raise BundleError(
+                f"{path}: {dtype} {name!r} with one axis was wanted; profile and build again."
+            )
     tokens = header.entries["tokens"].shape[0]
     for layer, (experts, k) in enumerate(layers):
         _check(path, header, layer, TRACE, {"T": tokens, "E": experts, "K": k})
 
 
 def _check(
-    path: Path, header: safetensors_file.Header, layer: int, wanted: dict[str, Table], sizes: dict[str, int]
+    path: Path,
+    header: safetensors_file.Header,
+    layer: int,
+    wanted: dict[str, Table],
+    sizes: dict[str, int],
 ) -> None:
     for name, table in wanted.items():
         entry = header.entries.get(key(layer, name))
         if entry is None and table.optional:
             continue
-        if entry is None or entry.dtype != table.dtype or not _fits(entry.shape, table.shape, sizes):
+        if (
+            entry is None
+            or entry.dtype != table.dtype
+            or not _fits(entry.shape, table.shape, sizes)
+        ):
             found = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
             raise BundleError(
                 f"{path}: table {key(layer, name)} is {found}, {table.dtype} [{table.shape}] with {sizes} was wanted; "

@@ -1,7 +1,7 @@
-"""The one door: every bundle is checked here, once, before anything of it is used. Past the door nothing is re-checked.
+"""The checks of the door: a bundle is untrusted, and everything in it is looked at here, once, before it is used.
 
-A bundle is untrusted input. `problems` walks it in one loop and returns sentences (file, field, found, wanted, what to
-do); `open_bundle` raises them. Sizes are checked always; the SHA-256 of every file only when asked, since it reads all.
+Each check says what is wrong as a sentence (file, field, found, wanted, what to do); `bundle.open_bundle` runs them all
+and raises them together. Sizes are checked always; bytes (SHA-256, scales) only when asked, since that reads them all.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from smoe.artifacts import safetensors_file, tables
-from smoe.artifacts.encodings import beside_matrices, encoding_named, record_layout
+from smoe.artifacts.encodings import encoding_named, float_fields
 from smoe.artifacts.errors import BundleError
+from smoe.artifacts.layout import RecordLayout
 from smoe.artifacts.manifest import Manifest
 from smoe.artifacts.shard import shard_start
 
@@ -38,16 +38,6 @@ OPTIONAL_FILES = (
 )
 
 
-def open_bundle(path: str | Path, hashes: bool = False) -> Manifest:
-    """The manifest of a bundle that passed every check; otherwise a `BundleError` that lists what is wrong."""
-    manifest = read_manifest(Path(path))
-    found = list(problems(Path(path), manifest, hashes))
-    if found:
-        more = f"\n(and {len(found) - 10} more)" if len(found) > 10 else ""
-        raise BundleError("\n".join(found[:10]) + more)
-    return manifest
-
-
 def read_manifest(path: Path) -> Manifest:
     """manifest.json of the bundle at `path`, its fields checked but no other file looked at."""
     file = path / "manifest.json"
@@ -55,9 +45,13 @@ def read_manifest(path: Path) -> Manifest:
         what = "is not a directory" if path.exists() else "does not exist"
         raise BundleError(f"{path} {what}; a bundle is the directory that `smoe-prep build` wrote.")
     if not file.is_file():
-        raise BundleError(f"{path} has no manifest.json; it is not a smoe bundle, or its build did not finish.")
+        raise BundleError(
+            f"{path} has no manifest.json; it is not a smoe bundle, or its build did not finish."
+        )
     if file.stat().st_size > MAX_MANIFEST:
-        raise BundleError(f"{file} has {file.stat().st_size} bytes, more than {MAX_MANIFEST}; it is damaged.")
+        raise BundleError(
+            f"{file} has {file.stat().st_size} bytes, more than {MAX_MANIFEST}; it is damaged."
+        )
     try:
         text = file.read_text("utf-8")
     except UnicodeDecodeError as error:
@@ -65,21 +59,10 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.parse(text, str(file))
 
 
-def problems(path: Path, manifest: Manifest, hashes: bool = False) -> Iterator[str]:
-    """Everything wrong with the bundle at `path`, as sentences. With `hashes` every byte is read and compared."""
-    wrong = [*_geometry(manifest), *_wiring(manifest)]
-    yield from wrong
-    missing = list(_files(path, manifest, hashes))
-    yield from missing
-    if wrong or missing:
-        return  # what follows would repeat the same faults in other words
-    checks = [partial(_shard, path, manifest, layer) for layer in range(len(manifest.layers))]
-    checks += [partial(_weights, path, manifest), partial(_tables, path, manifest)]
-    for check in checks:
-        try:
-            check()
-        except BundleError as error:
-            yield str(error)
+def manifest_problems(manifest: Manifest) -> Iterator[str]:
+    """Everything in the manifest that contradicts itself or the format, as sentences."""
+    yield from _geometry(manifest)
+    yield from _wiring(manifest)
 
 
 def _geometry(m: Manifest) -> Iterator[str]:
@@ -97,14 +80,24 @@ def _geometry(m: Manifest) -> Iterator[str]:
     gate = m.experts.gate
     named = gate.kind in ("gated", "plain", "bounded")
     if gate.kind not in GATES or (named and gate.activation not in ACTIVATIONS):
-        yield bad("experts.gate", (gate.kind, gate.activation), f"one of {GATES} with one of {ACTIVATIONS}")
+        yield bad(
+            "experts.gate",
+            (gate.kind, gate.activation),
+            f"one of {GATES} with one of {ACTIVATIONS}",
+        )
     elif gate.kind not in ("gated", "plain"):
         wanted = [gate.limit, *([gate.alpha] if gate.kind != "bounded" else [])]
-        if not all(1e-6 < number < 1e6 for number in wanted):  # far inside float32, in which they are used
-            yield bad("experts.gate limit, alpha", (gate.limit, gate.alpha), "numbers from 1e-6 to 1e6")
+        if not all(
+            1e-6 < number < 1e6 for number in wanted
+        ):  # far inside float32, in which they are used
+            yield bad(
+                "experts.gate limit, alpha", (gate.limit, gate.alpha), "numbers from 1e-6 to 1e6"
+            )
     try:
         if encoding_named(m.experts.encoding).name != m.experts.encoding:
-            yield bad("experts.encoding", m.experts.encoding, encoding_named(m.experts.encoding).name)
+            yield bad(
+                "experts.encoding", m.experts.encoding, encoding_named(m.experts.encoding).name
+            )
     except BundleError as error:
         yield f"manifest.json: {error}"
     for i, layer in enumerate(m.layers):
@@ -115,12 +108,16 @@ def _geometry(m: Manifest) -> Iterator[str]:
         if not (1 <= layer.hidden < 2**24 and 1 <= layer.width < 2**24):
             yield bad(f"layers[{i}] hidden, width", (layer.hidden, layer.width), "1 to 2^24")
         if layer.routing and layer.routing.normaliser not in NORMALISERS:
-            yield bad(f"layers[{i}].routing.normaliser", layer.routing.normaliser, f"one of {NORMALISERS}")
+            yield bad(
+                f"layers[{i}].routing.normaliser", layer.routing.normaliser, f"one of {NORMALISERS}"
+            )
 
 
 def _wiring(m: Manifest) -> Iterator[str]:
     """Every input of a segment must have a source before it, so that running never looks for what is not there."""
-    known = {"input_ids", "past_length", "logits_to_keep"} | {state.input for state in m.backbone.state}
+    known = {"input_ids", "past_length", "logits_to_keep"} | {
+        state.input for state in m.backbone.state
+    }
     weights = {w.name for w in m.backbone.initializers}
     if len(m.backbone.segments) != len(m.layers) + 1:
         yield (
@@ -153,7 +150,9 @@ def _wiring(m: Manifest) -> Iterator[str]:
             yield f"manifest.json: state {state.input!r} has dtype {state.dtype!r}; build the bundle again."
         if not 0 <= state.segment < len(m.backbone.segments):
             yield f"manifest.json: state {state.input!r} belongs to segment {state.segment}, which does not exist."
-        elif state.output not in m.backbone.segments[state.segment].outputs or state.growing >= len(state.shape):
+        elif state.output not in m.backbone.segments[state.segment].outputs or state.growing >= len(
+            state.shape
+        ):
             yield f"manifest.json: state {state.input!r} has no such output or axis; build the bundle again."
         if any(size < 0 or size >= 2**31 for size in state.shape) or len(state.shape) > 8:
             yield f"manifest.json: state {state.input!r} has shape {state.shape}; build the bundle again."
@@ -161,14 +160,20 @@ def _wiring(m: Manifest) -> Iterator[str]:
         yield f"manifest.json: the state of one sequence may take {total} bytes, more than {MAX_STATE}; do not trust it."
 
 
-def _files(path: Path, m: Manifest, hashes: bool) -> Iterator[str]:
+def file_problems(path: Path, m: Manifest, hashes: bool = False) -> Iterator[str]:
+    """Every file that is missing, of another size, or outside the bundle; with `hashes` of another SHA-256."""
     wanted = {segment.file for segment in m.backbone.segments} | {m.backbone.weights}
     wanted |= {m.shard(i) for i in range(len(m.layers))}
     for name in sorted(wanted - set(m.files)):
         yield f"manifest.json: files does not list {name}; build the bundle again."
     for name, file in m.files.items():
         pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\0" in name or not re.fullmatch(r"[\w./-]{1,200}", name):
+        if (
+            pure.is_absolute()
+            or ".." in pure.parts
+            or "\0" in name
+            or not re.fullmatch(r"[\w./-]{1,200}", name)
+        ):
             yield f"manifest.json: files names {name[:80]!r}, a path outside the bundle; do not trust this bundle."
         elif name not in wanted and name not in OPTIONAL_FILES:
             yield f"manifest.json: files lists {name}, which no part of a bundle is; build the bundle again."
@@ -181,28 +186,34 @@ def _files(path: Path, m: Manifest, hashes: bool) -> Iterator[str]:
             yield f"{name} has SHA-256 {digest[:12]}…, the manifest {file.sha256[:12]}…; copy the bundle again."
 
 
-def _shard(path: Path, m: Manifest, layer: int) -> None:
-    layout = record_layout(m.expert_shape(layer), m.experts.encoding, m.experts.page)
+def shard_start_checked(
+    path: Path, m: Manifest, layer: int, layout: RecordLayout, scales: bool = False
+) -> int:
+    """Where record 0 of a shard begins; with `scales` every record's floats are read and must be finite."""
     start = shard_start(path / m.shard(layer), layout, m.experts.page, m.layers[layer].experts)
+    if not scales:
+        return start
     with open(path / m.shard(layer), "rb") as file:
         for expert in range(m.layers[layer].experts):
-            for field in beside_matrices(layout):
+            for field in float_fields(layout):
                 file.seek(start + expert * layout.nbytes + field.offset)
-                if not _finite(file.read(field.nbytes), field.dtype):
+                if not all_finite(file.read(field.nbytes), field.dtype):
                     raise BundleError(
                         f"{m.shard(layer)}: {field.name} of expert {expert} holds values that are not finite; copy the "
                         "bundle again, or build it again."
                     )
+    return start
 
 
-def _finite(data: bytes, dtype: str) -> bool:
+def all_finite(data: bytes | np.ndarray, dtype: str) -> bool:
     """Whether no exponent of F32 or BF16 values is all ones, as those of infinities and NaNs are."""
     if dtype == "BF16":
         return not ((np.frombuffer(data, np.uint16) & 0x7F80) == 0x7F80).any()
     return not ((np.frombuffer(data, np.uint32) & 0x7F800000) == 0x7F800000).any()
 
 
-def _weights(path: Path, m: Manifest) -> None:
+def check_weights(m: Manifest) -> None:
+    """The backbone's weights lie inside their file and fill it; a `BundleError` if not."""
     size, end = m.files[m.backbone.weights].size, 0
     for w in m.backbone.initializers:
         dtype = safetensors_file.DTYPES.get(w.dtype)
@@ -217,16 +228,26 @@ def _weights(path: Path, m: Manifest) -> None:
                 f"{m.backbone.weights} of {size} bytes or not of that size; build the bundle again."
             )
     if end != size:  # the runtime reads the file whole
-        raise BundleError(f"{m.backbone.weights} has {size} bytes, its last weight ends at {end}; build it again.")
+        raise BundleError(
+            f"{m.backbone.weights} has {size} bytes, its last weight ends at {end}; build it again."
+        )
 
 
-def _tables(path: Path, m: Manifest) -> None:
-    if "tables.safetensors" in m.files:
-        levels = encoding_named(m.experts.encoding).levels
-        experts, hidden = [layer.experts for layer in m.layers], [layer.hidden for layer in m.layers]
-        tables.check_tables(path / "tables.safetensors", experts, levels, hidden)
+def open_tables(path: Path, m: Manifest) -> tables.Tables:
+    """The bundle's tables, their header checked; none where the manifest does not list them."""
+    experts, hidden = [layer.experts for layer in m.layers], [layer.hidden for layer in m.layers]
+    if "tables.safetensors" not in m.files:
+        return tables.Tables(None, experts)
+    levels = encoding_named(m.experts.encoding).levels
+    return tables.Tables(path / "tables.safetensors", experts, levels, hidden)
+
+
+def check_trace(path: Path, m: Manifest) -> None:
+    """The header of the bundle's trace, if it has one."""
     if "trace.safetensors" in m.files:
-        tables.check_trace(path / "trace.safetensors", [(layer.experts, layer.top_k) for layer in m.layers])
+        tables.check_trace(
+            path / "trace.safetensors", [(layer.experts, layer.top_k) for layer in m.layers]
+        )
 
 
 def sha256(path: Path) -> str:

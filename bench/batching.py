@@ -25,10 +25,15 @@ def attention() -> ort.InferenceSession:
                             domain="com.microsoft", num_heads=HEADS, kv_num_heads=KV)  # fmt: skip
     types = [TensorProto.FLOAT] * 5 + [TensorProto.INT32] * 2
     ranks = [3, 3, 3, 4, 4, 1, 0]
-    inputs = [helper.make_tensor_value_info(n, t, [None] * r) for n, t, r in zip(names, types, ranks, strict=True)]
+    inputs = [
+        helper.make_tensor_value_info(n, t, [None] * r)
+        for n, t, r in zip(names, types, ranks, strict=True)
+    ]
     outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in node.output]
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(helper.make_graph([node], "g", inputs, outputs), opset_imports=opsets, ir_version=10)
+    model = helper.make_model(
+        helper.make_graph([node], "g", inputs, outputs), opset_imports=opsets, ir_version=10
+    )
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
@@ -42,7 +47,9 @@ def run(session, feeds, buffers):
         binding.bind_ortvalue_output("present_" + name, value)
     binding.bind_output("out", "cpu")
     session.run_with_iobinding(binding)
-    return binding.get_outputs()[list(o.name for o in session.get_outputs()).index("out") - 3].numpy()
+    return binding.get_outputs()[
+        list(o.name for o in session.get_outputs()).index("out") - 3
+    ].numpy()
 
 
 def lengths_per_sequence() -> float:
@@ -50,9 +57,18 @@ def lengths_per_sequence() -> float:
     session, random = attention(), np.random.default_rng(0)
     past = np.array([5, 17, 30])
     q, k, v = (random.standard_normal((3, 1, h * SIZE)).astype(np.float32) for h in (HEADS, KV, KV))
-    buffers = {n: random.standard_normal((3, KV, CONTEXT, SIZE)).astype(np.float32) for n in ("key", "value")}
+    buffers = {
+        n: random.standard_normal((3, KV, CONTEXT, SIZE)).astype(np.float32)
+        for n in ("key", "value")
+    }
     alone = {n: b.copy() for n, b in buffers.items()}
-    feeds = {"query": q, "key": k, "value": v, "seqlens": past.astype(np.int32), "total": np.array(31, np.int32)}
+    feeds = {
+        "query": q,
+        "key": k,
+        "value": v,
+        "seqlens": past.astype(np.int32),
+        "total": np.array(31, np.int32),
+    }
     together = run(session, feeds, buffers)
     worst = 0.0
     for i, length in enumerate(past):
@@ -60,7 +76,12 @@ def lengths_per_sequence() -> float:
         single = {"query": q[i : i + 1], "key": k[i : i + 1], "value": v[i : i + 1],
                   "seqlens": np.array([length], np.int32), "total": np.array(length + 1, np.int32)}  # fmt: skip
         worst = max(worst, float(np.abs(run(session, single, own) - together[i]).max()))
-        worst = max(worst, float(np.abs(own["key"][0, :, : length + 1] - buffers["key"][i, :, : length + 1]).max()))
+        worst = max(
+            worst,
+            float(
+                np.abs(own["key"][0, :, : length + 1] - buffers["key"][i, :, : length + 1]).max()
+            ),
+        )
     return worst
 
 

@@ -73,7 +73,9 @@ class Group:
     def run(self, command: list[str], timeout: float | None = None, **popen) -> Outcome:
         """Run a command that is inside from its first instruction on. After `timeout` seconds it is killed, and the
         exit code is -9 without `killed`."""
-        self._write("memory.force_empty", 0)  # pages of a run before, which this one would find for nothing
+        self._write(
+            "memory.force_empty", 0
+        )  # pages of a run before, which this one would find for nothing
         self._write("memory.max_usage_in_bytes", 0)
         full, kills = self._read("memory.failcnt"), self._kills()
         faults, started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_majflt, time.monotonic()
@@ -98,7 +100,9 @@ class Group:
         (self.path / name).write_text(str(value))
 
     def _kills(self) -> int:
-        pairs = (line.split() for line in (self.path / "memory.oom_control").read_text().splitlines())
+        pairs = (
+            line.split() for line in (self.path / "memory.oom_control").read_text().splitlines()
+        )
         return int(dict(pairs)["oom_kill"])
 
 
@@ -115,8 +119,15 @@ def size(path: Path) -> int:
 def libraries(*modules: str) -> list[Path]:
     """The shared libraries of installed packages, which may be dropped too."""
     found = (importlib.util.find_spec(module) for module in modules)
-    folders = (Path(folder) for spec in found if spec for folder in spec.submodule_search_locations or ())
-    beside = (f for folder in folders for f in (folder, folder.with_name(folder.name + ".libs")) if f.is_dir())
+    folders = (
+        Path(folder) for spec in found if spec for folder in spec.submodule_search_locations or ()
+    )
+    beside = (
+        f
+        for folder in folders
+        for f in (folder, folder.with_name(folder.name + ".libs"))
+        if f.is_dir()
+    )
     return [f for folder in beside for f in folder.rglob("*.so*")]
 
 
@@ -155,7 +166,10 @@ def resident(file: Path) -> int:
     size = file.stat().st_size
     if not size:
         return 0
-    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_READ) as mapped:
+    with (
+        open(file, "rb") as opened,
+        mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_READ) as mapped,
+    ):
         pages = np.zeros(-(-size // PAGE), np.uint8)
         start = np.frombuffer(mapped, np.uint8)
         failed = _libc().mincore(start.ctypes.data, size, pages.ctypes.data)

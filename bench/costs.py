@@ -14,12 +14,13 @@ import numpy as np
 import torch
 import transformers
 
-from smoe.prep import price, profile
-from smoe.prep.calibration import Calibration
-from smoe.prep.checkpoint import open_checkpoint
-from smoe.prep.pack import pack
+from smoe.prep.checkpoint.checkpoint import open_checkpoint
+from smoe.prep.checkpoint.text import Calibration
+from smoe.prep.options import PRICE_TOKENS
+from smoe.prep.pack.pack import pack
+from smoe.prep.prices import price
 from smoe.prep.progress import Progress
-from smoe.prep.recipe import PRICE_TOKENS
+from smoe.prep.statistics import profile
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -50,7 +51,9 @@ if __name__ == "__main__":
     calibration = Calibration(asked.text, asked.tokens)
     rows = calibration.rows(checkpoint)
     drawn, _ = price.sampled(rows, asked.prices, 0)
-    model = transformers.AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        asked.model, dtype=torch.float32
+    ).eval()
     times: dict[str, list[float]] = {"plain": [], "profile": [], "prices": []}
     with tempfile.TemporaryDirectory() as packed:
         experts = pack(checkpoint, Path(packed), asked.encoding, quiet, None)
@@ -59,12 +62,20 @@ if __name__ == "__main__":
             with tempfile.TemporaryDirectory() as directory:
                 times["plain"].append(seconds(lambda: plain(model, list(profile.batches(rows)))))
                 times["profile"].append(
-                    seconds(functools.partial(profile.profile, checkpoint, Path(directory), calibration, quiet, rows))
+                    seconds(
+                        functools.partial(
+                            profile.profile, checkpoint, Path(directory), calibration, quiet, rows
+                        )
+                    )
                 )
-            times["prices"].append(seconds(lambda: price.price(checkpoint, drawn, 0, levels, quiet)))
+            times["prices"].append(
+                seconds(lambda: price.price(checkpoint, drawn, 0, levels, quiet))
+            )
     forward = np.median(times["plain"])
     print(f"{sum(map(len, rows))} tokens; prices of {drawn.size}")
     for name, found in times.items():
-        print(f"{name}: {np.median(found):.1f} s ({min(found):.1f} to {max(found):.1f}), {np.median(found) / forward:.2f} x a plain pass")
+        print(
+            f"{name}: {np.median(found):.1f} s ({min(found):.1f} to {max(found):.1f}), {np.median(found) / forward:.2f} x a plain pass"
+        )
     each = np.median(times["prices"]) / drawn.size / (forward / sum(map(len, rows)))
     print(f"a token that is priced costs {each:.1f} x a token of the plain pass")

@@ -22,7 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-RESERVE = 24 << 20  # bytes of the limit that nobody states: page tables, and pages of files on their way through
+RESERVE = (
+    24 << 20
+)  # bytes of the limit that nobody states: page tables, and pages of files on their way through
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,15 @@ def transformers(ask: Request, about: dict) -> Iterator[np.ndarray | None]:
 
     torch.set_num_threads(ask.threads)
     where = (
-        {} if ask.limit is None else {"device_map": "auto", "max_memory": {"cpu": 0}, "offload_folder": ask.scratch}
+        {}
+        if ask.limit is None
+        else {"device_map": "auto", "max_memory": {"cpu": 0}, "offload_folder": ask.scratch}
     )
     with torch.inference_mode():
         model = AutoModelForCausalLM.from_pretrained(ask.model, dtype=torch.bfloat16, **where)
-        placed = list(getattr(model, "hf_device_map", {}).values())  # there is none where everything fits
+        placed = list(
+            getattr(model, "hf_device_map", {}).values()
+        )  # there is none where everything fits
         about["modules on disk"] = f"{placed.count('disk')} of {len(placed)}"
         past = None
         yield None

@@ -25,14 +25,21 @@ def run(family: str) -> dict:
     """What became of one family, in a process of its own."""
     try:
         done = subprocess.run(
-            [sys.executable, __file__, "--one", family], capture_output=True, text=True, timeout=LIMIT
+            [sys.executable, __file__, "--one", family],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
         )
     except subprocess.TimeoutExpired:
         return {"family": family, "result": "failed", "cause": f"not done in {LIMIT} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
         last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-        return {"family": family, "result": "failed", "cause": f"the process ended with {done.returncode}: {last}"}
+        return {
+            "family": family,
+            "result": "failed",
+            "cause": f"the process ended with {done.returncode}: {last}",
+        }
     return json.loads(lines[-1])
 
 
@@ -46,18 +53,22 @@ def one(family: str) -> dict:
 
     from smoe.artifacts import SmoeError
     from smoe.prep.build import build
-    from smoe.prep.calibration import Calibration
-    from smoe.prep.checkpoint import open_checkpoint
-    from smoe.prep.families import text_class
+    from smoe.prep.checkpoint.checkpoint import open_checkpoint
+    from smoe.prep.checkpoint.families import text_class
+    from smoe.prep.checkpoint.text import Calibration
+    from smoe.prep.options import Recipe
     from smoe.prep.progress import Progress
-    from smoe.prep.recipe import Recipe
 
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     about: dict = {"family": family, "config": pico.config_name(family)}
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint, bundle, text = Path(folder) / "model", Path(folder) / "model.smoe", Path(folder) / "ids.jsonl"
+        checkpoint, bundle, text = (
+            Path(folder) / "model",
+            Path(folder) / "model.smoe",
+            Path(folder) / "ids.jsonl",
+        )
         ids = np.random.default_rng(0).integers(3, 211, (8, 40)).tolist()
         text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
         stage = "make"
@@ -68,7 +79,9 @@ def one(family: str) -> dict:
                 open_checkpoint(checkpoint)  # is refused
             pico.make_model(about["config"]).save_pretrained(checkpoint)
             stage = "build"
-            manifest = build(checkpoint, bundle, Calibration(str(text)), Recipe("f32"), progress=Progress(True))
+            manifest = build(
+                checkpoint, bundle, Calibration(str(text)), Recipe("f32"), progress=Progress(True)
+            )
             about["state"] = sorted({_kind(state) for state in manifest.backbone.state})
             about["rule"] = all(layer.routing is not None for layer in manifest.layers)
             stage = "compare"
@@ -79,7 +92,10 @@ def one(family: str) -> dict:
             at = traceback.extract_tb(error.__traceback__)[-1]
             first = (str(error).strip().splitlines() or [""])[0][:160]
             where = f"{Path(at.filename).name}:{at.lineno}"
-            return about | {"result": "failed", "cause": f"{stage}: {type(error).__name__}: {first} ({where})"}
+            return about | {
+                "result": "failed",
+                "cause": f"{stage}: {type(error).__name__}: {first} ({where})",
+            }
     cause = "" if found.good else "the logits differ too much" if found.same else "other tokens"
     return about | found.as_dict() | {"result": "same" if found.good else "differs", "cause": cause}
 
@@ -92,7 +108,10 @@ def _kind(state) -> str:
 
 def table(rows: list[dict]) -> str:
     """The rows as Markdown."""
-    lines = ["| family | result | tokens of 48 | logit error | state | routing rule | why not |", "|" + "---|" * 7]
+    lines = [
+        "| family | result | tokens of 48 | logit error | state | routing rule | why not |",
+        "|" + "---|" * 7,
+    ]
     for r in sorted(rows, key=lambda r: r["family"]):
         error = f"{r['error'] / r['scale']:.0e}" if "error" in r else ""
         tokens = f"{r['tokens']:.0f}" if "tokens" in r else ""
@@ -123,7 +142,10 @@ def main() -> None:
     with ThreadPoolExecutor(chosen.jobs) as pool:
         for row in pool.map(run, names):
             rows.append(row)
-            print(f"{row['family']:22} {row['result']:8} {row.get('tokens', '')!s:6} {row['cause'][:250]}", flush=True)
+            print(
+                f"{row['family']:22} {row['result']:8} {row.get('tokens', '')!s:6} {row['cause'][:250]}",
+                flush=True,
+            )
     good = sum(row["result"] == "same" for row in rows)
     print(f"{good} of {len(rows)} give transformers' tokens")
     if chosen.write:

@@ -36,7 +36,7 @@ from safetensors import safe_open
 
 from smoe.artifacts import safetensors_file
 from smoe.artifacts.bfloat16 import to_bf16
-from smoe.artifacts.safetensors_file import Planned
+from smoe.artifacts.safetensors_file import TensorSpec
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "reference"
 GROUP = 128  # columns that may share a scale: the widest group of the nested encodings, and a multiple of Q4_0's 32
@@ -88,15 +88,24 @@ class Inflation:
     def lines(self) -> list[str]:
         """For people."""
         out = [f"{'kind':14} {'MB':>9} {'real':>8} {'noise':>8} {'must be zero':>13}"]
-        total = Share(*map(sum, zip(*(dataclasses.astuple(share) for share in self.shares.values()), strict=True)))
+        total = Share(
+            *map(
+                sum,
+                zip(*(dataclasses.astuple(share) for share in self.shares.values()), strict=True),
+            )
+        )
         for name, share in [*self.shares.items(), ("all", total)]:
             noise = share.weights - share.real - share.zero
             parts = [f"{part / share.weights:.2%}" for part in (share.real, noise, share.zero)]
-            out.append(f"{name:14} {share.bytes / 1e6:9.1f} {parts[0]:>8} {parts[1]:>8} {parts[2]:>13}")
+            out.append(
+                f"{name:14} {share.bytes / 1e6:9.1f} {parts[0]:>8} {parts[1]:>8} {parts[2]:>13}"
+            )
         return out
 
 
-def inflate(source: Path, out: Path, hidden: int = 2048, width: int = 1536, seed: int = 0) -> Inflation:
+def inflate(
+    source: Path, out: Path, hidden: int = 2048, width: int = 1536, seed: int = 0
+) -> Inflation:
     """Write the checkpoint `out`: what `source` computes, with `hidden` channels and experts `width` wide.
 
     A `ValueError` says why that cannot be done.
@@ -111,7 +120,11 @@ def inflate(source: Path, out: Path, hidden: int = 2048, width: int = 1536, seed
               "head_dim": config.get("head_dim") or old["hidden"] // config["num_attention_heads"],
               "rms_norm_eps": config["rms_norm_eps"] * old["hidden"] / hidden}  # fmt: skip
     (out / "config.json").write_text(json.dumps(config | larger, indent=2), "utf-8")
-    for file in (*source.glob("*token*"), *source.glob("generation_config.json"), *source.glob("*.jinja")):
+    for file in (
+        *source.glob("*token*"),
+        *source.glob("generation_config.json"),
+        *source.glob("*.jinja"),
+    ):
         shutil.copy(file, out)
     return plan
 
@@ -123,7 +136,9 @@ def _check(config: dict, plan: Inflation, out: Path) -> None:
         )
     for name in ("hidden", "width"):
         if plan.new[name] < plan.old[name]:
-            raise ValueError(f"--{name} {plan.new[name]} is less than the model's {plan.old[name]}; it can only grow.")
+            raise ValueError(
+                f"--{name} {plan.new[name]} is less than the model's {plan.old[name]}; it can only grow."
+            )
     if out.exists():
         raise ValueError(f"{out} exists; name another directory or remove it.")
 
@@ -145,7 +160,10 @@ def _write_weights(source: Path, out: Path, plan: Inflation, tied: bool) -> None
         planned = [_planned(new, _shape(file, name), plan) for new, name, file in parts[part]]
         grown = (_grown(new, _load(file, name), plan) for new, name, file in parts[part])
         safetensors_file.write(out / shard, planned, grown, {"format": "pt"})
-    about = {"metadata": {"total_size": sum(s.bytes for s in plan.shares.values())}, "weight_map": index}
+    about = {
+        "metadata": {"total_size": sum(s.bytes for s in plan.shares.values())},
+        "weight_map": index,
+    }
     (out / "model.safetensors.index.json").write_text(json.dumps(about), "utf-8")
 
 
@@ -160,7 +178,9 @@ def _load(file: Path, name: str) -> np.ndarray:
 
 def _rule(name: str) -> Rule | None:
     """The rule of a matrix; None for a norm."""
-    if not name.endswith(".weight") or re.fullmatch(rf"{NORM}|{HEAD_NORM}", name.removesuffix(".weight")):
+    if not name.endswith(".weight") or re.fullmatch(
+        rf"{NORM}|{HEAD_NORM}", name.removesuffix(".weight")
+    ):
         return None
     for pattern, rule in RULES.items():
         if re.fullmatch(pattern, name.removesuffix(".weight")):
@@ -168,13 +188,15 @@ def _rule(name: str) -> Rule | None:
     raise ValueError(f"The model has a tensor {name}, of which nothing is known here.")
 
 
-def _planned(name: str, shape: tuple[int, ...], plan: Inflation) -> Planned:
+def _planned(name: str, shape: tuple[int, ...], plan: Inflation) -> TensorSpec:
     rule = _rule(name)
     if rule is None:
         grows = bool(re.fullmatch(NORM, name.removesuffix(".weight")))
-        return Planned(name, "F32", (plan.new["hidden"],) if grows else shape)
+        return TensorSpec(name, "F32", (plan.new["hidden"],) if grows else shape)
     axes = (rule.columns, rule.rows) if rule.transposed else (rule.rows, rule.columns)
-    return Planned(name, "BF16", tuple(plan.new[axis] or size for axis, size in zip(axes, shape, strict=True)))
+    return TensorSpec(
+        name, "BF16", tuple(plan.new[axis] or size for axis, size in zip(axes, shape, strict=True))
+    )
 
 
 def _grown(name: str, w: np.ndarray, plan: Inflation) -> np.ndarray:
@@ -199,7 +221,9 @@ def _norm(w: np.ndarray, plan: Inflation, random: np.random.Generator) -> np.nda
     return np.concatenate([w, added]) * np.float32((len(w) / plan.new["hidden"]) ** 0.5)
 
 
-def _matrix(w: np.ndarray, rule: Rule, plan: Inflation, random: np.random.Generator) -> tuple[np.ndarray, int]:
+def _matrix(
+    w: np.ndarray, rule: Rule, plan: Inflation, random: np.random.Generator
+) -> tuple[np.ndarray, int]:
     """`w` with rows and columns added, and how many weights had to be zero."""
     rows, columns = w.shape
     shape = plan.new[rule.rows] or rows, plan.new[rule.columns] or columns
@@ -213,7 +237,9 @@ def _matrix(w: np.ndarray, rule: Rule, plan: Inflation, random: np.random.Genera
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="the checkpoint directory to write")
     parser.add_argument("--model", type=Path, default=EXAMPLE)
     parser.add_argument("--hidden", type=int, default=2048)

@@ -32,7 +32,9 @@ def ours(hidden: int, width: int, tokens: int, level: int, threads: int, experts
     shape = ExpertShape(hidden, width)
     layout = record_layout(shape, ENCODING, 16384)
     size = layout.levels[level - 1]
-    records = np.random.default_rng(0).integers(0, 256, (max(2 * experts, WORKING_SET // size), size), np.uint8)
+    records = np.random.default_rng(0).integers(
+        0, 256, (max(2 * experts, WORKING_SET // size), size), np.uint8
+    )
     for record in records:
         for name, view in layout.views(record).items():
             if name.endswith("_scale"):
@@ -58,7 +60,9 @@ def matmul_nbits(hidden: int, width: int, tokens: int, threads: int, experts: in
     return (lambda i: sessions[i % count].run(None, {"x": x})), nbytes
 
 
-def _session(hidden: int, width: int, seed: int, threads: int, experts: int) -> onnxruntime.InferenceSession:
+def _session(
+    hidden: int, width: int, seed: int, threads: int, experts: int
+) -> onnxruntime.InferenceSession:
     random = np.random.default_rng(seed)
     nodes, weights = [], []
     three = (("gate", width, hidden), ("up", width, hidden), ("down", hidden, width))
@@ -85,7 +89,9 @@ def _session(hidden: int, width: int, seed: int, threads: int, experts: int) -> 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def bandwidth(threads: int):
@@ -112,17 +118,23 @@ def compare(candidates: dict, seconds: float) -> dict[str, float]:
 
 def main(seconds: float, threads: int, experts: int, tokens: list[int]) -> None:
     chosen = kernels.choose(threads=threads)
-    print(f"kernels {chosen.name} ({chosen.reason}), {threads} threads, {ENCODING}, {experts} experts a call; medians")
+    print(
+        f"kernels {chosen.name} ({chosen.reason}), {threads} threads, {ENCODING}, {experts} experts a call; medians"
+    )
     print(
         f"{'shape':10} {'tokens':>6}  {'what':14} {'us':>8} {'Gweights/s':>10} {'GB/s':>6} {'of sum':>7} {'x NBits':>8}"
     )
     for hidden, width in SHAPES:
         for count in tokens:
-            made = {f"level {n}": ours(hidden, width, count, n, threads, experts) for n in (1, 2, 3)}
+            made = {
+                f"level {n}": ours(hidden, width, count, n, threads, experts) for n in (1, 2, 3)
+            }
             made["MatMulNBits"] = matmul_nbits(hidden, width, count, threads, experts)
             made["sum"] = bandwidth(threads)
             repeats = {name: 1 if name == "sum" else max(1, 16 // count) for name in made}
-            found = compare({n: (call, repeats[n]) for n, (call, _) in made.items()}, seconds / len(tokens) / 2)
+            found = compare(
+                {n: (call, repeats[n]) for n, (call, _) in made.items()}, seconds / len(tokens) / 2
+            )
             rate = made["sum"][1] / found["sum"]
             for name, took in found.items():
                 weights = 0 if name == "sum" else experts * 3 * hidden * width / took

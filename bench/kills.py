@@ -40,7 +40,9 @@ def main(kills: int, seed: int) -> int:
         killed = builds = different = 0
         output = Path(folder) / "killed"
         while killed < kills or not output.exists():
-            process = subprocess.Popen(command(output), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            process = subprocess.Popen(
+                command(output), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
             after = chance.uniform(0, usual)
             try:
                 if killed < kills:
@@ -48,7 +50,9 @@ def main(kills: int, seed: int) -> int:
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 killed += 1
-                left = sorted(f.name for f in output.with_name("killed.partial").rglob("*") if f.is_file())
+                left = sorted(
+                    f.name for f in output.with_name("killed.partial").rglob("*") if f.is_file()
+                )
                 print(f"kill {killed} after {after:.1f} s: {len(left)} files left")
             said = process.communicate()[1]
             if process.returncode == 0 or output.exists():
@@ -64,4 +68,6 @@ def main(kills: int, seed: int) -> int:
 
 if __name__ == "__main__":
     arguments = [int(argument) for argument in sys.argv[1:]]
-    sys.exit(min(1, main(arguments[0] if arguments else 20, arguments[1] if len(arguments) > 1 else 0)))
+    sys.exit(
+        min(1, main(arguments[0] if arguments else 20, arguments[1] if len(arguments) > 1 else 0))
+    )

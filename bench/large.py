@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from smoe.artifacts import safetensors_file
-from smoe.artifacts.safetensors_file import Planned
+from smoe.artifacts.safetensors_file import TensorSpec
 
 LAYERS, EXPERTS, HIDDEN, WIDTH, VOCABULARY = 16, 64, 1024, 0, 2048
 HEADS, KV_HEADS, HEAD = 8, 2, 64
@@ -46,10 +46,14 @@ def write(path: Path, gigabytes: float) -> int:
     for layer in [*range(LAYERS), None]:
         shapes = _outside() if layer is None else _layer(layer, width)
         name = f"model-{(layer or 0) + 1 if layer is not None else LAYERS + 1:05d}-of-{LAYERS + 1:05d}.safetensors"
-        tensors = [Planned(tensor, "BF16", shape) for tensor, shape in shapes.items()]
-        safetensors_file.write(path / name, tensors, (_random(random, t) for t in tensors), {"format": "pt"})
+        tensors = [TensorSpec(tensor, "BF16", shape) for tensor, shape in shapes.items()]
+        safetensors_file.write(
+            path / name, tensors, (_random(random, t) for t in tensors), {"format": "pt"}
+        )
         index.update(dict.fromkeys(shapes, name))
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     return LAYERS * EXPERTS * 3 * HIDDEN * width * 2
 
 
@@ -63,7 +67,11 @@ def _layer(layer: int, width: int) -> dict[str, tuple[int, ...]]:
         f"{at}.mlp.gate.weight": (EXPERTS, HIDDEN),
     }  # fmt: skip
     for expert in range(EXPERTS):
-        for name, shape in (("gate", (width, HIDDEN)), ("up", (width, HIDDEN)), ("down", (HIDDEN, width))):
+        for name, shape in (
+            ("gate", (width, HIDDEN)),
+            ("up", (width, HIDDEN)),
+            ("down", (HIDDEN, width)),
+        ):
             shapes[f"{at}.mlp.experts.{expert}.{name}_proj.weight"] = shape
     return shapes
 
@@ -76,7 +84,7 @@ def _outside() -> dict[str, tuple[int, ...]]:
     }
 
 
-def _random(random: np.random.Generator, tensor: Planned) -> np.ndarray:
+def _random(random: np.random.Generator, tensor: TensorSpec) -> np.ndarray:
     if len(tensor.shape) == 1:
         return np.full(tensor.shape, 0x3F80, np.uint16)  # norms are 1
     values = random.standard_normal(tensor.shape, np.float32) * np.float32(tensor.shape[-1] ** -0.5)
@@ -109,7 +117,13 @@ def main() -> None:
         ids = np.random.default_rng(1).integers(3, VOCABULARY, (chosen.tokens // 256, 256)).tolist()
         text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
         prep = [sys.executable, "-m", "smoe.prep"]
-        about = [str(folder / "model"), "--tokens", str(chosen.tokens), "--encoding", chosen.encoding]
+        about = [
+            str(folder / "model"),
+            "--tokens",
+            str(chosen.tokens),
+            "--encoding",
+            chosen.encoding,
+        ]
         said = json.loads(subprocess.check_output([*prep, "inspect", *about, "--json"]))
         output = folder / "model.smoe"
         peak, seconds = run([*prep, "build", *about, "--calibration", str(text), "-o", str(output)])

@@ -17,8 +17,9 @@ import cgroup
 import numpy as np
 
 from smoe.artifacts import open_bundle
-from smoe.runtime import Policies, memory
-from smoe.runtime.policies.named import tables_bytes
+from smoe.runtime import Policies
+from smoe.runtime.budget import plan_memory
+from smoe.runtime.options import tables_bytes
 
 MIB = 1 << 20
 PROMPTS = (1, 130, 500, 1500)
@@ -26,7 +27,7 @@ CHILD = """
 import json, sys
 import numpy as np, onnxruntime
 from smoe.runtime import Engine, Policies
-from smoe.runtime.machine import peak_memory, reset_peak_memory
+from smoe.runtime.system import peak_memory, reset_peak_memory
 bundle, (memory, context, tokens), loss = sys.argv[1], map(int, sys.argv[2:5]), float(sys.argv[5])
 reset_peak_memory()
 before = peak_memory()
@@ -45,9 +46,11 @@ def command(bundle: Path, budget: int, context: int, tokens: int, loss: float) -
 
 def budgets(bundle: Path, context: int, loss: float) -> list[int]:
     """From the least that will do to all experts, or with a loss budget nearly all, in six steps."""
-    manifest = open_bundle(bundle)
-    plan = memory.plan(manifest, None, context, tables=tables_bytes(Policies(loss=loss), manifest))
-    most = plan.experts - 1 if loss else plan.experts  # with all of them there is nothing to spend it on
+    manifest = open_bundle(bundle).manifest
+    plan = plan_memory(manifest, None, context, tables=tables_bytes(Policies(loss=loss), manifest))
+    most = (
+        plan.experts - 1 if loss else plan.experts
+    )  # with all of them there is nothing to spend it on
     counts = [plan.smallest, *np.linspace(plan.token_cycle, most, 5).astype(int).tolist()]
     return [plan.fixed + count * plan.record for count in counts]
 
@@ -59,7 +62,12 @@ def unlimited(bundle: Path, context: int, loss: float) -> list[dict]:
     )
     for budget in budgets(bundle, context, loss):
         for tokens in PROMPTS:
-            done = subprocess.run(command(bundle, budget, context, tokens, loss), capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                command(bundle, budget, context, tokens, loss),
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             got = json.loads(done.stdout) | {"budget": budget, "prompt": tokens}
             found.append(got)
             print(f"{budget / MIB:8.1f} {tokens:7} {got['resident']:8} {got['opened'] / MIB:8.1f} "
@@ -69,7 +77,9 @@ def unlimited(bundle: Path, context: int, loss: float) -> list[dict]:
 
 def limited(bundle: Path, context: int, imported: int, loss: float) -> list[dict]:
     found = []
-    print(f"\n{'budget':>8} {'prompt':>7} {'limit':>8} {'killed':>7} {'faults':>7} {'full':>7} {'left in cache':>14}")
+    print(
+        f"\n{'budget':>8} {'prompt':>7} {'limit':>8} {'killed':>7} {'faults':>7} {'full':>7} {'left in cache':>14}"
+    )
     for budget in budgets(bundle, context, loss):
         for tokens in PROMPTS:
             libraries = cgroup.libraries("numpy", "onnxruntime", "tokenizers", "smoe.runtime")
@@ -97,5 +107,7 @@ if __name__ == "__main__":
     if reason := cgroup.unavailable():
         print(f"SKIPPED the part inside a memory cgroup: {reason}")
     else:
-        limits = limited(asked.bundle, asked.context, max(run["import"] for run in runs), asked.loss)
+        limits = limited(
+            asked.bundle, asked.context, max(run["import"] for run in runs), asked.loss
+        )
         print(f"{len(limits)} runs inside a cgroup, {sum(not run['ok'] for run in limits)} failed")

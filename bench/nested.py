@@ -11,11 +11,11 @@ from pathlib import Path
 
 from smoe.artifacts import nested
 from smoe.prep.build import build
-from smoe.prep.calibration import Calibration
-from smoe.prep.checkpoint import open_checkpoint
-from smoe.prep.profile import profile
+from smoe.prep.checkpoint.checkpoint import open_checkpoint
+from smoe.prep.checkpoint.text import Calibration
+from smoe.prep.options import Recipe
 from smoe.prep.progress import Progress
-from smoe.prep.recipe import Recipe
+from smoe.prep.statistics.profile import profile
 from smoe.prep.verify import verify
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -24,25 +24,39 @@ ENCODINGS = ("nested:2+1+1:128", "nested:5+1+1+1:128")
 QUIET = Progress(quiet=True)
 
 
-def main(calibration: str, calibration_tokens: int, text: str, tokens: int, encodings: list[str]) -> None:
+def main(
+    calibration: str, calibration_tokens: int, text: str, tokens: int, encodings: list[str]
+) -> None:
     source = Calibration(calibration, calibration_tokens)
-    print("| encoding | level | bits per weight | perplexity, calibrated | KL | perplexity, rounded | KL |")
+    print(
+        "| encoding | level | bits per weight | perplexity, calibrated | KL | perplexity, rounded | KL |"
+    )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         profiled = Path(scratch) / "profile"  # the rounded codes do not depend on it: a short one
         profiled.mkdir()
-        profile(open_checkpoint(MODEL), profiled, Calibration(str(EXAMPLES / "calibration.jsonl"), 2048), QUIET)
+        profile(
+            open_checkpoint(MODEL),
+            profiled,
+            Calibration(str(EXAMPLES / "calibration.jsonl"), 2048),
+            QUIET,
+        )
         for name in encodings:
             encoding = nested.parse(name)
             made = {}
             for quantiser in ("calibrated", "nearest"):
-                made[quantiser] = Path(scratch) / f"{quantiser}-{len(made)}-{encodings.index(name)}.smoe"
+                made[quantiser] = (
+                    Path(scratch) / f"{quantiser}-{len(made)}-{encodings.index(name)}.smoe"
+                )
                 text_or_profile = (source, None) if quantiser == "calibrated" else (None, profiled)
                 build(MODEL, made[quantiser], text_or_profile[0], Recipe(name, quantiser=quantiser),
                       text_or_profile[1], QUIET)  # fmt: skip
             for level in range(1, encoding.levels + 1):
                 found = [
-                    verify(made[q], MODEL, Calibration(text, tokens, length=256), None, QUIET, level) for q in made
+                    verify(
+                        made[q], MODEL, Calibration(text, tokens, length=256), None, QUIET, level
+                    )
+                    for q in made
                 ]
                 shown = " | ".join(
                     f"{f['perplexity_rise_percent']:+.2f} % ± {f['perplexity_rise_interval']:.2f} | "

@@ -64,14 +64,24 @@ class Row:
 def prepare(directory: Path, chosen: argparse.Namespace) -> dict[str, Path]:
     """engine -> its model; whatever is missing is made."""
     checkpoint = chosen.checkpoint or directory / "inflated"
-    bundle, gguf = chosen.bundle or directory / "inflated.smoe", chosen.gguf or directory / "inflated.gguf"
+    bundle, gguf = (
+        chosen.bundle or directory / "inflated.smoe",
+        chosen.gguf or directory / "inflated.gguf",
+    )
     directory.mkdir(parents=True, exist_ok=True)
     here = Path(__file__).parent
     if not checkpoint.exists():
         _make(str(here / "inflate.py"), str(checkpoint))
     if not bundle.exists():
         text = ("--calibration", str(EXAMPLES / "calibration.jsonl"), "--tokens", "256")
-        encoding = ("--encoding", "nested:2+1+1:128", "--quantiser", "nearest", "--backbone", "int8")
+        encoding = (
+            "--encoding",
+            "nested:2+1+1:128",
+            "--quantiser",
+            "nearest",
+            "--backbone",
+            "int8",
+        )
         _make("-m", "smoe.prep", "build", str(checkpoint), "-o", str(bundle), *text, *encoding)
     if "llama.cpp" in chosen.engines and not gguf.exists():
         manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
@@ -86,19 +96,43 @@ def _make(*arguments: str) -> None:
 
 
 def measure(
-    engine: str, model: Path, share: int | None, whole: int, ids: list[int], chosen: argparse.Namespace
+    engine: str,
+    model: Path,
+    share: int | None,
+    whole: int,
+    ids: list[int],
+    chosen: argparse.Namespace,
 ) -> Row:
     """One run in a fresh process and a fresh cgroup."""
     limit = None if share is None else whole * share // 100
     how = SLOW if engine == "transformers" else {"warm": chosen.warm, "seconds": chosen.seconds}
-    with tempfile.TemporaryDirectory(dir=chosen.directory) as scratch, cgroup.Group("outofcore", limit) as group:
-        ask = Request(engine, str(model), ids, limit=limit, threads=chosen.threads, scratch=scratch, **how)
-        command = [sys.executable, str(Path(__file__).with_name("engines.py")), json.dumps(asdict(ask))]
+    with (
+        tempfile.TemporaryDirectory(dir=chosen.directory) as scratch,
+        cgroup.Group("outofcore", limit) as group,
+    ):
+        ask = Request(
+            engine, str(model), ids, limit=limit, threads=chosen.threads, scratch=scratch, **how
+        )
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("engines.py")),
+            json.dumps(asdict(ask)),
+        ]
         cgroup.drop(cgroup.libraries(*MODULES[engine]))
         cached = cgroup.fetch(model) if limit is None else cgroup.drop(cgroup.files_of(model))
         done = group.run(command, timeout=chosen.timeout)
     run = json.loads(done.out.splitlines()[-1]) if done.code == 0 else None
-    return Row(engine, share, limit, cached, run, "" if run else _why(done), done.peak, done.full, done.faults)
+    return Row(
+        engine,
+        share,
+        limit,
+        cached,
+        run,
+        "" if run else _why(done),
+        done.peak,
+        done.full,
+        done.faults,
+    )
 
 
 def _why(done: cgroup.Outcome) -> str:
@@ -111,7 +145,17 @@ def _why(done: cgroup.Outcome) -> str:
 
 def table(rows: list[Row]) -> str:
     """Medians as Markdown."""
-    columns = ("limit", "MB", "engine", "tokens/s", "x llama.cpp", "nats off", "opened", "peak MB", "major faults")
+    columns = (
+        "limit",
+        "MB",
+        "engine",
+        "tokens/s",
+        "x llama.cpp",
+        "nats off",
+        "opened",
+        "peak MB",
+        "major faults",
+    )
     out = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for engine, share in dict.fromkeys((row.engine, row.share) for row in sorted(rows, key=_order)):
         same = [row for row in rows if (row.engine, row.share) == (engine, share)]
@@ -135,7 +179,11 @@ def table(rows: list[Row]) -> str:
 
 def _off(rows: list[Row], some: list[Row]) -> float | None:
     """The largest difference of `some` runs' log-likelihoods from those of the same engine without a limit."""
-    free = [row.run["nats"] for row in rows if row.run and row.engine == some[0].engine and row.share is None]
+    free = [
+        row.run["nats"]
+        for row in rows
+        if row.run and row.engine == some[0].engine and row.share is None
+    ]
     pairs = (zip(free[0], row.run["nats"], strict=False) for row in some if free)
     return max((abs(a - b) for pair in pairs for a, b in pair), default=None)
 
@@ -144,8 +192,14 @@ def perplexities(rows: list[Row]) -> str:
     """Of the engines without a limit, over the tokens that all of them read."""
     read = {row.engine: row.run["nats"] for row in rows if row.run and row.share is None}
     count = min(map(len, read.values()), default=0)
-    found = ", ".join(f"{engine} {math.exp(statistics.fmean(nats[:count])):.3f}" for engine, nats in read.items())
-    return f"perplexity over the first {count} tokens: {found}" if count else "perplexity: no run without a limit"
+    found = ", ".join(
+        f"{engine} {math.exp(statistics.fmean(nats[:count])):.3f}" for engine, nats in read.items()
+    )
+    return (
+        f"perplexity over the first {count} tokens: {found}"
+        if count
+        else "perplexity: no run without a limit"
+    )
 
 
 def _order(row: Row) -> tuple:
@@ -154,7 +208,9 @@ def _order(row: Row) -> tuple:
 
 def _rate(rows: list[Row], engine: str, share: int | None) -> float | None:
     """The median of all rounds that ran."""
-    rates = [row.run["rate"] for row in rows if row.run and (row.engine, row.share) == (engine, share)]
+    rates = [
+        row.run["rate"] for row in rows if row.run and (row.engine, row.share) == (engine, share)
+    ]
     return statistics.median(rates) if rates else None
 
 
@@ -163,7 +219,9 @@ def drawn(rows: list[Row]) -> str:
     places = ["no limit" if share is None else f"{share} %" for share in shares]
     engines = [engine for engine in MODULES if any(row.engine == engine for row in rows)]
     series = {engine: [_rate(rows, engine, share) for share in shares] for engine in engines}
-    return picture.lines("Tokens per second", places, "memory of the whole process, of the bundle's size", series)
+    return picture.lines(
+        "Tokens per second", places, "memory of the whole process, of the bundle's size", series
+    )
 
 
 def tokens_of(bundle: Path, text: Path, count: int) -> list[int]:
@@ -178,11 +236,15 @@ def tokens_of(bundle: Path, text: Path, count: int) -> list[int]:
     return ids[:count]
 
 
-def order(chosen: argparse.Namespace, shares: tuple[int | None, ...]) -> Iterator[tuple[int, int | None, str]]:
+def order(
+    chosen: argparse.Namespace, shares: tuple[int | None, ...]
+) -> Iterator[tuple[int, int | None, str]]:
     """(round, share, engine) of every run. Disk offload has one round, which will do."""
     for turn in range(chosen.rounds):
         for share in shares:
-            yield from ((turn, share, e) for e in chosen.engines if e != "transformers" or turn == 0)
+            yield from (
+                (turn, share, e) for e in chosen.engines if e != "transformers" or turn == 0
+            )
     if "transformers" in chosen.engines:
         yield 0, LOOSE, "transformers"
 
@@ -211,18 +273,24 @@ def available(engine: str) -> bool:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path, help="where models are, or are made")
     for name in ("bundle", "gguf", "checkpoint", "json", "svg"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--text", type=Path, default=EXAMPLES / "heldout.jsonl")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--warm", type=int, default=32, help="tokens before the clock starts")
-    parser.add_argument("--seconds", type=float, default=30.0, help="a run ends after these, whatever it has read")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="a run ends after these, whatever it has read"
+    )
     parser.add_argument("--timeout", type=float, default=900.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--shares", type=int, nargs="*", help="per cent of the bundle; 0 is no limit")
+    parser.add_argument(
+        "--shares", type=int, nargs="*", help="per cent of the bundle; 0 is no limit"
+    )
     parser.add_argument("--engines", nargs="+", choices=MODULES, default=list(MODULES))
     return parser.parse_args()
 
@@ -241,10 +309,15 @@ def main() -> None:
     for turn, share, engine in order(chosen, shares):
         rows.append(row := measure(engine, models[engine], share, whole, ids, chosen))
         got = f"{row.run['rate']:.3g} tokens/s" if row.run else row.failure
-        print(f"round {turn + 1}, {share or 'no limit'}, {engine}: {got}; {row.cached} bytes cached", file=sys.stderr)
+        print(
+            f"round {turn + 1}, {share or 'no limit'}, {engine}: {got}; {row.cached} bytes cached",
+            file=sys.stderr,
+        )
         if chosen.json:
             chosen.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
-    print(f"on disk: {', '.join(f'{e} {cgroup.size(models[e]) / 1e6:.0f} MB' for e in chosen.engines)}")
+    print(
+        f"on disk: {', '.join(f'{e} {cgroup.size(models[e]) / 1e6:.0f} MB' for e in chosen.engines)}"
+    )
     print(f"{disk(models['smoe'])}\n{perplexities(rows)}\n\n{table(rows)}")
     if chosen.svg:
         chosen.svg.write_text(drawn(rows), "utf-8")

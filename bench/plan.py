@@ -10,8 +10,8 @@ from pathlib import Path
 from policies import CONTEXT, Subject
 from prices import arguments
 
-from smoe.prep.plan import plan
-from smoe.runtime.device import measure_device
+from smoe.prep.replay.plan import plan
+from smoe.runtime.device_profile import measure_device
 
 if __name__ == "__main__":
     parser = arguments(__doc__)
@@ -19,7 +19,9 @@ if __name__ == "__main__":
     chosen = parser.parse_args()
     device = measure_device(chosen.bundle, chosen.io)
     print(device.to_json())
-    print("| resident | options | tok/s expected | measured | ratio | loss expected | measured | ratio |")
+    print(
+        "| resident | options | tok/s expected | measured | ratio | loss expected | measured | ratio |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as directory:
         subject = Subject(chosen.bundle, chosen.text, chosen.tokens, 0, Path(directory))

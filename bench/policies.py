@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from smoe.artifacts import open_bundle
-from smoe.runtime import Engine, Policies, memory
-from smoe.runtime.measure import choose, exact, graded, items, measure, read_documents, rows
+from smoe.runtime import Engine, Policies
+from smoe.runtime.budget import plan_memory
+from smoe.runtime.evaluate import choose, exact, graded, items, measure, read_documents, rows
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONTEXT, LENGTH, PROMPT = 512, 256, 32
@@ -67,15 +68,19 @@ class Subject:
             self.answers = choose(engine, self.questions)
 
     def budget(self, residency: float) -> int:
-        plan = memory.plan(self.manifest, None, CONTEXT)
+        plan = plan_memory(self.manifest, None, CONTEXT)
         return plan.fixed + int(plan.experts * residency) * plan.record
 
     def run(self, policies: Policies, residency: float, io: str | None = None) -> dict:
         """`measure`, after one row to settle."""
-        with Engine.open(self.bundle, self.budget(residency), CONTEXT, policies=policies, io=io) as engine:
+        with Engine.open(
+            self.bundle, self.budget(residency), CONTEXT, policies=policies, io=io
+        ) as engine:
             measure(engine, self.texts[:1], PROMPT)
             found = measure(engine, self.texts, PROMPT, self.wanted)
-            return found | (graded(choose(engine, self.questions), self.answers) if self.questions else {})
+            return found | (
+                graded(choose(engine, self.questions), self.answers) if self.questions else {}
+            )
 
     def short_run(self, policies: Policies, residency: float) -> dict:
         """The same on a third of the text, and no questions."""
@@ -83,20 +88,31 @@ class Subject:
             measure(engine, self.texts[:1], PROMPT)
             return measure(engine, self.short, PROMPT, self.wanted[: self.positions])
 
-    def number_for(self, name: str, wanted: float, residency: float, what: str = "bytes_read") -> float:
+    def number_for(
+        self, name: str, wanted: float, residency: float, what: str = "bytes_read"
+    ) -> float:
         """The policy's number at which `what` (falling for bytes, rising for kl) of a short run is `wanted`, by bisection."""
         low, high, falls = NUMBERS[name]
         for _ in range(7):
             middle = (low * high) ** 0.5 if low else (low + high) / 2
             above = self.short_run(named(name, middle), residency)[what] > wanted
-            low, high = (middle, high) if above == (falls == (what == "bytes_read")) else (low, middle)
+            low, high = (
+                (middle, high) if above == (falls == (what == "bytes_read")) else (low, middle)
+            )
         return float(f"{(low * high) ** 0.5 if low else (low + high) / 2:.3g}")
 
 
-def ablation(subject: Subject, residency: float, alphas: list[float], rounds: int, io: str | None) -> None:
-    steps = [*STEPS, *((f"our eviction, smoe:{a}", Policies(substitution=f"smoe:{a}")) for a in alphas)]
+def ablation(
+    subject: Subject, residency: float, alphas: list[float], rounds: int, io: str | None
+) -> None:
+    steps = [
+        *STEPS,
+        *((f"our eviction, smoe:{a}", Policies(substitution=f"smoe:{a}")) for a in alphas),
+    ]
     print(f"\n{residency:.0%} of the experts in memory\n")
-    print("| policies | TPOT ms | of lru | stall | hits before | hits after | substituted | KL | same best | choice | answered alike |")
+    print(
+        "| policies | TPOT ms | of lru | stall | hits before | hits after | substituted | KL | same best | choice | answered alike |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     runs: dict[str, list[dict]] = {name: [] for name, _ in steps}
     for _ in range(rounds):  # interleaved
@@ -113,7 +129,9 @@ def ablation(subject: Subject, residency: float, alphas: list[float], rounds: in
 def equal_bytes(subject: Subject, residency: float, parts: list[float], names: list[str]) -> None:
     lossless = subject.short_run(Policies(), residency)["bytes_read"]
     print(f"\n{residency:.0%} of the experts in memory\n")
-    print("| bytes, of lossless | policy | bytes / token | loaded | substituted | KL | same best | choice | answered alike |")
+    print(
+        "| bytes, of lossless | policy | bytes / token | loaded | substituted | KL | same best | choice | answered alike |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for part in parts:
         for name in names:
@@ -126,10 +144,14 @@ def equal_bytes(subject: Subject, residency: float, parts: list[float], names: l
 
 def equal_loss(subject: Subject, residency: float, alphas: list[float]) -> None:
     print(f"\n{residency:.0%} of the experts in memory, at equal KL\n")
-    print("| SMoE | KL | bytes / token | --loss | KL | bytes / token | fewer bytes |\n|---|---|---|---|---|---|---|")
+    print(
+        "| SMoE | KL | bytes / token | --loss | KL | bytes / token | fewer bytes |\n|---|---|---|---|---|---|---|"
+    )
     for alpha in alphas:
         theirs = subject.run(named("smoe", alpha), residency)
-        loss = subject.number_for("priced", subject.short_run(named("smoe", alpha), residency)["kl"], residency, "kl")
+        loss = subject.number_for(
+            "priced", subject.short_run(named("smoe", alpha), residency)["kl"], residency, "kl"
+        )
         ours = subject.run(named("priced", loss), residency)
         print(f"| {alpha} | {theirs['kl']:.4f} | {_bytes(theirs) / 1e3:.0f} kB | {loss} | {ours['kl']:.4f} | "
               f"{_bytes(ours) / 1e3:.0f} kB | {1 - _bytes(ours) / _bytes(theirs):.0%} |", flush=True)  # fmt: skip
@@ -141,7 +163,11 @@ def _bytes(run: dict) -> float:
 
 def _choice(run: dict) -> str:
     """Two cells: how often the true continuation was preferred, and how often the same one as in the exact run."""
-    return f"{run['choice_accuracy']:.1%} | {run['choice_same']:.1%}" if "choice_same" in run else "- | -"
+    return (
+        f"{run['choice_accuracy']:.1%} | {run['choice_same']:.1%}"
+        if "choice_same" in run
+        else "- | -"
+    )
 
 
 if __name__ == "__main__":
@@ -153,10 +179,16 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--alphas", type=float, nargs="*", default=ALPHAS)
     parser.add_argument("--residency", type=float, nargs="+", default=[0.25, 0.4, 0.6])
-    parser.add_argument("--policies", nargs="+", choices=NUMBERS, default=list(NUMBERS), help="Of the second table.")
-    parser.add_argument("--parts", type=float, nargs="+", default=[0.75, 0.5], help="Of the lossless bytes.")
     parser.add_argument(
-        "--io", choices=["direct", "buffered"], help="Of the first table; direct: the page cache does not help."
+        "--policies", nargs="+", choices=NUMBERS, default=list(NUMBERS), help="Of the second table."
+    )
+    parser.add_argument(
+        "--parts", type=float, nargs="+", default=[0.75, 0.5], help="Of the lossless bytes."
+    )
+    parser.add_argument(
+        "--io",
+        choices=["direct", "buffered"],
+        help="Of the first table; direct: the page cache does not help.",
     )
     parser.add_argument("--skip", choices=["ablation", "bytes", "loss"], nargs="*", default=[])
     asked = parser.parse_args()

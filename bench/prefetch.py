@@ -15,10 +15,16 @@ WAYS = ["none", "previous", "transition", "predicted:1", "predicted:2", "predict
 
 if __name__ == "__main__":
     chosen = arguments(__doc__).parse_args()
-    experts = [layer.experts for layer in open_bundle(chosen.bundle).layers]
+    experts = [layer.experts for layer in open_bundle(chosen.bundle).manifest.layers]
     tables = load_tables(chosen.bundle / "tables.safetensors", experts, ("predict_recall",))
     recall = np.nanmean([of["predict_recall"] for of in tables if of], 0)
-    print("| recall | " + " | ".join(f"{d} ahead" for d in DISTANCES) + " |\n|---" + "|---" * len(DISTANCES) + "|")
+    print(
+        "| recall | "
+        + " | ".join(f"{d} ahead" for d in DISTANCES)
+        + " |\n|---"
+        + "|---" * len(DISTANCES)
+        + "|"
+    )
     for name, row in zip(PREDICTORS, recall, strict=True):
         print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
     run(chosen, {f"--prefetch {way}": Policies(prefetch=way) for way in WAYS})

@@ -15,16 +15,22 @@ from policies import EXAMPLES, Subject
 from smoe.runtime import Policies
 
 
-def compare(subject: Subject, ways: dict[str, Policies], residency: float, rounds: int, io: str) -> None:
+def compare(
+    subject: Subject, ways: dict[str, Policies], residency: float, rounds: int, io: str
+) -> None:
     """One row a way: its median speed and that of the first, and what it read, spent and lost."""
     runs: dict[str, list[dict]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, policies in ways.items():
             runs[name].append(subject.run(policies, residency, io))
-    speeds = {name: np.median([run["tokens_per_second"] for run in found]) for name, found in runs.items()}
+    speeds = {
+        name: np.median([run["tokens_per_second"] for run in found]) for name, found in runs.items()
+    }
     base = next(iter(speeds.values()))
     print(f"\n{residency:.0%} of the experts in memory, reads {io}\n")
-    print("| | tok/s | of the first | bytes / token | stall | guesses used / read | spent | KL | same best |")
+    print(
+        "| | tok/s | of the first | bytes / token | stall | guesses used / read | spent | KL | same best |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, (run, *_) in runs.items():
         print(f"| {name} | {speeds[name]:.1f} | {speeds[name] / base:.2f} | {run['bytes_read'] / run['tokens'] / 1e6:.2f} MB | "

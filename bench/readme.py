@@ -9,15 +9,19 @@ from pathlib import Path
 
 from smoe.artifacts.encodings import ENCODINGS
 from smoe.prep.build import build
-from smoe.prep.calibration import Calibration
-from smoe.prep.checkpoint import open_checkpoint
-from smoe.prep.profile import profile
+from smoe.prep.checkpoint.checkpoint import open_checkpoint
+from smoe.prep.checkpoint.text import Calibration
+from smoe.prep.options import Recipe
 from smoe.prep.progress import Progress
-from smoe.prep.recipe import Recipe
+from smoe.prep.statistics.profile import profile
 from smoe.prep.verify import verify
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-MODEL, CALIBRATION, HELDOUT = EXAMPLES / "reference", EXAMPLES / "calibration.jsonl", EXAMPLES / "heldout.jsonl"
+MODEL, CALIBRATION, HELDOUT = (
+    EXAMPLES / "reference",
+    EXAMPLES / "calibration.jsonl",
+    EXAMPLES / "heldout.jsonl",
+)
 QUIET = Progress(quiet=True)
 
 
@@ -30,7 +34,9 @@ def encodings(scratch: Path) -> None:
     for encoding in ENCODINGS:
         bundle = scratch / f"{encoding}.smoe"
         manifest = build(MODEL, bundle, None, Recipe(encoding), profiled, QUIET)
-        found = verify(bundle, MODEL, Calibration(str(HELDOUT), tokens=4096, length=256), None, QUIET)
+        found = verify(
+            bundle, MODEL, Calibration(str(HELDOUT), tokens=4096, length=256), None, QUIET
+        )
         if encoding == "f32":
             print(f"| original | | {found['perplexity_original']:.3f} | | |")
         size = sum(file.size for file in manifest.files.values()) / 1e6

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from smoe.artifacts import open_bundle
-from smoe.runtime.machine import aligned
-from smoe.runtime.store import Shards
+from smoe.runtime.cache.storage import Shards
+from smoe.runtime.system import aligned
 
 POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14; not yet in mmap
 
@@ -53,7 +53,11 @@ def mapped(shards: Shards, wanted: list[tuple[int, int]], advice: int | None) ->
 
 
 WAYS = {
-    **{f"{io}, {n} thread{'s' * (n > 1)}": (io, n) for io in ("buffered", "direct") for n in (1, 2, 4)},
+    **{
+        f"{io}, {n} thread{'s' * (n > 1)}": (io, n)
+        for io in ("buffered", "direct")
+        for n in (1, 2, 4)
+    },
     "mapped, touched": ("mapped", None),
     "mapped, WILLNEED": ("mapped", mmap.MADV_WILLNEED),
     "mapped, POPULATE_READ": ("mapped", POPULATE_READ),
@@ -62,7 +66,7 @@ WAYS = {
 
 
 def main(bundle: Path, megabytes: int, rounds: int) -> None:
-    manifest = open_bundle(bundle)
+    manifest = open_bundle(bundle).manifest
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
     random = np.random.default_rng(0)
     every = [(layer, e) for layer, spec in enumerate(manifest.layers) for e in range(spec.experts)]
@@ -70,7 +74,10 @@ def main(bundle: Path, megabytes: int, rounds: int) -> None:
         for name, (io, how) in WAYS.items():
             shards = Shards(bundle, manifest, io="direct" if io == "direct" else "buffered")
             record = shards.layouts[0].levels[-1]
-            wanted = [every[i] for i in random.permutation(len(every))[: max(4, megabytes * 10**6 // record)]]
+            wanted = [
+                every[i]
+                for i in random.permutation(len(every))[: max(4, megabytes * 10**6 // record)]
+            ]
             frames = aligned(8, record)
             frames[:] = 0
             for key in wanted:
@@ -81,7 +88,9 @@ def main(bundle: Path, megabytes: int, rounds: int) -> None:
             else:
                 owned(shards, wanted, frames, how)
             seconds = time.perf_counter() - started
-            found[name].append((len(wanted) * record / seconds / 1e9, (time.process_time() - cpu) / seconds))
+            found[name].append(
+                (len(wanted) * record / seconds / 1e9, (time.process_time() - cpu) / seconds)
+            )
             shards.close()
     rates = {name: statistics.median(rate for rate, _ in runs) for name, runs in found.items()}
     print(f"{record / 1e6:.1f} MB a record, {len(wanted)} records a round, {rounds} rounds")

@@ -49,18 +49,34 @@ print(json.dumps([sorted(calls)[50], sorted(steps)[50], prefill * 1e6, busy]))
 """
 
 if __name__ == "__main__":
-    settings = [("own", "0", "1"), ("own", "0", "2"), ("own", "1", "2"), ("global", "-", "1"), ("global", "-", "2")]
+    settings = [
+        ("own", "0", "1"),
+        ("own", "0", "2"),
+        ("own", "1", "2"),
+        ("global", "-", "1"),
+        ("global", "-", "2"),
+    ]
     got = {setting: [] for setting in settings}
     for _ in range(7):
         for setting in settings:
-            arguments = [sys.argv[1], setting[0], "0" if setting[1] == "-" else setting[1], setting[2]]
+            arguments = [
+                sys.argv[1],
+                setting[0],
+                "0" if setting[1] == "-" else setting[1],
+                setting[2],
+            ]
             done = subprocess.run(
-                [sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True
+                [sys.executable, "-c", CHILD, *arguments],
+                capture_output=True,
+                text=True,
+                check=True,
             )
             got[setting].append(json.loads(done.stdout))
     print("pool    spin threads   us/segment   us/decode step   us/prefill of 500   cores busy")
     for setting, rounds in got.items():
-        call, step, prefill, busy = (statistics.median(column) for column in zip(*rounds, strict=True))
+        call, step, prefill, busy = (
+            statistics.median(column) for column in zip(*rounds, strict=True)
+        )
         print(
             f"{setting[0]:7} {setting[1]:4} {setting[2]:7}   {call:10.1f}   {step:14.0f}   {prefill:17.0f}   {busy:10.2f}"
         )

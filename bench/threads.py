@@ -14,10 +14,16 @@ from smoe.runtime.backbone import session_options
 
 
 def session(size: int, threads: int) -> ort.InferenceSession:
-    weights = [numpy_helper.from_array(np.random.randn(size, size).astype(np.float32), f"w{i}") for i in range(4)]
+    weights = [
+        numpy_helper.from_array(np.random.randn(size, size).astype(np.float32), f"w{i}")
+        for i in range(4)
+    ]
     names = ["x", *(f"y{i}" for i in range(4))]
     nodes = [helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]]) for i in range(4)]
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, size]) for n in (names[0], names[-1])]
+    values = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, size])
+        for n in (names[0], names[-1])
+    ]
     graph = helper.make_graph(nodes, "g", values[:1], values[1:], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     return ort.InferenceSession(
@@ -38,4 +44,6 @@ if __name__ == "__main__":
                     runner.run(None, {"x": x})
                     times[threads].append((time.perf_counter() - started) * 1e6)
             one, two = (statistics.median(values) for values in times.values())
-            print(f"{size * size * 4 / 2**20:14.2f} {tokens:8} {one:14.0f} {two:15.0f} {one / two:7.2f}")
+            print(
+                f"{size * size * 4 / 2**20:14.2f} {tokens:8} {one:14.0f} {two:15.0f} {one / two:7.2f}"
+            )

@@ -59,7 +59,10 @@ class Checkpoint:
         self._files = {}
         for file in sorted(path.glob("*.safetensors")):
             with safe_open(file, "pt") as opened:
-                self._files |= {name: (file, tuple(opened.get_slice(name).get_shape())) for name in opened.keys()}
+                self._files |= {
+                    name: (file, tuple(opened.get_slice(name).get_shape()))
+                    for name in opened.keys()
+                }
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -112,14 +115,20 @@ def _settings(writer: gguf.GGUFWriter, config: dict) -> None:
 
 def _vocabulary(writer: gguf.GGUFWriter, tokenizer: dict, config: dict) -> None:
     """A byte-level BPE. Benches give ids, so nothing depends on how llama.cpp would split text before it."""
-    ids = tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    ids = tokenizer["model"]["vocab"] | {
+        token["content"]: token["id"] for token in tokenizer["added_tokens"]
+    }
     tokens = sorted(ids, key=ids.__getitem__)
     special = {token["content"] for token in tokenizer["added_tokens"] if token["special"]}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]])
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens]
+    )
+    writer.add_token_merges(
+        [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]]
+    )
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_add_bos_token(False)
@@ -127,26 +136,40 @@ def _vocabulary(writer: gguf.GGUFWriter, tokenizer: dict, config: dict) -> None:
 
 def _tensors(source: Checkpoint, config: dict, experts: Type, backbone: Type) -> list[Tensor]:
     def plain(name: str, tensor: str) -> Tensor:
-        kept = backbone if len(source.shape(tensor)) == 2 and not name.endswith("ffn_gate_inp") else Type.F32
+        kept = (
+            backbone
+            if len(source.shape(tensor)) == 2 and not name.endswith("ffn_gate_inp")
+            else Type.F32
+        )
         return Tensor(f"{name}.weight", source.shape(tensor), kept, lambda: source.read(tensor))
 
     def stacked(layer: int, part: str) -> Tensor:
         names = [f"model.layers.{layer}.mlp.experts.{e}.{part}_proj.weight" for e in range(count)]
         shape = (count, *source.shape(names[0]))
         return Tensor(
-            f"blk.{layer}.ffn_{part}_exps.weight", shape, experts, lambda: np.stack(list(map(source.read, names)))
+            f"blk.{layer}.ffn_{part}_exps.weight",
+            shape,
+            experts,
+            lambda: np.stack(list(map(source.read, names))),
         )
 
     count = config.get("num_experts") or config["num_local_experts"]
-    out = [plain(name, f"{old}.weight") for name, old in OUTSIDE.items() if f"{old}.weight" in source]
+    out = [
+        plain(name, f"{old}.weight") for name, old in OUTSIDE.items() if f"{old}.weight" in source
+    ]
     for layer in range(config["num_hidden_layers"]):
-        out += [plain(f"blk.{layer}.{name}", f"model.layers.{layer}.{old}.weight") for name, old in IN_LAYER.items()]
+        out += [
+            plain(f"blk.{layer}.{name}", f"model.layers.{layer}.{old}.weight")
+            for name, old in IN_LAYER.items()
+        ]
         out += [stacked(layer, part) for part in EXPERTS]
     return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--experts", choices=TYPES, default="q4_0")

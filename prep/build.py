@@ -11,26 +11,35 @@ from pathlib import Path
 
 import numpy as np
 
+from smoe.artifacts.bundle import open_bundle
 from smoe.artifacts.encodings import encoding_named
 from smoe.artifacts.manifest import FORMAT, VERSION, Experts, File, Layer, Manifest, Model, Wires
-from smoe.artifacts.validate import open_bundle, sha256
-from smoe.prep import cut, price
-from smoe.prep.calibration import Calibration
-from smoe.prep.check import check_backbone
-from smoe.prep.checkpoint import Checkpoint, open_checkpoint
+from smoe.artifacts.validate import sha256
+from smoe.prep.backbone import cut
+from smoe.prep.backbone.check import check_backbone
+from smoe.prep.backbone.export import Exported, export
+from smoe.prep.backbone.onnx_graph import continues
+from smoe.prep.backbone.quantise import check_precision, reduce
+from smoe.prep.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from smoe.prep.checkpoint.seam import expert_geometry
+from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.errors import PrepError
-from smoe.prep.estimate import disk_needed
-from smoe.prep.experts import expert_geometry
-from smoe.prep.export import Exported, export
-from smoe.prep.fit import add_fit
-from smoe.prep.pack import pack, unpacked
-from smoe.prep.precision import check_precision, reduce
-from smoe.prep.predict import add_predictors
-from smoe.prep.profile import PROFILE_FILES, open_profile, profile
+from smoe.prep.inspect import disk_needed
+from smoe.prep.options import Recipe, chosen_quantiser, quantiser_settings
+from smoe.prep.pack.pack import pack, unpacked
+from smoe.prep.prices import price
+from smoe.prep.prices.calibrate import add_fit
 from smoe.prep.progress import Progress
-from smoe.prep.recipe import Recipe, chosen_quantiser, quantiser_settings
-from smoe.prep.resume import FINISHED, MARKER, beside, refuse_existing, refuse_full_disk, write_whole
-from smoe.prep.trace import continues
+from smoe.prep.statistics.predict import add_predictors
+from smoe.prep.statistics.profile import PROFILE_FILES, open_profile, profile
+from smoe.prep.workdir import (
+    FINISHED,
+    MARKER,
+    beside,
+    refuse_existing,
+    refuse_full_disk,
+    write_whole,
+)
 
 HELD_OUT = 2048  # tokens on which predictors are compared
 
@@ -58,11 +67,19 @@ def build(
     priced = recipe.price_tokens(calibration)
     needed = profiled is None or calibrated or priced
     rows = calibration.rows(checkpoint) if calibration is not None and needed else []
-    with beside(output, _settings(checkpoint, recipe, calibration, rows, profiled), progress) as partial:
-        refuse_full_disk(partial, disk_needed(checkpoint.model, recipe.encoding, sum(len(row) for row in rows)))
+    with beside(
+        output, _settings(checkpoint, recipe, calibration, rows, profiled), progress
+    ) as partial:
+        refuse_full_disk(
+            partial, disk_needed(checkpoint.model, recipe.encoding, sum(len(row) for row in rows))
+        )
         _statistics(checkpoint, partial, calibration, rows, profiled, progress)
         experts = pack(checkpoint, partial, recipe.encoding, progress, rows if calibrated else None)
-        fitted_on = _prices(checkpoint, partial, experts, rows, priced, calibration, progress) if priced else []
+        fitted_on = (
+            _prices(checkpoint, partial, experts, rows, priced, calibration, progress)
+            if priced
+            else []
+        )
         # Last, though it may refuse a family: the exporter leaves 0.2 GB behind, which would be there in all stages.
         draft = _backbone(checkpoint, partial, experts, recipe.backbone, progress)
         for file in checkpoint.text_files():
@@ -72,7 +89,9 @@ def build(
             add_fit(partial, fitted_on, calibration.seed if calibration else 0, progress)
             manifest = _listed(partial, draft)
         open_bundle(partial)
-    progress.say(f"build: {output} is ready, {sum(f.size for f in manifest.files.values()) / 1e6:.1f} MB")
+    progress.say(
+        f"build: {output} is ready, {sum(f.size for f in manifest.files.values()) / 1e6:.1f} MB"
+    )
     return manifest
 
 
@@ -95,8 +114,12 @@ def _prices(
     """Add the tables of prices and predictors; the rows on which prices are to be fitted, none if there are no prices."""
     assert calibration is not None
     drawn, others = price.sampled(rows, tokens, calibration.seed)
-    why = price.add_prices(checkpoint, partial, drawn, calibration.seed, price.Packed(experts, partial), progress)
-    add_predictors(checkpoint, partial, list(drawn), _some(others or list(drawn), HELD_OUT), progress)
+    why = price.add_prices(
+        checkpoint, partial, drawn, calibration.seed, price.Packed(experts, partial), progress
+    )
+    add_predictors(
+        checkpoint, partial, list(drawn), _some(others or list(drawn), HELD_OUT), progress
+    )
     if why:
         progress.say(f"price: none for this model, and so no --loss: {why}")
         return []
@@ -117,9 +140,13 @@ def _settings(
 ) -> dict[str, str]:
     """All that the bundle's bytes depend on: an interrupted build goes on only with the same."""
     about = {"--encoding": encoding_named(recipe.encoding).name, "--backbone": recipe.backbone}
-    about |= quantiser_settings(recipe.encoding, recipe.quantiser) | {"--prices": str(recipe.price_tokens(calibration))}
+    about |= quantiser_settings(recipe.encoding, recipe.quantiser) | {
+        "--prices": str(recipe.price_tokens(calibration))
+    }
     if profiled is not None:
-        about["--profile"] = f"{Path(profiled).name} ({sha256(Path(profiled) / 'tables.safetensors')[:12]})"
+        about["--profile"] = (
+            f"{Path(profiled).name} ({sha256(Path(profiled) / 'tables.safetensors')[:12]})"
+        )
     if calibration is not None and rows:
         about |= calibration.settings(rows)
     return about | made_by(checkpoint)
@@ -140,7 +167,9 @@ def _statistics(
         profile(checkpoint, partial, calibration, progress, rows)
 
 
-def _backbone(checkpoint: Checkpoint, partial: Path, experts: Experts, precision: str, progress: Progress) -> Manifest:
+def _backbone(
+    checkpoint: Checkpoint, partial: Path, experts: Experts, precision: str, progress: Progress
+) -> Manifest:
     """`export_checked`, once."""
     file = partial / FINISHED / "export.json"
     if not file.exists():
@@ -161,7 +190,9 @@ def export_checked(
     """
     why = ""
     for one_at_a_time in (False, True) if continues(checkpoint) else (True,):
-        progress.say("export: tracing the backbone" + (" for one token at a time" if one_at_a_time else ""))
+        progress.say(
+            "export: tracing the backbone" + (" for one token at a time" if one_at_a_time else "")
+        )
         try:
             exported = export(checkpoint, directory, one_at_a_time)
         except PrepError as error:
@@ -182,7 +213,10 @@ def export_checked(
 
 
 def _refuse_early(
-    checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | None, profiled: str | Path | None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    profiled: str | Path | None,
 ) -> None:
     """Whatever the user may have got wrong is a `PrepError` now, not after hours of profiling."""
     chosen_quantiser(recipe.encoding, recipe.quantiser, calibration)
@@ -194,7 +228,9 @@ def _refuse_early(
         if calibration is not None:
             _refuse_other_text(Path(profiled), about["calibration"], calibration)
     elif calibration is None:
-        raise PrepError("There is no calibration text; give --calibration FILE, or --profile PROFILE.")
+        raise PrepError(
+            "There is no calibration text; give --calibration FILE, or --profile PROFILE."
+        )
 
 
 def _refuse_other_text(profiled: Path, made: dict, asked: Calibration) -> None:
@@ -214,7 +250,8 @@ def _draft(checkpoint: Checkpoint, experts: Experts, exported: Exported) -> Mani
     """The manifest, but for its files and what only running the segments shows."""
     config = checkpoint.config
     layers = [
-        _layer(name, module, node) for (name, module), node in zip(checkpoint.layers, exported.nodes, strict=True)
+        _layer(name, module, node)
+        for (name, module), node in zip(checkpoint.layers, exported.nodes, strict=True)
     ]
     model = Model(
         checkpoint.model.config.model_type,
@@ -223,13 +260,28 @@ def _draft(checkpoint: Checkpoint, experts: Experts, exported: Exported) -> Mani
         int(getattr(config, "max_position_embeddings", None) or 2048),
         checkpoint.end_ids,
     )
-    return Manifest(FORMAT, VERSION, model, tuple(layers), experts, exported.backbone, _provenance(checkpoint), {})
+    return Manifest(
+        FORMAT,
+        VERSION,
+        model,
+        tuple(layers),
+        experts,
+        exported.backbone,
+        _provenance(checkpoint),
+        {},
+    )
 
 
 def _files(partial: Path) -> dict[str, File]:
     """All that belongs to the bundle but the manifest, which an interrupted run may have written too."""
-    names = [str(file.relative_to(partial)) for file in sorted(partial.rglob("*")) if file.is_file()]
-    ours = [name for name in names if name not in (MARKER, "manifest.json") and not name.startswith(f"{FINISHED}/")]
+    names = [
+        str(file.relative_to(partial)) for file in sorted(partial.rglob("*")) if file.is_file()
+    ]
+    ours = [
+        name
+        for name in names
+        if name not in (MARKER, "manifest.json") and not name.startswith(f"{FINISHED}/")
+    ]
     return {name: File((partial / name).stat().st_size, sha256(partial / name)) for name in ours}
 
 
@@ -237,9 +289,13 @@ def _layer(name: str, module, node: cut.ExpertsNode) -> Layer:
     count, hidden, width = expert_geometry(module)
     scores, raw = (node.found.scores, node.found.raw) if node.found else ("", "")
     rule = node.found.rule if node.found else None
-    refusal = "" if node.found else f"no known pattern leads from {name}'s router scores to its choice"
+    refusal = (
+        "" if node.found else f"no known pattern leads from {name}'s router scores to its choice"
+    )
     wires = Wires(node.hidden, node.ids, node.weights, node.output, scores, raw)
-    return Layer(name, count, 1, hidden, width, wires, rule, refusal)  # top_k follows from running it
+    return Layer(
+        name, count, 1, hidden, width, wires, rule, refusal
+    )  # top_k follows from running it
 
 
 def _provenance(checkpoint: Checkpoint) -> dict[str, str]:
@@ -253,9 +309,17 @@ def _provenance(checkpoint: Checkpoint) -> dict[str, str]:
 def made_by(checkpoint: Checkpoint) -> dict[str, str]:
     """What every result depends on: the checkpoint's fingerprint, its tokenizer and generation config, and the versions
     of what reads and writes."""
-    text = hashlib.sha256(b"".join(file.read_bytes() for file in checkpoint.text_files())).hexdigest()[:12]
-    return {"model": checkpoint.fingerprint()[:12], "tokenizer and generation config": text} | _versions()
+    text = hashlib.sha256(
+        b"".join(file.read_bytes() for file in checkpoint.text_files())
+    ).hexdigest()[:12]
+    return {
+        "model": checkpoint.fingerprint()[:12],
+        "tokenizer and generation config": text,
+    } | _versions()
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("smoe", "torch", "transformers", "onnxruntime")}
+    return {
+        name: importlib.metadata.version(name)
+        for name in ("smoe", "torch", "transformers", "onnxruntime")
+    }

@@ -64,7 +64,9 @@ class Counter:
         before = self._total - len(self._paces)
         kept = f" ({before} of an earlier run kept)" if before else ""
         self._progress.line("")
-        self._progress.say(f"{self._stage}: {count} {self._unit} in {duration(now - self._started)}{kept}")
+        self._progress.say(
+            f"{self._stage}: {count} {self._unit} in {duration(now - self._started)}{kept}"
+        )
 
 
 def duration(seconds: float) -> str:

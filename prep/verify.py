@@ -11,16 +11,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from smoe.prep.calibration import Calibration
-from smoe.prep.checkpoint import Checkpoint, open_checkpoint
+from smoe.prep.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.errors import PrepError
-from smoe.prep.lockstep import as_trained, lockstep
 from smoe.prep.progress import Progress
+from smoe.prep.sweep.forward import as_trained, lockstep
 from smoe.runtime import Engine
 
 
 def verify(
-    bundle: Path, model: Path, text: Calibration, memory: str | None, progress: Progress, level: int | None = None
+    bundle: Path,
+    model: Path,
+    text: Calibration,
+    memory: str | None,
+    progress: Progress,
+    level: int | None = None,
 ) -> dict[str, float | int]:
     """Perplexities, by how many percent the bundle's is higher with half the width of the 95 % interval of that (paired,
     token by token), mean KL divergence (nats per token, original to bundle) with its standard error, top-1 agreement
@@ -35,13 +40,18 @@ def verify(
             raise PrepError(f"{bundle} was not built from {model}: their fingerprints differ.")
         passes = [partial(_logits, checkpoint, row) for row in rows]
         originals = lockstep(checkpoint, passes, as_trained(checkpoint))
-        for row, wanted in progress.over(zip(rows, originals, strict=True), "verify", "rows", len(rows)):
+        for row, wanted in progress.over(
+            zip(rows, originals, strict=True), "verify", "rows", len(rows)
+        ):
             for position, logits in enumerate(engine.score(row)):
                 found = torch.from_numpy(logits).double()
                 p, q = wanted[position].log_softmax(-1), found.log_softmax(-1)
                 kl.append(float((p.exp() * (p - q)).sum()))
                 agree.append(bool(p.argmax() == q.argmax()))
-                worst = max(worst, float((wanted[position] - found).abs().max() / wanted[position].abs().max()))
+                worst = max(
+                    worst,
+                    float((wanted[position] - found).abs().max() / wanted[position].abs().max()),
+                )
                 if position + 1 < len(row):
                     nats.append(-float(q[row[position + 1]]))
                     wanted_nats.append(-float(p[row[position + 1]]))
@@ -61,4 +71,6 @@ def verify(
 
 def _logits(checkpoint: Checkpoint, row: np.ndarray) -> torch.Tensor:
     """What the original says of a row: float64 `[T, vocabulary]`."""
-    return checkpoint.model(input_ids=torch.from_numpy(row)[None], use_cache=False).logits[0].double()
+    return (
+        checkpoint.model(input_ids=torch.from_numpy(row)[None], use_cache=False).logits[0].double()
+    )

@@ -10,7 +10,7 @@
 
 from smoe.runtime.engine import Engine, Token
 from smoe.runtime.errors import EngineError
-from smoe.runtime.policies.named import Policies
+from smoe.runtime.options import Policies
 from smoe.runtime.stats import Stats
 from smoe.runtime.text import StopWhen
 

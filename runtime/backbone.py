@@ -38,7 +38,9 @@ def _share_arena() -> None:
     """One arena for all segments of the process: with one each, every session keeps its own peak."""
     global _arena_made
     if not _arena_made:
-        info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+        info = ort.OrtMemoryInfo(
+            "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+        )
         # Strategy 0 grows in powers of two: requests that grow with the context then find what was freed before.
         ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 0}))
         _arena_made = True
@@ -112,7 +114,8 @@ class Backbone:
         self._prepack = manifest.backbone.precision != "f32"
         nbytes = {w.name: w.nbytes for w in manifest.backbone.initializers}
         self.threads = [
-            threads or (2 if max((nbytes[name] for name in segment.weights), default=0) >= LARGE else 1)
+            threads
+            or (2 if max((nbytes[name] for name in segment.weights), default=0) >= LARGE else 1)
             for segment in self._segments
         ]
         _share_arena()
@@ -127,10 +130,14 @@ class Backbone:
         options = session_options(self.threads[index], self._prepack)
         options.add_session_config_entry(EXTERNAL_FOLDER, external)
         for name in segment.weights:
-            options.add_initializer(name, self._weights[name])  # shared; external initializers would be copied
+            options.add_initializer(
+                name, self._weights[name]
+            )  # shared; external initializers would be copied
         try:
             model = (path / segment.file).read_bytes()
-            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+            return ort.InferenceSession(
+                model, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except (*ORT_ERRORS, OSError) as error:
             raise EngineError(
                 f"{path / segment.file} does not load in ONNX Runtime {ort.__version__}: {_first_line(error)}"
@@ -160,7 +167,9 @@ class Backbone:
                     binding.bind_output(name, "cpu")
             session.run_with_iobinding(binding)
         except ORT_ERRORS as error:
-            raise EngineError(f"Segment {index} of the backbone failed: {_first_line(error)}") from error
+            raise EngineError(
+                f"Segment {index} of the backbone failed: {_first_line(error)}"
+            ) from error
         values.update(zip(segment.outputs, binding.get_outputs(), strict=True))
         for spec in self._replaced[index] if keep else ():
             sequence.state[spec.input] = values[spec.output]
@@ -180,14 +189,3 @@ def _read_weights(path: Path, manifest: Manifest) -> Mapping[str, ort.OrtValue]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:600]
-
-
-def state_bytes(state: tuple[State, ...], context: int) -> int:
-    """Bytes of one sequence's state at its longest. State that is replaced exists twice while a segment runs."""
-    total = 0
-    for spec in state:
-        count = 1
-        for axis, size in enumerate(spec.shape):
-            count *= context if axis == spec.growing else size
-        total += count * DTYPES[spec.dtype].itemsize * (1 if spec.in_place else 2)
-    return total

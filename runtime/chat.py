@@ -28,12 +28,16 @@ def render(template: str, messages: list[dict[str, str]], settings: dict) -> str
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+    environment.filters["tojson"] = lambda x, **options: json.dumps(
+        x, ensure_ascii=False, **options
+    )
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     tokens = {key: _content(value) for key, value in settings.items() if key.endswith("_token")}
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
+        return environment.from_string(template).render(
+            messages=messages, add_generation_prompt=True, **tokens
+        )
     except ERRORS as error:
         raise EngineError(f"The chat template cannot render these messages: {error}.") from error
 

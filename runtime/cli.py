@@ -11,15 +11,15 @@ from typing import Any
 import click
 
 from smoe.artifacts import open_bundle
-from smoe.runtime import memory as budget
-from smoe.runtime.device import measure_device
+from smoe.runtime.budget import MemoryPlan, plan_memory, show_size
+from smoe.runtime.cache.eviction import EVICTIONS
+from smoe.runtime.cache.storage import IO
+from smoe.runtime.device_profile import measure_device
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
-from smoe.runtime.measure import bench as run_bench
-from smoe.runtime.policies.eviction import EVICTIONS
-from smoe.runtime.policies.named import PREFETCHES, SUBSTITUTIONS, Policies
+from smoe.runtime.evaluate import bench as run_bench
+from smoe.runtime.options import PREFETCHES, SUBSTITUTIONS, Policies
 from smoe.runtime.stats import Stats
-from smoe.runtime.store import IO
 from smoe.runtime.text import StopWhen, read_text
 
 POLICIES = Policies()
@@ -41,7 +41,9 @@ def _options(*options: Callable) -> Callable:
     return decorate
 
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text.")
+_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text."
+)
 _engine = _options(
     click.argument("bundle", type=click.Path(path_type=Path)),
     click.option(
@@ -49,22 +51,40 @@ _engine = _options(
         metavar="SIZE",
         help="Budget for everything the engine holds, like 64MiB. Default: all experts resident.",
     ),
-    click.option("--context", type=int, metavar="TOKENS", help="Longest sequence. Default: 2048, or the model's own."),
+    click.option(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="Longest sequence. Default: 2048, or the model's own.",
+    ),
     click.option(
         "--threads",
         type=click.IntRange(1),
         help="Threads of backbone and experts. Default: as many as pay, and as there are processors.",
     ),
-    click.option("--level", type=int, help="LOSSY. Planes of every expert to read. Default: all, lossless."),
     click.option(
-        "--eviction", help=f"Which resident expert goes: {', '.join(EVICTIONS)}. Default: {POLICIES.eviction}."
+        "--level", type=int, help="LOSSY. Planes of every expert to read. Default: all, lossless."
     ),
-    click.option("--shares", is_flag=True, help="Every layer has an equal part of the experts' memory for itself."),
-    click.option("--cold", is_flag=True, help="Start with no expert in memory instead of the most used ones."),
     click.option(
-        "--prefetch", help=f"What is read on a guess: {', '.join(PREFETCHES)}. Default: {POLICIES.prefetch}."
+        "--eviction",
+        help=f"Which resident expert goes: {', '.join(EVICTIONS)}. Default: {POLICIES.eviction}.",
     ),
-    click.option("--io", help=f"How records are read: {' or '.join(IO)}. Default: the better one, by a measurement."),
+    click.option(
+        "--shares",
+        is_flag=True,
+        help="Every layer has an equal part of the experts' memory for itself.",
+    ),
+    click.option(
+        "--cold", is_flag=True, help="Start with no expert in memory instead of the most used ones."
+    ),
+    click.option(
+        "--prefetch",
+        help=f"What is read on a guess: {', '.join(PREFETCHES)}. Default: {POLICIES.prefetch}.",
+    ),
+    click.option(
+        "--io",
+        help=f"How records are read: {' or '.join(IO)}. Default: the better one, by a measurement.",
+    ),
     click.option(
         "--substitution",
         metavar="NAME[:NUMBER]",
@@ -77,14 +97,33 @@ _engine = _options(
         help="LOSSY. Rise of KL divergence per token that may be spent on reading less, like 0.01. Default: 0, lossless.",
     ),
 )
-_ENGINE = ("memory", "context", "threads", "level", "io", "eviction", "shares", "cold", "prefetch", "substitution", "loss")
+_ENGINE = (
+    "memory",
+    "context",
+    "threads",
+    "level",
+    "io",
+    "eviction",
+    "shares",
+    "cold",
+    "prefetch",
+    "substitution",
+    "loss",
+)
 _generation = _options(
     click.option("--max-new-tokens", type=int, default=64, show_default=True),
     click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
     click.option("--top-k", type=int, default=0, help="Draw from the k best tokens only."),
-    click.option("--top-p", type=float, default=1.0, help="Draw from the smallest set of this probability."),
+    click.option(
+        "--top-p", type=float, default=1.0, help="Draw from the smallest set of this probability."
+    ),
     click.option("--seed", type=int, help="Makes a draw repeat."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times."),
+    click.option(
+        "--stop",
+        multiple=True,
+        metavar="TEXT",
+        help="End before this text. May be given several times.",
+    ),
 )
 
 
@@ -94,7 +133,9 @@ def _open(bundle: Path, options: dict[str, Any]) -> Engine:
     policies = {name: asked.pop(name) for name in ("eviction", "prefetch", "substitution", "loss")}
     given = {name: value for name, value in policies.items() if value is not None}
     return Engine.open(
-        bundle, policies=Policies(shares=asked.pop("shares"), warm=not asked.pop("cold"), **given), **asked
+        bundle,
+        policies=Policies(shares=asked.pop("shares"), warm=not asked.pop("cold"), **given),
+        **asked,
     )
 
 
@@ -102,7 +143,9 @@ def _open(bundle: Path, options: dict[str, Any]) -> Engine:
 @_engine
 @click.argument("prompt")
 @_generation
-@click.option("--ids", is_flag=True, help="PROMPT is token ids, separated by spaces; so is the answer.")
+@click.option(
+    "--ids", is_flag=True, help="PROMPT is token ids, separated by spaces; so is the answer."
+)
 @_json
 def run(
     bundle: Path,
@@ -163,17 +206,23 @@ def chat(
     template = read_text(chat_template) if chat_template else None
     messages = [{"role": "system", "content": system}] if system else []
     with _open(bundle, options) as engine:
-        engine.text.chat([*messages, {"role": "user", "content": "?"}], template)  # no template: say so now
+        engine.text.chat(
+            [*messages, {"role": "user", "content": "?"}], template
+        )  # no template: say so now
         _say(*engine.mode_lines())
         while line := _ask():
             turn = [*messages, {"role": "user", "content": line}]
             try:
-                answer = _answer(engine, engine.text.chat(turn, template), stop, options, not as_json)
+                answer = _answer(
+                    engine, engine.text.chat(turn, template), stop, options, not as_json
+                )
             except EngineError as error:  # the conversation so far is kept
                 _say(f"smoe: {error}")
                 continue
             messages = [*turn, {"role": "assistant", "content": answer}]
-            click.echo(json.dumps({"text": answer, "stats": engine.stats.as_dict()}) if as_json else "")
+            click.echo(
+                json.dumps({"text": answer, "stats": engine.stats.as_dict()}) if as_json else ""
+            )
         if not as_json:
             _say(_statistics(engine.stats))
 
@@ -185,7 +234,9 @@ def _ask() -> str:
         return ""
 
 
-def _answer(engine: Engine, ids: list[int], stop: tuple[str, ...], generation: dict[str, Any], show: bool) -> str:
+def _answer(
+    engine: Engine, ids: list[int], stop: tuple[str, ...], generation: dict[str, Any], show: bool
+) -> str:
     parts = []
     try:
         for token in engine.generate(ids, stop=StopWhen(stop), reuse=True, **generation):
@@ -199,11 +250,28 @@ def _answer(engine: Engine, ids: list[int], stop: tuple[str, ...], generation: d
 
 @cli.command()
 @_engine
-@click.option("--text", type=click.Path(path_type=Path), help="A .jsonl file with text and domain, or text.")
-@click.option("--tokens", type=click.IntRange(2), default=1024, show_default=True, help="How much of it.")
-@click.option("--length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a row.")
-@click.option("--prompt", type=click.IntRange(1), default=32, show_default=True, help="Tokens of a row read at once.")
-@click.option("--choices", type=click.IntRange(0), default=0, help="Questions of the choice task. Default: none.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="A .jsonl file with text and domain, or text."
+)
+@click.option(
+    "--tokens", type=click.IntRange(2), default=1024, show_default=True, help="How much of it."
+)
+@click.option(
+    "--length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a row."
+)
+@click.option(
+    "--prompt",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Tokens of a row read at once.",
+)
+@click.option(
+    "--choices",
+    type=click.IntRange(0),
+    default=0,
+    help="Questions of the choice task. Default: none.",
+)
 @click.option(
     "--device",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -224,14 +292,24 @@ def bench(
 ) -> None:
     """Measure speed, hits, memory and quality on a text, teacher-forced; a lossy run is compared with the exact one."""
     if (text is None) == (device is None):
-        raise click.UsageError("Give either --text, to measure a run, or --device, to measure the machine.")
+        raise click.UsageError(
+            "Give either --text, to measure a run, or --device, to measure the machine."
+        )
     if device is not None:
         measured = measure_device(bundle, options["io"])
         _write(device, measured.to_json())
         click.echo(measured.to_json().rstrip() if as_json else f"{device}: written")
         return
     assert text is not None
-    found = run_bench(lambda **changed: _open(bundle, options | changed), text, tokens, length, prompt, choices, _say)
+    found = run_bench(
+        lambda **changed: _open(bundle, options | changed),
+        text,
+        tokens,
+        length,
+        prompt,
+        choices,
+        _say,
+    )
     click.echo(json.dumps(found) if as_json else "\n".join(_bench_lines(found)))
 
 
@@ -248,8 +326,10 @@ def _bench_lines(found: dict[str, Any]) -> list[str]:
         if value is None:
             continue
         if name.endswith(("memory", "bytes_read")):
-            value = budget.show(value)
-        elif name.endswith(("rate_before", "rate_after", "share", "top1", "accuracy", "accuracy_exact", "same")):
+            value = show_size(value)
+        elif name.endswith(
+            ("rate_before", "rate_after", "share", "top1", "accuracy", "accuracy_exact", "same")
+        ):
             value = f"{value:.1%}"
         elif name in ("ttft", "tpot"):
             value = f"{value * 1000:.1f} ms"
@@ -261,12 +341,15 @@ def _bench_lines(found: dict[str, Any]) -> list[str]:
 
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--context", type=int, metavar="TOKENS", help="Longest sequence, for the memory figures.")
+@click.option(
+    "--context", type=int, metavar="TOKENS", help="Longest sequence, for the memory figures."
+)
 @_json
 def info(bundle: Path, context: int | None, as_json: bool) -> None:
     """Say what a bundle holds, and how much memory it needs."""
-    manifest = open_bundle(bundle)
-    full, layers = budget.plan(manifest, None, context), manifest.layers
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
+    full, layers = plan_memory(opened, None, context), manifest.layers
     found: dict[str, Any] = {
         "model": manifest.model.model_type,
         "architecture": manifest.model.architecture,
@@ -283,7 +366,9 @@ def info(bundle: Path, context: int | None, as_json: bool) -> None:
         "memory_minimum": full.fixed + full.smallest * full.record,
         "memory_one_token_cycle": full.fixed + full.token_cycle * full.record,
         "memory_all_resident": full.total,
-        "substitution": next((layer.routing_refusal for layer in layers if layer.routing is None), "possible"),
+        "substitution": next(
+            (layer.routing_refusal for layer in layers if layer.routing is None), "possible"
+        ),
         "provenance": manifest.provenance,
     }
     if as_json:
@@ -291,7 +376,7 @@ def info(bundle: Path, context: int | None, as_json: bool) -> None:
         return
     for name, value in found.items():
         sized = isinstance(value, int) and (name.startswith("memory") or name.endswith("bytes"))
-        shown = budget.show(value) if sized else value
+        shown = show_size(value) if sized else value
         click.echo(_printable(f"{name.replace('_', ' '):24} {shown}"))
 
 
@@ -300,12 +385,14 @@ def info(bundle: Path, context: int | None, as_json: bool) -> None:
 @_json
 def verify(bundle: Path, as_json: bool) -> None:
     """Check every file of a bundle against its manifest: sizes, layout and SHA-256. Integrity, not origin."""
-    manifest = open_bundle(bundle, hashes=True)
+    manifest = open_bundle(bundle, hashes=True).manifest
     size = sum(file.size for file in manifest.files.values())
     if as_json:
         click.echo(json.dumps({"ok": True, "files": len(manifest.files), "bytes": size}))
     else:
-        click.echo(f"{bundle}: {len(manifest.files)} files, {budget.show(size)}, all as the manifest says")
+        click.echo(
+            f"{bundle}: {len(manifest.files)} files, {show_size(size)}, all as the manifest says"
+        )
 
 
 def _printable(text: str) -> str:
@@ -317,10 +404,12 @@ def _parse_ids(text: str) -> list[int]:
     try:
         return [int(word) for word in text.replace(",", " ").split()]
     except ValueError as error:
-        raise EngineError(f"--ids wants token ids separated by spaces, not {text[:40]!r}.") from error
+        raise EngineError(
+            f"--ids wants token ids separated by spaces, not {text[:40]!r}."
+        ) from error
 
 
-def _plan(plan: budget.Plan) -> dict[str, int | None]:
+def _plan(plan: MemoryPlan) -> dict[str, int | None]:
     return {
         "budget": plan.budget,
         "total": plan.total,
@@ -334,11 +423,15 @@ def _plan(plan: budget.Plan) -> dict[str, int | None]:
 
 
 def _statistics(stats: Stats) -> str:
-    rate = f"{stats.decode_steps / stats.decode_seconds:.1f} tok/s" if stats.decode_steps else "no decode"
+    rate = (
+        f"{stats.decode_steps / stats.decode_seconds:.1f} tok/s"
+        if stats.decode_steps
+        else "no decode"
+    )
     return (
         f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} new ({rate}, "
         f"{stats.finish}); experts: {stats.hits} hits, {stats.misses} misses ({stats.hit_rate:.1%} hit), "
-        f"{budget.show(stats.bytes_read)} read, {stats.stall_seconds:.2f} s waiting"
+        f"{show_size(stats.bytes_read)} read, {stats.stall_seconds:.2f} s waiting"
     )
 
 

@@ -16,14 +16,16 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from smoe.artifacts import open_bundle
+from smoe.artifacts import Bundle, open_bundle
 from smoe.artifacts.manifest import Layer, Manifest
-from smoe.runtime import kernels, machine, memory, store
+from smoe.runtime import kernels, system
 from smoe.runtime.backbone import LARGE, Backbone, Sequence, Values, ort_value
+from smoe.runtime.budget import MemoryPlan, chunk_tokens, parse_size, plan_memory, show_size
+from smoe.runtime.cache import storage
+from smoe.runtime.choose.priced import CAP
 from smoe.runtime.errors import EngineError
 from smoe.runtime.experts import Experts, Routed
-from smoe.runtime.policies.named import Policies, Tables, tables_bytes
-from smoe.runtime.policies.priced import CAP
+from smoe.runtime.options import Policies, tables_bytes
 from smoe.runtime.sampling import Sampler, Sampling
 from smoe.runtime.stats import Stats
 from smoe.runtime.text import StopWhen, Stream, Text
@@ -45,26 +47,27 @@ class Engine:
 
     def __init__(
         self,
-        path: Path,
-        manifest: Manifest,
-        plan: memory.Plan,
+        bundle: Bundle,
+        plan: MemoryPlan,
         threads: int | None = None,
         level: int | None = None,
         policies: Policies = DEFAULT,
         io: str | None = None,
     ):
-        self.path, self.manifest, self.plan, self.context, self.policies = path, manifest, plan, plan.context, policies
+        path, manifest = bundle.path, bundle.manifest
+        self.bundle, self.path, self.manifest = bundle, path, manifest
+        self.plan, self.context, self.policies = plan, plan.context, policies
         self.stats = Stats()
         self.text = Text(path, manifest.files)
         self._turn = 0  # counts what has used the sequence, so that a paused generation notices
         self._kernels = kernels.choose(threads=threads)
         self._backbone = Backbone(path, manifest, threads)
         self._sequence = Sequence(manifest.backbone.state, plan.context)
-        self.reading = store.choose(path, manifest, level, io, plan)
-        self._shards = store.Shards(path, manifest, level, self.reading.io)
+        self.reading = storage.choose(bundle, level, io, plan)
+        self._shards = storage.Shards(bundle, level, self.reading.io)
         try:
             self._experts = Experts(
-                manifest, plan, self._shards, self._kernels, policies, Tables(path, manifest), self.stats
+                manifest, plan, self._shards, self._kernels, policies, bundle.tables, self.stats
             )
         except BaseException:
             self._shards.close()
@@ -92,12 +95,11 @@ class Engine:
         A damaged bundle, or one without such a level, is a `BundleError`, a budget that is too small an `EngineError`
         that names the minimum, and so are policies that have no effect or cannot work.
         """
-        path = Path(path)
-        manifest = open_bundle(path)
-        plan = _plan(manifest, memory, context, level, tables_bytes(policies, manifest))
-        _check(policies, plan, manifest)
+        bundle = open_bundle(path)
+        plan = _plan(bundle, memory, context, level, tables_bytes(policies, bundle))
+        _check(policies, plan, bundle.manifest)
         try:
-            engine = cls(path, manifest, plan, threads, level, policies, io)
+            engine = cls(bundle, plan, threads, level, policies, io)
         except MemoryError as error:
             raise EngineError(
                 f"{plan.lines()[0]}: that is more than this machine gives; state less memory."
@@ -112,7 +114,7 @@ class Engine:
     def _fill(self) -> None:
         self._experts.fill(self.policies.warm)
         if self.plan.capacity == self.plan.experts:
-            self._pinned = f", {machine.pin(self._experts.places.rows)}"
+            self._pinned = f", {system.pin(self._experts.places.rows)}"
         self.reset_stats()
 
     def reset_stats(self) -> None:
@@ -235,7 +237,13 @@ class Engine:
         return self._generate(checked, max_new_tokens, Sampler(how), stop, stream, reuse)
 
     def _generate(
-        self, ids: np.ndarray, count: int, sampler: Sampler, stop: StopWhen, stream: Stream, reuse: bool
+        self,
+        ids: np.ndarray,
+        count: int,
+        sampler: Sampler,
+        stop: StopWhen,
+        stream: Stream,
+        reuse: bool,
     ) -> Iterator[Token]:
         ends = self.manifest.model.end_ids if stop.ids is None else stop.ids
         self.stats.finish = "cancelled"  # until proven otherwise: the caller may leave the loop
@@ -244,7 +252,15 @@ class Engine:
         for made in range(1, count + 1):
             token = sampler.draw(logits)
             text = "" if token in ends else stream.push(token)
-            last = "end" if token in ends else "stop" if stream.stopped else "length" if made == count else ""
+            last = (
+                "end"
+                if token in ends
+                else "stop"
+                if stream.stopped
+                else "length"
+                if made == count
+                else ""
+            )
             self.stats.new_tokens += 1
             if last:
                 self.stats.finish = last
@@ -263,15 +279,22 @@ class Engine:
         self._turn += 1
         self._sequence.rewind(0)
         return np.concatenate(
-            [self.step(self._sequence, part, np.arange(len(part))) for part in self._chunks(checked)]
+            [
+                self.step(self._sequence, part, np.arange(len(part)))
+                for part in self._chunks(checked)
+            ]
         )
 
-    def score(self, ids: SequenceOf[int] | np.ndarray, prompt: int = 1, reuse: bool = False) -> Iterator[np.ndarray]:
+    def score(
+        self, ids: SequenceOf[int] | np.ndarray, prompt: int = 1, reuse: bool = False
+    ) -> Iterator[np.ndarray]:
         """The same token by token, through the decode path: logits float32 `[vocabulary]` after the first `prompt` ids,
         which are read at once, and after each further one. `reuse` as in `generate`."""
         checked = self._checked_ids(ids)
         if not 1 <= prompt <= len(checked):
-            raise EngineError(f"A prompt of {prompt} tokens was asked for; these are 1 to {len(checked)} of them.")
+            raise EngineError(
+                f"A prompt of {prompt} tokens was asked for; these are 1 to {len(checked)} of them."
+            )
         return self._score(checked, prompt, reuse)
 
     def _score(self, ids: np.ndarray, prompt: int, reuse: bool) -> Iterator[np.ndarray]:
@@ -279,7 +302,9 @@ class Engine:
         turn = self._turn
         for token in ids[prompt:]:
             if self._turn != turn:
-                raise EngineError("Another call used the engine while this scoring was paused; open a second engine.")
+                raise EngineError(
+                    "Another call used the engine while this scoring was paused; open a second engine."
+                )
             yield self._decode(token)
 
     # -- the parts of a generation -----------------------------------------------------------------------------------
@@ -304,7 +329,7 @@ class Engine:
         return logits
 
     def _chunks(self, ids: np.ndarray) -> Iterator[np.ndarray]:
-        chunk = memory.chunk(self.manifest)
+        chunk = chunk_tokens(self.manifest)
         for start in range(0, len(ids), chunk):
             yield ids[start : start + chunk]
 
@@ -336,24 +361,32 @@ class Engine:
 def _threads_line(threads: list[int]) -> str:
     counts = {n: threads.count(n) for n in sorted(set(threads))}
     shown = ", ".join(f"{count} segments on {n}" for n, count in counts.items())
-    return f"backbone threads: {shown} (a second thread pays from weights of {memory.show(LARGE)} on, unless told)"
+    return f"backbone threads: {shown} (a second thread pays from weights of {show_size(LARGE)} on, unless told)"
 
 
 def _plan(
-    manifest: Manifest, budget: str | int | None, context: int | None, level: int | None, tables: int
-) -> memory.Plan:
-    return memory.plan(manifest, None if budget is None else memory.parse_size(budget), context, level, tables)
+    bundle: Bundle, budget: str | int | None, context: int | None, level: int | None, tables: int
+) -> MemoryPlan:
+    return plan_memory(
+        bundle, None if budget is None else parse_size(budget), context, level, tables
+    )
 
 
-def _check(policies: Policies, plan: memory.Plan, manifest: Manifest) -> None:
+def _check(policies: Policies, plan: MemoryPlan, manifest: Manifest) -> None:
     """Refuse what would have no effect or cannot work."""
-    if plan.capacity == plan.experts and policies != DEFAULT and isinstance(policies.substitution, str):
+    if (
+        plan.capacity == plan.experts
+        and policies != DEFAULT
+        and isinstance(policies.substitution, str)
+    ):
         raise EngineError(
             f"All {plan.experts} experts fit into memory, so that policies for missing ones have no effect; leave them "
-            f"out, or state less memory than {memory.show(plan.total)}."
+            f"out, or state less memory than {show_size(plan.total)}."
         )
     if not 0 <= policies.loss <= MOST_LOSS:
-        raise EngineError(f"A loss of {policies.loss} nats per token was asked for; it goes from 0 to {MOST_LOSS}.")
+        raise EngineError(
+            f"A loss of {policies.loss} nats per token was asked for; it goes from 0 to {MOST_LOSS}."
+        )
     if policies.loss and policies.substitution != "none":
         raise EngineError(
             f"Substitution {policies.substitution} and a loss budget exclude each other: what stands in for a missing "
@@ -365,7 +398,7 @@ def _check(policies: Policies, plan: memory.Plan, manifest: Manifest) -> None:
         raise EngineError(
             f"Shares by layer cannot work with {plan.capacity} resident experts: {share} for each of "
             f"{len(manifest.layers)} layers, and a token uses {most}; leave them out, or state at least "
-            f"{memory.show(plan.fixed + most * len(manifest.layers) * plan.record, up=True)}."
+            f"{show_size(plan.fixed + most * len(manifest.layers) * plan.record, up=True)}."
         )
 
 
@@ -373,9 +406,13 @@ def _routed(index: int, layer: Layer, values: Values) -> Routed:
     """What segment `index` says of its tokens, if it is what the manifest says: graphs come from the bundle, and what
     they give is as untrusted as the rest of it."""
     wires, k = layer.wires, layer.top_k
-    hidden, ids, weights = (values[name].numpy() for name in (wires.hidden, wires.ids, wires.weights))
+    hidden, ids, weights = (
+        values[name].numpy() for name in (wires.hidden, wires.ids, wires.weights)
+    )
     tokens = hidden.size // layer.hidden
-    scored = [] if layer.routing is None else [values[wires.scores].numpy(), values[wires.raw].numpy()]
+    scored = (
+        [] if layer.routing is None else [values[wires.scores].numpy(), values[wires.raw].numpy()]
+    )
     if (
         (hidden.dtype, ids.dtype, weights.dtype) != (np.float32, np.int64, np.float32)
         or (hidden.size, ids.size, weights.size) != (tokens * layer.hidden, tokens * k, tokens * k)
@@ -389,7 +426,11 @@ def _routed(index: int, layer: Layer, values: Values) -> Routed:
         )
     scores, raw = (s.reshape(tokens, layer.experts) for s in scored) if scored else (None, None)
     return Routed(
-        hidden.reshape(tokens, layer.hidden), ids.reshape(tokens, k), weights.reshape(tokens, k), scores, raw
+        hidden.reshape(tokens, layer.hidden),
+        ids.reshape(tokens, k),
+        weights.reshape(tokens, k),
+        scores,
+        raw,
     )
 
 

@@ -16,27 +16,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from smoe.artifacts.manifest import Layer, Manifest
-from smoe.runtime import kernels, memory, scheduler
+from smoe.artifacts.tables import Tables
+from smoe.runtime import kernels, scheduler
+from smoe.runtime.budget import SLOTS, MemoryPlan
+from smoe.runtime.cache.predict import Guesses
+from smoe.runtime.cache.reader import Reader, Request
+from smoe.runtime.cache.residency import Key
+from smoe.runtime.cache.storage import Shards
+from smoe.runtime.choose.priced import LossBudget
+from smoe.runtime.choose.substitution import Choice, Chosen, Substitution
 from smoe.runtime.errors import EngineError
-from smoe.runtime.machine import Places
-from smoe.runtime.policies.named import (
+from smoe.runtime.options import (
     Policies,
-    Tables,
     make_eviction,
     make_prefetch,
     make_priced,
     make_substitution,
     residency_for,
 )
-from smoe.runtime.policies.prefetch import Guesses
-from smoe.runtime.policies.priced import LossBudget
-from smoe.runtime.policies.routing import gate_scores
-from smoe.runtime.policies.substitution import Choice, Chosen, Substitution
-from smoe.runtime.reader import Reader, Request
-from smoe.runtime.residency import Key
+from smoe.runtime.routing import gate_scores
 from smoe.runtime.scheduler import Task
 from smoe.runtime.stats import Stats
-from smoe.runtime.store import Shards
+from smoe.runtime.system import Places
 
 READERS = 2  # threads that read (bench/reads.py)
 GUESSES = 2  # on the way at once
@@ -73,26 +74,38 @@ class Experts:
     def __init__(
         self,
         manifest: Manifest,
-        plan: memory.Plan,
+        plan: MemoryPlan,
         shards: Shards,
         chosen: kernels.Kernels,
         policies: Policies,
         tables: Tables,
         stats: Stats,
     ):
-        self.layers, self.stats, self._shards, self._plan, self._tables = manifest.layers, stats, shards, plan, tables
+        self.layers, self.stats, self._shards, self._plan, self._tables = (
+            manifest.layers,
+            stats,
+            shards,
+            plan,
+            tables,
+        )
         eviction = make_eviction(policies.eviction, manifest)
         self.account: LossBudget | None = None
-        self._substitution: Substitution | None = make_substitution(policies.substitution, manifest, tables)
+        self._substitution: Substitution | None = make_substitution(
+            policies.substitution, manifest, tables
+        )
         sizes = [np.array([0, *layout.levels[: shards.level]]) for layout in shards.layouts]
         if policies.loss:
-            self._substitution, self.account = make_priced(policies.loss, manifest, tables, sizes, plan, eviction)
+            self._substitution, self.account = make_priced(
+                policies.loss, manifest, tables, sizes, plan, eviction
+            )
         self._residency = residency_for(plan, sizes, eviction, policies)
         most = None if policies.lossless else plan.capacity * plan.record
         self.places = Places(len(self._residency.held), plan.record, most)
         self._prefetch = make_prefetch(policies.prefetch, manifest, tables)
         self._kernels = [
-            chosen.layer(manifest.experts.gate, manifest.expert_shape(i), manifest.experts.encoding, layout)
+            chosen.layer(
+                manifest.experts.gate, manifest.expert_shape(i), manifest.experts.encoding, layout
+            )
             for i, layout in enumerate(shards.layouts)
         ]
         self._reader = Reader(shards.read, READERS)
@@ -120,15 +133,24 @@ class Experts:
                 self._compute(index, ready, todo, routed.hidden, outputs)
                 if missing:  # what was computed may go now
                     self._demand(index, missing, tasks, todo, flights)
-                if flights and decoding and self._prefetch.looks_ahead and index + 1 < len(self.layers):
+                if (
+                    flights
+                    and decoding
+                    and self._prefetch.looks_ahead
+                    and index + 1 < len(self.layers)
+                ):
                     self._foresee(index + 1, foresight(combine(outputs, weights)), todo)
                     decoding = False  # once
-                if missing and not flights and not self._guesses:  # never, or the loop would not end
+                if (
+                    missing and not flights and not self._guesses
+                ):  # never, or the loop would not end
                     raise EngineError(
                         f"There is no room for {len(missing)} experts of layer {index}; open the bundle again."
                     )
                 ready = self._arrivals(flights)
-        except BaseException:  # an interrupt too: what is on its way must land before its place is used again
+        except (
+            BaseException
+        ):  # an interrupt too: what is on its way must land before its place is used again
             self._land(flights)
             raise
         self._residency.end(index)
@@ -137,18 +159,28 @@ class Experts:
     def fill(self, warm: bool) -> None:
         """Before the first step: read all experts if there is room, else, if `warm`, those that calibration used most."""
         plan, first = self._plan, self._residency.eviction.first
-        keys = [(layer, expert) for layer, spec in enumerate(self.layers) for expert in range(spec.experts)]
+        keys = [
+            (layer, expert)
+            for layer, spec in enumerate(self.layers)
+            for expert in range(spec.experts)
+        ]
         if plan.capacity < plan.experts:
             if not warm:
                 return
-            share = np.concatenate([counts / max(1, counts.sum()) for counts in self._tables.of("counts")])
+            share = np.concatenate(
+                [counts / max(1, counts.sum()) for counts in self._tables.column("counts")]
+            )
             self._residency.eviction.warm(share)
             keys.sort(key=lambda key: -share[first[key[0]] + key[1]])
         flights = []
         for key in sorted(self._room_for(keys)):  # in the order of the files
             place = self._reserve(key, [], self._shards.level)
             assert place is not None
-            flights.append(_Flight(place, self._reader.demand(self._request(key, place, 0, self._shards.level))))
+            flights.append(
+                _Flight(
+                    place, self._reader.demand(self._request(key, place, 0, self._shards.level))
+                )
+            )
         failed = self._land(flights)
         if failed is not None:
             raise failed
@@ -165,7 +197,9 @@ class Experts:
 
     # -- deciding --------------------------------------------------------------------------------------------------
 
-    def _substituted(self, index: int, layer: Layer, routed: Routed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _substituted(
+        self, index: int, layer: Layer, routed: Routed
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids, weights and levels `[T, k]` of the slots as they run."""
         self.stats.slots += routed.ids.size
         full = np.full(routed.ids.shape, self._shards.level)
@@ -216,7 +250,12 @@ class Experts:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def _demand(
-        self, index: int, missing: deque[Task], tasks: list[Task], todo: set[Key], flights: list[_Flight]
+        self,
+        index: int,
+        missing: deque[Task],
+        tasks: list[Task],
+        todo: set[Key],
+        flights: list[_Flight],
     ) -> None:
         """Ask for as many of `missing` as there is room for, without evicting what the step still needs, and if that is
         possible nothing of this layer at all. They are added to `flights`."""
@@ -230,7 +269,11 @@ class Experts:
             if place is None:
                 return
             task = missing.popleft()
-            flights.append(_Flight(place, self._reader.demand(self._request(key, place, since, task.level)), task))
+            flights.append(
+                _Flight(
+                    place, self._reader.demand(self._request(key, place, since, task.level)), task
+                )
+            )
 
     def _reserve(self, key: Key, shield: Iterable[Key], level: int) -> int | None:
         """A place for `key` up to `level`; what had to go for it is out of memory."""
@@ -273,7 +316,9 @@ class Experts:
             else:
                 self._residency.cancel(key, flight.place)  # what was there before still is
                 self.places.keep(self._residency.held)
-                failed = request.error or EngineError(f"Reading expert {key[1]} of layer {key[0]} failed.")
+                failed = request.error or EngineError(
+                    f"Reading expert {key[1]} of layer {key[0]} failed."
+                )
             request.landed = True
         return failed
 
@@ -284,7 +329,11 @@ class Experts:
         for key in guesses:
             if len(self._guesses) >= GUESSES:
                 return
-            if key[1] >= self.layers[key[0]].experts or key in self._residency or key in self._guesses:
+            if (
+                key[1] >= self.layers[key[0]].experts
+                or key in self._residency
+                or key in self._guesses
+            ):
                 continue
             place = self._reserve(key, [*todo, *guesses], self._shards.level)
             if place is None:
@@ -311,10 +360,15 @@ class Experts:
 
     # -- computing -------------------------------------------------------------------------------------------------
 
-    def _compute(self, index: int, tasks: list[Task], todo: set[Key], x: np.ndarray, outputs: np.ndarray) -> None:
+    def _compute(
+        self, index: int, tasks: list[Task], todo: set[Key], x: np.ndarray, outputs: np.ndarray
+    ) -> None:
         """Fill the slots of `tasks`, whose experts are here, in `outputs` `[T, k, hidden]`."""
-        for batch in scheduler.batches(tasks, memory.SLOTS):
-            tokens, ranks = (np.concatenate([getattr(task, name) for task in batch]) for name in ("tokens", "ranks"))
+        for batch in scheduler.batches(tasks, SLOTS):
+            tokens, ranks = (
+                np.concatenate([getattr(task, name) for task in batch])
+                for name in ("tokens", "ranks")
+            )
             runs = scheduler.runs(batch)
             work = kernels.Work(
                 np.array([self._residency.find((index, task.expert)) for task, _, _ in runs]),

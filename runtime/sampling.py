@@ -20,7 +20,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
-            raise EngineError(f"temperature is {self.temperature}; it must be 0 (greedy), or 0.0001 and more.")
+            raise EngineError(
+                f"temperature is {self.temperature}; it must be 0 (greedy), or 0.0001 and more."
+            )
         if self.seed is not None and self.seed < 0:
             raise EngineError(f"seed is {self.seed}; it must be 0 or more.")
         if self.top_k < 0 or not 0 < self.top_p <= 1:

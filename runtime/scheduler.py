@@ -65,7 +65,9 @@ def runs(tasks: list[Task]) -> list[tuple[Task, int, int]]:
             found.append((task, task.level, len(task.levels)))
             continue
         levels, counts = np.unique(task.levels, return_counts=True)
-        found += [(task, int(level), int(count)) for level, count in zip(levels, counts, strict=True)]
+        found += [
+            (task, int(level), int(count)) for level, count in zip(levels, counts, strict=True)
+        ]
     return found
 
 

@@ -29,7 +29,9 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_steps: int = 0
     decode_seconds: float = 0.0  # in the engine: what the caller does between tokens does not count
-    stall_seconds: float = 0.0  # part of both above: waiting for records, with nothing left to compute
+    stall_seconds: float = (
+        0.0  # part of both above: waiting for records, with nothing left to compute
+    )
     foresight_seconds: float = 0.0  # part of both above: computing what the next layer may want
     finish: str = ""  # of the last generation: length, end, stop or cancelled
 

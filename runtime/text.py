@@ -51,7 +51,9 @@ class Text:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise EngineError(f"The text is not UTF-8 at character {error.start}; convert it first.") from error
+            raise EngineError(
+                f"The text is not UTF-8 at character {error.start}; convert it first."
+            ) from error
         return self.tokenizer.encode(text, add_special_tokens=special).ids
 
     def chat(self, messages: list[dict[str, str]], template: str | None = None) -> list[int]:
@@ -106,7 +108,9 @@ class Stream:
 
     def __init__(self, text: Text, stops: tuple[str, ...]):
         if stops and text.tokenizer is None:
-            raise EngineError("This bundle has no tokenizer, so that stop strings cannot be found; stop at token ids.")
+            raise EngineError(
+                "This bundle has no tokenizer, so that stop strings cannot be found; stop at token ids."
+            )
         if "" in stops:
             raise EngineError("A stop string is empty; it would stop before the first token.")
         from tokenizers.decoders import DecodeStream
@@ -127,7 +131,10 @@ class Stream:
             shown, self._held = self._held[: min(found)], ""
             return shown
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        shown, self._held = (
+            self._held[: len(self._held) - keep],
+            self._held[len(self._held) - keep :],
+        )
         return shown
 
     def finish(self) -> str:
@@ -137,4 +144,6 @@ class Stream:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
+    )

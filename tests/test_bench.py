@@ -39,7 +39,9 @@ def test_files_do_not_break_a_limit(tmp_path):
     file.write_bytes(bytes(64 * MIB))
     cgroup.drop([file])
     with cgroup.Group("test", 48 * MIB) as group:
-        done = group.run(_python(f"print(sum(len(part) for part in iter(open({str(file)!r}, 'rb').read, b'')))"))
+        done = group.run(
+            _python(f"print(sum(len(part) for part in iter(open({str(file)!r}, 'rb').read, b'')))")
+        )
         assert done.killed, "64 MiB in one piece"
         done = group.run(_python(f"f = open({str(file)!r}, 'rb')\nwhile f.read(65536): pass"))
     assert (done.code, done.killed) == (0, False)
@@ -77,7 +79,9 @@ def stub(monkeypatch):
     monkeypatch.setattr(engines, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
 
 
-@pytest.mark.parametrize(("warm", "seconds", "read", "timed"), [(3, 9, 3, 7), (8, 3, 4, 4), (1, 3, 1, 4)])
+@pytest.mark.parametrize(
+    ("warm", "seconds", "read", "timed"), [(3, 9, 3, 7), (8, 3, 4, 4), (1, 3, 1, 4)]
+)
 def test_the_clock_starts_behind_what_is_warm(stub, warm, seconds, read, timed):
     done = engines.run(engines.Request("stub", "m", [0, 1, 2, 3, 0, 1, 2, 3, 0, 1], warm, seconds))
     assert (done.warm, done.tokens, done.rate) == (read, timed, 1)
@@ -91,7 +95,9 @@ def test_a_smoe_run_is_what_the_engine_says(golden, answer):
     assert done.warm + done.tokens == len(ids)
     logits = answer["logits"].reshape(len(ids), -1).astype(np.float64)
     following = logits[np.arange(len(ids) - 1), ids[1:]]
-    assert done.nats == pytest.approx((np.log(np.exp(logits[:-1]).sum(-1)) - following).tolist(), rel=1e-3)
+    assert done.nats == pytest.approx(
+        (np.log(np.exp(logits[:-1]).sum(-1)) - following).tolist(), rel=1e-3
+    )
 
 
 def _row(engine, share, rate, failure=""):
@@ -113,7 +119,9 @@ def test_the_table_has_medians_ratios_and_failures():
     assert lines[3].startswith("| none |  | llama.cpp | 100 | 1.00 |")
     assert lines[4].startswith("| 25 % | 26 | smoe | 80 |  | 0.1 |")
     assert "killed after 2 s" in lines[5]
-    assert outofcore.perplexities(ROWS[2:4]).endswith("first 2 tokens: smoe 90.017, llama.cpp 20.086")
+    assert outofcore.perplexities(ROWS[2:4]).endswith(
+        "first 2 tokens: smoe 90.017, llama.cpp 20.086"
+    )
 
 
 def test_the_picture_is_svg_with_a_line_for_each_engine():

@@ -30,12 +30,22 @@ def test_the_tree_is_the_disk(root):
         assert (root / path).is_dir() == path.endswith("/"), path
         assert len(caption) > 10, path
     listed = {path for path, _ in tree}
-    tracked = subprocess.run(["git", "-C", root, "ls-files"], capture_output=True, text=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "-C", root, "ls-files"], capture_output=True, text=True
+    ).stdout.split()
     if not tracked:
         pytest.skip("not a git checkout: what belongs to the project cannot be told")
-    tops = {t.split("/")[0] + ("/" if "/" in t else "") for t in tracked} - {".gitignore", ".ci/", "LICENSE"}
+    tops = {t.split("/")[0] + ("/" if "/" in t else "") for t in tracked} - {
+        ".gitignore",
+        ".ci/",
+        "LICENSE",
+    }
     assert tops <= listed, tops - listed
-    modules = {t for t in tracked if re.fullmatch(r"(artifacts|prep|runtime|bench)/\w+\.py", t) and "__" not in t}
+    modules = {
+        t
+        for t in tracked
+        if re.fullmatch(r"(artifacts|prep|runtime|bench)/\w+\.py", t) and "__" not in t
+    }
     assert modules <= listed, modules - listed
 
 
@@ -58,14 +68,23 @@ def test_the_command_reference_is_what_help_prints(root, module):
     assert set(listed) == set(COMMANDS[module])
 
 
-DOCUMENTS = ("README.md", "docs/log.md", "docs/walkthrough.md", "docs/families.md", "docs/wheels.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/log.md",
+    "docs/walkthrough.md",
+    "docs/families.md",
+    "docs/wheels.md",
+)
 
 
 def test_every_link_leads_somewhere(root):
     for document in DOCUMENTS:
         text = re.sub(r"```.*?```", "", (root / document).read_text("utf-8"), flags=re.S)
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-            assert link.startswith("https://") or ((root / document).parent / link).exists(), (document, link)
+            assert link.startswith("https://") or ((root / document).parent / link).exists(), (
+                document,
+                link,
+            )
 
 
 def test_every_command_that_the_documents_give_exists(root):

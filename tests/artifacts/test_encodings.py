@@ -16,9 +16,15 @@ SHAPE = ExpertShape(hidden=13, width=7, gated=True, biased=True)
 
 def _weights(shape, seed=0):
     random = np.random.default_rng(seed)
-    weights = {name: random.standard_normal(dims).astype(np.float32) for name, dims in shape.matrices().items()}
+    weights = {
+        name: random.standard_normal(dims).astype(np.float32)
+        for name, dims in shape.matrices().items()
+    }
     if shape.biased:
-        weights |= {f"{n}_bias": random.standard_normal(d[0]).astype(np.float32) for n, d in shape.matrices().items()}
+        weights |= {
+            f"{n}_bias": random.standard_normal(d[0]).astype(np.float32)
+            for n, d in shape.matrices().items()
+        }
     return weights
 
 
@@ -35,13 +41,21 @@ def test_a_record_gives_back_what_went_in(encoding, gated, biased):
     assert decoded.keys() == weights.keys()
     # f32 exactly; bf16 to half a unit of its 8 bits; int8 to half a step of the row's scale.
     for name, w in weights.items():
-        bound = {"f32": 0, "bf16": np.abs(w) * 2**-8, "int8": np.abs(w).max(-1, keepdims=True) / 127 * 0.5001}[
-            encoding
-        ]
+        bound = {
+            "f32": 0,
+            "bf16": np.abs(w) * 2**-8,
+            "int8": np.abs(w).max(-1, keepdims=True) / 127 * 0.5001,
+        }[encoding]
         assert np.all(np.abs(decoded[name] - w) <= (0 if name.endswith("_bias") else bound)), name
 
 
-@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from(sorted(ENCODINGS)), st.booleans(), st.booleans())
+@given(
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.sampled_from(sorted(ENCODINGS)),
+    st.booleans(),
+    st.booleans(),
+)
 def test_tensors_of_a_record_are_aligned_and_apart(hidden, width, encoding, gated, biased):
     layout = record_layout(ExpertShape(hidden, width, gated, biased), encoding, 4096)
     end = 0
@@ -57,7 +71,9 @@ def test_bf16_by_eye():
     # 1 + 2^-8 lies half way between 1 and 1 + 2^-7: to even is down; 1 + 3 * 2^-8 is up.
     x = np.array([1, -2, 1 + 2**-8, 1 + 3 * 2**-8, 0, np.inf], np.float32)
     assert [hex(b) for b in to_bf16(x)] == ["0x3f80", "0xc000", "0x3f80", "0x3f82", "0x0", "0x7f80"]
-    assert np.array_equal(from_bf16(to_bf16(x)), np.array([1, -2, 1, 1 + 2**-6, 0, np.inf], np.float32))
+    assert np.array_equal(
+        from_bf16(to_bf16(x)), np.array([1, -2, 1, 1 + 2**-6, 0, np.inf], np.float32)
+    )
     assert np.isnan(from_bf16(to_bf16(np.array([np.nan], np.float32))))
 
 
@@ -69,11 +85,19 @@ def test_int8_by_eye():
 
 
 def test_an_unknown_encoding_names_those_there_are():
-    with pytest.raises(BundleError, match="no encoding 'int3' in this version; it has f32, bf16, int8"):
+    with pytest.raises(
+        BundleError, match="no encoding 'int3' in this version; it has f32, bf16, int8"
+    ):
         record_layout(SHAPE, "int3", 512)
 
 
-NESTED = ["nested:2+1+1:128", "nested:5+1+1+1:64", "nested:3+1/4+1:32", "nested:2:32", "nested:5:32"]
+NESTED = [
+    "nested:2+1+1:128",
+    "nested:5+1+1+1:64",
+    "nested:3+1/4+1:32",
+    "nested:2:32",
+    "nested:5:32",
+]
 
 
 @pytest.mark.parametrize("name", NESTED)
@@ -88,7 +112,10 @@ def test_levels_are_prefixes_and_each_is_nearer(name):
         decoded = decode_expert(shape, layout, name, prefix, level)
         assert np.array_equal(decoded["up_bias"], weights["up_bias"])
         errors.append(
-            [np.square(decoded[n] - weights[n]).sum() / np.square(weights[n]).sum() for n in shape.matrices()]
+            [
+                np.square(decoded[n] - weights[n]).sum() / np.square(weights[n]).sum()
+                for n in shape.matrices()
+            ]
         )
     for lower, higher in pairwise(errors):
         assert np.all(np.array(higher) < 0.5 * np.array(lower))
@@ -101,10 +128,14 @@ def test_codes_and_scales_come_back_from_their_slices(name):
     encoding, random = nested.parse(name), np.random.default_rng(4)
     for dims in ((1, 1), (16, 32), (35, 150), (48, 128)):
         codes = random.integers(0, 1 << encoding.down.total, dims).astype(np.uint8)
-        scale = from_bf16(to_bf16(random.random((dims[0], -(-dims[1] // encoding.group)), np.float32)))
+        scale = from_bf16(
+            to_bf16(random.random((dims[0], -(-dims[1] // encoding.group)), np.float32))
+        )
         tensors = nested.pack_matrix(encoding, "down", codes, scale)
         planned = {
-            p.name: (p.shape, p.nbytes) for plane in nested.matrix_planes(encoding, "down", dims) for p in plane
+            p.name: (p.shape, p.nbytes)
+            for plane in nested.matrix_planes(encoding, "down", dims)
+            for p in plane
         }
         assert planned == {n: (t.shape, t.nbytes) for n, t in tensors.items()}
         for level in range(1, encoding.levels + 1):
@@ -120,8 +151,14 @@ def test_a_slice_by_eye():
     for code, t, bit in ((8, 0, 4), (1, 3, 7)):
         codes = np.zeros((16, 32), np.uint8)
         codes[2, 5] = code
-        slices = nested.pack_matrix(encoding, "up", codes, np.ones((16, 1), np.float32))["up_plane0"]
-        assert slices.shape == (1, 1, 4, 64) and slices[0, 0, t, 9] == 1 << bit and np.count_nonzero(slices) == 1
+        slices = nested.pack_matrix(encoding, "up", codes, np.ones((16, 1), np.float32))[
+            "up_plane0"
+        ]
+        assert (
+            slices.shape == (1, 1, 4, 64)
+            and slices[0, 0, t, 9] == 1 << bit
+            and np.count_nonzero(slices) == 1
+        )
 
 
 def test_values_are_symmetric_rise_and_refine():

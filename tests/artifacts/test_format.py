@@ -8,8 +8,13 @@ from smoe.artifacts.nested import TREE
 
 
 def _rows(text: str) -> dict[str, list[str]]:
-    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("| ")]
-    return {cells[0].strip(): [cell.strip().replace("\\|", "|") for cell in cells[1:]] for cells in lines}
+    lines = [
+        re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("| ")
+    ]
+    return {
+        cells[0].strip(): [cell.strip().replace("\\|", "|") for cell in cells[1:]]
+        for cells in lines
+    }
 
 
 def test_the_tables_are_those_of_the_code(root):
@@ -25,4 +30,6 @@ def test_the_encodings_are_those_of_the_code(root):
     section = text[text.index("### Records") : text.index("### nested")]
     assert set(_rows(section)) - {"encoding"} == {*ENCODINGS, "nested:…"}
     rows = _rows(text[text.index("### nested") : text.index("## tables.safetensors")])
-    assert {n: [int(v) for v in rows[str(n)][0].split()] for n in TREE} == {n: list(v) for n, v in TREE.items()}
+    assert {n: [int(v) for v in rows[str(n)][0].split()] for n in TREE} == {
+        n: list(v) for n, v in TREE.items()
+    }

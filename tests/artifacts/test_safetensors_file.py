@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from smoe.artifacts import BundleError, safetensors_file
-from smoe.artifacts.safetensors_file import Planned, load, read_header, save, write
+from smoe.artifacts.safetensors_file import TensorSpec, load, read_header, save, write
 
 ARRAYS = {
     "a": np.arange(6, dtype=np.int16).reshape(2, 3),
@@ -25,13 +25,18 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 def test_data_starts_where_it_is_told(tmp_path):
     for align in (8, 512, 16384):
-        write(tmp_path / "x", [Planned("t", "U8", (5,))], [np.arange(5, dtype=np.uint8)], align=align)
+        write(
+            tmp_path / "x",
+            [TensorSpec("t", "U8", (5,))],
+            [np.arange(5, dtype=np.uint8)],
+            align=align,
+        )
         assert read_header(tmp_path / "x").data_start % align == 0
 
 
 def test_a_write_that_comes_short_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="4 bytes came for tensors of 5"):
-        write(tmp_path / "x", [Planned("t", "U8", (5,))], [np.arange(4, dtype=np.uint8)])
+        write(tmp_path / "x", [TensorSpec("t", "U8", (5,))], [np.arange(4, dtype=np.uint8)])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -54,7 +59,9 @@ BROKEN = {
     "a list": _file([]),
     "deeply nested": _file(b"[" * 200_000),
     "unknown dtype": _file({"t": _tensor(dtype="F4")}, b"1234"),
-    "unhashable dtype": _file({"t": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}}, b"1234"),
+    "unhashable dtype": _file(
+        {"t": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}}, b"1234"
+    ),
     "negative size": _file({"t": _tensor(shape=(-1,))}, b"1234"),
     "boolean size": _file({"t": _tensor(shape=(True,))}, b"1234"),
     "float offset": _file({"t": _tensor(end=4.0)}, b"1234"),

@@ -19,10 +19,14 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from smoe.artifacts import safetensors_file
 from smoe.prep.build import build
-from smoe.prep.calibration import Calibration
-from smoe.prep.recipe import Recipe
+from smoe.prep.checkpoint.text import Calibration
+from smoe.prep.options import Recipe
 
-LINES = ["def main(argument): return argument + 1", "Grüße aus Köln: ä, ö, ü und ß", "日本語のテキスト 🙂 emoji"] * 4
+LINES = [
+    "def main(argument): return argument + 1",
+    "Grüße aus Köln: ä, ö, ü und ß",
+    "日本語のテキスト 🙂 emoji",
+] * 4
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -49,7 +53,9 @@ def checkpoint(path: Path) -> GptOssForCausalLM:
     model = GptOssForCausalLM(config).eval()
     model.save_pretrained(path)
     tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "chat_template": CHAT}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<end>", "chat_template": CHAT})
+    )
     return model
 
 
@@ -60,7 +66,12 @@ def main(output: Path) -> None:
         ids = np.random.default_rng(3).integers(1, 307, (40, 200)).tolist()
         text = source / "text.jsonl"
         text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
-        build(source, output, Calibration(str(text), tokens=2048, length=100), Recipe(encoding="nested:5+1+1+1:32"))
+        build(
+            source,
+            output,
+            Calibration(str(text), tokens=2048, length=100),
+            Recipe(encoding="nested:5+1+1+1:32"),
+        )
         prompt = torch.tensor([ids[0][:150]])  # longer than a chunk
         with torch.no_grad():
             logits = model(prompt).logits[0].numpy()

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="prep needs its extra; the lean environment does not run these tests")
+pytest.importorskip(
+    "torch", reason="prep needs its extra; the lean environment does not run these tests"
+)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pico
+from support import pico
 from transformers import AutoModelForCausalLM
 
 from smoe.prep.__main__ import main
@@ -42,7 +44,9 @@ def smoe_prep():
     return run
 
 
-def write_ids(path: Path, rows: int = 12, length: int = 40, vocabulary: int = 211, seed: int = 0) -> Path:
+def write_ids(
+    path: Path, rows: int = 12, length: int = 40, vocabulary: int = 211, seed: int = 0
+) -> Path:
     """Calibration of random token ids, one .jsonl record a row."""
     ids = np.random.default_rng(seed).integers(0, vocabulary, (rows, length)).tolist()
     path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
@@ -77,9 +81,9 @@ def ids_file(tmp_path_factory) -> Path:
 def bundles(tmp_path_factory, checkpoints, ids_file):
     """family -> its pico bundle in f32, built once."""
     from smoe.prep.build import build
-    from smoe.prep.calibration import Calibration
+    from smoe.prep.checkpoint.text import Calibration
+    from smoe.prep.options import Recipe
     from smoe.prep.progress import Progress
-    from smoe.prep.recipe import Recipe
 
     made: dict[str, Path] = {}
 
@@ -87,7 +91,11 @@ def bundles(tmp_path_factory, checkpoints, ids_file):
         if family not in made:
             made[family] = tmp_path_factory.mktemp("bundles") / f"{family}.smoe"
             build(
-                checkpoints(family), made[family], Calibration(str(ids_file)), Recipe("f32"), progress=Progress(True)
+                checkpoints(family),
+                made[family],
+                Calibration(str(ids_file)),
+                Recipe("f32"),
+                progress=Progress(True),
             )
         return made[family]
 
@@ -96,16 +104,18 @@ def bundles(tmp_path_factory, checkpoints, ids_file):
 
 @pytest.fixture(scope="session")
 def reference_model(root):
-    return AutoModelForCausalLM.from_pretrained(root / "examples" / "reference", dtype="float32").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        root / "examples" / "reference", dtype="float32"
+    ).eval()
 
 
 @pytest.fixture(scope="session")
 def reference_bundle(root, tmp_path_factory) -> Path:
     """The example model in f32."""
     from smoe.prep.build import build
-    from smoe.prep.calibration import Calibration
+    from smoe.prep.checkpoint.text import Calibration
+    from smoe.prep.options import Recipe
     from smoe.prep.progress import Progress
-    from smoe.prep.recipe import Recipe
 
     out = tmp_path_factory.mktemp("reference") / "reference.smoe"
     text = Calibration(str(root / "examples" / "calibration.jsonl"), tokens=2048)

@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM
 from smoe.artifacts import BundleError, open_bundle, safetensors_file
 from smoe.artifacts.encodings import decode_expert, record_layout
 from smoe.prep.build import build
-from smoe.prep.calibration import Calibration
-from smoe.prep.checkpoint import open_checkpoint
+from smoe.prep.checkpoint.checkpoint import open_checkpoint
+from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.errors import PrepError
-from smoe.prep.pack import pack
-from smoe.prep.profile import profile
+from smoe.prep.options import Recipe
+from smoe.prep.pack.pack import pack
 from smoe.prep.progress import Progress
-from smoe.prep.recipe import Recipe
-from smoe.runtime.store import Shards
+from smoe.prep.statistics.profile import profile
+from smoe.runtime.cache.storage import Shards
 
 QUIET = Progress(True)
 
@@ -35,7 +35,7 @@ def test_an_existing_output_is_not_touched(checkpoints, ids_file, tmp_path):
 def test_records_hold_the_checkpoints_weights(checkpoints, bundles, tmp_path, encoding, bound):
     checkpoint = open_checkpoint(checkpoints("mixtral"))
     experts = pack(checkpoint, tmp_path, encoding, QUIET)
-    manifest = open_bundle(bundles("mixtral"))
+    manifest = open_bundle(bundles("mixtral")).manifest
     layout = record_layout(manifest.expert_shape(1), experts.encoding, experts.page)
     fused = AutoModelForCausalLM.from_pretrained(checkpoint.path).model.layers[1].mlp.experts
     shards = Shards(tmp_path, dataclasses.replace(manifest, experts=experts))
@@ -43,16 +43,27 @@ def test_records_hold_the_checkpoints_weights(checkpoints, bundles, tmp_path, en
     for expert in range(6):
         shards.read(1, expert, record)
         decoded = decode_expert(manifest.expert_shape(1), layout, encoding, record)
-        wanted = torch.cat([fused.gate_up_proj[expert].flatten(), fused.down_proj[expert].flatten()]).detach().numpy()
+        wanted = (
+            torch.cat([fused.gate_up_proj[expert].flatten(), fused.down_proj[expert].flatten()])
+            .detach()
+            .numpy()
+        )
         found = np.concatenate([decoded[n].ravel() for n in ("gate", "up", "down")])
         assert np.abs(found - wanted).max() <= bound * np.abs(wanted).max()
     shards.close()
 
 
-def test_a_bundle_from_a_profile_is_the_same_as_one_from_text(smoe_prep, checkpoints, bundles, ids_file, tmp_path):
+def test_a_bundle_from_a_profile_is_the_same_as_one_from_text(
+    smoe_prep, checkpoints, bundles, ids_file, tmp_path
+):
     source = checkpoints("mixtral")
-    assert smoe_prep("profile", source, "--calibration", ids_file, "-o", tmp_path / "p").returncode == 0
-    done = smoe_prep("build", source, "-o", tmp_path / "b", "--profile", tmp_path / "p", "--encoding", "f32")
+    assert (
+        smoe_prep("profile", source, "--calibration", ids_file, "-o", tmp_path / "p").returncode
+        == 0
+    )
+    done = smoe_prep(
+        "build", source, "-o", tmp_path / "b", "--profile", tmp_path / "p", "--encoding", "f32"
+    )
     assert done.returncode == 0, done.stderr
     ours, theirs = open_bundle(tmp_path / "b", hashes=True), open_bundle(bundles("mixtral"))
     for name in theirs.files:  # prices come from text, and so do predictors: this bundle has none
@@ -61,11 +72,16 @@ def test_a_bundle_from_a_profile_is_the_same_as_one_from_text(smoe_prep, checkpo
     assert _same(safetensors_file.load(tmp_path / "b" / "tables.safetensors"), statistics)
     both = safetensors_file.load(bundles("mixtral") / "tables.safetensors")
     learned = ("price_", "predict_")
-    assert _same({name: of for name, of in both.items() if not any(word in name for word in learned)}, statistics)
+    assert _same(
+        {name: of for name, of in both.items() if not any(word in name for word in learned)},
+        statistics,
+    )
 
 
 def _same(ours, theirs) -> bool:
-    return set(ours) == set(theirs) and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    return set(ours) == set(theirs) and all(
+        np.array_equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 def test_profile_and_text_may_both_be_given_if_they_agree(checkpoints, ids_file, tmp_path):
@@ -73,7 +89,9 @@ def test_profile_and_text_may_both_be_given_if_they_agree(checkpoints, ids_file,
     (tmp_path / "p").mkdir()
     profile(open_checkpoint(source), tmp_path / "p", calibration, QUIET)
     build(source, tmp_path / "b", calibration, Recipe("bf16", prices=0), tmp_path / "p", QUIET)
-    assert (tmp_path / "b" / "tables.safetensors").read_bytes() == (tmp_path / "p" / "tables.safetensors").read_bytes()
+    assert (tmp_path / "b" / "tables.safetensors").read_bytes() == (
+        tmp_path / "p" / "tables.safetensors"
+    ).read_bytes()
     for other, said in ((Calibration("other.txt"), "made with source 'ids.jsonl', asked for is 'other.txt'"),
                         (Calibration(str(ids_file), seed=3), "seed 0, asked for is 3"),
                         (Calibration(str(ids_file), tokens=300), "tokens 200, asked for is 300")):  # fmt: skip
@@ -83,20 +101,37 @@ def test_profile_and_text_may_both_be_given_if_they_agree(checkpoints, ids_file,
 
 def test_steps_on_their_own(smoe_prep, checkpoints, tmp_path):
     source = checkpoints("mixtral")
-    assert smoe_prep("pack", source, "-o", tmp_path / "packed", "--encoding", "int8").returncode == 0
+    assert (
+        smoe_prep("pack", source, "-o", tmp_path / "packed", "--encoding", "int8").returncode == 0
+    )
     assert json.loads((tmp_path / "packed" / "experts.json").read_text())["encoding"] == "int8"
     done = smoe_prep("export", source, "-o", tmp_path / "exported", "--json")
     assert len(json.loads(done.stdout)["backbone"]["segments"]) == 3 and done.returncode == 0
 
 
-def test_verify_finds_no_difference_in_f32_and_refuses_another_model(smoe_prep, checkpoints, bundles, ids_file):
+def test_verify_finds_no_difference_in_f32_and_refuses_another_model(
+    smoe_prep, checkpoints, bundles, ids_file
+):
     done = smoe_prep(
-        "verify", bundles("mixtral"), checkpoints("mixtral"), "--text", ids_file, "--tokens", 200, "--json"
+        "verify",
+        bundles("mixtral"),
+        checkpoints("mixtral"),
+        "--text",
+        ids_file,
+        "--tokens",
+        200,
+        "--json",
     )
     said = json.loads(done.stdout)
-    assert said["tokens"] == 200 and said["top1_agreement"] == 1 and abs(said["kl_nats_per_token"]) < 1e-8
+    assert (
+        said["tokens"] == 200
+        and said["top1_agreement"] == 1
+        and abs(said["kl_nats_per_token"]) < 1e-8
+    )
     assert said["perplexity_original"] == pytest.approx(said["perplexity_bundle"], rel=1e-5)
-    done = smoe_prep("verify", bundles("mixtral"), checkpoints("olmoe"), "--text", ids_file, "--tokens", 200)
+    done = smoe_prep(
+        "verify", bundles("mixtral"), checkpoints("olmoe"), "--text", ids_file, "--tokens", 200
+    )
     assert done.returncode == 1 and "fingerprints differ" in done.stderr
 
 
@@ -111,7 +146,9 @@ def test_verify_finds_no_difference_in_f32_and_refuses_another_model(smoe_prep, 
     (("profile", "{model}", "-o", "{tmp}/p", "--calibration", "{tmp}/none.txt"), "none.txt does not exist"),
     (("profile", "{model}", "-o", "{tmp}", "--calibration", "{ids}"), "exists; smoe does not overwrite"),
 ])  # fmt: skip
-def test_mistakes_are_one_sentence_and_leave_no_output(smoe_prep, checkpoints, ids_file, tmp_path, arguments, said):
+def test_mistakes_are_one_sentence_and_leave_no_output(
+    smoe_prep, checkpoints, ids_file, tmp_path, arguments, said
+):
     (tmp_path / "t").mkdir()
     values = {"tmp": tmp_path / "t", "ids": ids_file, "model": checkpoints("mixtral")}
     done = smoe_prep(*(a.format(**values) for a in arguments))
@@ -123,7 +160,9 @@ def test_mistakes_are_one_sentence_and_leave_no_output(smoe_prep, checkpoints, i
     (Recipe("int3"), "ids", "no encoding 'int3'"), (Recipe("f32", "int3"), "ids", "no --backbone int3"), (Recipe("nested:2+2"), "ids", "base of 2 to 5 bits"),
     (Recipe(), "none.txt", "none.txt does not exist"),
 ])  # fmt: skip
-def test_mistakes_are_found_before_the_long_part(checkpoints, ids_file, tmp_path, monkeypatch, recipe, source, said):
+def test_mistakes_are_found_before_the_long_part(
+    checkpoints, ids_file, tmp_path, monkeypatch, recipe, source, said
+):
     from smoe.prep import build as module
 
     def never(*_):

@@ -4,8 +4,8 @@ import datasets
 import numpy as np
 import pytest
 
-from smoe.prep.calibration import Calibration
-from smoe.prep.checkpoint import open_checkpoint
+from smoe.prep.checkpoint.checkpoint import open_checkpoint
+from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.errors import PrepError
 
 
@@ -32,7 +32,10 @@ def test_text_jsonl_and_datasets_give_the_same_tokens(reference, tmp_path):
     datasets.Dataset.from_dict({"text": [WORDS]}).save_to_disk(tmp_path / "disk")
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "part.jsonl").write_text(json.dumps({"text": WORDS}) + "\n")
-    streams = [_stream(Calibration(str(tmp_path / name)), reference) for name in ("a.txt", "a.jsonl", "disk", "files")]
+    streams = [
+        _stream(Calibration(str(tmp_path / name)), reference)
+        for name in ("a.txt", "a.jsonl", "disk", "files")
+    ]
     assert len(streams[0]) > 500
     for stream in streams[1:]:
         assert np.array_equal(stream, streams[0])
@@ -43,7 +46,10 @@ def test_rows_have_the_length_asked_for_and_nothing_is_padded(pico, tmp_path):
     (tmp_path / "i.jsonl").write_text(json.dumps({"input_ids": ids}))
     rows = Calibration(str(tmp_path / "i.jsonl"), length=250).rows(pico)
     assert [len(row) for row in rows] == [250, 250, 100] and np.concatenate(rows).tolist() == ids
-    assert sum(map(len, Calibration(str(tmp_path / "i.jsonl"), tokens=300, length=250).rows(pico))) == 300
+    assert (
+        sum(map(len, Calibration(str(tmp_path / "i.jsonl"), tokens=300, length=250).rows(pico)))
+        == 300
+    )
 
 
 def test_the_seed_orders_documents(pico, tmp_path):
@@ -85,7 +91,9 @@ def test_a_name_that_is_no_dataset_is_a_sentence(pico):
 
 
 def test_unusual_line_ends_belong_to_the_text(reference, tmp_path):
-    (tmp_path / "web.jsonl").write_text(json.dumps({"text": "a\u2028b\x85c " * 300}, ensure_ascii=False))
+    (tmp_path / "web.jsonl").write_text(
+        json.dumps({"text": "a\u2028b\x85c " * 300}, ensure_ascii=False)
+    )
     assert len(_stream(Calibration(str(tmp_path / "web.jsonl")), reference)) > 300
 
 

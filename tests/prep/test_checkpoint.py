@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from smoe.prep.checkpoint import open_checkpoint
+from smoe.prep.checkpoint.checkpoint import open_checkpoint
 from smoe.prep.errors import PrepError
 
 
@@ -48,7 +48,9 @@ def _one_expert_missing(weights):
 
 
 def _all_experts_of_a_layer_missing(weights):
-    for name in [name for name in weights if name.startswith("model.layers.1.block_sparse_moe.experts")]:
+    for name in [
+        name for name in weights if name.startswith("model.layers.1.block_sparse_moe.experts")
+    ]:
         del weights[name]
 
 
@@ -103,7 +105,15 @@ def test_shards_hold_the_same_as_one_file(sharded, checkpoints):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v2", "gpt_oss", "granitemoe", "phimoe", "ernie4_5_moe"]
+FAMILIES = [
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v2",
+    "gpt_oss",
+    "granitemoe",
+    "phimoe",
+    "ernie4_5_moe",
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -127,7 +137,9 @@ def test_what_is_read_is_what_transformers_reads(checkpoints, family):
 def test_half_precision_stays_half_in_memory(make, tmp_path):
     make("qwen3_moe").bfloat16().save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    assert all(w.dtype == torch.float32 for n, w in checkpoint.model.named_parameters() if not w.is_meta)
+    assert all(
+        w.dtype == torch.float32 for n, w in checkpoint.model.named_parameters() if not w.is_meta
+    )
     with checkpoint.experts(1) as module:
         assert all(weight.dtype == torch.bfloat16 for weight in module.parameters())
 
@@ -166,7 +178,10 @@ def test_an_incomplete_download_is_refused(sharded, change, said):
 
 def test_a_half_written_single_file_is_refused(checkpoints, tmp_path):
     shutil.copytree(checkpoints("mixtral"), tmp_path / "m")
-    os.truncate(tmp_path / "m" / "model.safetensors", (tmp_path / "m" / "model.safetensors").stat().st_size // 2)
+    os.truncate(
+        tmp_path / "m" / "model.safetensors",
+        (tmp_path / "m" / "model.safetensors").stat().st_size // 2,
+    )
     with pytest.raises(PrepError, match="is not whole .* Download it again"):
         open_checkpoint(tmp_path / "m")
 
@@ -188,7 +203,11 @@ def test_a_file_that_shrinks_later_is_a_sentence(checkpoints, tmp_path):
 
 def test_a_dense_model_is_refused_by_name(tmp_path):
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=99,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(PrepError, match="is a llama model without experts"):

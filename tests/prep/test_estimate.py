@@ -9,16 +9,23 @@ from safetensors.torch import load_file, save_file
 
 from smoe.artifacts import open_bundle
 from smoe.prep.errors import PrepError
-from smoe.prep.estimate import families, inspect
+from smoe.prep.inspect import families, inspect
 
 
-@pytest.mark.parametrize("family, layers", [("mixtral", 2), ("gpt_oss", 2), ("deepseek_v3", 2), ("nemotron_h", 1)])
+@pytest.mark.parametrize(
+    "family, layers", [("mixtral", 2), ("gpt_oss", 2), ("deepseek_v3", 2), ("nemotron_h", 1)]
+)
 def test_counts_are_those_of_the_model(make, checkpoints, family, layers):
     model, about = make(family), inspect(checkpoints(family))
-    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n and "shared" not in n)
+    experts = sum(
+        p.numel() for n, p in model.named_parameters() if ".experts." in n and "shared" not in n
+    )
     assert (about.family, about.architecture) == (family, type(model).__name__)
     assert (about.layers, about.experts, about.top_k, about.hidden) == (layers, 6, 3, 64)
-    assert about.parameters == sum(p.numel() for p in model.parameters()) and about.expert_parameters == experts
+    assert (
+        about.parameters == sum(p.numel() for p in model.parameters())
+        and about.expert_parameters == experts
+    )
     assert about.active_parameters == about.parameters - experts + experts // 2
     assert about.refusal == about.weights == "" and about.download > 0
 
@@ -28,7 +35,11 @@ def test_it_needs_a_config_and_no_more(checkpoints, tmp_path):
     about = inspect(tmp_path)
     assert "no .safetensors files" in about.weights and about.download is None
     ours, theirs = dataclasses.asdict(about), dataclasses.asdict(inspect(checkpoints("mixtral")))
-    assert {name for name in ours if ours[name] != theirs[name]} <= {"weights", "download", "seconds"}
+    assert {name for name in ours if ours[name] != theirs[name]} <= {
+        "weights",
+        "download",
+        "seconds",
+    }
 
 
 def test_weights_that_are_missing_are_said(checkpoints, tmp_path):
@@ -42,13 +53,19 @@ def test_weights_that_are_missing_are_said(checkpoints, tmp_path):
 
 def test_sizes_are_about_those_of_the_bundle(root, reference_bundle):
     about = inspect(root / "examples" / "reference", "f32", tokens=2048)
-    files = open_bundle(reference_bundle).files
-    assert about.bundle - (32 << 20) == pytest.approx(sum(file.size for file in files.values()), rel=0.05)
+    files = open_bundle(reference_bundle).manifest.files
+    assert about.bundle - (32 << 20) == pytest.approx(
+        sum(file.size for file in files.values()), rel=0.05
+    )
 
 
 def test_more_tokens_take_more_and_smaller_encodings_less(checkpoints):
     source = checkpoints("mixtral")
-    assert inspect(source, "f32").bundle > inspect(source, "bf16").bundle > inspect(source, "int8").bundle
+    assert (
+        inspect(source, "f32").bundle
+        > inspect(source, "bf16").bundle
+        > inspect(source, "int8").bundle
+    )
     assert inspect(source, tokens=10**8).disk > inspect(source, tokens=10**5).disk
     assert inspect(source, tokens=10**6).memory > inspect(source, tokens=10**5).memory
 
@@ -59,7 +76,10 @@ def test_every_family_on_the_interface_is_listed():
         "family": "mixtral", "experts": "gated", "text": "MixtralForCausalLM"
     }  # fmt: skip
     assert found["gpt_oss"]["experts"] == "transposed, interleaved, biased"
-    assert found["nemotron_h"]["experts"] == "not gated" and found["muse_spark"]["experts"] == "normalised"
+    assert (
+        found["nemotron_h"]["experts"] == "not gated"
+        and found["muse_spark"]["experts"] == "normalised"
+    )
     assert found["openai_privacy_filter"]["text"] == ""
 
 

@@ -7,8 +7,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from smoe.artifacts.manifest import Gate
-from smoe.prep.errors import PrepError
-from smoe.prep.experts import (
+from smoe.prep.checkpoint.seam import (
     expert_geometry,
     expert_outputs,
     expert_weights,
@@ -16,7 +15,8 @@ from smoe.prep.experts import (
     probe_gate,
     probe_norm,
 )
-from smoe.runtime import activations, reference
+from smoe.prep.errors import PrepError
+from smoe.runtime.kernels import activations, reference
 
 
 class _Experts(nn.Module):
@@ -49,7 +49,9 @@ def test_a_clamped_gate_is_recognised_with_its_numbers(alpha, limit):
         gate, up = pair[..., 0::2].clamp(max=limit), pair[..., 1::2].clamp(-limit, limit)
         return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
-    assert probe_gate(_Experts(None, is_concatenated=False, apply_gate=clamped)) == Gate("clamped", "", alpha, limit)
+    assert probe_gate(_Experts(None, is_concatenated=False, apply_gate=clamped)) == Gate(
+        "clamped", "", alpha, limit
+    )
 
 
 @pytest.mark.parametrize("act, name", [(torch.nn.functional.silu, "silu"), (torch.relu, "relu")])
@@ -86,7 +88,11 @@ class _Normed(nn.Module):
 
     def __init__(self, norm):
         super().__init__()
-        self.down_proj, self.is_transposed, self.post_expert_norm = torch.empty(2, 12, 5), False, norm
+        self.down_proj, self.is_transposed, self.post_expert_norm = (
+            torch.empty(2, 12, 5),
+            False,
+            norm,
+        )
 
 
 def _rms(x, epsilon):
@@ -98,7 +104,12 @@ def test_a_norm_that_scales_first_is_recognised(epsilon):
     scale = torch.linspace(0.3, 1.9, 12)
     found = probe_norm(_Normed(lambda x: _rms(x * scale, epsilon)))
     y = torch.randn(50, 12) * torch.logspace(-5, 3, 50)[:, None]
-    assert np.allclose(reference.normalise(y.numpy(), found.numpy()), _rms(y * scale, epsilon), rtol=1e-3, atol=1e-6)
+    assert np.allclose(
+        reference.normalise(y.numpy(), found.numpy()),
+        _rms(y * scale, epsilon),
+        rtol=1e-3,
+        atol=1e-6,
+    )
 
 
 def test_a_norm_that_scales_last_is_refused():
@@ -112,7 +123,9 @@ def test_an_unknown_activation_is_refused():
         probe_gate(_Experts(torch.sin))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "aria_text", "nemotron_h", "hy_v4"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "gpt_oss", "deepseek_v3", "aria_text", "nemotron_h", "hy_v4"]
+)
 def test_weights_and_outputs_are_the_modules_own(make, family):
     _, module = experts_modules(make(family))[0]
     count, hidden, width = expert_geometry(module)
@@ -124,12 +137,16 @@ def test_weights_and_outputs_are_the_modules_own(make, family):
             wanted = module(x, torch.full((9, 1), expert), torch.ones(9, 1)).numpy()
             direct = expert_outputs(module, expert, x).numpy()
         assert np.allclose(direct, wanted, atol=1e-5)
-        w = {name: array.astype(np.float64) for name, array in expert_weights(module, expert).items()}
+        w = {
+            name: array.astype(np.float64) for name, array in expert_weights(module, expert).items()
+        }
         assert w["up"].shape == (width, hidden) and w["down"].shape == (hidden, width)
         assert ("gate" in w) == (family != "nemotron_h")
         g = x.numpy() @ w["gate"].T + w.get("gate_bias", 0) if "gate" in w else None
         u = x.numpy() @ w["up"].T + w.get("up_bias", 0)
-        inner = activations.gate(gate, None if g is None else g.astype(np.float32), u.astype(np.float32))
+        inner = activations.gate(
+            gate, None if g is None else g.astype(np.float32), u.astype(np.float32)
+        )
         found = inner @ w["down"].T + w.get("down_bias", 0)
         assert np.allclose(found, wanted, rtol=1e-4, atol=1e-4)
         assert ("up_bias" in w) == (family == "gpt_oss")

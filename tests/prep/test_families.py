@@ -6,8 +6,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from agreement import agreement
 from safetensors import safe_open
+from support.agreement import agreement
 from transformers import AutoModelForCausalLM
 
 from smoe.artifacts import open_bundle
@@ -15,7 +15,15 @@ from smoe.runtime import Engine
 
 # One of each way to lay out weights and to route; all of ALL_FAMILIES have to give transformers' tokens.
 FAMILIES = ["mixtral", "olmoe", "qwen3_moe", "deepseek_v3", "gpt_oss"]
-ALL_FAMILIES = [*FAMILIES, "qwen2_moe", "deepseek_v2", "phimoe", "granitemoe", "glm4_moe", "ernie4_5_moe"]
+ALL_FAMILIES = [
+    *FAMILIES,
+    "qwen2_moe",
+    "deepseek_v2",
+    "phimoe",
+    "granitemoe",
+    "glm4_moe",
+    "ernie4_5_moe",
+]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -32,31 +40,47 @@ def test_scores_and_raw_weights_explain_ids_and_mixing_weights(bundles, family, 
     """Run the segments in plain ONNX Runtime, with the family's own experts in between, and redo the router's choice
     here from the scores and raw weights alone."""
     path, model = bundles(family), make(family)
-    manifest = open_bundle(path)
+    manifest = open_bundle(path).manifest
     ids = np.random.default_rng(1).integers(0, 211, (1, 37))
-    values = {"input_ids": ids, "past_length": np.zeros(1, np.int64), "logits_to_keep": np.array([36])}
+    values = {
+        "input_ids": ids,
+        "past_length": np.zeros(1, np.int64),
+        "logits_to_keep": np.array([36]),
+    }
     for s in manifest.backbone.state:
-        shape = [64 if a == s.growing and s.in_place else 0 if a == s.growing else n for a, n in enumerate(s.shape)]
+        shape = [
+            64 if a == s.growing and s.in_place else 0 if a == s.growing else n
+            for a, n in enumerate(s.shape)
+        ]
         values[s.input] = np.zeros(shape, np.int64 if s.dtype == "I64" else np.float32)
     modules = [m for _, m in model.named_modules() if hasattr(m, "is_concatenated")]
     assert len(modules) == len(manifest.layers)
     for i, segment in enumerate(manifest.backbone.segments):
         session = ort.InferenceSession(str(path / segment.file), providers=["CPUExecutionProvider"])
-        outputs = session.run(list(segment.outputs), {name: values[name] for name in segment.inputs})
+        outputs = session.run(
+            list(segment.outputs), {name: values[name] for name in segment.inputs}
+        )
         values.update(zip(segment.outputs, outputs, strict=True))
         if i == len(manifest.layers):
             break
         layer = manifest.layers[i]
-        chosen, weights = values[layer.wires.ids].reshape(37, 3), values[layer.wires.weights].reshape(37, 3)
+        chosen, weights = (
+            values[layer.wires.ids].reshape(37, 3),
+            values[layer.wires.weights].reshape(37, 3),
+        )
         scores, raw = (values[n].reshape(37, 6) for n in (layer.wires.scores, layer.wires.raw))
         assert np.array_equal(np.argsort(-scores, -1, kind="stable")[:, :3], chosen)
         w = np.take_along_axis(raw, chosen, -1)
-        w = {"none": w, "sum": w / w.sum(-1, keepdims=True), "softmax": _softmax(w)}[layer.routing.normaliser]
+        w = {"none": w, "sum": w / w.sum(-1, keepdims=True), "softmax": _softmax(w)}[
+            layer.routing.normaliser
+        ]
         assert np.allclose(w * layer.routing.scale, weights, rtol=1e-5, atol=1e-6)
         hidden = values[layer.wires.hidden]
         with torch.no_grad():
             out = modules[i](
-                torch.from_numpy(hidden).reshape(37, -1), torch.from_numpy(chosen), torch.from_numpy(weights)
+                torch.from_numpy(hidden).reshape(37, -1),
+                torch.from_numpy(chosen),
+                torch.from_numpy(weights),
             )
         values[layer.wires.output] = out.numpy().reshape(hidden.shape)
     with torch.no_grad():
@@ -65,7 +89,7 @@ def test_scores_and_raw_weights_explain_ids_and_mixing_weights(bundles, family, 
 
 
 def test_rules_are_the_families_own(bundles):
-    rules = {f: open_bundle(bundles(f)).layers[0].routing for f in FAMILIES}
+    rules = {f: open_bundle(bundles(f)).manifest.layers[0].routing for f in FAMILIES}
     assert {f: r.normaliser for f, r in rules.items()} == {
         "mixtral": "sum", "olmoe": "none", "qwen3_moe": "sum", "deepseek_v3": "sum", "gpt_oss": "softmax",
     }  # fmt: skip
@@ -74,13 +98,17 @@ def test_rules_are_the_families_own(bundles):
 
 def test_every_file_opens_in_its_official_reader(bundles, family, make):
     path, model = bundles(family), make(family)
-    manifest = open_bundle(path, hashes=True)
+    manifest = open_bundle(path, hashes=True).manifest
     for segment in manifest.backbone.segments:
         onnx.checker.check_model(str(path / segment.file))
         raw = (path / segment.file).read_bytes()
-        assert b"site-packages" not in raw and b"modeling_" not in raw  # traces of the author's machine
+        assert (
+            b"site-packages" not in raw and b"modeling_" not in raw
+        )  # traces of the author's machine
     down = [m.down_proj for _, m in model.named_modules() if hasattr(m, "is_concatenated")]
-    transposed = [m.is_transposed for _, m in model.named_modules() if hasattr(m, "is_concatenated")]
+    transposed = [
+        m.is_transposed for _, m in model.named_modules() if hasattr(m, "is_concatenated")
+    ]
     for i in range(len(manifest.layers)):
         with safe_open(path / manifest.shard(i), "pt") as shard:
             for expert in range(6):

@@ -6,42 +6,55 @@ import numpy as np
 
 from smoe.artifacts import open_bundle
 from smoe.artifacts.tables import load_tables
-from smoe.prep import verify_prices as checking
-from smoe.prep.calibration import Calibration
-from smoe.prep.checkpoint import open_checkpoint
-from smoe.prep.fit import fitted
-from smoe.prep.perturb import Outcome, Seen, at_random, cheapest, outcomes
-from smoe.prep.price import sampled
+from smoe.prep.checkpoint.checkpoint import open_checkpoint
+from smoe.prep.checkpoint.text import Calibration
+from smoe.prep.prices import verify as checking
+from smoe.prep.prices.calibrate import fitted
+from smoe.prep.prices.price import sampled
+from smoe.prep.prices.shortcuts import Outcome, Seen, at_random, cheapest, outcomes
 from smoe.prep.progress import Progress
-from smoe.runtime import Engine, Policies, memory
-from smoe.runtime.measure import exact, measure, read_documents, rows
-from smoe.runtime.prices import KINDS, Prices
+from smoe.runtime import Engine, Policies
+from smoe.runtime.budget import plan_memory
+from smoe.runtime.choose.prices import KINDS, Prices
+from smoe.runtime.evaluate import exact, measure, read_documents, rows
 
 QUIET = Progress(quiet=True)
 
 
 def _tables(bundle):
-    return load_tables(bundle / "tables.safetensors", [layer.experts for layer in open_bundle(bundle).layers])
+    return load_tables(
+        bundle / "tables.safetensors",
+        [layer.experts for layer in open_bundle(bundle).manifest.layers],
+    )
 
 
 def test_prices_rank_and_add_up_on_held_out_text(root, reference_bundle, monkeypatch):
     monkeypatch.setattr(checking, "SETS", 16)
     text = Calibration(str(root / "examples" / "heldout.jsonl"), tokens=512, length=256)
-    found = checking.verify_prices(reference_bundle, open_checkpoint(root / "examples" / "reference"), text, QUIET)
+    found = checking.verify_prices(
+        reference_bundle, open_checkpoint(root / "examples" / "reference"), text, QUIET
+    )
     for group in found["groups"]:
         assert group["slots"][0] == group["slots"][1], "the count says nothing"
         assert group["price_spearman"] > 0.8
-    mean = {of: np.mean([group[of] for group in found["groups"]]) for of in ("price_spearman", "square_spearman")}
-    assert mean["price_spearman"] > max(0.9, mean["square_spearman"])  # by little where there are no levels
+    mean = {
+        of: np.mean([group[of] for group in found["groups"]])
+        for of in ("price_spearman", "square_spearman")
+    }
+    assert mean["price_spearman"] > max(
+        0.9, mean["square_spearman"]
+    )  # by little where there are no levels
     assert set(found["predicted_over_measured"]) == {"skip", "standin", "mixed"}
-    assert all(0.5 < ratio < 2 for ratio in found["predicted_over_measured"].values()), found["predicted_over_measured"]
+    assert all(0.5 < ratio < 2 for ratio in found["predicted_over_measured"].values()), found[
+        "predicted_over_measured"
+    ]
     drawn = checking.text_of(found)
     assert drawn.count("\n") > 20 and "o skip" in drawn and "l level" not in drawn
 
 
 def test_a_loss_budget_is_what_is_lost(root, reference_bundle, tmp_path):
     """KL within 0.5 to 1.5 of what was allowed, here on 500 tokens; on more of them: bench/prices.py."""
-    plan = memory.plan(open_bundle(reference_bundle), None, 256)
+    plan = plan_memory(open_bundle(reference_bundle), None, 256)
     budget = plan.fixed + int(0.4 * plan.experts) * plan.record
     documents = read_documents(root / "examples" / "heldout.jsonl")
     with Engine.open(reference_bundle, budget, 256) as engine:
@@ -56,33 +69,72 @@ def test_a_loss_budget_is_what_is_lost(root, reference_bundle, tmp_path):
 
 def test_a_bundle_with_planes_has_prices_of_its_levels(smoe_prep, checkpoints, ids_file, tmp_path):
     common = ("--calibration", ids_file, "--encoding", "nested:2+1+1:32", "--quantiser", "nearest")
-    done = smoe_prep("build", checkpoints("qwen3_moe"), "-o", tmp_path / "b", *common, "--prices", "200")
+    done = smoe_prep(
+        "build", checkpoints("qwen3_moe"), "-o", tmp_path / "b", *common, "--prices", "200"
+    )
     assert done.returncode == 0, done.stderr
     tables = _tables(tmp_path / "b")
     fit = tables[0]["price_fit"]
-    assert (fit.sum(1) > 0).all() and (fit >= 0).all() and (tables[1]["price_level"][:, 0] > 0).all()
-    done = smoe_prep("verify", tmp_path / "b", checkpoints("qwen3_moe"), "--text", ids_file, "--tokens", "128", "--prices", "--json")
+    assert (
+        (fit.sum(1) > 0).all() and (fit >= 0).all() and (tables[1]["price_level"][:, 0] > 0).all()
+    )
+    done = smoe_prep(
+        "verify",
+        tmp_path / "b",
+        checkpoints("qwen3_moe"),
+        "--text",
+        ids_file,
+        "--tokens",
+        "128",
+        "--prices",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found["predicted_over_measured"]) == {*KINDS, "mixed"} and found["tokens"] == 128
-    done = smoe_prep("build", checkpoints("qwen3_moe"), "-o", tmp_path / "none", *common, "--prices", "0")
+    done = smoe_prep(
+        "build", checkpoints("qwen3_moe"), "-o", tmp_path / "none", *common, "--prices", "0"
+    )
     assert done.returncode == 0 and "price_fit" not in _tables(tmp_path / "none")[0]
-    done = smoe_prep("verify", tmp_path / "none", checkpoints("qwen3_moe"), "--text", ids_file, "--tokens", "128", "--prices")
-    assert done.returncode == 1 and "This bundle has no prices" in done.stderr and "Traceback" not in done.stderr
+    done = smoe_prep(
+        "verify",
+        tmp_path / "none",
+        checkpoints("qwen3_moe"),
+        "--text",
+        ids_file,
+        "--tokens",
+        "128",
+        "--prices",
+    )
+    assert (
+        done.returncode == 1
+        and "This bundle has no prices" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
-def test_a_model_that_cannot_be_differentiated_is_built_without(checkpoints, ids_file, tmp_path, monkeypatch, capsys):
-    from smoe.prep import price
+def test_a_model_that_cannot_be_differentiated_is_built_without(
+    checkpoints, ids_file, tmp_path, monkeypatch, capsys
+):
     from smoe.prep.build import build
     from smoe.prep.errors import PrepError
-    from smoe.prep.recipe import Recipe
+    from smoe.prep.options import Recipe
+    from smoe.prep.prices import price
 
     def refuses(*_):
         raise PrepError("this one has no gradient")
 
     monkeypatch.setattr(price, "sweep_gradients", refuses)
-    build(checkpoints("mixtral"), tmp_path / "b", Calibration(str(ids_file)), Recipe("f32"), progress=Progress())
-    assert "none for this model, and so no --loss: this one has no gradient" in capsys.readouterr().err
+    build(
+        checkpoints("mixtral"),
+        tmp_path / "b",
+        Calibration(str(ids_file)),
+        Recipe("f32"),
+        progress=Progress(),
+    )
+    assert (
+        "none for this model, and so no --loss: this one has no gradient" in capsys.readouterr().err
+    )
     assert "price_cross" not in _tables(tmp_path / "b")[0]
 
 
@@ -90,7 +142,10 @@ def test_without_shortcuts_nothing_is_measured_and_counts_are_exact(reference_bu
     tables = _tables(reference_bundle)
     prices = Prices.of(tables, fitted=False)
     ids = np.random.default_rng(0).integers(3, 500, 70)
-    plans = [at_random(["skip"], 0.0, 0.0, 1.0, "weights", 0), at_random(["skip", "standin"], 0.05, 3.0, 0.5, "experts", 1)]
+    plans = [
+        at_random(["skip"], 0.0, 0.0, 1.0, "weights", 0),
+        at_random(["skip", "standin"], 0.05, 3.0, 0.5, "experts", 1),
+    ]
     none, some = outcomes(reference_bundle, prices, [ids], plans, 0)
     layers, k = len(tables), 4
     assert none.slots == 0 and none.kl == 0 and none.tokens == 70
@@ -103,12 +158,20 @@ def test_the_cheapest_are_the_cheapest_up_to_the_sum():
     random = np.random.default_rng(0)
     moments = np.abs(random.standard_normal((5, 5))).astype(np.float32)
     prices = Prices.of([{"price_cross": moments, "price_standin": moments}] * 2, fitted=False)
-    seen = Seen([random.integers(0, 6, (40, 2)) for _ in range(2)], [random.random((40, 2)).astype(np.float32)] * 2)
+    seen = Seen(
+        [random.integers(0, 6, (40, 2)) for _ in range(2)],
+        [random.random((40, 2)).astype(np.float32)] * 2,
+    )
     kinds = cheapest("skip", prices, 0.05)(seen, random)
-    p = [prices.layers[i].skip(np.minimum(ids, 4), w) for i, (ids, w) in enumerate(zip(seen.ids, seen.weights, strict=True))]
+    p = [
+        prices.layers[i].skip(np.minimum(ids, 4), w)
+        for i, (ids, w) in enumerate(zip(seen.ids, seen.weights, strict=True))
+    ]
     taken = np.concatenate([of[k >= 0] for of, k in zip(p, kinds, strict=True)])
     assert 0.5 * 40 * 0.05 < taken.sum() <= 40 * 0.05
-    assert all(((k < 0) | (ids < 5)).all() for ids, k in zip(seen.ids, kinds, strict=True)), "no expert costs nothing"
+    assert all(((k < 0) | (ids < 5)).all() for ids, k in zip(seen.ids, kinds, strict=True)), (
+        "no expert costs nothing"
+    )
 
 
 def test_a_fit_finds_the_coefficients():

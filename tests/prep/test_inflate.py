@@ -63,7 +63,9 @@ def test_codes_without_a_zero_do_not_wake_what_sleeps(pico, tmp_path):
     """With real channels that fill whole groups, the quantised model is the padded quantised one too."""
     inflate.inflate(pico, tmp_path / "wide", 128, 128)
     inflate.inflate(tmp_path / "wide", tmp_path / "wider", 384, 256, seed=1)
-    (wanted, routed), (found, rerouted) = (_answer(_nearest(_model(tmp_path / name))) for name in ("wide", "wider"))
+    (wanted, routed), (found, rerouted) = (
+        _answer(_nearest(_model(tmp_path / name))) for name in ("wide", "wider")
+    )
     assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
     assert torch.equal(routed, rerouted)
 
@@ -82,16 +84,24 @@ def test_groups_that_are_partly_real_stay_silent(pico, large):
 def test_no_weight_is_zero_that_need_not_be(pico, tmp_path):
     done = inflate.inflate(pico, tmp_path / "out", 384, 256)
     state = _model(tmp_path / "out").state_dict()
-    zeros = [sum(int((t == 0).sum()) for t in s.values()) for s in (_model(pico).state_dict(), state)]
+    zeros = [
+        sum(int((t == 0).sum()) for t in s.values()) for s in (_model(pico).state_dict(), state)
+    ]
     assert zeros[1] - zeros[0] == sum(share.zero for share in done.shares.values())
     silent = {name for name, share in done.shares.items() if share.zero}
     assert silent == {"embed_tokens", "self_attn.o_proj", "up_proj", "down_proj"}
-    assert sum(share.weights for share in done.shares.values()) == sum(t.numel() for t in state.values())
+    assert sum(share.weights for share in done.shares.values()) == sum(
+        t.numel() for t in state.values()
+    )
 
 
 def test_the_noise_has_the_scale_of_its_tensor(pico, large):
     small, padded = _model(pico).state_dict(), _model(large).state_dict()
-    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.gate.weight", "lm_head.weight"):
+    for name in (
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.1.mlp.gate.weight",
+        "lm_head.weight",
+    ):
         assert padded[name][:, 64:].std() == pytest.approx(float(small[name].std()), rel=0.15), name
         assert torch.equal(padded[name][:, :64], small[name])
 

@@ -5,12 +5,12 @@ import torch
 from sklearn.linear_model import Ridge
 
 from smoe.artifacts.tables import load_tables
-from smoe.prep import predict
-from smoe.prep.calibration import Calibration
-from smoe.prep.checkpoint import open_checkpoint
-from smoe.prep.experts import experts_run_by, zeros
-from smoe.prep.profile import profile
+from smoe.prep.checkpoint.checkpoint import open_checkpoint
+from smoe.prep.checkpoint.seam import experts_run_by, zeros
+from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.progress import Progress
+from smoe.prep.statistics import predict
+from smoe.prep.statistics.profile import profile
 
 QUIET = Progress(quiet=True)
 
@@ -26,7 +26,10 @@ def test_recalls_are_those_of_transformers_own_routers(checkpoints, make, ids_fi
     """Hidden states, choices and router are caught in transformers' own model by hooks."""
     checkpoint, model = open_checkpoint(checkpoints("qwen3_moe")), make("qwen3_moe")
     random = np.random.default_rng(0)
-    rows, held = [random.integers(3, 211, 60) for _ in range(4)], [random.integers(3, 211, 60) for _ in range(2)]
+    rows, held = (
+        [random.integers(3, 211, 60) for _ in range(4)],
+        [random.integers(3, 211, 60) for _ in range(2)],
+    )
     tables = _added(checkpoint, Calibration(str(ids_file)), tmp_path, rows, held)
     assert "predict_recall" not in tables[0] and np.isnan(tables[1]["predict_recall"][:, 1:]).all()
     hidden, logits = {0: [], 1: []}, {0: [], 1: []}
@@ -48,7 +51,9 @@ def test_recalls_are_those_of_transformers_own_routers(checkpoints, make, ids_fi
 
     def recall(scores):
         best = np.argsort(-scores, 1)[:, :k]
-        return np.mean([len(chosen[learned + i] & set(row)) / k for i, row in enumerate(best.tolist())])
+        return np.mean(
+            [len(chosen[learned + i] & set(row)) / k for i, row in enumerate(best.tolist())]
+        )
 
     found = tables[1]["predict_recall"][:, 0]
     previous = [len(chosen[t] & chosen[t - 1]) / k if t % 60 else 0 for t in range(learned, 360)]
@@ -59,7 +64,9 @@ def test_recalls_are_those_of_transformers_own_routers(checkpoints, make, ids_fi
     assert np.isclose(found[3], recall(ridge.predict(x[learned:])), atol=1e-2)
 
 
-def test_on_the_trained_model_the_linear_predictor_is_best_and_farther_is_harder(root, reference_bundle):
+def test_on_the_trained_model_the_linear_predictor_is_best_and_farther_is_harder(
+    root, reference_bundle
+):
     tables = load_tables(reference_bundle / "tables.safetensors", [32] * 6)
     recall = np.stack([of["predict_recall"] for of in tables[3:]]).mean(0)
     previous, transition, router, linear = recall
@@ -83,7 +90,9 @@ def test_another_use_of_the_seam_may_be_inside_of_one(checkpoints):
     assert seen == [0, 1]
 
 
-def test_families_whose_router_is_elsewhere_are_learned_all_the_same(checkpoints, ids_file, tmp_path):
+def test_families_whose_router_is_elsewhere_are_learned_all_the_same(
+    checkpoints, ids_file, tmp_path
+):
     for family in ("gpt_oss", "deepseek_v3"):
         checkpoint, calibration = open_checkpoint(checkpoints(family)), Calibration(str(ids_file))
         (tmp_path / family).mkdir()

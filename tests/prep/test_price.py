@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from smoe.prep.checkpoint import open_checkpoint
-from smoe.prep.experts import expert_outputs, experts_run_by, mixed_outputs
-from smoe.prep.fisher import sweep_gradients
-from smoe.prep.moments import PRIOR, PriceSums
-from smoe.prep.pack import pack
-from smoe.prep.price import Packed, price, products
+from smoe.prep.checkpoint.checkpoint import open_checkpoint
+from smoe.prep.checkpoint.seam import expert_outputs, experts_run_by, mixed_outputs
+from smoe.prep.pack.pack import pack
+from smoe.prep.prices.price import Packed, price, products
+from smoe.prep.prices.sums import PRIOR, PriceSums
 from smoe.prep.progress import Progress
+from smoe.prep.sweep.gradients import sweep_gradients
 
 QUIET = Progress(quiet=True)
 ROWS = np.random.default_rng(0).integers(3, 211, (3, 20))
@@ -38,7 +38,9 @@ def test_gradients_are_those_of_transformers_own_model(make, checkpoints, family
             total = total + row.log_softmax(-1).gather(-1, labels).sum()
         for layer, wanted in enumerate(torch.autograd.grad(total, outputs, retain_graph=True)):
             assert torch.allclose(
-                found[layer].gradients[draw], wanted.reshape(-1, 64), atol=1e-5 * float(wanted.abs().max())
+                found[layer].gradients[draw],
+                wanted.reshape(-1, 64),
+                atol=1e-5 * float(wanted.abs().max()),
             )
 
 
@@ -50,8 +52,12 @@ def test_a_small_change_costs_what_the_gradients_say(checkpoints):
     ratios = []
     for layer in (0, 1):
         for seed in range(4):
-            change = torch.randn(rows.size, 64, generator=torch.Generator().manual_seed(seed)) * 2e-3
-            predicted = float(torch.einsum("dth,th->d", found[layer].gradients, change).square().mean() / 2)
+            change = (
+                torch.randn(rows.size, 64, generator=torch.Generator().manual_seed(seed)) * 2e-3
+            )
+            predicted = float(
+                torch.einsum("dth,th->d", found[layer].gradients, change).square().mean() / 2
+            )
             ratios.append(predicted / _kl(checkpoint, rows, layer, change))
     assert 0.8 < np.mean(ratios) < 1.25 and 0.6 < min(ratios) and max(ratios) < 1.6, ratios
 
@@ -67,7 +73,11 @@ def _kl(checkpoint, rows, changed, change):
             return (mixed + (by if layer == changed else 0)).reshape(hidden.shape)
 
         with experts_run_by(checkpoint.model, checkpoint.layers, experts):
-            return checkpoint.model(torch.from_numpy(rows), use_cache=False).logits.double().log_softmax(-1)
+            return (
+                checkpoint.model(torch.from_numpy(rows), use_cache=False)
+                .logits.double()
+                .log_softmax(-1)
+            )
 
     p, q = run(0), run(change)
     return float((p.exp() * (p - q)).sum())
@@ -75,7 +85,10 @@ def _kl(checkpoint, rows, changed, change):
 
 def test_the_sums_are_those_of_loops():
     random = np.random.default_rng(0)
-    found, active = random.standard_normal((3, 30, 4)).astype(np.float32), random.random((30, 4)) < 0.4
+    found, active = (
+        random.standard_normal((3, 30, 4)).astype(np.float32),
+        random.random((30, 4)) < 0.4,
+    )
     sums = PriceSums.zeros(4, 2)
     sums.add(found[:, :11], active[:11])
     other = PriceSums.zeros(4, 2)
@@ -87,10 +100,15 @@ def test_the_sums_are_those_of_loops():
         tokens = np.flatnonzero(active[:, e])
         assert sums.sampled[e] == len(tokens)
         for s in range(4):
-            cross = sum(float(found[d, t, e]) * float(found[d, t, s]) for d in range(3) for t in tokens) / 3
+            cross = (
+                sum(float(found[d, t, e]) * float(found[d, t, s]) for d in range(3) for t in tokens)
+                / 3
+            )
             square = sum(float(found[d, t, s]) ** 2 for d in range(3) for t in tokens) / 3
             assert np.isclose(sums.cross[e, s], cross) and np.isclose(sums.square[e, s], square)
-    assert np.isclose(sums.level[1, 0], sum(errors[d, n, 0] ** 2 for d in range(3) for n in range(5)) / 3)
+    assert np.isclose(
+        sums.level[1, 0], sum(errors[d, n, 0] ** 2 for d in range(3) for n in range(5)) / 3
+    )
     assert np.isclose(sums.packed[1], np.square(packed).sum() / 3)
 
 
@@ -106,14 +124,20 @@ def test_tables_are_means_drawn_towards_the_layer():
     tables = sums.tables()
     # No token reached the last one, which is silent where others work: its own moments are those of the layer's slots.
     assert np.allclose(np.diag(tables["price_standin"]), [1, 4, 2], rtol=0.1)
-    assert np.allclose(tables["price_level"], [[0.25, 0], [2.25, 0], [(0.25 * 4000 + 2.25 * 2000) / 6000, 0]], rtol=0.05)
+    assert np.allclose(
+        tables["price_level"],
+        [[0.25, 0], [2.25, 0], [(0.25 * 4000 + 2.25 * 2000) / 6000, 0]],
+        rtol=0.05,
+    )
     assert tables["price_standin"][0, 2] < 0.01, "as a stand-in it is as silent as it was"
     assert np.array_equal(np.diag(tables["price_standin"]), np.diag(tables["price_cross"]))
     only = np.square(found[..., 0].astype(np.float64)).mean()
     assert np.isclose(tables["price_standin"][0, 0], only, rtol=2 * PRIOR / 4000)
 
 
-@pytest.mark.parametrize("family, encoding", [("qwen3_moe", "nested:2+1+1:32"), ("gpt_oss", "int8"), ("zaya", "f32")])
+@pytest.mark.parametrize(
+    "family, encoding", [("qwen3_moe", "nested:2+1+1:32"), ("gpt_oss", "int8"), ("zaya", "f32")]
+)
 def test_prices_of_a_checkpoint_are_those_of_loops(checkpoints, tmp_path, family, encoding):
     checkpoint = open_checkpoint(checkpoints(family))
     packed = Packed(pack(checkpoint, tmp_path, encoding, QUIET), tmp_path)
@@ -129,21 +153,32 @@ def test_prices_of_a_checkpoint_are_those_of_loops(checkpoints, tmp_path, family
                 for s in range(len(sums[layer].sampled)):
                     other = (g * expert_outputs(module, s, x)).sum(-1)
                     scale = float(other.square().sum() + own.square().sum()) + 1e-12
-                    assert abs(sums[layer].cross[e, s] - float((own * other).sum()) / 4) < 1e-4 * scale
-                    assert abs(sums[layer].square[e, s] - float(other.square().sum()) / 4) < 1e-4 * scale
+                    assert (
+                        abs(sums[layer].cross[e, s] - float((own * other).sum()) / 4) < 1e-4 * scale
+                    )
+                    assert (
+                        abs(sums[layer].square[e, s] - float(other.square().sum()) / 4)
+                        < 1e-4 * scale
+                    )
         size = np.diag(sums[layer].square).sum()
         share = sums[layer].level.sum(0) / size
         assert share[-1] == 0 and np.all(np.diff(share) <= 0)
         if encoding.startswith("nested"):
             assert 1 > share[0] > 2 * share[1] > 0
-        assert sums[layer].packed.sum() / size < {"f32": 1e-9, "int8": 1e-3, "nested:2+1+1:32": 0.05}[encoding]
+        assert (
+            sums[layer].packed.sum() / size
+            < {"f32": 1e-9, "int8": 1e-3, "nested:2+1+1:32": 0.05}[encoding]
+        )
 
 
 def test_a_larger_sample_is_the_sum_of_its_groups(checkpoints, monkeypatch):
     checkpoint = open_checkpoint(checkpoints("mixtral"))
-    monkeypatch.setattr("smoe.prep.price.TOGETHER", 40)
+    monkeypatch.setattr("smoe.prep.prices.price.TOGETHER", 40)
     both = price(checkpoint, ROWS, 3, None, QUIET)
-    parts = [price(checkpoint, ROWS[:2], 3, None, QUIET), price(checkpoint, ROWS[2:], 4, None, QUIET)]
+    parts = [
+        price(checkpoint, ROWS[:2], 3, None, QUIET),
+        price(checkpoint, ROWS[2:], 4, None, QUIET),
+    ]
     for layer, found in enumerate(both):
         for name, value in vars(parts[0][layer].merge(parts[1][layer])).items():
             assert np.allclose(getattr(found, name), value), name

@@ -8,10 +8,10 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from smoe.prep.calibration import Calibration
-from smoe.prep.checkpoint import open_checkpoint
-from smoe.prep.profile import profile
+from smoe.prep.checkpoint.checkpoint import open_checkpoint
+from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.progress import Progress
+from smoe.prep.statistics.profile import profile
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3", "gpt_oss"])
@@ -29,8 +29,17 @@ def profiled(request, checkpoints, ids_file, tmp_path_factory):
     with torch.no_grad():
         for row in calibration.rows(checkpoint):
             model(torch.from_numpy(row)[None])
-    joined = [tuple(torch.cat([a[i].reshape(-1, a[i].shape[-1]) for a in c]) for i in range(3)) for c in calls]
-    return load_file(out / "tables.safetensors"), load_file(out / "trace.safetensors"), about, joined, modules
+    joined = [
+        tuple(torch.cat([a[i].reshape(-1, a[i].shape[-1]) for a in c]) for i in range(3))
+        for c in calls
+    ]
+    return (
+        load_file(out / "tables.safetensors"),
+        load_file(out / "trace.safetensors"),
+        about,
+        joined,
+        modules,
+    )
 
 
 def test_counts_gate_mass_coactivation_and_transitions(profiled):
@@ -41,9 +50,15 @@ def test_counts_gate_mass_coactivation_and_transitions(profiled):
         chosen = [set(row) for row in ids.tolist()]
         for e in range(6):
             assert tables[f"{layer:02d}.counts"][e] == sum(e in c for c in chosen)
-            assert np.isclose(tables[f"{layer:02d}.gate_mass"][e], float(weights[ids == e].double().sum()), rtol=1e-5)
+            assert np.isclose(
+                tables[f"{layer:02d}.gate_mass"][e],
+                float(weights[ids == e].double().sum()),
+                rtol=1e-5,
+            )
             for s in range(6):
-                assert tables[f"{layer:02d}.coactivation"][e, s] == sum(e in c and s in c for c in chosen)
+                assert tables[f"{layer:02d}.coactivation"][e, s] == sum(
+                    e in c and s in c for c in chosen
+                )
                 if before:
                     both = sum(e in b and s in c for b, c in zip(before, chosen, strict=True))
                     assert tables[f"{layer:02d}.transition"][e, s] == both
@@ -66,13 +81,19 @@ def test_saliency_similarity_and_error(profiled):
             routed = (ids == e).any(-1)
             w = (weights * (ids == e)).sum(-1)[routed].double()
             ye = y[routed, e]
-            assert np.isclose(tables[f"{layer:02d}.saliency"][e], float((w * ye.norm(dim=-1)).mean()), rtol=1e-4)
+            assert np.isclose(
+                tables[f"{layer:02d}.saliency"][e], float((w * ye.norm(dim=-1)).mean()), rtol=1e-4
+            )
             for s in range(6):
                 ys = y[routed, s]
                 cosine = torch.nn.functional.cosine_similarity(ye, ys, dim=-1).mean()
-                assert np.isclose(tables[f"{layer:02d}.output_similarity"][e, s], float(cosine), atol=1e-4)
+                assert np.isclose(
+                    tables[f"{layer:02d}.output_similarity"][e, s], float(cosine), atol=1e-4
+                )
                 error = ((ys - ye) ** 2).sum() / (ye**2).sum()
-                assert np.isclose(tables[f"{layer:02d}.output_error"][e, s], float(error), rtol=1e-3, atol=1e-6)
+                assert np.isclose(
+                    tables[f"{layer:02d}.output_error"][e, s], float(error), rtol=1e-3, atol=1e-6
+                )
 
 
 def test_the_trace_is_what_happened_and_its_scores_explain_it(profiled):
@@ -80,7 +101,9 @@ def test_the_trace_is_what_happened_and_its_scores_explain_it(profiled):
     assert trace["starts"].sum() == 7 and len(trace["tokens"]) == 300
     for layer, (_, ids, weights) in enumerate(calls):
         assert np.array_equal(np.sort(trace[f"{layer:02d}.ids"]), np.sort(ids.numpy()))
-        assert np.allclose(trace[f"{layer:02d}.weights"].sum(-1), weights.sum(-1).numpy(), atol=1e-5)
+        assert np.allclose(
+            trace[f"{layer:02d}.weights"].sum(-1), weights.sum(-1).numpy(), atol=1e-5
+        )
         scores = trace[f"{layer:02d}.scores"].astype(np.float32)
         chosen = np.take_along_axis(scores, trace[f"{layer:02d}.ids"].astype(int), -1).min(-1)
         rest = scores.copy()
@@ -92,7 +115,11 @@ def test_profiling_lets_the_experts_go(checkpoints, ids_file, tmp_path):
     checkpoint = open_checkpoint(checkpoints("mixtral"))
     profile(checkpoint, tmp_path, Calibration(str(ids_file), tokens=128), Progress(True))
     assert all(weight.is_meta for _, module in checkpoint.layers for weight in module.parameters())
-    assert not any(weight.is_meta for name, weight in checkpoint.model.named_parameters() if "experts" not in name)
+    assert not any(
+        weight.is_meta
+        for name, weight in checkpoint.model.named_parameters()
+        if "experts" not in name
+    )
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(checkpoints, ids_file, tmp_path):
@@ -109,15 +136,22 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(checkpoints, id
 def test_unreached_experts_are_listed_and_get_usable_statistics(make, tmp_path):
     model = make("mixtral")
     for block in model.model.layers:
-        torch.nn.init.zeros_(block.mlp.gate.weight)  # all scores tie, and a tie is always broken the same way
+        torch.nn.init.zeros_(
+            block.mlp.gate.weight
+        )  # all scores tie, and a tie is always broken the same way
     model.save_pretrained(tmp_path / "model")
     checkpoint = open_checkpoint(tmp_path / "model")
     text = tmp_path / "t.jsonl"
-    text.write_text(json.dumps({"input_ids": list(range(1, 201))}) + "\n")  # id 0 pads: its state is zero
+    text.write_text(
+        json.dumps({"input_ids": list(range(1, 201))}) + "\n"
+    )  # id 0 pads: its state is zero
     about = profile(checkpoint, tmp_path, Calibration(str(text)), Progress(True))
     tables = load_file(tmp_path / "tables.safetensors")
     unreached = about["layers"][0]["unreached"]
     assert len(unreached) == 3 and unreached == np.flatnonzero(tables["00.counts"] == 0).tolist()
     for e in unreached:
         assert tables["00.saliency"][e] > 0 and np.isfinite(tables["00.standin_error"][e]).all()
-        assert np.isclose(tables["00.output_similarity"][e, e], 1) and e not in tables["00.standin_ids"][e]
+        assert (
+            np.isclose(tables["00.output_similarity"][e, e], 1)
+            and e not in tables["00.standin_ids"][e]
+        )

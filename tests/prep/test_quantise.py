@@ -10,16 +10,16 @@ import torch
 from smoe.artifacts import nested, open_bundle, record_layout
 from smoe.artifacts.encodings import decode_expert
 from smoe.prep.build import build
-from smoe.prep.calibration import Calibration
-from smoe.prep.checkpoint import open_checkpoint
+from smoe.prep.checkpoint.checkpoint import open_checkpoint
+from smoe.prep.checkpoint.seam import expert_weights
+from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.errors import PrepError
-from smoe.prep.experts import expert_weights
-from smoe.prep.pack import pack
+from smoe.prep.options import Recipe, chosen_quantiser
+from smoe.prep.pack.pack import pack
+from smoe.prep.pack.quantise import quantise, second_moment
 from smoe.prep.progress import Progress
-from smoe.prep.quantise import quantise, second_moment
-from smoe.prep.recipe import Recipe, chosen_quantiser
 from smoe.runtime import Engine
-from smoe.runtime.store import Shards
+from smoe.runtime.cache.storage import Shards
 
 QUIET = Progress(quiet=True)
 
@@ -125,11 +125,15 @@ def test_packed_records_hold_calibrated_codes(checkpoints, bundles, ids_file, tm
     shards.close()
 
 
-def test_packing_goes_on_after_the_last_finished_layer(checkpoints, ids_file, tmp_path, monkeypatch):
+def test_packing_goes_on_after_the_last_finished_layer(
+    checkpoints, ids_file, tmp_path, monkeypatch
+):
     checkpoint = open_checkpoint(checkpoints("mixtral"))
     rows = Calibration(str(ids_file)).rows(checkpoint)
     pack(checkpoint, tmp_path / "whole", "nested:2+1:32", QUIET, rows)
-    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.safetensors"))
+    files = sorted(
+        p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.safetensors")
+    )
     (tmp_path / "half" / "experts").mkdir(parents=True)
     (tmp_path / "half" / files[0]).write_bytes((tmp_path / "whole" / files[0]).read_bytes())
     before = (tmp_path / "half" / files[0]).stat().st_mtime_ns
@@ -139,22 +143,48 @@ def test_packing_goes_on_after_the_last_finished_layer(checkpoints, ids_file, tm
         assert (tmp_path / "half" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def test_a_nested_bundle_runs_and_says_what_each_level_lost(smoe_prep, checkpoints, ids_file, tmp_path):
+def test_a_nested_bundle_runs_and_says_what_each_level_lost(
+    smoe_prep, checkpoints, ids_file, tmp_path
+):
     source = checkpoints("deepseek_v3")
     done = smoe_prep(
-        "build", source, "-o", tmp_path / "b", "--calibration", ids_file, "--encoding", "nested:5+1+1+1:32"
+        "build",
+        source,
+        "-o",
+        tmp_path / "b",
+        "--calibration",
+        ids_file,
+        "--encoding",
+        "nested:5+1+1+1:32",
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("output lost by level: gate+up") == len(open_bundle(tmp_path / "b").layers)
+    assert done.stderr.count("output lost by level: gate+up") == len(
+        open_bundle(tmp_path / "b").manifest.layers
+    )
     rises = []
     for level in (1, 4):
         said = smoe_prep(
-            "verify", tmp_path / "b", source, "--text", ids_file, "--tokens", 200, "--level", level, "--json"
+            "verify",
+            tmp_path / "b",
+            source,
+            "--text",
+            ids_file,
+            "--tokens",
+            200,
+            "--level",
+            level,
+            "--json",
         )
         rises.append(json.loads(said.stdout)["kl_nats_per_token"])
     assert 0 < rises[1] < rises[0]
-    refused = smoe_prep("verify", tmp_path / "b", source, "--text", ids_file, "--tokens", 200, "--level", 5)
-    assert refused.returncode == 1 and "Level 5 was asked for" in refused.stderr and "Traceback" not in refused.stderr
+    refused = smoe_prep(
+        "verify", tmp_path / "b", source, "--text", ids_file, "--tokens", 200, "--level", 5
+    )
+    assert (
+        refused.returncode == 1
+        and "Level 5 was asked for" in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
 
 
 @pytest.mark.parametrize("encoding, asked, said", [
@@ -182,7 +212,7 @@ def test_a_backbone_in_fewer_bits(checkpoints, bundles, ids_file, tmp_path, fami
         recipe = Recipe("f32", precision, prices=0)
         build(checkpoints(family), output, Calibration(str(ids_file)), recipe, progress=Progress())
         assert f"matrices in {precision}" in capfd.readouterr().err
-        assert open_bundle(output, hashes=True).backbone.precision == precision
+        assert open_bundle(output, hashes=True).manifest.backbone.precision == precision
         with Engine.open(output) as engine:
             found = engine.logits(prompt)
         off[bits] = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
@@ -195,7 +225,9 @@ def _check_codes(onnx, numpy_helper, original, output, bits):
     checked = 0
     for file in sorted((output / "backbone").glob("*.onnx")):
         models = [onnx.load(str(folder / "backbone" / file.name)) for folder in (original, output)]
-        floats, packed = ({t.name: numpy_helper.to_array(t) for t in m.graph.initializer} for m in models)
+        floats, packed = (
+            {t.name: numpy_helper.to_array(t) for t in m.graph.initializer} for m in models
+        )
         products = {n.output[0]: n for n in models[0].graph.node}
         for node in models[1].graph.node:
             if node.op_type != "MatMulNBits":
@@ -208,8 +240,12 @@ def _check_codes(onnx, numpy_helper, original, output, bits):
             if bits == 4:
                 codes = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:2], 32)
             step = scale.reshape(codes.shape[:2])[..., None]
-            values = ((codes.astype(np.float32) - (1 << (bits - 1))) * step).reshape(len(w), -1)[:, : w.shape[1]]
+            values = ((codes.astype(np.float32) - (1 << (bits - 1))) * step).reshape(len(w), -1)[
+                :, : w.shape[1]
+            ]
             bound = np.repeat(np.abs(step), 32, 2).reshape(len(w), -1)[:, : w.shape[1]]
-            assert np.all(np.abs(values - w) <= bound * 1.0001)  # a whole one at the end that has no code
+            assert np.all(
+                np.abs(values - w) <= bound * 1.0001
+            )  # a whole one at the end that has no code
             checked += 1
     assert checked >= 3

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from smoe.artifacts import open_bundle
-from smoe.runtime import Engine, EngineError, memory
+from smoe.runtime import Engine, EngineError
+from smoe.runtime.budget import plan_memory
 
 PROMPTS = 20
 
@@ -25,7 +26,9 @@ def test_64_greedy_tokens_are_those_of_transformers(reference_bundle, reference_
     with Engine.open(reference_bundle) as engine:
         for prompt in prompts:
             ids = torch.tensor([prompt])
-            wanted = reference_model.generate(ids, max_new_tokens=64, do_sample=False)[0, len(prompt) :].tolist()
+            wanted = reference_model.generate(ids, max_new_tokens=64, do_sample=False)[
+                0, len(prompt) :
+            ].tolist()
             assert [token.id for token in engine.generate(prompt, max_new_tokens=64)] == wanted
 
 
@@ -41,13 +44,18 @@ def test_logits_and_scores(reference_bundle, reference_model, prompts):
 
 
 def test_a_quarter_of_the_experts_gives_the_same_bits(reference_bundle, prompts):
-    plan = memory.plan(open_bundle(reference_bundle), None, 2048)
+    plan = plan_memory(open_bundle(reference_bundle), None, 2048)
     quarter = plan.fixed + plan.experts // 4 * plan.record
-    with Engine.open(reference_bundle) as whole, Engine.open(reference_bundle, memory=quarter) as small:
+    with (
+        Engine.open(reference_bundle) as whole,
+        Engine.open(reference_bundle, memory=quarter) as small,
+    ):
         assert small.plan.capacity == 48
         for prompt in prompts[-2:]:
             assert np.array_equal(small.logits(prompt), whole.logits(prompt))
-            assert np.array_equal(np.stack(list(small.score(prompt))), np.stack(list(whole.score(prompt))))
+            assert np.array_equal(
+                np.stack(list(small.score(prompt))), np.stack(list(whole.score(prompt)))
+            )
         assert small.stats.misses > 0 and whole.stats.misses == 0
 
 

@@ -14,12 +14,12 @@ import torch
 
 from smoe.artifacts import open_bundle
 from smoe.prep.build import build
-from smoe.prep.calibration import Calibration
+from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.errors import PrepError
+from smoe.prep.options import Recipe
 from smoe.prep.progress import Progress
-from smoe.prep.recipe import Recipe
-from smoe.prep.resume import MARKER, Finished, beside
-from smoe.prep.statistics import LayerSums
+from smoe.prep.statistics.sums import LayerSums
+from smoe.prep.workdir import MARKER, Finished, beside
 
 QUIET = Progress(True)
 
@@ -27,7 +27,10 @@ QUIET = Progress(True)
 def test_what_lies_in_the_way_is_kept(tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "precious").write_text("data")
-    with pytest.raises(PrepError, match=r"is in the way and not smoe's"), beside(tmp_path / "out", {}, QUIET):
+    with (
+        pytest.raises(PrepError, match=r"is in the way and not smoe's"),
+        beside(tmp_path / "out", {}, QUIET),
+    ):
         pass
     assert (tmp_path / "out.partial" / "precious").read_text() == "data"
 
@@ -35,7 +38,10 @@ def test_what_lies_in_the_way_is_kept(tmp_path):
 def test_two_builds_of_one_output_do_not_meet(tmp_path):
     with beside(tmp_path / "out", {}, QUIET) as first:
         (first / "half").write_text("done")
-        with pytest.raises(PrepError, match="Another smoe-prep is writing"), beside(tmp_path / "out", {}, QUIET):
+        with (
+            pytest.raises(PrepError, match="Another smoe-prep is writing"),
+            beside(tmp_path / "out", {}, QUIET),
+        ):
             pass
         assert (first / "half").exists()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["half"]
@@ -83,17 +89,27 @@ def test_a_kill_before_the_settings_were_written_is_no_obstacle(tmp_path, writte
 def test_a_finished_layer_comes_back_to_the_bit(tmp_path):
     random = np.random.default_rng(0)
     sums = LayerSums.zeros(5, 4)
-    sums.add_routing(random.integers(0, 5, (7, 1)), random.random((7, 1)), random.random((7, 1)), None)
+    sums.add_routing(
+        random.integers(0, 5, (7, 1)), random.random((7, 1)), random.random((7, 1)), None
+    )
     sums.add_scores(random.random((7, 5)))
-    outputs = [torch.rand(1, 3, 6), torch.rand(2, 300, 5003), torch.rand(2, 2, 6)]  # less and more than is written at once
+    outputs = [
+        torch.rand(1, 3, 6),
+        torch.rand(2, 300, 5003),
+        torch.rand(2, 2, 6),
+    ]  # less and more than is written at once
     finished = Finished(tmp_path)
     assert finished.sums(0, sums) is None
     kept = list(finished.keeping(0, iter(outputs), sums))
     again = finished.sums(0, LayerSums.zeros(5, 4))
     assert all(a is b for a, b in zip(kept, outputs, strict=True))
     for name, value in vars(sums).items():
-        assert np.array_equal(value, getattr(again, name)) and type(value) is type(getattr(again, name)), name
-    assert all(torch.equal(a, b) for a, b in zip(finished.outputs(0, outputs), outputs, strict=True))
+        assert np.array_equal(value, getattr(again, name)) and type(value) is type(
+            getattr(again, name)
+        ), name
+    assert all(
+        torch.equal(a, b) for a, b in zip(finished.outputs(0, outputs), outputs, strict=True)
+    )
 
 
 def test_a_layer_that_was_left_in_the_middle_is_not_finished(tmp_path):
@@ -124,15 +140,18 @@ def test_builds_killed_at_every_stage_give_the_same_bytes(checkpoints, bundles, 
 def test_a_kill_after_the_rename_leaves_a_bundle(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / MARKER).touch()
-    with pytest.raises(PrepError, match="exists; smoe does not overwrite"), beside(tmp_path / "out", {}, QUIET):
+    with (
+        pytest.raises(PrepError, match="exists; smoe does not overwrite"),
+        beside(tmp_path / "out", {}, QUIET),
+    ):
         pass
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_what_was_finished_is_not_done_again(checkpoints, bundles, ids_file, tmp_path, monkeypatch):
     from smoe.prep import build as module
-    from smoe.prep import pack as packing
-    from smoe.prep import profile as profiling
+    from smoe.prep.pack import pack as packing
+    from smoe.prep.statistics import profile as profiling
 
     text, wanted = Calibration(str(ids_file)), _files(bundles("mixtral"))
 
@@ -143,7 +162,11 @@ def test_what_was_finished_is_not_done_again(checkpoints, bundles, ids_file, tmp
         with monkeypatch.context() as patched, pytest.raises(PrepError, match="stop"):
             patched.setattr(*stage, fails)
             build(checkpoints("mixtral"), tmp_path / "b", text, Recipe("f32"), progress=QUIET)
-        return {str(p.relative_to(tmp_path / "b.partial")) for p in (tmp_path / "b.partial").rglob("*") if p.is_file()}
+        return {
+            str(p.relative_to(tmp_path / "b.partial"))
+            for p in (tmp_path / "b.partial").rglob("*")
+            if p.is_file()
+        }
 
     # After the first layer of profiling, then after the first shard, then before the export.
     layers = iter([1, None])
@@ -160,7 +183,7 @@ def test_what_was_finished_is_not_done_again(checkpoints, bundles, ids_file, tmp
     left = {p.name for p in (tmp_path / "b.partial" / "finished" / "profile").iterdir()}
     assert left == {"00.sums", "00.outputs"}
     read = []
-    from smoe.prep.checkpoint import Checkpoint
+    from smoe.prep.checkpoint.checkpoint import Checkpoint
 
     with_experts = Checkpoint.experts
 
@@ -173,7 +196,9 @@ def test_what_was_finished_is_not_done_again(checkpoints, bundles, ids_file, tmp
     assert read == [1] and "profile.json" in there
     read.clear()
     there = build_until((module, "export_checked"))
-    assert read == [0, 1, 0, 1, 1, 0, 0, 1], "packed, forward and back for the prices, forward for the predictors"
+    assert read == [0, 1, 0, 1, 1, 0, 0, 1], (
+        "packed, forward and back for the prices, forward for the predictors"
+    )
     assert "experts/layer-01.safetensors" in there
     read.clear()
     there = build_until((module, "open_bundle"))
@@ -182,7 +207,7 @@ def test_what_was_finished_is_not_done_again(checkpoints, bundles, ids_file, tmp
     build(checkpoints("mixtral"), tmp_path / "b", text, Recipe("f32"), progress=QUIET)
     assert read == []
     assert _files(tmp_path / "b") == wanted
-    assert packing.PAGE == open_bundle(tmp_path / "b").experts.page
+    assert packing.PAGE == open_bundle(tmp_path / "b").manifest.experts.page
 
 
 @pytest.fixture
@@ -194,7 +219,9 @@ def disk(tmp_path):
 
     def mount(size):
         options = f"{'remount,' if mounted else ''}size={size}"
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True
+        )
         if done.returncode:
             pytest.skip("a small file system cannot be mounted here (needs root)")
         mounted.append(size)
@@ -205,17 +232,32 @@ def disk(tmp_path):
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_full_disk_is_a_sentence_before_anything_is_written(disk, smoe_prep, checkpoints, ids_file):
+def test_a_full_disk_is_a_sentence_before_anything_is_written(
+    disk, smoe_prep, checkpoints, ids_file
+):
     small = disk("1m")
     done = smoe_prep("build", checkpoints("mixtral"), "-o", small / "b", "--calibration", ids_file)
-    assert done.returncode == 1 and "has 1 MB free, about" in done.stderr and "make room" in done.stderr
+    assert (
+        done.returncode == 1
+        and "has 1 MB free, about" in done.stderr
+        and "make room" in done.stderr
+    )
     assert list(small.iterdir()) == []
 
 
 def test_a_disk_that_fills_up_is_a_sentence_and_loses_nothing(disk, smoe_prep, checkpoints):
     small = disk("160k")
     done = smoe_prep("pack", checkpoints("mixtral"), "-o", small / "p", "--encoding", "int8")
-    assert done.returncode == 1 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "No space left on device" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     disk("4m")
-    assert smoe_prep("pack", checkpoints("mixtral"), "-o", small / "p", "--encoding", "int8").returncode == 0
+    assert (
+        smoe_prep(
+            "pack", checkpoints("mixtral"), "-o", small / "p", "--encoding", "int8"
+        ).returncode
+        == 0
+    )
     assert os.listdir(small) == ["p"]

@@ -11,10 +11,11 @@ import pytest
 
 from smoe.artifacts import open_bundle, safetensors_file
 from smoe.prep.errors import PrepError
-from smoe.prep.simulate import simulate
-from smoe.prep.traces import read_trace
-from smoe.runtime import Engine, Policies, memory
-from smoe.runtime.policies.eviction import DEFAULT_EVICTION
+from smoe.prep.replay.routing_trace import read_trace
+from smoe.prep.replay.simulate import simulate
+from smoe.runtime import Engine, Policies
+from smoe.runtime.budget import plan_memory
+from smoe.runtime.cache.eviction import DEFAULT_EVICTION
 
 MIB = 1 << 20
 
@@ -52,7 +53,11 @@ def test_the_published_curve_to_three_decimals(published, qwen, policy, counting
     assert len(kept) == len(budgets or asked) > 0
     found = simulate(qwen, [name], [asked[i] * MIB for i in kept], counting=counting)
     for i, row in zip(kept, found, strict=True):
-        said = [f"{100 * row.hit_rate:.3f}", f"{100 * row.decode_hit_rate:.3f}", f"{row.bytes_read / MIB:.1f}"]
+        said = [
+            f"{100 * row.hit_rate:.3f}",
+            f"{100 * row.decode_hit_rate:.3f}",
+            f"{row.bytes_read / MIB:.1f}",
+        ]
         assert said == [rows[i][c] for c in ("hit_pct_cum", "hit_pct_decode", "read_mib")], rows[i]
 
 
@@ -99,7 +104,12 @@ def test_a_replay_by_eye(tmp_path):
     trace = read_trace(file)
     assert trace.records == [100, 150] and [len(step.ids) for step in trace.steps] == [2, 2, 1, 1]
     (all_of_it,) = simulate(trace, ["lru"], [1000])
-    assert (all_of_it.lookups, all_of_it.hits, all_of_it.decode_lookups, all_of_it.decode_hits) == (10, 3, 4, 3)
+    assert (all_of_it.lookups, all_of_it.hits, all_of_it.decode_lookups, all_of_it.decode_hits) == (
+        10,
+        3,
+        4,
+        3,
+    )
     assert all_of_it.bytes_read == 4 * 100 + 3 * 150 and all_of_it.peak == 850
     (tight,) = simulate(trace, ["lru"], [600])
     assert tight.peak <= 600 and tight.bytes_read > all_of_it.bytes_read
@@ -131,14 +141,22 @@ def test_broken_traces_are_sentences(tmp_path, name, text, sentence):
 
 def test_a_bundle_replays_like_the_engine_runs(golden, smoe_prep):
     trace = read_trace(golden)
-    rows = simulate(trace, ["belady", "score", DEFAULT_EVICTION], [6 * trace.records[0]], "smoe:0.35")
-    assert rows[0].substituted == 0 < rows[1].substituted and rows[1].after_hit_rate > rows[1].hit_rate
+    rows = simulate(
+        trace, ["belady", "score", DEFAULT_EVICTION], [6 * trace.records[0]], "smoe:0.35"
+    )
+    assert (
+        rows[0].substituted == 0 < rows[1].substituted and rows[1].after_hit_rate > rows[1].hit_rate
+    )
     done = smoe_prep("simulate", golden, "--residency", "0.5", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["rows"]
     assert found[0]["policy"] == "belady" and all(row["to_bound"] >= 0 for row in found)
     done = smoe_prep("simulate", golden, "--residency", "2")
-    assert done.returncode == 1 and "A residency of 2.0 was asked for" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "A residency of 2.0 was asked for" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_the_engine_misses_what_its_replay_says(golden):
@@ -146,7 +164,7 @@ def test_the_engine_misses_what_its_replay_says(golden):
     spec = safetensors_file.load(golden / "trace.safetensors")
     starts = [*np.flatnonzero(spec["starts"]).tolist(), len(spec["tokens"])]
     tokens = spec["tokens"][starts[0] : starts[1]]
-    plan = memory.plan(open_bundle(golden), None, 300)
+    plan = plan_memory(open_bundle(golden), None, 300)
     budget = plan.total - (plan.capacity - 6) * plan.record
     with Engine.open(golden, memory=budget, context=300, policies=Policies(warm=False)) as engine:
         list(engine.score(tokens))

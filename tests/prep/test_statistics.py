@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from smoe.prep.statistics import LayerSums
+from smoe.prep.statistics.sums import LayerSums
 
 
 def test_by_eye():
@@ -21,7 +21,11 @@ def test_by_eye():
     t = sums.tables()
     assert t["counts"].tolist() == [2, 2, 0]
     assert t["gate_mass"].tolist() == [1.25, 0.75, 0]
-    assert t["saliency"].tolist() == [(0.75 * 5 + 0.5 * 5) / 2, (0.25 * 1 + 0.5 * 3) / 2, 2.0]  # 2: the layer's mean
+    assert t["saliency"].tolist() == [
+        (0.75 * 5 + 0.5 * 5) / 2,
+        (0.25 * 1 + 0.5 * 3) / 2,
+        2.0,
+    ]  # 2: the layer's mean
     assert t["output_norm"].tolist() == [5, 2, 3.5]
     assert t["coactivation"].tolist() == [[2, 2, 0], [2, 2, 0], [0, 0, 0]]
     assert t["transition"].tolist() == [[2, 2, 0], [1, 1, 0]]
@@ -52,7 +56,9 @@ def data():
 
 def _sums(data, rows):
     sums = LayerSums.zeros(7, 5)
-    active = sums.add_routing(data["ids"][rows], data["weights"][rows], data["norms"][rows], data["before"][rows])
+    active = sums.add_routing(
+        data["ids"][rows], data["weights"][rows], data["norms"][rows], data["before"][rows]
+    )
     sums.add_scores(data["scores"][rows])
     sums.add_outputs(data["outputs"][rows], active)
     return sums
@@ -61,7 +67,9 @@ def _sums(data, rows):
 def test_by_brute_force(data):
     t = _sums(data, slice(None)).tables()
     count, gate, salient = np.zeros(7, int), np.zeros(7), np.zeros(7)
-    joint, follow, cosine, error, energy = (np.zeros(s) for s in ((7, 7), (5, 7), (7, 7), (7, 7), 7))
+    joint, follow, cosine, error, energy = (
+        np.zeros(s) for s in ((7, 7), (5, 7), (7, 7), (7, 7), 7)
+    )
     for token in range(60):
         chosen = data["ids"][token].tolist()
         for rank, e in enumerate(chosen):

@@ -29,16 +29,40 @@ def test_run_prints_text_on_stdout_and_the_rest_on_stderr(golden, answer):
 
 def test_run_as_json_and_from_stdin(golden):
     done = smoe(
-        "run", golden, "-", "--json", "--max-new-tokens", 5, "--memory", "40MiB", "--context", 64, stdin="def main"
+        "run",
+        golden,
+        "-",
+        "--json",
+        "--max-new-tokens",
+        5,
+        "--memory",
+        "40MiB",
+        "--context",
+        64,
+        stdin="def main",
     )
     said = json.loads(done.stdout)
     assert len(said["ids"]) == said["stats"]["new_tokens"] == 5
     assert said["memory"]["budget"] == 40 << 20 and said["memory"]["total"] <= 40 << 20
-    assert said["text"] == json.loads(smoe("run", golden, "def main", "--json", "--max-new-tokens", 5).stdout)["text"]
+    assert (
+        said["text"]
+        == json.loads(smoe("run", golden, "def main", "--json", "--max-new-tokens", 5).stdout)[
+            "text"
+        ]
+    )
 
 
 def test_chat_answers_every_line_and_reuses_its_state(golden):
-    done = smoe("chat", golden, "--json", "--max-new-tokens", 4, "--system", "be brief", stdin="hello\nagain\n\n")
+    done = smoe(
+        "chat",
+        golden,
+        "--json",
+        "--max-new-tokens",
+        4,
+        "--system",
+        "be brief",
+        stdin="hello\nagain\n\n",
+    )
     turns = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(turns) == 2 and done.returncode == 0
     # The second turn runs its own words only, not the first again: fewer tokens than the whole conversation has.
@@ -48,7 +72,16 @@ def test_chat_answers_every_line_and_reuses_its_state(golden):
 
 def test_chat_goes_on_when_the_context_is_full(golden):
     said = "a rather long sentence " * 8
-    done = smoe("chat", golden, "--json", "--max-new-tokens", 4, "--context", 120, stdin=f"hi\n{said}\nho\n\n")
+    done = smoe(
+        "chat",
+        golden,
+        "--json",
+        "--max-new-tokens",
+        4,
+        "--context",
+        120,
+        stdin=f"hi\n{said}\nho\n\n",
+    )
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
     assert "more than the context of 120" in done.stderr and "Traceback" not in done.stderr
 
@@ -56,7 +89,11 @@ def test_chat_goes_on_when_the_context_is_full(golden):
 def test_info_and_verify(golden, copied):
     assert "memory minimum" in smoe("info", golden).stdout
     said = json.loads(smoe("info", golden, "--json").stdout)
-    assert said["experts"] == 14 and said["experts_per_token"] == 6 and said["substitution"] == "possible"
+    assert (
+        said["experts"] == 14
+        and said["experts_per_token"] == 6
+        and said["substitution"] == "possible"
+    )
     assert json.loads(smoe("verify", golden, "--json").stdout)["ok"] is True
     with open(copied / "backbone" / "weights.data", "r+b") as file:
         file.write(b"\1")

@@ -8,7 +8,7 @@ import pytest
 
 from smoe.artifacts import open_bundle
 from smoe.runtime import EngineError
-from smoe.runtime.device import Device, measure_device
+from smoe.runtime.device_profile import Device, measure_device
 
 LAYERS = ((2e-3, 3e-3, 5e-3), (4e-3, 6e-3, 9e-3))
 DEVICE = Device("b", 10**9, "direct", 1e-4, 1e9, 2e-3, LAYERS, (1000, 3000), "avx2")
@@ -37,10 +37,18 @@ def test_a_step_is_looked_up_between_what_was_measured():
 def test_a_machine_is_measured_and_written_and_read_again(goldens, tmp_path, number):
     found = measure_device(goldens[number])
     levels = 4 if number else 1
-    assert len(found.layer_seconds) == len(found.record_bytes) == levels and found.io in ("direct", "buffered")
+    assert len(found.layer_seconds) == len(found.record_bytes) == levels and found.io in (
+        "direct",
+        "buffered",
+    )
     rows = np.array(found.layer_seconds)
-    k = max(layer.top_k for layer in open_bundle(goldens[number]).layers)
-    assert rows.shape == (levels, k + 1) and (np.diff(rows) >= 0).all() and (rows >= 0).all() and (rows < 1).all()
+    k = max(layer.top_k for layer in open_bundle(goldens[number]).manifest.layers)
+    assert (
+        rows.shape == (levels, k + 1)
+        and (np.diff(rows) >= 0).all()
+        and (rows >= 0).all()
+        and (rows < 1).all()
+    )
     assert 0 <= found.read_latency < 1 and 0 < found.backbone_seconds < 1
     assert 1e6 < found.read_bandwidth < 1e12 and found.memory > 1e6
     (tmp_path / "d.json").write_text(found.to_json())

@@ -1,15 +1,20 @@
 """The engine on the golden bundle: against what `transformers` said, across budgets, and under misuse."""
 
+import json
 import os
+import shutil
 from functools import partial
 from operator import attrgetter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from smoe.artifacts import BundleError, open_bundle, safetensors_file
-from smoe.runtime import Engine, EngineError, Policies, StopWhen, kernels, memory
+from smoe.artifacts.validate import sha256
+from smoe.runtime import Engine, EngineError, Policies, StopWhen, kernels
 from smoe.runtime.backbone import ort_value
+from smoe.runtime.budget import parse_size, plan_memory
 
 
 def _relative(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -25,7 +30,7 @@ def engine(golden):
 @pytest.fixture(scope="module")
 def budgets(golden):
     """Bytes that leave room for so many experts."""
-    plan = memory.plan(open_bundle(golden), None, 300)
+    plan = plan_memory(open_bundle(golden), None, 300)
     return lambda experts: plan.total - (plan.capacity - experts) * plan.record
 
 
@@ -44,14 +49,23 @@ def test_every_golden_bundle_says_what_it_said(goldens):
     """Versions, and with them kinds of state: v2 takes one token at a time and replaces its state whole; v3 has planes."""
     for path in goldens:
         answer = safetensors_file.load(path.with_suffix(".answer.safetensors"))
-        close = {"f32": 1e-4, "int8": 0.02, "nested:5+1+1+1:32": 0.2}  # a router of random weights flips now and then
+        close = {
+            "f32": 1e-4,
+            "int8": 0.02,
+            "nested:5+1+1+1:32": 0.2,
+        }  # a router of random weights flips now and then
         same = {"f32": 24, "int8": 24, "nested:5+1+1+1:32": 8}  # greedy tokens
         with Engine.open(path) as engine:
             encoding = engine.manifest.experts.encoding
             assert _relative(engine.logits(answer["prompt"]), answer["logits"]) < close[encoding]
-            assert _relative(np.stack(list(engine.score(answer["prompt"]))), answer["logits"]) < close[encoding]
+            assert (
+                _relative(np.stack(list(engine.score(answer["prompt"]))), answer["logits"])
+                < close[encoding]
+            )
             for _ in range(2):  # the state of the first is gone in the second
-                tokens = [token.id for token in engine.generate(answer["prompt"], max_new_tokens=24)]
+                tokens = [
+                    token.id for token in engine.generate(answer["prompt"], max_new_tokens=24)
+                ]
                 assert tokens[: same[encoding]] == answer["greedy"][: same[encoding]].tolist()
 
 
@@ -73,7 +87,9 @@ def test_a_level_reads_less_and_every_variant_gives_its_bits(goldens, monkeypatc
 
 @pytest.mark.parametrize("level", [0, 5, -1])
 def test_a_level_that_is_not_there_is_refused(goldens, level):
-    with pytest.raises(BundleError, match=f"Level {level} was asked for; experts in nested:.* have levels 1 to 4"):
+    with pytest.raises(
+        BundleError, match=f"Level {level} was asked for; experts in nested:.* have levels 1 to 4"
+    ):
         Engine.open(goldens[2], level=level)
 
 
@@ -89,14 +105,25 @@ def test_a_slot_without_an_expert_adds_nothing(golden):
         def run(ids, weights):
             wires = layer.wires
             scores = np.zeros((5, layer.experts), np.float32)
-            values = {wires.hidden: x, wires.ids: ids, wires.weights: weights, wires.scores: scores, wires.raw: scores}
-            values = {name: ort_value(np.ascontiguousarray(array)) for name, array in values.items()}
+            values = {
+                wires.hidden: x,
+                wires.ids: ids,
+                wires.weights: weights,
+                wires.scores: scores,
+                wires.raw: scores,
+            }
+            values = {
+                name: ort_value(np.ascontiguousarray(array)) for name, array in values.items()
+            }
             return engine._mixture(0, values, engine._sequence).numpy()
 
         some = ids.copy()
         some[1, 0] = some[3, 1] = some[4] = layer.experts
         kept = np.where(some == layer.experts, np.float32(0), weights)
-        assert np.array_equal(run(some, weights), run(ids, kept)) and not run(some, weights)[0, 4].any()
+        assert (
+            np.array_equal(run(some, weights), run(ids, kept))
+            and not run(some, weights)[0, 4].any()
+        )
         with pytest.raises(EngineError, match="not what layer 0 of the manifest takes"):
             run(some + 1, weights)
 
@@ -107,7 +134,8 @@ def test_a_budget_changes_no_bit(golden, engine, answer, budgets, experts):
         assert small.plan.capacity == experts
         assert np.array_equal(small.logits(answer["prompt"]), engine.logits(answer["prompt"]))
         assert np.array_equal(
-            np.stack(list(small.score(answer["prompt"][:20]))), np.stack(list(engine.score(answer["prompt"][:20])))
+            np.stack(list(small.score(answer["prompt"][:20]))),
+            np.stack(list(engine.score(answer["prompt"][:20]))),
         )
         assert small.stats.misses > 0
 
@@ -123,7 +151,9 @@ def test_bytes_read_are_records_missed(golden, answer, budgets):
     with Engine.open(golden, memory=budgets(4)) as engine:
         list(engine.score(answer["prompt"][:30]))
         assert engine.stats.bytes_read == engine.stats.misses * engine.plan.record
-        assert engine.stats.hits + engine.stats.misses == engine.stats.slots  # one token: an expert is a slot
+        assert (
+            engine.stats.hits + engine.stats.misses == engine.stats.slots
+        )  # one token: an expert is a slot
 
 
 @pytest.mark.parametrize("variant", kernels.available())
@@ -144,7 +174,9 @@ def test_a_budget_below_the_minimum_names_the_minimum(golden, budgets):
 
 def test_below_one_token_cycle_a_warning_says_what_would_do(golden, budgets):
     with Engine.open(golden, memory=budgets(5)) as engine:
-        assert "warning: 5 resident experts are fewer than one token uses (6)" in "\n".join(engine.mode_lines())
+        assert "warning: 5 resident experts are fewer than one token uses (6)" in "\n".join(
+            engine.mode_lines()
+        )
     with Engine.open(golden, memory=budgets(5), policies=Policies("lru")) as engine:
         assert "eviction lru then never hits" in "\n".join(engine.mode_lines())
     with Engine.open(golden, memory=budgets(6)) as engine:
@@ -155,7 +187,9 @@ def test_generation_repeats_and_is_seeded(engine, answer):
     prompt = answer["prompt"][:10]
 
     def draw(seed):
-        return [t.id for t in engine.generate(prompt, max_new_tokens=12, temperature=1.5, seed=seed)]
+        return [
+            t.id for t in engine.generate(prompt, max_new_tokens=12, temperature=1.5, seed=seed)
+        ]
 
     assert draw(1) == draw(1) != draw(2)
 
@@ -165,14 +199,23 @@ def test_text_streams_and_joins_to_the_decoded_tokens(engine):
     ids = [t.id for t in tokens]
     shown = "".join(t.text for t in tokens)
     # An unfinished character at the very end is not shown.
-    assert shown.rstrip("\ufffd") == engine.text.tokenizer.decode(ids).rstrip("\ufffd") and len(shown) > 10
+    assert (
+        shown.rstrip("\ufffd") == engine.text.tokenizer.decode(ids).rstrip("\ufffd")
+        and len(shown) > 10
+    )
 
 
 def test_a_stop_token_and_a_stop_string_end_it(engine, answer):
     greedy = answer["greedy"].tolist()
-    made = list(engine.generate(answer["prompt"], max_new_tokens=24, stop=StopWhen(ids=(greedy[5],))))
+    made = list(
+        engine.generate(answer["prompt"], max_new_tokens=24, stop=StopWhen(ids=(greedy[5],)))
+    )
     first = greedy.index(greedy[5])
-    assert [t.id for t in made] == greedy[: first + 1] and made[-1].text == "" and engine.stats.finish == "end"
+    assert (
+        [t.id for t in made] == greedy[: first + 1]
+        and made[-1].text == ""
+        and engine.stats.finish == "end"
+    )
     text = "".join(t.text for t in engine.generate(answer["prompt"], max_new_tokens=24))
     stop = text[len(text) // 2 :][:3]
     made = list(engine.generate(answer["prompt"], max_new_tokens=24, stop=StopWhen((stop,))))
@@ -195,7 +238,9 @@ def test_turns_reuse_the_state(engine, answer):
     again = [t.id for t in engine.generate(prompt, max_new_tokens=8, reuse=True)]
     assert again == fresh and engine.stats.prompt_tokens - before == 50
     before = engine.stats.prompt_tokens
-    again = [t.id for t in engine.generate(prompt, max_new_tokens=8, reuse=True)]  # the very same: one token is run
+    again = [
+        t.id for t in engine.generate(prompt, max_new_tokens=8, reuse=True)
+    ]  # the very same: one token is run
     assert again == fresh and engine.stats.prompt_tokens - before == 1
     diverged = [*prompt[:90], (prompt[90] + 1) % 307, *prompt[91:]]
     wanted = [t.id for t in engine.generate(diverged, max_new_tokens=8)]
@@ -223,7 +268,9 @@ def test_turns_reuse_the_state(engine, answer):
 def test_a_bad_request_is_a_sentence_and_the_engine_lives(engine, answer, prompt, options, said):
     with pytest.raises(EngineError, match=said):
         engine.generate(prompt, **options)
-    assert [t.id for t in engine.generate(answer["prompt"], max_new_tokens=2)] == answer["greedy"][:2].tolist()
+    assert [t.id for t in engine.generate(answer["prompt"], max_new_tokens=2)] == answer["greedy"][
+        :2
+    ].tolist()
 
 
 @pytest.mark.parametrize("options, said", [
@@ -260,16 +307,19 @@ def test_a_damaged_segment_is_a_sentence(copied):
 
 
 @pytest.mark.parametrize(
-    "text, size", [("64MiB", 64 << 20), ("1.5G", 3 << 29), ("500 MB", 500 * 10**6), ("7", 7), (9, 9)]
+    "text, size",
+    [("64MiB", 64 << 20), ("1.5G", 3 << 29), ("500 MB", 500 * 10**6), ("7", 7), (9, 9)],
 )
 def test_sizes(text, size):
-    assert memory.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 def test_other_sessions_of_the_process_are_left_alone(golden, engine):
     import onnxruntime
 
-    segment = str(golden / "backbone" / "segment-00.onnx")  # with default options, as a host application makes them
+    segment = str(
+        golden / "backbone" / "segment-00.onnx"
+    )  # with default options, as a host application makes them
     session = onnxruntime.InferenceSession(segment, providers=["CPUExecutionProvider"])
     assert "input_ids" in [value.name for value in session.get_inputs()]
 
@@ -289,7 +339,8 @@ class _Interrupt:
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize(
-    "where", ["_experts._reader.demand", "_experts._reader.wait", "_backbone.run", "_experts._kernels"]
+    "where",
+    ["_experts._reader.demand", "_experts._reader.wait", "_backbone.run", "_experts._kernels"],
 )
 def test_an_interrupt_anywhere_leaves_no_trace(golden, answer, budgets, monkeypatch, where, at):
     with Engine.open(golden, memory=budgets(4)) as engine:
@@ -339,13 +390,16 @@ def test_a_closed_engine_says_so_and_keeps_no_file_open(golden):
 
 def test_what_cannot_be_opened_keeps_no_file_open(copied):
     def opened():
-        return sum(str(copied) in os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
+        return sum(
+            str(copied) in os.path.realpath(f"/proc/self/fd/{fd}")
+            for fd in os.listdir("/proc/self/fd")
+        )
 
     shard = copied / "experts" / "layer-01.safetensors"
-    manifest = open_bundle(copied)
-    os.truncate(shard, shard.stat().st_size // 2)
+    bundle = open_bundle(copied)
+    shard.unlink()
     with pytest.raises(EngineError, match=r"layer-01.safetensors cannot be opened"):
-        Engine(copied, manifest, memory.plan(manifest, None))
+        Engine(bundle, plan_memory(bundle, None))
     assert opened() == 0
 
 
@@ -360,12 +414,41 @@ def test_a_graph_that_names_weights_of_its_own_is_refused(copied):
         Engine.open(copied)
 
 
-@pytest.mark.parametrize("wire, value", [("hidden", "input_ids"), ("ids", "past_length"), ("weights", "input_ids")])
+@pytest.mark.parametrize(
+    "wire, value", [("hidden", "input_ids"), ("ids", "past_length"), ("weights", "input_ids")]
+)
 def test_wires_to_values_of_another_kind_are_a_sentence(copied, wire, value):
     import json
 
     text = json.loads((copied / "manifest.json").read_text())
     text["layers"][0]["wires"][wire] = value
     (copied / "manifest.json").write_text(json.dumps(text))
-    with Engine.open(copied) as engine, pytest.raises(EngineError, match="not what layer 0 of the manifest takes"):
+    with (
+        Engine.open(copied) as engine,
+        pytest.raises(EngineError, match="not what layer 0 of the manifest takes"),
+    ):
         list(engine.generate([1, 2, 3], max_new_tokens=2))
+
+
+@pytest.mark.parametrize("name", ["gate_scale", "down_scale", "up_bias"])
+@pytest.mark.parametrize("value", [0x7FC0, 0x7F80, 0xFF80])  # NaN and infinities, in bfloat16
+def test_scales_and_biases_that_are_not_finite_are_refused_when_they_are_read(
+    goldens, tmp_path, name, value
+):
+    planes = Path(shutil.copytree(goldens[2], tmp_path / "planes.smoe"))
+    bundle = open_bundle(planes)
+    layout, shard = bundle.layouts[1], bundle.shard(1)
+    field = next(f for f in layout.fields if f.name == name)
+    with open(shard, "r+b") as file:
+        file.seek(
+            bundle.starts[1] + 3 * layout.nbytes + field.offset + (2 if field.dtype == "F32" else 0)
+        )
+        file.write(value.to_bytes(2, "little"))
+    said = f"layer-01.safetensors: {name} of expert 3 holds values that are not finite"
+    with pytest.raises(EngineError, match=said):
+        Engine.open(planes)
+    manifest = json.loads((planes / "manifest.json").read_text())
+    manifest["files"][str(shard.relative_to(planes))]["sha256"] = sha256(shard)
+    (planes / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=said):
+        open_bundle(planes, hashes=True)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smoe.runtime import EngineError
-from smoe.runtime.policies.eviction import Belady, eviction_named
-from smoe.runtime.residency import Residency
+from smoe.runtime.cache.eviction import Belady, eviction_named
+from smoe.runtime.cache.residency import Residency
 
 EXPERTS = [3, 5, 4]
 FIRST = [0, 3, 8]
@@ -51,7 +51,10 @@ def test_frequencies(history):
     assert np.array_equal(np.floor(found), [len(uses[key]) for key in _keys()])
     found = _replayed("decay:4", history).values(np.arange(12))
     for i, (layer, expert) in enumerate(_keys()):
-        after = [sum(len(t) for lay, t in history[step + 1 :] if lay == layer) for step in uses[layer, expert]]
+        after = [
+            sum(len(t) for lay, t in history[step + 1 :] if lay == layer)
+            for step in uses[layer, expert]
+        ]
         assert found[i] == pytest.approx(sum(2 ** (-a / 4) for a in after), abs=1e-9)
 
 
@@ -126,7 +129,9 @@ def test_belady_is_the_least_there_is(requests, capacity):
             misses += 1
             residency.put((0, expert), residency.reserve((0, expert)))
     assert misses == _misses(requests, capacity)
-    assert all(_misses(requests, n) >= _misses(requests, n + 1) for n in itertools.chain(range(1, 4)))
+    assert all(
+        _misses(requests, n) >= _misses(requests, n + 1) for n in itertools.chain(range(1, 4))
+    )
 
 
 @pytest.mark.parametrize("name, sentence", [

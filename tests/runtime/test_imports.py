@@ -4,12 +4,23 @@ import json
 import subprocess
 import sys
 
-EXTRAS = {"torch", "transformers", "safetensors", "datasets", "sklearn", "onnx", "onnxscript", "onnx_ir"}
+EXTRAS = {
+    "torch",
+    "transformers",
+    "safetensors",
+    "datasets",
+    "sklearn",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+}
 
 
 def _loaded(code: str, *arguments: str) -> list[str]:
     print_modules = "\nimport sys, json; print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code + print_modules, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code + print_modules, *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -39,13 +50,17 @@ def test_artifacts_need_numpy_and_the_standard_library():
     loaded = _loaded("import smoe.artifacts")
     assert "numpy" in loaded
     assert not _extras(loaded)
-    assert not [n for n in loaded if n.split(".")[0] in ("onnxruntime", "tokenizers", "jinja2", "click")]
+    assert not [
+        n for n in loaded if n.split(".")[0] in ("onnxruntime", "tokenizers", "jinja2", "click")
+    ]
 
 
 def test_help_and_replays_of_smoe_prep_load_none_of_the_extras(golden):
     for command in ("['--help']", f"['simulate', {str(golden)!r}, '--residency', '0.5']"):
         loaded = _loaded(f"from smoe.prep.cli import cli; cli({command}, standalone_mode=False)")
-        assert "smoe.prep.cli" in loaded and not [name for name in loaded if name.split(".")[0] in EXTRAS]
+        assert "smoe.prep.cli" in loaded and not [
+            name for name in loaded if name.split(".")[0] in EXTRAS
+        ]
 
 
 def test_smoe_prep_without_its_extra_says_what_to_install():
@@ -61,18 +76,22 @@ from smoe.prep.__main__ import main
 main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "pip install 'smoe[prep]'" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "pip install 'smoe[prep]'" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 WITHOUT = """
 import importlib.machinery, sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name == "smoe.runtime._native":
+        if name == "smoe.runtime.kernels._native":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        if name == "smoe.runtime._without_native" and sys.argv[1] == "chosen":
+        if name == "smoe.runtime.kernels._without_native" and sys.argv[1] == "chosen":
             return importlib.machinery.ModuleSpec(name, None, is_package=True)
-        if name == "smoe.runtime._without_native":
+        if name == "smoe.runtime.kernels._without_native":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
 from smoe.runtime import kernels
@@ -82,7 +101,9 @@ print(kernels.available(), kernels.choose().reason)
 
 def test_missing_native_kernels_are_an_error_unless_they_were_left_out_on_purpose():
     def run(chosen):
-        return subprocess.run([sys.executable, "-c", WITHOUT, chosen], capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-c", WITHOUT, chosen], capture_output=True, text=True
+        )
 
     assert run("chosen").stdout == "['reference'] built with SMOE_NO_NATIVE=1\n"
     broken = run("broken")

@@ -8,11 +8,18 @@ from smoe.artifacts.bfloat16 import to_bf16
 from smoe.artifacts.encodings import ENCODINGS, decode_expert, encode_expert, encoding_named
 from smoe.artifacts.layout import ExpertShape
 from smoe.artifacts.manifest import Gate
-from smoe.runtime import EngineError, activations, kernels, reference
+from smoe.runtime import EngineError, kernels
+from smoe.runtime.kernels import activations, reference
 
 VARIANTS = kernels.available()
 NATIVE = VARIANTS[:-1]
-NESTED = ("nested:2+1+1:32", "nested:5+1+1+1:128", "nested:2+1+1+1/3+1+1+1:64", "nested:4+1+1:32", "nested:2:128")
+NESTED = (
+    "nested:2+1+1:32",
+    "nested:5+1+1+1:128",
+    "nested:2+1+1+1/3+1+1+1:64",
+    "nested:4+1+1:32",
+    "nested:2:128",
+)
 SPECS = [
     Gate("gated", "silu"), Gate("plain", "relu2"), Gate("clamped", "", 1.702, 0.5), Gate("bounded", "gelu", 0, 0.5),
     Gate("softcapped", "", 3, 2),
@@ -35,7 +42,10 @@ def _weights(shape: ExpertShape, seed: int = 0) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     w = {n: random.standard_normal(d).astype(np.float32) for n, d in shape.matrices().items()}
     if shape.biased:
-        w |= {f"{n}_bias": random.standard_normal(d[0]).astype(np.float32) for n, d in shape.matrices().items()}
+        w |= {
+            f"{n}_bias": random.standard_normal(d[0]).astype(np.float32)
+            for n, d in shape.matrices().items()
+        }
     if shape.normed:
         w["norm"] = random.standard_normal(shape.hidden).astype(np.float32)
     return w
@@ -99,7 +109,9 @@ def test_extremes_keep_their_bits(variant, encoding, magnitude):
         for x in (EXTREMES, EXTREMES[:1], EXTREMES[2:3]):
             level = encoding_named(encoding).levels
             wanted = _twin(encoding, layout, shape, record, level, x)
-            assert np.array_equal(_product(variant, encoding, layout, shape, record, level, x), wanted, equal_nan=True)
+            assert np.array_equal(
+                _product(variant, encoding, layout, shape, record, level, x), wanted, equal_nan=True
+            )
 
 
 @pytest.mark.parametrize("variant", NATIVE)
@@ -107,7 +119,25 @@ def test_extremes_keep_their_bits(variant, encoding, magnitude):
     *SPECS, *(Gate(kind, name, 0, 1) for name in activations.ACTIVATIONS for kind in ("gated", "plain", "bounded"))
 ], ids=str)  # fmt: skip
 def test_what_lies_between_the_matrices_has_the_twins_bits(variant, spec):
-    far = np.float32([0, -0.0, 1e-42, -1e-42, 87, -87, 88.5, -1e4, 1e4, 3e38, -3e38, np.inf, -np.inf, np.nan, 0.625])
+    far = np.float32(
+        [
+            0,
+            -0.0,
+            1e-42,
+            -1e-42,
+            87,
+            -87,
+            88.5,
+            -1e4,
+            1e4,
+            3e38,
+            -3e38,
+            np.inf,
+            -np.inf,
+            np.nan,
+            0.625,
+        ]
+    )
     x = np.concatenate([far, np.linspace(-20, 20, 1009, dtype=np.float32)])
     gate, up = np.meshgrid(x[::7], x)
     shape = ExpertShape(3, 5, gated=spec.kind != "plain")
@@ -143,12 +173,16 @@ def test_experts_in_one_call_are_the_formula_on_every_variant(encoding, biased, 
     for e in range(4):
         slots = slice(work.starts[e], work.starts[e + 1])
         decoded = decode_expert(shape, layout, encoding, records[e], levels[e])
-        wanted = _formula(spec, {n: v.astype(np.float64) for n, v in decoded.items()}, x[work.tokens[slots]])
+        wanted = _formula(
+            spec, {n: v.astype(np.float64) for n, v in decoded.items()}, x[work.tokens[slots]]
+        )
         # float32 keeps 1e-4; activations in int8 steps of 1/127 of the largest, twice, and gates that are steep
         bound = 0.08 if encoding.startswith("nested") else 1e-4
         assert np.linalg.norm(found[slots] - wanted) <= bound * (np.linalg.norm(wanted) + 1e-9)
     for variant in NATIVE:
-        assert np.array_equal(_call(variant, spec, encoding, shape, records, x, work), found), variant
+        assert np.array_equal(_call(variant, spec, encoding, shape, records, x, work), found), (
+            variant
+        )
 
 
 def _formula(spec: Gate, d: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
@@ -194,7 +228,9 @@ def test_neither_company_nor_threads_change_a_bit(variant, encoding):
         for slot in range(work.starts[e], work.starts[e + 1]):
             alone = kernels.Work(np.array([e]), work.levels[:1], np.array([0, 1]), np.array([0]))
             token = np.ascontiguousarray(x[work.tokens[slot]][None])
-            found = _call(variant, Gate("gated", "silu"), encoding, shape, records, token, alone, threads=1)
+            found = _call(
+                variant, Gate("gated", "silu"), encoding, shape, records, token, alone, threads=1
+            )
             assert np.array_equal(found[0], together[slot])
 
 
@@ -206,16 +242,23 @@ def test_calls_from_several_threads_do_not_meet():
     records = np.stack([encode_expert(layout, encoding, _weights(shape, e)) for e in range(3)])
     kernel = kernels.choose(VARIANTS[0], 3).layer(Gate("gated", "silu"), shape, encoding, layout)
     work = _work([3, 2, 1], [5, 9, 2], 8)
-    inputs = [np.random.default_rng(i).standard_normal((8, 256)).astype(np.float32) for i in range(24)]
+    inputs = [
+        np.random.default_rng(i).standard_normal((8, 256)).astype(np.float32) for i in range(24)
+    ]
     wanted = [kernel(records, work, x) for x in inputs]
     with ThreadPoolExecutor(4) as several:
-        for found, one in zip(several.map(lambda x: kernel(records, work, x), inputs), wanted, strict=True):
+        for found, one in zip(
+            several.map(lambda x: kernel(records, work, x), inputs), wanted, strict=True
+        ):
             assert np.array_equal(found, one)
 
 
 def test_the_twin_is_the_product():
     random = np.random.default_rng(2)
-    x, w = random.standard_normal((5, 333)).astype(np.float32), random.standard_normal((7, 333)).astype(np.float32)
+    x, w = (
+        random.standard_normal((5, 333)).astype(np.float32),
+        random.standard_normal((7, 333)).astype(np.float32),
+    )
     wanted = x.astype(np.float64) @ w.astype(np.float64).T
     assert np.allclose(reference.dense(x, w), wanted, rtol=1e-5, atol=1e-5)
     assert np.allclose(reference.dense(x, to_bf16(w)), wanted, atol=0.3)
@@ -248,7 +291,11 @@ def test_the_binding_refuses_what_does_not_fit():
     }.items():  # fmt: skip
         with pytest.raises((ValueError, TypeError)):
             layer.ffn(**good | {name: bad})
-    for name, bad in {"levels": np.array([0, 1]), "frames": np.array([-1, 0]), "x": np.zeros((2, 40))}.items():
+    for name, bad in {
+        "levels": np.array([0, 1]),
+        "frames": np.array([-1, 0]),
+        "x": np.zeros((2, 40)),
+    }.items():
         with pytest.raises((ValueError, TypeError)):
             layer.ffn(**good | {name: bad})
 
@@ -257,7 +304,9 @@ def test_a_variant_can_be_forced_and_an_unknown_one_is_refused(monkeypatch):
     monkeypatch.setenv("SMOE_KERNELS", "reference")
     assert kernels.choose().name == "reference"
     monkeypatch.setenv("SMOE_KERNELS", "abacus")
-    with pytest.raises(EngineError, match=r"no kernels 'abacus' on this machine; it has .*reference"):
+    with pytest.raises(
+        EngineError, match=r"no kernels 'abacus' on this machine; it has .*reference"
+    ):
         kernels.choose()
 
 

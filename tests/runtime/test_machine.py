@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from smoe.runtime.machine import Places, aligned
+from smoe.runtime.system import Places, aligned
 
 
 def test_memory_that_is_not_there_is_a_memory_error():
@@ -23,7 +23,10 @@ def _resident(rows: np.ndarray) -> int:
     return int((entries >> np.uint64(63)).sum()) * mmap.PAGESIZE
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/pagemap"), reason="this system does not say which pages are resident")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/pagemap"),
+    reason="this system does not say which pages are resident",
+)
 def test_places_take_memory_only_as_far_as_they_are_in_use():
     page = mmap.PAGESIZE
     places = Places(5, 8 * page, most=12 * page)

@@ -8,32 +8,52 @@ import numpy as np
 import pytest
 
 from smoe.artifacts import open_bundle
-from smoe.runtime import Engine, EngineError, Policies, memory
-from smoe.runtime.measure import OPTIONS, bench, choose, exact, graded, items, measure, read_documents, rows
+from smoe.runtime import Engine, EngineError, Policies
+from smoe.runtime.budget import plan_memory
+from smoe.runtime.evaluate import (
+    OPTIONS,
+    bench,
+    choose,
+    exact,
+    graded,
+    items,
+    measure,
+    read_documents,
+    rows,
+)
 
-DOCUMENTS = [("code", f"def main_{n}(argument): return argument + {n} " * 9) for n in range(4)] + [("prose", "Grüße")]
+DOCUMENTS = [("code", f"def main_{n}(argument): return argument + {n} " * 9) for n in range(4)] + [
+    ("prose", "Grüße")
+]
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "text.jsonl"
-    file.write_text("\n".join(json.dumps({"domain": domain, "text": text}) for domain, text in DOCUMENTS))
+    file.write_text(
+        "\n".join(json.dumps({"domain": domain, "text": text}) for domain, text in DOCUMENTS)
+    )
     return file
 
 
 @pytest.fixture
 def small(golden):
     """Opens the golden bundle with room for 5 of 14 experts; as `bench` wants it, so that policies can be taken out."""
-    plan = memory.plan(open_bundle(golden), None, 200)
+    plan = plan_memory(open_bundle(golden), None, 200)
     budget = plan.total - (plan.capacity - 5) * plan.record
     lossy = {"substitution": "zero:1"}
     return lambda **changed: Engine.open(
-        golden, memory=budget, context=200, policies=Policies(substitution={**lossy, **changed}["substitution"] or "none")
+        golden,
+        memory=budget,
+        context=200,
+        policies=Policies(substitution={**lossy, **changed}["substitution"] or "none"),
     )
 
 
 def _log_softmax(logits):
-    return logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    return logits.astype(np.float64) - np.log(
+        np.exp(logits.astype(np.float64)).sum(-1, keepdims=True)
+    )
 
 
 def test_rows_take_turns_and_stop_at_the_count(golden):
@@ -62,7 +82,9 @@ def test_quality_is_what_the_logits_say(small, golden, tmp_path):
     q = [_log_softmax(of) for of in q]
     p = [of[7:] for of in p]
     kl = np.concatenate([(np.exp(a) * (a - b)).sum(-1) for a, b in zip(p, q, strict=True)])
-    nats = np.concatenate([-b[np.arange(len(row) - 8), row[8:]] for b, row in zip(q, texts, strict=True)])
+    nats = np.concatenate(
+        [-b[np.arange(len(row) - 8), row[8:]] for b, row in zip(q, texts, strict=True)]
+    )
     assert found["kl"] == pytest.approx(kl.mean(), rel=1e-3) and found["kl"] > 0.001
     assert found["kl_error"] == pytest.approx(kl.std() / len(kl) ** 0.5, rel=1e-3)
     assert found["perplexity"] == pytest.approx(np.exp(nats.mean()), rel=1e-4)
@@ -82,7 +104,9 @@ def test_the_choice_task_prefers_what_is_likelier(golden):
                 log_p = _log_softmax(engine.logits(np.concatenate([item.context, option])))
                 likelihoods.append(log_p[np.arange(19, 24), option].sum())
             assert answer == np.argmax(likelihoods)
-        joined = ["".join(chr(token) for token in engine.text.encode(text)) for _, text in DOCUMENTS]
+        joined = [
+            "".join(chr(token) for token in engine.text.encode(text)) for _, text in DOCUMENTS
+        ]
         for item in questions:
             true = "".join(map(chr, np.concatenate([item.context, item.options[0]])))
             assert sum(true in text for text in joined) == 1, "the first option follows its context"
@@ -93,7 +117,11 @@ def test_the_choice_task_prefers_what_is_likelier(golden):
 def test_answers_are_graded_alone_and_beside_the_exact_run():
     answers, exact_answers = np.array([0, 1, 0, 3]), np.array([0, 0, 0, 3])
     assert graded(answers) == {"choice_accuracy": 0.5}
-    assert graded(answers, exact_answers) == {"choice_accuracy": 0.5, "choice_accuracy_exact": 0.75, "choice_same": 0.75}
+    assert graded(answers, exact_answers) == {
+        "choice_accuracy": 0.5,
+        "choice_accuracy_exact": 0.75,
+        "choice_same": 0.75,
+    }
 
 
 def test_a_lossy_run_is_compared_with_its_exact_twin(small, text):
@@ -110,7 +138,19 @@ def test_a_lossy_run_is_compared_with_its_exact_twin(small, text):
 
 
 def test_the_command_prints_it_for_people_and_as_json(golden, text, tmp_path):
-    command = [sys.executable, "-m", "smoe.runtime", "bench", golden, "--text", text, "--tokens", "60", "--choices", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "smoe.runtime",
+        "bench",
+        golden,
+        "--text",
+        text,
+        "--tokens",
+        "60",
+        "--choices",
+        "2",
+    ]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "tokens per second" in shown.stdout and "choice accuracy" in shown.stdout
     found = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)

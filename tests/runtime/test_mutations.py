@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 from random import Random
 
-import mutate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import mutate
 
 
 def _too_long(*_):

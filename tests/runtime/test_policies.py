@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from smoe.artifacts import open_bundle
 from smoe.artifacts.manifest import Routing
-from smoe.runtime import Engine, EngineError, Policies, memory
-from smoe.runtime.policies.eviction import EVICTIONS
-from smoe.runtime.policies.named import SUBSTITUTIONS, tables_bytes
-from smoe.runtime.policies.prefetch import Predicted, Previous, TopScore, Transition
-from smoe.runtime.policies.routing import gate_scores, weigh
-from smoe.runtime.policies.substitution import Below, Buddy, CachePrior, Choice, Smoe
+from smoe.runtime import Engine, EngineError, Policies
+from smoe.runtime.budget import plan_memory
+from smoe.runtime.cache.eviction import EVICTIONS
+from smoe.runtime.cache.predict import Predicted, Previous, TopScore, Transition
+from smoe.runtime.choose.substitution import Below, Buddy, CachePrior, Choice, Smoe
+from smoe.runtime.options import SUBSTITUTIONS, tables_bytes
+from smoe.runtime.routing import gate_scores, weigh
 
 RULES = [Routing("sum", 1, 0), Routing("none", 1, 0), Routing("softmax", 1, 0)]
 
@@ -22,7 +23,7 @@ RULES = [Routing("sum", 1, 0), Routing("none", 1, 0), Routing("softmax", 1, 0)]
 @pytest.fixture(scope="module")
 def budget(golden):
     """Bytes that leave room for so many experts of 14."""
-    plan = memory.plan(open_bundle(golden), None, 300)
+    plan = plan_memory(open_bundle(golden), None, 300)
     return lambda experts: plan.total - (plan.capacity - experts) * plan.record
 
 
@@ -120,21 +121,34 @@ def algorithm_1(choice: Choice, alpha: float) -> list[set[int]]:
         limit = score[t, ranked[t][k]]
         low = [e for e in ranked[t][:k] if e not in out[t]]
         kept = [e for e in low if e in cached | computed]
-        candidates = [e for e in ranked[t][k:] if score[t, e] >= (1 - alpha) * limit and e in cached | computed]
+        candidates = [
+            e
+            for e in ranked[t][k:]
+            if score[t, e] >= (1 - alpha) * limit and e in cached | computed
+        ]
         n = len(low) - len(kept)
         taken = candidates[:n]
-        rest = [e for e in low if e not in kept][: n - len(taken)]  # ranked: the highest score is kept first
+        rest = [e for e in low if e not in kept][
+            : n - len(taken)
+        ]  # ranked: the highest score is kept first
         out[t] |= {*kept, *taken, *rest}
     return out
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.sampled_from(RULES), st.sampled_from([0, 0.1, 0.35, 0.9, 1.5]))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 5),
+    st.sampled_from(RULES),
+    st.sampled_from([0, 0.1, 0.35, 0.9, 1.5]),
+)
 def test_smoe_is_algorithm_1(seed, tokens, rule, alpha):
     choice = _choice(np.random.default_rng(seed), rule, tokens)
     ids, weights = Smoe(alpha)(choice)
     assert [set(row.tolist()) for row in ids] == algorithm_1(choice, alpha)
-    assert np.allclose(weights, weigh(rule, choice.raw, ids))  # a stand-in has its own score's weight
+    assert np.allclose(
+        weights, weigh(rule, choice.raw, ids)
+    )  # a stand-in has its own score's weight
     same = (ids == choice.ids).all(1)
     assert np.array_equal(weights[same], choice.weights[same])
 
@@ -153,7 +167,9 @@ def test_every_substitution_leaves_k_different_experts_and_residents_alone(seed,
         for old, new in zip(choice.ids, ids, strict=True):
             real = new[new < 7]
             assert len(set(real.tolist())) == len(real)
-            if not isinstance(policy, CachePrior):  # which also prefers residents to residents of lower score
+            if not isinstance(
+                policy, CachePrior
+            ):  # which also prefers residents to residents of lower score
                 kept = choice.resident[old]
                 assert np.array_equal(old[kept], new[kept])
                 assert all(choice.resident[e] or e in old or isinstance(policy, Smoe) for e in real)
@@ -163,7 +179,13 @@ def test_nothing_changes_where_all_is_resident():
     random = np.random.default_rng(0)
     for rule in RULES:
         choice = _choice(random, rule, resident=np.ones(7, bool))
-        for policy in (Smoe(1), CachePrior(0.3), Buddy([np.ones((7, 7))], 0), Below("live", 9), Below("zero", 9)):
+        for policy in (
+            Smoe(1),
+            CachePrior(0.3),
+            Buddy([np.ones((7, 7))], 0),
+            Below("live", 9),
+            Below("zero", 9),
+        ):
             ids, weights = policy(choice)
             assert np.array_equal(ids, choice.ids) and np.array_equal(weights, choice.weights)
 
@@ -173,9 +195,13 @@ def test_cache_prior_by_eye():
     scores = np.array([[4.0, 3, 2, 1, 0]], np.float32)
     rule = Routing("softmax", 1, 0)
     here = np.array([False, False, True, False, False])
-    choice = Choice(0, rule, np.array([[0, 1]]), weigh(rule, scores, np.array([[0, 1]])), scores, scores, here)
+    choice = Choice(
+        0, rule, np.array([[0, 1]]), weigh(rule, scores, np.array([[0, 1]])), scores, scores, here
+    )
     ids, weights = CachePrior(0.3, always=1)(choice)
-    assert ids.tolist() == [[0, 2]] and np.allclose(weights, [[np.e**2 / (1 + np.e**2), 1 / (1 + np.e**2)]])
+    assert ids.tolist() == [[0, 2]] and np.allclose(
+        weights, [[np.e**2 / (1 + np.e**2), 1 / (1 + np.e**2)]]
+    )
     assert CachePrior(0.2, always=1)(choice)[0].tolist() == [[0, 1]]
     assert CachePrior(9, always=2)(choice)[0].tolist() == [[0, 1]]
 
@@ -191,7 +217,9 @@ def test_buddies_by_eye():
     found, weights = Buddy([counts], entropy=0.9)(choice)
     assert found.tolist() == [[0, 4]] and weights.tolist() == choice.weights.tolist()
     assert Buddy([counts], entropy=0.9999)(choice)[0].tolist() == [[0, 1]]  # not equal enough
-    assert Buddy([counts], entropy=0, mass=0.5)(choice)[0].tolist() == [[0, 1]]  # 3 alone is a buddy, and not here
+    assert Buddy([counts], entropy=0, mass=0.5)(choice)[0].tolist() == [
+        [0, 1]
+    ]  # 3 alone is a buddy, and not here
     assert Buddy([counts], entropy=0, most_missing=0.5)(choice)[0].tolist() == [[0, 1]]
 
 
@@ -202,8 +230,13 @@ def test_controls_by_eye():
     choice = Choice(0, rule, ids, weigh(rule, scores, ids), scores, scores, here)
     errors = [np.array([[9, 9, 9, 9, 9], [9, 9, 1, 0, 2], *[[9] * 5] * 3])]
     found, weights = Below("live", 0.5)(choice)
-    assert found.tolist() == [[0, 4]] and np.allclose(weights, [[4 / 7, 1 / 7]])  # .1 where the sum was .7
-    assert Below("zero", 0.5)(choice)[0].tolist() == [[0, 5]] and Below("zero", 0.5)(choice)[1][0, 1] == 0
+    assert found.tolist() == [[0, 4]] and np.allclose(
+        weights, [[4 / 7, 1 / 7]]
+    )  # .1 where the sum was .7
+    assert (
+        Below("zero", 0.5)(choice)[0].tolist() == [[0, 5]]
+        and Below("zero", 0.5)(choice)[1][0, 1] == 0
+    )
     assert Below("similar", 0.5, errors)(choice)[0].tolist() == [[0, 2]]
     assert {int(Below("random", 0.5, seed=s)(choice)[0][0, 1]) for s in range(20)} == {2, 4}
     for name in ("live", "zero", "random"):
@@ -213,7 +246,9 @@ def test_controls_by_eye():
 @pytest.mark.parametrize("name", SUBSTITUTIONS)
 def test_every_substitution_runs_and_is_counted(golden, answer, budget, wanted, name):
     number = {"smoe": 1.5, "cache-prior": 1, "buddy": 0}.get(name, 1)
-    with Engine.open(golden, memory=budget(6), policies=Policies(substitution=f"{name}:{number}")) as engine:
+    with Engine.open(
+        golden, memory=budget(6), policies=Policies(substitution=f"{name}:{number}")
+    ) as engine:
         logits = np.stack(list(engine.score(answer["prompt"][:40])))
         stats = engine.stats
         assert np.isfinite(logits).all() and not np.array_equal(logits, wanted[1])
@@ -223,8 +258,10 @@ def test_every_substitution_runs_and_is_counted(golden, answer, budget, wanted, 
 
 def test_fewer_planes_are_lossy_whatever_the_policies(goldens):
     for level, said in ((1, "(lossy)"), (None, "(lossless)")):
-        plan = memory.plan(open_bundle(goldens[2]), None, 300, level)
-        with Engine.open(goldens[2], plan.total - plan.record * (plan.capacity // 2), 300, level=level) as engine:
+        plan = plan_memory(open_bundle(goldens[2]), None, 300, level)
+        with Engine.open(
+            goldens[2], plan.total - plan.record * (plan.capacity // 2), 300, level=level
+        ) as engine:
             assert f"substitution none {said}" in "\n".join(engine.mode_lines())
             assert engine.lossless == (level is None)
 
@@ -251,7 +288,10 @@ def test_what_prefetches_guess():
     assert transition.ahead(0, np.array([[0, 2]]), x) == [(1, 0), (1, 1)]  # 2 is no expert
     weights, bias = np.array([[3, 0, 1], [-4, 1, 1]], np.float32), np.array([0, 0, 0.5], np.float32)
     predicted = Predicted(2, [None, None, (weights, bias)], [2, 2, 2])
-    assert predicted.ahead(0, np.array([[0]]), np.array([[9, 0], [1, 1]], np.float32)) == [(2, 2), (2, 1)]
+    assert predicted.ahead(0, np.array([[0]]), np.array([[9, 0], [1, 1]], np.float32)) == [
+        (2, 2),
+        (2, 1),
+    ]
     assert predicted.ahead(1, np.array([[0]]), x) == []  # beyond the last layer
     assert Predicted(1, [None, None], [1, 1]).ahead(0, np.array([[0]]), x) == []
     scores = np.array([[0.5, 0.1, 0.12, 0.28]], np.float32)
@@ -281,11 +321,17 @@ def test_policies_that_do_not_exist_are_sentences(golden, budget, policies, sent
 
 
 def test_policies_without_effect_or_room_are_refused(golden, budget):
-    with pytest.raises(EngineError, match="All 14 experts fit into memory, so that policies .* have no effect"):
+    with pytest.raises(
+        EngineError, match="All 14 experts fit into memory, so that policies .* have no effect"
+    ):
         Engine.open(golden, policies=Policies(substitution="smoe"))
-    with pytest.raises(EngineError, match="Shares by layer cannot work with 5 resident experts: 2 for each of 2"):
+    with pytest.raises(
+        EngineError, match="Shares by layer cannot work with 5 resident experts: 2 for each of 2"
+    ):
         Engine.open(golden, memory=budget(5), policies=Policies(shares=True))
-    with pytest.raises(EngineError, match="no way to read called 'mapped'; there are direct and buffered"):
+    with pytest.raises(
+        EngineError, match="no way to read called 'mapped'; there are direct and buffered"
+    ):
         Engine.open(golden, memory=budget(5), io="mapped")
 
 
@@ -297,7 +343,11 @@ def test_a_model_whose_routing_is_not_known_takes_no_substitution(copied, budget
     text["layers"][1] |= {"routing": None, "routing_refusal": "no pattern fits"}
     text["layers"][1]["wires"] |= {"scores": "", "raw": ""}
     file.write_text(json.dumps(text))
-    for policies in (Policies(substitution="smoe"), Policies(eviction="score"), Policies(prefetch="smoe")):
+    for policies in (
+        Policies(substitution="smoe"),
+        Policies(eviction="score"),
+        Policies(prefetch="smoe"),
+    ):
         with pytest.raises(EngineError, match="is not possible with this model: no pattern fits"):
             Engine.open(copied, memory=budget(6), policies=policies)
     with Engine.open(copied, memory=budget(6), policies=Policies(eviction="lru")) as engine:
@@ -314,7 +364,9 @@ def test_a_shard_that_shrinks_and_comes_back(copied, answer, budget, prefetch):
 
     shard = copied / "experts" / "layer-01.safetensors"
     whole = shard.read_bytes()
-    with Engine.open(copied, memory=budget(5), policies=Policies(prefetch=prefetch), io="buffered") as engine:
+    with Engine.open(
+        copied, memory=budget(5), policies=Policies(prefetch=prefetch), io="buffered"
+    ) as engine:
         for _, at in itertools.product(range(3), (20000, len(whole) // 2, len(whole) - 40000)):
             os.truncate(shard, at)
             with pytest.raises(EngineError, match="ends inside expert"):

@@ -10,12 +10,13 @@ import pytest
 
 from smoe.artifacts import open_bundle, safetensors_file
 from smoe.artifacts.tables import load_tables, save_tables
-from smoe.runtime import Engine, EngineError, Policies, memory
-from smoe.runtime.policies.eviction import NextUse
-from smoe.runtime.policies.named import _usual_weights
-from smoe.runtime.policies.priced import CAP, KEEP, LossBudget, PlaneWorth, Priced
-from smoe.runtime.policies.substitution import Choice, Chosen
-from smoe.runtime.prices import Prices
+from smoe.runtime import Engine, EngineError, Policies
+from smoe.runtime.budget import plan_memory
+from smoe.runtime.cache.eviction import NextUse
+from smoe.runtime.choose.priced import CAP, KEEP, LossBudget, PlaneWorth, Priced
+from smoe.runtime.choose.prices import Prices
+from smoe.runtime.choose.substitution import Choice, Chosen
+from smoe.runtime.options import _usual_weights
 
 E, J = 6, 3
 SIZES = np.array([0, 500_000, 700_000, 900_000])
@@ -42,7 +43,9 @@ def _cheapest_slot(prices, choice, e, w) -> float:
     found = [float(prices.skip(e, w))]
     for s in range(E):
         if choice.here[s] == J:
-            found.append(float(prices.stand_in(e, w, s, prices.best_weight(np.array(e), w, np.array(s)))))
+            found.append(
+                float(prices.stand_in(e, w, s, prices.best_weight(np.array(e), w, np.array(s))))
+            )
     return min(found)
 
 
@@ -121,7 +124,10 @@ def test_nothing_is_spent_that_is_not_there():
         for step in range(2 * steps):
             priced(dataclasses.replace(_choice(random, 1), layer=step % 2))
             spent += account.collect()
-            assert -1e-12 <= account.balance <= rate * CAP and spent <= rate * ((step + 1) / 2 + CAP / 2) + 1e-12
+            assert (
+                -1e-12 <= account.balance <= rate * CAP
+                and spent <= rate * ((step + 1) / 2 + CAP / 2) + 1e-12
+            )
         assert spent > 0.5 * rate * steps
 
 
@@ -173,10 +179,19 @@ def test_a_plane_is_worth_what_uses_cost_more_without_it():
         account.worth = byte
         for layer, expert, level in itertools.product(range(2), range(E), range(1, J + 1)):
             of, w, ends = prices.layers[layer], weights[layer][expert], sizes[layer]
-            nats = [float(of.skip(expert, w)), *(float(of.at_level(expert, w, j)) for j in range(1, J)), 0.0]
-            cost = [min(nats[j] + KEEP * byte * (ends[j] - ends[here]) for j in range(here, J + 1)) for here in range(J + 1)]
+            nats = [
+                float(of.skip(expert, w)),
+                *(float(of.at_level(expert, w, j)) for j in range(1, J)),
+                0.0,
+            ]
+            cost = [
+                min(nats[j] + KEEP * byte * (ends[j] - ends[here]) for j in range(here, J + 1))
+                for here in range(J + 1)
+            ]
             found = worth(np.array([layer * E + expert]), np.array([level]))[0]
-            assert np.isclose(found, (cost[level - 1] - cost[level]) / (ends[level] - ends[level - 1]))
+            assert np.isclose(
+                found, (cost[level - 1] - cost[level]) / (ends[level] - ends[level - 1])
+            )
 
 
 def test_an_expert_that_calibration_never_reached_counts_as_its_layer_does():
@@ -191,7 +206,9 @@ def test_what_is_wanted_sooner_and_worth_more_stays():
         eviction.begin(0, 1, None)
         eviction.use(expert)
     keys, levels = np.array([0, 1, 2]), np.array([1, 2, 1])
-    assert not eviction.by_planes and np.array_equal(eviction.planes(keys, levels), eviction.values(keys))
+    assert not eviction.by_planes and np.array_equal(
+        eviction.planes(keys, levels), eviction.values(keys)
+    )
     eviction.worth = lambda keys, levels: np.where(levels == 1, 1.0, 0.01)
     assert eviction.by_planes and eviction.planes(keys, levels).argsort().tolist() == [2, 1, 0]
     eviction.worth = lambda keys, levels: np.where(levels == 1, 1.0, 100.0)
@@ -205,11 +222,15 @@ def test_what_is_wanted_sooner_and_worth_more_stays():
 def priced_bundle(goldens, tmp_path_factory):
     """The golden bundle with planes, and prices."""
     out = shutil.copytree(goldens[2], tmp_path_factory.mktemp("priced") / "b.smoe")
-    manifest, file = open_bundle(out), out / "tables.safetensors"
+    manifest, file = open_bundle(out).manifest, out / "tables.safetensors"
     levels = len(manifest.experts.encoding.split("+"))
     tables = load_tables(file, [7, 7])
     random = np.random.default_rng(0)
-    save_tables(file, [of | _tables(random, 7, levels) for of in tables], safetensors_file.read_header(file).metadata)
+    save_tables(
+        file,
+        [of | _tables(random, 7, levels) for of in tables],
+        safetensors_file.read_header(file).metadata,
+    )
     about = dataclasses.replace(manifest.files["tables.safetensors"], size=file.stat().st_size)
     files = manifest.files | {"tables.safetensors": about}
     (out / "manifest.json").write_text(dataclasses.replace(manifest, files=files).to_json())
@@ -222,7 +243,7 @@ def prompt():
 
 
 def _budget(bundle, experts: int) -> int:
-    plan = memory.plan(open_bundle(bundle), None, 300)
+    plan = plan_memory(open_bundle(bundle), None, 300)
     return plan.total - (plan.capacity - experts) * plan.record
 
 
@@ -234,10 +255,12 @@ def _scored(engine, ids):
 def test_a_loss_budget_below_the_full_level(priced_bundle, prompt, level):
     with Engine.open(priced_bundle, context=300, level=level) as engine:
         wanted = _scored(engine, prompt)
-    plan = memory.plan(open_bundle(priced_bundle), None, 300, level)
+    plan = plan_memory(open_bundle(priced_bundle), None, 300, level)
     budget = plan.total - (plan.capacity - 8) * plan.record
     for loss, same in ((1e-9, True), (0.05, False)):
-        with Engine.open(priced_bundle, budget, 300, level=level, policies=Policies(loss=loss)) as engine:
+        with Engine.open(
+            priced_bundle, budget, 300, level=level, policies=Policies(loss=loss)
+        ) as engine:
             assert np.allclose(_scored(engine, prompt), wanted, atol=1e-4) == same
             assert engine._experts._residency.levels(0).max() <= level
             assert engine._experts._residency.total <= engine.plan.capacity * engine.plan.record
@@ -246,13 +269,17 @@ def test_a_loss_budget_below_the_full_level(priced_bundle, prompt, level):
 def test_a_budget_buys_bytes_and_no_budget_changes_no_bit(priced_bundle, prompt):
     exact, read = [], []
     for loss in (0.0, 0.003, 0.03):
-        with Engine.open(priced_bundle, _budget(priced_bundle, 6), 300, policies=Policies(loss=loss)) as engine:
+        with Engine.open(
+            priced_bundle, _budget(priced_bundle, 6), 300, policies=Policies(loss=loss)
+        ) as engine:
             assert engine.lossless == (loss == 0)
             exact.append(_scored(engine, prompt))
             read.append(engine.stats.bytes_read)
             assert (engine.stats.nats_spent > 0) == (loss > 0)
             assert engine.stats.nats_spent <= loss * (len(prompt) + CAP / 2)
-            assert (f"at most {loss} nats per token" in "\n".join(engine.mode_lines())) == (loss > 0)
+            assert (f"at most {loss} nats per token" in "\n".join(engine.mode_lines())) == (
+                loss > 0
+            )
     with Engine.open(priced_bundle, context=300) as engine:
         assert np.array_equal(exact[0], _scored(engine, prompt))
     assert read[0] > read[1] > read[2] and not np.array_equal(exact[0], exact[2])
@@ -288,7 +315,9 @@ def test_a_higher_level_reads_only_what_is_missing(priced_bundle, prompt):
         engine._sequence.reset()
         level, before = 2, engine.stats.bytes_read
         engine.step(engine._sequence, prompt[:1], np.array([0]))
-        assert engine.stats.bytes_read - before <= 3 * ends[2], "what is here at a higher level is not read again"
+        assert engine.stats.bytes_read - before <= 3 * ends[2], (
+            "what is here at a higher level is not read again"
+        )
 
 
 class _AtRandom:
@@ -309,7 +338,9 @@ def test_planes_come_and_go_and_change_no_bit(priced_bundle, prompt):
         with Engine.open(priced_bundle, _budget(priced_bundle, 6), 300, policies=own) as engine:
             residency, random = engine._experts._residency, np.random.default_rng(5)
             if by_planes:
-                residency.eviction.worth = lambda keys, levels, random=random: random.random(len(keys))
+                residency.eviction.worth = lambda keys, levels, random=random: random.random(
+                    len(keys)
+                )
             scored, count = [], []
             for logits in engine.score(prompt, 8):
                 scored.append(logits)
@@ -320,7 +351,9 @@ def test_planes_come_and_go_and_change_no_bit(priced_bundle, prompt):
                         place = residency.find((layer, expert))
                         if level:  # what is here is what is in the shard, up to its level, and nothing else
                             assert residency.held[place] == layout.levels[level - 1]
-                            assert not engine._experts.places.rows[place, layout.levels[level - 1] :].any()
+                            assert not engine._experts.places.rows[
+                                place, layout.levels[level - 1] :
+                            ].any()
             found.append(np.stack(scored))
             most.append(max(count))
     assert np.array_equal(*found) and most[1] > most[0] >= 6
@@ -361,10 +394,16 @@ def test_misuse_is_a_sentence(priced_bundle, policies, sentence):
         Engine.open(priced_bundle, _budget(priced_bundle, 6), 300, policies=policies)
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not say which files are open")
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self/fd"), reason="this system does not say which files are open"
+)
 def test_an_engine_that_is_refused_leaves_no_file_open(goldens):
     before = len(os.listdir("/proc/self/fd"))
-    for policies in (Policies(loss=0.01), Policies(eviction="mru"), Policies(prefetch="predicted:1")):
+    for policies in (
+        Policies(loss=0.01),
+        Policies(eviction="mru"),
+        Policies(prefetch="predicted:1"),
+    ):
         with pytest.raises(EngineError):
             Engine.open(goldens[2], _budget(goldens[2], 6), 300, policies=policies)
     assert len(os.listdir("/proc/self/fd")) == before
@@ -375,7 +414,10 @@ def test_a_bundle_without_prices_takes_no_loss_budget(goldens):
         Engine.open(goldens[2], _budget(goldens[2], 6), 300, policies=Policies(loss=0.01))
 
 
-@pytest.mark.parametrize("name, value", [("price_fit", np.nan), ("price_fit", -1), ("price_standin", np.inf), ("price_level", -1e-3)])
+@pytest.mark.parametrize(
+    "name, value",
+    [("price_fit", np.nan), ("price_fit", -1), ("price_standin", np.inf), ("price_level", -1e-3)],
+)
 def test_values_that_are_no_prices_are_refused(name, value):
     tables = [_tables(np.random.default_rng(0)) for _ in range(2)]
     assert len(Prices.of(tables).layers) == 2

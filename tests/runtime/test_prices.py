@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
+from smoe.runtime.choose.prices import KINDS, Prices
 from smoe.runtime.errors import EngineError
-from smoe.runtime.prices import KINDS, Prices
 
 E, J = 5, 3
 
@@ -35,11 +35,17 @@ def test_every_price_is_its_formula(tables):
             own = float(t["price_standin"][e, e])
             wanted = {"skip": w * w * own / 2}
             for s in range(E):
-                p = (w * w * own - 2 * w * 0.3 * float(t["price_cross"][e, s]) + 0.09 * float(t["price_standin"][e, s])) / 2
+                p = (
+                    w * w * own
+                    - 2 * w * 0.3 * float(t["price_cross"][e, s])
+                    + 0.09 * float(t["price_standin"][e, s])
+                ) / 2
                 a, b = t["price_fit"][1]
                 assert np.isclose(layer.stand_in(e, w, s, 0.3), a * p + b * np.sqrt(p), rtol=1e-6)
             a, b = t["price_fit"][0]
-            assert np.isclose(layer.skip(e, w), a * wanted["skip"] + b * np.sqrt(wanted["skip"]), rtol=1e-6)
+            assert np.isclose(
+                layer.skip(e, w), a * wanted["skip"] + b * np.sqrt(wanted["skip"]), rtol=1e-6
+            )
             for j in range(1, J + 1):
                 p, (a, b) = w * w * float(t["price_level"][e, j - 1]) / 2, t["price_fit"][2]
                 assert np.isclose(layer.at_level(e, w, j), a * p + b * np.sqrt(p), rtol=1e-6)
@@ -61,7 +67,9 @@ def test_an_expert_stands_in_for_itself_for_nothing_and_the_full_level_is_free(t
     assert np.all(layer.stand_in(e, 0.3, e, 0.3) < 1e-8)
     assert np.all(layer.at_level(e, 0.3, J) == 0)
     (plain,) = Prices.of(tables, fitted=False).layers
-    assert np.allclose(plain.stand_in(e, 0.3, e[::-1], 0.0), plain.skip(e, 0.3)), "a stand-in of no weight is a skip"
+    assert np.allclose(plain.stand_in(e, 0.3, e[::-1], 0.0), plain.skip(e, 0.3)), (
+        "a stand-in of no weight is a skip"
+    )
 
 
 def test_the_best_weight_is_the_best_of_many(tables):
@@ -71,7 +79,10 @@ def test_the_best_weight_is_the_best_of_many(tables):
         for s in range(E):
             best = layer.best_weight(np.array(e), np.array(0.5), np.array(s))
             prices = layer.stand_in(e, 0.5, s, tried)
-            assert layer.stand_in(e, 0.5, s, best) <= prices.min() + 1e-12 and abs(tried[prices.argmin()] - best) < 1e-3
+            assert (
+                layer.stand_in(e, 0.5, s, best) <= prices.min() + 1e-12
+                and abs(tried[prices.argmin()] - best) < 1e-3
+            )
 
 
 def test_moments_that_are_no_form_cost_nothing_less_than_zero(tables):
@@ -96,5 +107,8 @@ def test_a_bundle_of_one_level_has_no_level_prices(tables):
 
 
 def test_prices_load_numpy_and_nothing_of_prep():
-    code = "import sys, smoe.runtime.prices; print([n for n in sys.modules if n.startswith(('torch', 'smoe.prep'))])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    code = "import sys, smoe.runtime.choose.prices; print([n for n in sys.modules if n.startswith(('torch', 'smoe.prep'))])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "[]\n"
+    )

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoe.artifacts.manifest import Routing
-from smoe.runtime.policies.eviction import LeastRecentlyUsed
-from smoe.runtime.policies.routing import route, weigh
-from smoe.runtime.residency import Residency
+from smoe.runtime.cache.eviction import LeastRecentlyUsed
+from smoe.runtime.cache.residency import Residency
+from smoe.runtime.routing import route, weigh
 from smoe.runtime.scheduler import decide
 
 SCORES = np.array([[0.1, 0.4, 0.2, 0.3]], np.float32)
@@ -34,7 +34,9 @@ def test_any_choice_of_experts_can_be_weighed():
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(5, 9), st.integers(0, 2**32 - 1))
 def test_tasks_cover_every_slot_once_residents_first(tokens, k, experts, seed):
     random = np.random.default_rng(seed)
-    ids = np.stack([random.permutation(experts + 1)[:k] for _ in range(tokens)])  # the last id is no expert
+    ids = np.stack(
+        [random.permutation(experts + 1)[:k] for _ in range(tokens)]
+    )  # the last id is no expert
     here = random.integers(0, 4, experts)
     levels = random.integers(1, 4, ids.shape)
     tasks = decide(ids, levels, here)
@@ -80,7 +82,9 @@ def test_residency_is_least_recently_used(capacity, requests):
         where[expert] = place
         assert len(set(where.values())) == len(where) and 0 <= place < capacity
         assert {e for e in range(10) if (0, e) in residency} == set(held)
-        assert residency.resident(0).tolist() == [e in held for e in range(10)] and len(residency) == len(held)
+        assert residency.resident(0).tolist() == [e in held for e in range(10)] and len(
+            residency
+        ) == len(held)
 
 
 def test_a_place_that_was_not_filled_claims_nothing_and_is_free_again():
@@ -139,7 +143,10 @@ class _ByPlanes(LeastRecentlyUsed):
 ENDS = [[5, 7, 10], [6, 7, 9]]  # of records of two layers, by level
 
 
-@given(st.integers(20, 60), st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4), st.integers(1, 3)), max_size=60))
+@given(
+    st.integers(20, 60),
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4), st.integers(1, 3)), max_size=60),
+)
 def test_planes_are_held_and_let_go_one_by_one(capacity, requests):
     residency = Residency([5, 5], capacity, _ByPlanes([5, 5]), ENDS)
     held: dict[tuple[int, int], int] = {}  # level by key, least recently used first
@@ -161,7 +168,9 @@ def test_planes_are_held_and_let_go_one_by_one(capacity, requests):
             assert residency.levels(of).tolist() == [held.get((of, e), 0) for e in range(5)]
         assert residency.held.sum() == residency.total <= capacity
         places = {residency.find(k) for k in held}
-        assert {residency.held[residency.find(k)] for k in held} <= {end for of in ENDS for end in of}
+        assert {residency.held[residency.find(k)] for k in held} <= {
+            end for of in ENDS for end in of
+        }
         assert len(places) == len(held)
 
 

@@ -20,7 +20,7 @@ HARD = "Köln 日本語 🙂👩‍👩‍👧 ß — end"
 
 @pytest.fixture(scope="module")
 def text(golden):
-    return Text(golden, open_bundle(golden).files)
+    return Text(golden, open_bundle(golden).manifest.files)
 
 
 @pytest.mark.parametrize("sample", [HARD, "def main(argument):\n    return 1\n", "ü" * 9])
@@ -35,10 +35,11 @@ def test_a_stream_never_splits_a_character(text, sample):
 
 @settings(deadline=None)
 @given(
-    sample=st.text(st.characters(exclude_categories=["Cs"]), max_size=40), stop=st.text("ab ü", min_size=1, max_size=3)
+    sample=st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+    stop=st.text("ab ü", min_size=1, max_size=3),
 )
 def test_text_ends_before_a_stop_string_and_nothing_is_lost(golden, sample, stop):
-    text = Text(golden, open_bundle(golden).files)
+    text = Text(golden, open_bundle(golden).manifest.files)
     stream = Stream(text, (stop,))
     shown = "".join(stream.push(i) for i in text.encode(sample)) + stream.finish()
     whole = text.tokenizer.decode(text.encode(sample))
@@ -87,11 +88,16 @@ def test_a_conversation_is_rendered_by_the_template(text):
 
 def test_a_template_can_be_a_file_or_one_of_several(text, tmp_path, golden):
     (tmp_path / "tokenizer.json").write_bytes((golden / "tokenizer.json").read_bytes())
-    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ messages[0].content }}"}]
+    named = [
+        {"name": "tools", "template": "no"},
+        {"name": "default", "template": "{{ messages[0].content }}"},
+    ]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     message = [{"role": "user", "content": "hello"}]
     assert Text(tmp_path, _files(tmp_path)).chat(message) == text.encode("hello")
-    (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}{{ messages[0].content | tojson }}")
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ eos_token }}{{ messages[0].content | tojson }}"
+    )
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<end>"}}))
     assert Text(tmp_path, _files(tmp_path)).chat(message) == text.encode('<end>"hello"')
 

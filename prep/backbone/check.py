@@ -1,0 +1,109 @@
+"""The exported backbone, run as the runtime runs it, against the model itself. Nothing is shipped that was not compared.
+
+The experts are left to a stand-in on both sides, which any hidden state can go through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from smoe.artifacts.manifest import Manifest
+from smoe.prep.backbone import router_pattern
+from smoe.prep.backbone.cut import ExpertsNode
+from smoe.prep.backbone.onnx_graph import CLOSE
+from smoe.prep.checkpoint.checkpoint import Checkpoint
+from smoe.prep.checkpoint.seam import experts_run_by
+from smoe.runtime.backbone import Backbone, Sequence, ort_value
+from smoe.runtime.budget import CHUNK
+from smoe.runtime.errors import EngineError
+
+# A prompt of a whole chunk, a decode step, two continuations: what a graph does with 3 tokens it need not do with 70.
+PARTS = (CHUNK, 1, 43, 70)
+
+
+def check_backbone(
+    checkpoint: Checkpoint, directory: Path, manifest: Manifest, nodes: tuple[ExpertsNode, ...]
+) -> tuple[Manifest, str]:
+    """`manifest` completed by what running the segments shows (top_k, and which routing rules hold), and why they do not
+    do what the model does; '' if they do."""
+    random = np.random.default_rng(0)
+    ids = random.integers(0, manifest.model.vocabulary, min(sum(PARTS), manifest.model.context))
+    try:
+        logits, seen = _run(directory, manifest, ids, nodes)
+    except EngineError as error:
+        return manifest, str(error)
+    wanted = _original(checkpoint, ids)
+    difference = np.abs(logits - wanted).max() / np.abs(wanted).max()
+    if not difference <= CLOSE:
+        return (
+            manifest,
+            f"the logits of the exported backbone are off by {difference:.1e} of the largest",
+        )
+    layers = []
+    for layer, node, values in zip(manifest.layers, nodes, seen, strict=True):
+        layer = dataclasses.replace(layer, top_k=values["ids"].shape[1])
+        if node.found:
+            why = router_pattern.check(
+                node.found, values["scores"], values["raw"], values["ids"], values["weights"]
+            )
+            if why:
+                layer = dataclasses.replace(
+                    layer, routing=None, routing_refusal=f"{layer.name}: {why}"
+                )
+        layers.append(layer)
+    return dataclasses.replace(manifest, layers=tuple(layers)), ""
+
+
+def _run(
+    directory: Path, manifest: Manifest, ids: np.ndarray, nodes: tuple[ExpertsNode, ...]
+) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
+    """Logits `[T, vocabulary]` of the segments, and per layer ids, weights, scores and raw weights of all tokens."""
+    backbone = Backbone(directory, manifest)
+    sequence = Sequence(manifest.backbone.state, len(ids))
+    logits = []
+    seen: list[dict[str, list[np.ndarray]]] = [{} for _ in nodes]
+    parts = (1,) * len(ids) if manifest.backbone.one_at_a_time else PARTS
+    for part in np.split(ids, np.cumsum(parts)[:-1]):
+        count = len(part)
+        if not count:
+            break  # a model with a short context
+        values = backbone.begin(sequence, part, np.arange(count))
+        for index, node in enumerate(nodes):
+            backbone.run(index, values, sequence)
+            found = node.found
+            names = {"ids": node.ids, "weights": node.weights}
+            names |= {"scores": found.scores, "raw": found.raw} if found else {}
+            for name, value in names.items():
+                seen[index].setdefault(name, []).append(values[value].numpy().reshape(count, -1))
+            hidden = values[node.hidden].numpy()
+            output = _stand_in(hidden.reshape(count, -1), seen[index]["weights"][-1])
+            values[node.output] = ort_value(
+                np.ascontiguousarray(output.reshape(hidden.shape), np.float32)
+            )
+        backbone.run(len(nodes), values, sequence)
+        sequence.ids.extend(part.tolist())
+        logits.append(values["logits"].numpy()[0])
+    joined = [{name: np.concatenate(parts) for name, parts in layer.items()} for layer in seen]
+    return np.concatenate(logits), joined
+
+
+@torch.no_grad()
+def _original(checkpoint: Checkpoint, ids: np.ndarray) -> np.ndarray:
+    def run(layer, module, hidden, ids, weights):
+        return _stand_in(hidden.reshape(len(weights), -1), weights).reshape(hidden.shape)
+
+    with experts_run_by(checkpoint.model, checkpoint.layers, run):
+        return (
+            checkpoint.model(input_ids=torch.from_numpy(ids)[None], use_cache=False)
+            .logits[0]
+            .numpy()
+        )
+
+
+def _stand_in(hidden, weights):
+    """Continuous in the weights, whichever experts they belong to: a near tie that falls the other way changes little."""
+    return hidden * (weights * weights).sum(-1)[:, None]

@@ -1,0 +1,235 @@
+"""A Hugging Face checkpoint on disk: opened, or refused with the reason.
+
+The backbone is loaded in float32. Experts stay on disk: `Checkpoint.experts` reads one layer's, in the dtype they are
+stored in, and lets them go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, GenerationConfig
+
+from smoe.prep.checkpoint.families import empty_model, refuse_without_seam
+from smoe.prep.checkpoint.seam import ExpertsLayer, experts_modules, layers_used
+from smoe.prep.checkpoint.weights import Weights, open_weights
+from smoe.prep.errors import PrepError
+
+# Copied into the bundle as they are, where the checkpoint has them.
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+PIECE = 256 << 10  # bytes read at a time
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`model` has its backbone in memory and its experts on the meta device; `layers` are those that text reaches, in
+    the order in which they run."""
+
+    path: Path
+    model: transformers.PreTrainedModel
+    weights: Weights
+    layers: list[ExpertsLayer]
+    end_ids: tuple[int, ...]  # token ids that end a generation
+    sources: list[
+        dict[str, list[str]]
+    ]  # per layer and parameter of its experts: the stored tensors it is made from
+
+    @property
+    def config(self):
+        return self.model.config.get_text_config()
+
+    def text_files(self) -> list[Path]:
+        return [self.path / name for name in TEXT_FILES if (self.path / name).is_file()]
+
+    def fingerprint(self) -> str:
+        """SHA-256 that tells one checkpoint from another: of the config, and of each weight file's name, size and bytes.
+        Of a file above 256 MiB, 1024 pieces spread evenly, so that 60 GB take a second."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in self.weights.files:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            pieces = 1024 if size > 256 << 20 else -(-size // PIECE)
+            with open(file, "rb") as opened:
+                for i in range(pieces):
+                    opened.seek(i * size // pieces if size > 256 << 20 else i * PIECE)
+                    digest.update(opened.read(PIECE))
+        return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def experts(self, layer: int) -> Iterator[torch.nn.Module]:
+        """The module of one layer's experts with its weights read, for the length of the block.
+
+        Weights that are not finite are a `PrepError` that names them.
+        """
+        name, module = self.layers[layer]
+        try:
+            # One parameter at a time, the largest first: what is read and what is made from it exist at once.
+            for names in sorted(
+                self.sources[layer].values(), key=self.weights.nbytes, reverse=True
+            ):
+                self.weights.load(self.model, names)
+            _refuse_infinite(self.path, name, module)
+            yield module
+        finally:
+            _forget(module)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open the checkpoint directory at `path`; a `PrepError` says why it cannot be prepared.
+
+    Everything that can be known from config and headers is checked before a weight is read.
+    """
+    path = Path(path)
+    model = empty_model(read_config(path), path)
+    refuse_without_seam(model, path)
+    weights = open_weights(path)
+    if not (path / "tokenizer.json").is_file() and list(path.glob("tokenizer*.model")):
+        raise PrepError(
+            f"{path} has a tokenizer that only Python code reads (no tokenizer.json); convert it with "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
+        )
+    end_ids = _end_ids(path, model.config.get_text_config())
+    _load_backbone(path, model, weights)
+    layers = layers_used(model)
+    targets = weights.targets(model)
+    sources: list[dict[str, list[str]]] = [{} for _ in layers]
+    for (name, module), found in zip(layers, sources, strict=True):
+        for source, target in targets.items():
+            if target.startswith(f"{name}."):
+                found.setdefault(target, []).append(source)
+        _keep_stored_dtype(
+            module, [weights.stored[source].dtype for names in found.values() for source in names]
+        )
+    return Checkpoint(path, model, weights, layers, end_ids, sources)
+
+
+def read_config(path: Path) -> transformers.PreTrainedConfig:
+    """config.json of a checkpoint; a `PrepError` if it is none, or one of a quantised checkpoint."""
+    if not (path / "config.json").is_file():
+        what = "has no config.json" if path.is_dir() else "is not a directory"
+        raise PrepError(
+            f"{path} {what}; give the directory of a Hugging Face checkpoint, as `hf download MODEL --local-dir DIR` "
+            "or `save_pretrained` leaves it."
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        TypeError,
+        RecursionError,
+        StrictDataclassError,
+    ) as error:
+        raise PrepError(
+            f"{path}/config.json is not one that transformers {transformers.__version__} reads: {_first_line(error)}"
+        ) from error
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = (
+            quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        )
+        raise PrepError(
+            f"{path} is quantised ({method}); smoe quantises from the original weights: give the bf16 checkpoint."
+        )
+    return config
+
+
+def _end_ids(path: Path, config: transformers.PreTrainedConfig) -> tuple[int, ...]:
+    """From generation_config.json or the config."""
+    ids = None
+    if (path / "generation_config.json").is_file():
+        try:
+            ids = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise PrepError(
+                f"{path}/generation_config.json is damaged: {_first_line(error)}"
+            ) from error
+    ids = getattr(config, "eos_token_id", None) if ids is None else ids
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+
+def _load_backbone(path: Path, model: transformers.PreTrainedModel, weights: Weights) -> None:
+    """Fill `model`, but not its experts: whatever is missing or not finite is a `PrepError`."""
+    experts = tuple(f"{name}." for name, _ in experts_modules(model))
+    info = weights.check(model)
+    tied = model.all_tied_weights_keys.keys()
+    _refuse_missing(
+        path, {name for name in info.missing_keys if name.startswith(experts) and name not in tied}
+    )
+    if any(name.startswith(experts) for name in tied):
+        raise PrepError(
+            f"{path}: {min(tied)} is shared with another module; smoe cannot take such experts apart."
+        )
+    weights.load(
+        model,
+        [
+            source
+            for source, target in weights.targets(model).items()
+            if not target.startswith(experts)
+        ],
+    )
+    weights.complete(model, info)  # ties weights, and fills buffers that no checkpoint holds
+    _refuse_missing(path, info.missing_keys)
+    for name, weight in model.named_parameters():
+        if not weight.is_meta and not torch.isfinite(weight).all():
+            raise PrepError(
+                f"{path}: {name} holds values that are not finite; the checkpoint is damaged."
+            )
+
+
+def _refuse_missing(path: Path, names: set[str]) -> None:
+    if names:
+        raise PrepError(
+            f"{path}: {len(names)} weights are missing, {min(names)} first; download the checkpoint again."
+        )
+
+
+def _keep_stored_dtype(module: torch.nn.Module, stored: list[torch.dtype]) -> None:
+    """Let the experts' parameters have the dtype that they are stored in: half the memory of float32 for bfloat16."""
+    floating = {dtype for dtype in stored if dtype.is_floating_point}
+    if len(floating) == 1:
+        module.to(floating.pop())
+
+
+def _refuse_infinite(path: Path, layer: str, module: torch.nn.Module) -> None:
+    for name, weight in module.named_parameters():
+        for expert, part in enumerate(weight):  # one at a time: isfinite makes copies
+            if not torch.isfinite(part).all():
+                raise PrepError(
+                    f"{path}: {layer}.{name} of expert {expert} holds values that are not finite; the checkpoint is "
+                    "damaged. Download it again."
+                )
+
+
+def _forget(module: torch.nn.Module) -> None:
+    """Back to the meta device, which frees the memory; and glibc is told to give it back: pieces of a layer that it
+    keeps for later were 0.4 GB of 1.5 (docs/log.md, 2026-11-22)."""
+    for owner in module.modules():
+        for name, weight in list(owner.named_parameters(recurse=False)):
+            setattr(
+                owner,
+                name,
+                torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False),
+            )
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
+    if trim is not None:
+        trim(0)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

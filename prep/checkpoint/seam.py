@@ -1,0 +1,274 @@
+"""The seam: how experts are found, run and read without any code per model family.
+
+`transformers` runs the experts of every supported family through `ALL_EXPERTS_FUNCTIONS`. A module on that seam says
+of itself whether it is gated, biased, transposed or interleaved; everything below follows from those flags and from
+probing its activation numerically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from smoe.artifacts.manifest import Gate
+from smoe.prep.errors import PrepError
+from smoe.runtime.kernels import activations, reference
+
+Run = Callable[[int, torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+ExpertsLayer = tuple[str, torch.nn.Module]
+_NAME = "smoe"
+
+
+def experts_modules(model: torch.nn.Module) -> list[ExpertsLayer]:
+    """Every module on the seam with its name, as they are listed in the model."""
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+    return [(n, m) for n, m in model.named_modules() if all(hasattr(m, flag) for flag in flags)]
+
+
+@torch.no_grad()
+def layers_used(model: torch.nn.Module) -> list[ExpertsLayer]:
+    """The modules on the seam that text reaches, in the order in which they run: seen by running a few tokens.
+
+    A multimodal model may have experts for pictures besides. The experts themselves are left out.
+    """
+    found = experts_modules(model)
+    seen: list[int] = []
+
+    def note(layer, module, hidden, ids, weights):
+        seen.append(layer)
+        return torch.zeros_like(hidden)
+
+    with experts_run_by(model, found, note):
+        try:
+            model(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
+        except (
+            Exception
+        ) as error:  # a family's own code: whatever it raises means the same to the user
+            raise PrepError(
+                f"{type(model).__name__} does not run on text alone ({type(error).__name__}: {error}); it cannot be prepared."
+            ) from error
+    return [found[layer] for layer in seen]
+
+
+@contextmanager
+def experts_run_by(model: torch.nn.Module, modules: list[ExpertsLayer], run: Run) -> Iterator[None]:
+    """Within the block the model's experts are `run(layer, module, hidden, ids, weights)`, layer being the place in
+    `modules`.
+
+    hidden float `[T, H]`, ids int64 `[T, k]`, weights float `[T, k]`; `run` returns the weighted sum, shaped as hidden.
+    """
+    layers = {id(module): layer for layer, (_, module) in enumerate(modules)}
+
+    def dispatch(module, hidden, ids, weights):
+        return run(layers[id(module)], module, hidden, ids, weights)
+
+    previous, outer = model.get_experts_implementation(), ALL_EXPERTS_FUNCTIONS.get(_NAME)
+    ALL_EXPERTS_FUNCTIONS.register(_NAME, dispatch)
+    model.set_experts_implementation(_NAME)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(
+            previous
+        )  # the registry has no way to unregister; the next block overwrites
+        if outer is not None:  # perhaps we are inside of one
+            ALL_EXPERTS_FUNCTIONS.register(_NAME, outer)
+
+
+def symbolic(layer, module, hidden, ids, weights):
+    """The export's implementation: one custom node, where the graph will be cut."""
+    return torch.onnx.ops.symbolic(
+        "smoe::Experts",
+        (hidden, ids, weights),
+        {"layer": layer},
+        dtype=hidden.dtype,
+        shape=hidden.shape,
+        version=1,
+    )
+
+
+def zeros(layer, module, hidden, ids, weights):
+    """An implementation that leaves the experts out, for what does not depend on them."""
+    return torch.zeros_like(hidden)
+
+
+def expert_outputs(module: torch.nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """The output of one expert on `x` `[n, H]`, before its mixing weight, as the module itself defines it."""
+    y = _linear(module, "down_proj", expert, expert_inner(module, expert, x))
+    return module.post_expert_norm(y) if module.has_post_expert_norm else y
+
+
+def expert_inner(module: torch.nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """What the last matrix of an expert receives, `[n, width]`."""
+    if module.has_gate:
+        return module._apply_gate(_linear(module, "gate_up_proj", expert, x))
+    return module.act_fn(_linear(module, "up_proj", expert, x))
+
+
+def _linear(module: torch.nn.Module, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+    w = getattr(module, name)[expert].float()  # stored in half precision, perhaps
+    y = x @ (w if module.is_transposed else w.T)
+    return y + getattr(module, f"{name}_bias")[expert].float() if module.has_bias else y
+
+
+def mixed_outputs(
+    module: torch.nn.Module, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted sum of the chosen experts' outputs `[T, H]`, and the norm of each output `[T, k]`.
+
+    On the seam an id that is the number of experts means no expert.
+    """
+    mixed, norms = torch.zeros_like(x), torch.zeros_like(weights)
+    for expert, tokens, its in slots_of(ids, expert_geometry(module)[0]):
+        y = expert_outputs(module, expert, x[tokens])
+        norms.view(-1)[its] = y.norm(dim=-1)
+        mixed.index_add_(0, tokens, y * weights.reshape(-1)[its, None])
+    return mixed, norms
+
+
+def slots_of(ids: torch.Tensor, experts: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Every expert that `ids` int64 `[T, k]` name, with its tokens and its places in the flattened ids, in order."""
+    flat = ids.reshape(-1)
+    of = flat.argsort(stable=True).split(flat.bincount(minlength=experts + 1).tolist())
+    for expert, its in enumerate(of[:experts]):
+        if len(its):
+            yield expert, its // ids.shape[1], its
+
+
+def expert_weights(module: torch.nn.Module, expert: int) -> dict[str, np.ndarray]:
+    """One expert's float32 matrices `[n_out, n_in]` and biases, named as in `artifacts.layout.ExpertShape`."""
+
+    def rows(name: str) -> torch.Tensor:
+        w = getattr(module, name)[expert]
+        return w.T if module.is_transposed else w
+
+    def halves(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(rows.chunk(2)) if module.is_concatenated else (rows[0::2], rows[1::2])
+
+    tensors = {"down": rows("down_proj")}
+    if module.has_gate:
+        tensors["gate"], tensors["up"] = halves(rows("gate_up_proj"))
+    else:
+        tensors["up"] = rows("up_proj")
+    if module.has_bias:
+        tensors["down_bias"] = module.down_proj_bias[expert]
+        if module.has_gate:
+            tensors["gate_bias"], tensors["up_bias"] = halves(module.gate_up_proj_bias[expert])
+        else:
+            tensors["up_bias"] = module.up_proj_bias[expert]
+    if module.has_post_expert_norm:
+        tensors["norm"] = probe_norm(module)
+    return {name: t.detach().float().contiguous().numpy() for name, t in tensors.items()}
+
+
+def expert_geometry(module: torch.nn.Module) -> tuple[int, int, int]:
+    """(number of experts, hidden, width) of a module on the seam, from its down projection."""
+    down = module.down_proj
+    experts, out, width = (
+        down.shape if not module.is_transposed else (down.shape[0], down.shape[2], down.shape[1])
+    )
+    return int(experts), int(out), int(width)
+
+
+@torch.no_grad()
+def probe_gate(module: torch.nn.Module) -> Gate:
+    """Which known function the module's gate is, found by comparing values; a `PrepError` if none fits.
+
+    For gated modules `_apply_gate` receives gate and up in the module's own order; the known functions are those of
+    `smoe.runtime.kernels.activations`, so what is recognised here can be run there.
+    """
+    # Far out too: a clamp that calibration never reaches is still part of the function.
+    far = torch.tensor([-1e4, -300.0, -100.0, -20.0, 20.0, 100.0, 300.0, 1e4])
+    gate = torch.cat([torch.linspace(-9, 9, 56), far]).repeat(3, 1)
+    up = torch.randn(gate.shape, generator=torch.Generator().manual_seed(0)) * 4
+    up[1], up[2] = gate[1].flip(0), 50 * up[2]
+    if not module.has_gate:
+        found = module.act_fn(up).numpy()
+        candidates = [Gate("plain", name) for name in activations.ACTIVATIONS]
+    else:
+        pair = (
+            torch.cat([gate, up], -1)
+            if module.is_concatenated
+            else torch.stack([gate, up], -1).flatten(-2)
+        )
+        found = module._apply_gate(pair).numpy()
+        candidates = [
+            Gate("gated", name) for name in activations.ACTIVATIONS
+        ] + _limited_candidates(module)
+    # 1 + tanh and the like cancel: what is lost is relative to the inputs, not to the result.
+    rounding = 1e-6 * (1 + (gate * up if module.has_gate else up).abs().numpy())
+    for candidate in candidates:
+        with np.errstate(over="ignore"):
+            wanted = activations.gate(candidate, gate.numpy(), up.numpy())
+        if np.all(np.abs(wanted - found) <= 1e-5 * np.abs(found) + rounding):
+            return candidate
+    raise PrepError(
+        f"The experts' activation in {type(module).__name__} is none of the {len(candidates)} functions that the "
+        "runtime knows; this model cannot be prepared. Please report its name."
+    )
+
+
+def _limited_candidates(module: torch.nn.Module) -> list[Gate]:
+    """Gates with limits, the limits read off the function itself.
+
+    With up = 0 the clamped gate is g * sigmoid(alpha * g) below its limit, and limit * sigmoid(alpha * limit) far above.
+    The others are 0 there. Far out in gate and up the bounded one is limit^2 (for an activation that becomes the
+    identity), the softcapped one limit * alpha; with one of them far out and the other small the limits come apart.
+    """
+
+    def at(g: float, u: float) -> float:
+        pair = torch.tensor([[g, u]])  # one pair reads the same concatenated and interleaved
+        return float(module._apply_gate(pair))
+
+    found = []
+    ratio = at(0.5, 0) / 0.5
+    if 0 < ratio < 1:
+        alpha = float(np.log(ratio / (1 - ratio)) / 0.5)
+        ceiling = limit = at(
+            1e4, 0
+        )  # limit * sigmoid(alpha * limit): solved by iteration, which contracts
+        for _ in range(50):
+            limit = ceiling * (1 + np.exp(-alpha * limit))
+        found.append(Gate("clamped", "", round(alpha, 4), round(float(limit), 4)))
+    highest, small = at(1e4, 1e4), 2.0**-10
+    if 0 < highest < 1e6:
+        bound = at(1e4, small) / small  # act(limit), or the gate's cap
+        found += [
+            Gate("bounded", name, 0.0, round(highest / bound, 4))
+            for name in activations.ACTIVATIONS
+        ]
+        for up_cap in (highest / bound, round(highest / bound)):
+            found.append(Gate("softcapped", "", round(up_cap, 4), round(bound, 4)))
+    return found
+
+
+@torch.no_grad()
+def probe_norm(module: torch.nn.Module) -> torch.Tensor:
+    """The scale `[H]` with which `reference.normalise` is the module's norm of an expert's output, found by comparing
+    values; a `PrepError` if there is none.
+
+    On a large constant the norm is the scale divided by its root mean square; on a tiny one its epsilon shows.
+    """
+    hidden = expert_geometry(module)[1]
+    shape = module.post_expert_norm(torch.full((1, hidden), 1e4))[0]
+    tiny = module.post_expert_norm(torch.full((1, hidden), 1e-6))[0]
+    largest = shape.abs().argmax()
+    epsilon = (1e-6 * shape[largest] / tiny[largest]) ** 2 - 1e-12  # of shape's own size
+    scale = shape * (reference.NORM_EPSILON / epsilon.clamp(min=1e-20)) ** 0.5
+    y = (
+        torch.randn(16, hidden, generator=torch.Generator().manual_seed(0))
+        * torch.logspace(-4, 2, 16)[:, None]
+    )
+    wanted = module.post_expert_norm(y)
+    if not torch.allclose(
+        torch.from_numpy(reference.normalise(y.numpy(), scale.numpy())), wanted, 1e-4, 1e-6
+    ):
+        raise PrepError(
+            f"The norm of the experts' outputs in {type(module).__name__} is not one that the runtime knows (a scale, "
+            "then a root mean square); this model cannot be prepared. Please report its name."
+        )
+    return scale

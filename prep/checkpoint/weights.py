@@ -1,0 +1,233 @@
+"""The weights of a checkpoint on disk: which tensors there are, and a few of them at a time into a model.
+
+`transformers`' own conversion turns what is stored (a tensor per expert or one for all, old names or new) into what the
+model has. Here it runs on parts: once on the headers alone, on the meta device, where nothing is read and everything
+that is missing or has another shape shows; then for real, on the backbone's tensors or on those of one layer's experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
+
+from smoe.prep.errors import PrepError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor on disk."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta").nbytes
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All tensors of a checkpoint by name, known from the headers."""
+
+    path: Path
+    stored: dict[str, Stored]
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({tensor.file for tensor in self.stored.values()})
+
+    def nbytes(self, names: Iterable[str]) -> int:
+        return sum(self.stored[name].nbytes for name in names)
+
+    def check(self, model: transformers.PreTrainedModel) -> LoadStateDictInfo:
+        """Convert the headers into `model`, which must be on the meta device and stays there.
+
+        What is of another shape or cannot be converted is a `PrepError`. What is missing is in the result: only when
+        the model is completed is it known whether it matters (tied weights do not).
+        """
+        empty = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            for name, tensor in self.stored.items()
+        }
+        info, _ = self._convert(model, empty, "meta")
+        wrong = sorted(str(entry[0]) for entry in info.mismatched_keys) + sorted(
+            info.conversion_errors
+        )
+        if wrong:
+            raise PrepError(
+                f"{self.path}: {len(wrong)} weights are missing in part or have another shape than config.json says, "
+                f"{wrong[0]} first; download the checkpoint again."
+            )
+        return info
+
+    def targets(self, model: transformers.PreTrainedModel) -> dict[str, str]:
+        """For every stored tensor the name of the model's (first) parameter that is made from it."""
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        state = model.state_dict()
+        found = {}
+        for name in self.stored:
+            target, _ = rename_source_key(
+                name, renamings, converters, model.base_model_prefix, state
+            )
+            if target not in state and name in state:
+                target, _ = rename_source_key(name, [], [], model.base_model_prefix, state)
+            found[name] = target
+        return found
+
+    def load(self, model: transformers.PreTrainedModel, names: Iterable[str]) -> None:
+        """Read the tensors `names` and put what they make into `model`, in the dtype its parameters have there.
+
+        A file that cannot be read is a `PrepError`.
+        """
+        wanted = set(names)
+        with contextlib.ExitStack() as opened:
+            slices = {}
+            for file in sorted({self.stored[name].file for name in wanted}):
+                handle = opened.enter_context(_opened(file))
+                slices.update(
+                    {
+                        name: handle.get_slice(name)
+                        for name in wanted
+                        if self.stored[name].file == file
+                    }
+                )
+            try:
+                info, _ = self._convert(model, slices, "cpu")
+            except (SafetensorError, OSError) as error:
+                raise PrepError(
+                    f"{self.path} became unreadable: {error}; download it again."
+                ) from error
+        if info.mismatched_keys or info.conversion_errors:
+            raise PrepError(
+                f"{self.path} changed while it was read; leave it alone until smoe-prep is done."
+            )
+
+    @staticmethod
+    def complete(model: transformers.PreTrainedModel, info: LoadStateDictInfo) -> None:
+        """Once everything of `model` but its experts is loaded: tie weights, fill what no checkpoint holds. Afterwards
+        `info.missing_keys` names what is really missing."""
+        with _quiet():
+            model._finalize_model_loading(
+                model, LoadStateDictConfig(device_map={"": "cpu"}, dtype=torch.float32), info
+            )
+        model.eval()
+
+    def _convert(self, model: transformers.PreTrainedModel, tensors: dict, device: str):
+        mapping = get_model_conversion_mapping(model)
+        config = LoadStateDictConfig(
+            device_map={"": device}, dtype=torch.float32, weight_mapping=mapping
+        )
+        with _quiet():
+            return convert_and_load_state_dict_in_model(model, tensors, config)
+
+
+def open_weights(path: Path) -> Weights:
+    """The tensors of the checkpoint directory `path`; a `PrepError` for one that is not there or not whole."""
+    listed: dict[str, str] | None = None
+    if (path / INDEX).is_file():
+        listed = _index(path / INDEX)
+        names = sorted(set(listed.values()))
+    else:
+        names = (
+            [SINGLE]
+            if (path / SINGLE).is_file()
+            else sorted(f.name for f in path.glob("*.safetensors"))
+        )
+    if not names:
+        raise PrepError(
+            f"{path} has no .safetensors files; download the weights, or convert them with save_pretrained."
+        )
+    gone = [name for name in names if not (path / name).is_file()]
+    if gone:
+        raise PrepError(
+            f"{path}: {len(gone)} of {len(names)} weight files are not there, {gone[0]} first; the download is not "
+            "complete. Run it again, it goes on where it stopped."
+        )
+    stored: dict[str, Stored] = {}
+    for name in names:
+        stored.update(_headers(path / name))
+    lost = sorted(set(listed or ()) - set(stored))
+    if lost:
+        raise PrepError(
+            f"{path}: {lost[0]} is in the index but in no file; download the checkpoint again."
+        )
+    return Weights(path, stored)
+
+
+def _index(file: Path) -> dict[str, str]:
+    try:
+        listed = json.loads(file.read_text("utf-8"))["weight_map"]
+        plain = all(
+            isinstance(n, str) and n == Path(n).name and n.endswith(".safetensors")
+            for n in listed.values()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PrepError(
+            f"{file} is not an index of weights ({error!r}); download it again."
+        ) from error
+    if not listed or not plain:
+        raise PrepError(f"{file} names no weight files, or files elsewhere; download it again.")
+    return listed
+
+
+def _headers(file: Path) -> Iterator[tuple[str, Stored]]:
+    with _opened(file) as handle:
+        for name in handle.keys():
+            tensor = handle.get_slice(name)
+            dtype = DTYPES.get(str(tensor.get_dtype()))
+            if dtype is None:
+                raise PrepError(
+                    f"{file}: {name} is stored as {tensor.get_dtype()}, which smoe does not read."
+                )
+            yield name, Stored(file, dtype, tuple(tensor.get_shape()))
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    try:
+        handle = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise PrepError(
+            f"{file} is not whole ({error}); the download stopped half-way or the file is damaged. Download it again."
+        ) from error
+    with handle:
+        yield handle
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What transformers would warn about while loading is said by us, as an error."""
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,222 @@
+"""Shortcuts taken on purpose, at chosen slots, to measure what they cost beside what their prices say.
+
+The bundle runs in the runtime's own engine, with a substitution that does as it is told. A row of text runs exactly
+once, which shows what every slot was; then once for every `Perturbation`, whose slots take their shortcut. Slots of a plan are places
+(layer, token, rank), so that two plans perturb as many although routers decide otherwise after a shortcut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from smoe.artifacts import Bundle, open_bundle
+from smoe.runtime import Engine, Policies
+from smoe.runtime.budget import plan_memory
+from smoe.runtime.choose.prices import KINDS, Prices
+from smoe.runtime.choose.substitution import Choice, Chosen
+from smoe.runtime.evaluate import log_softmax
+
+LENGTH = 256  # tokens of a row
+ABLE = 0.5  # of a layer's experts may stand in, drawn anew for every row and layer
+
+
+@dataclass
+class Seen:
+    """One row's slots as the exact run had them: per layer ids int64, weights float32 `[T, k]`."""
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    weights: list[np.ndarray] = field(default_factory=list)
+
+
+# Which kind of shortcut every slot takes: per layer int `[T, k]`, an index into KINDS or -1.
+Kinds = list[np.ndarray]
+Perturbation = Callable[[Seen, np.random.Generator], Kinds]
+
+
+@dataclass
+class Outcome:
+    """One perturbation's sums over all rows. `moments` and `roots` float64 `[KINDS]` are of p and sqrt(p) (`runtime.prices`),
+    `kl` is the measured divergence in nats, `square` the sum of the slots' squared mixing weights."""
+
+    tokens: int = 0
+    kl: float = 0.0
+    slots: int = 0
+    square: float = 0.0
+    moments: np.ndarray = field(default_factory=lambda: np.zeros(len(KINDS)))
+    roots: np.ndarray = field(default_factory=lambda: np.zeros(len(KINDS)))
+
+    def predicted(self, fit: np.ndarray) -> float:
+        """Nats per token by the prices with this `fit` `[KINDS, 2]`."""
+        return float(
+            (fit[:, 0] * self.moments + fit[:, 1] * self.roots).sum() / max(1, self.tokens)
+        )
+
+    @property
+    def measured(self) -> float:
+        """Nats per token."""
+        return self.kl / max(1, self.tokens)
+
+
+class _Told:
+    """The substitution. Between `begin`s every layer sees the tokens of one row in order."""
+
+    def __init__(self, prices: Prices):
+        self._prices = prices
+        self.begin(None, None, np.random.default_rng(0))
+
+    def begin(
+        self, kinds: Kinds | None, outcome: Outcome | None, random: np.random.Generator
+    ) -> None:
+        layers = self._prices.layers
+        self._kinds, self._outcome, self._random = kinds, outcome, random
+        self._able = [
+            random.permutation(len(p.cross))[: max(1, int(ABLE * len(p.cross)))] for p in layers
+        ]
+        self._at = [0] * len(layers)
+        self.seen = Seen(
+            [np.zeros((0, 0), np.int64)] * len(layers), [np.zeros((0, 0), np.float32)] * len(layers)
+        )
+
+    def __call__(self, choice: Choice) -> Chosen:
+        layer, start = choice.layer, self._at[choice.layer]
+        self._at[layer] += len(choice.ids)
+        if self._kinds is None:
+            for kept, new in ((self.seen.ids, choice.ids), (self.seen.weights, choice.weights)):
+                kept[layer] = np.concatenate([kept[layer], new]) if start else new.copy()
+            return Chosen(choice.ids, choice.weights)
+        assert self._outcome is not None
+        kinds = np.where(
+            choice.ids < len(choice.resident), self._kinds[layer][start : self._at[layer]], -1
+        )
+        ids, weights = choice.ids.copy(), choice.weights.copy()
+        levels = np.full(ids.shape, choice.full)
+        for kind, name in enumerate(KINDS):
+            at = np.nonzero(kinds == kind)
+            e, w = choice.ids[at], choice.weights[at].astype(np.float64)
+            if not len(e):
+                continue
+            if name == "skip":
+                ids[at], weights[at] = len(choice.resident), 0
+                p = self._prices.layers[layer].skip(e, w)
+            elif name == "standin":
+                ids[at], weights[at], p = self._stand_ins(layer, e, w)
+            else:
+                levels[at] = self._random.integers(1, max(2, choice.full), len(e))
+                p = self._prices.layers[layer].at_level(e, w, levels[at])
+            self._outcome.slots += len(e)
+            self._outcome.square += float((w * w).sum())
+            self._outcome.moments[kind] += p.sum()
+            self._outcome.roots[kind] += np.sqrt(p).sum()
+        return Chosen(ids, weights, levels)
+
+    def _stand_ins(
+        self, layer: int, e: np.ndarray, w: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The cheapest of those that may, as the scheduler would choose it."""
+        able, prices = self._able[layer], self._prices.layers[layer]
+        best = prices.best_weight(e[:, None], w[:, None], able)
+        costs = np.where(
+            e[:, None] == able, np.inf, prices.stand_in(e[:, None], w[:, None], able, best)
+        )
+        rows, least = np.arange(len(e)), costs.argmin(1)
+        return able[least], best[rows, least].astype(np.float32), costs[rows, least]
+
+
+def outcomes(
+    bundle: Path, prices: Prices, rows: Sequence[np.ndarray], perturbations: Sequence[Perturbation], seed: int,
+    counted: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> list[Outcome]:  # fmt: skip
+    """What each of `perturbations` costs over `rows` of token ids, `prices` being those without a fit."""
+    told, found = _Told(prices), [Outcome() for _ in perturbations]
+    opened = open_bundle(bundle)
+    longest = max(len(row) for row in rows)
+    with Engine.open(
+        bundle,
+        _budget(opened, longest),
+        longest,
+        policies=Policies(substitution=told),
+        io="buffered",
+    ) as engine:
+        for number in counted(range(len(rows))):
+            row = rows[number]
+            told.begin(None, None, np.random.default_rng(seed))
+            exact, seen = log_softmax(engine.logits(row)), told.seen
+            for perturb, outcome in zip(perturbations, found, strict=True):
+                random = np.random.default_rng([seed, number])
+                told.begin(perturb(seen, random), outcome, random)
+                q = log_softmax(engine.logits(row))
+                outcome.kl += float((np.exp(exact) * (exact - q)).sum())
+                outcome.tokens += len(row)
+    return found
+
+
+def _budget(bundle: Bundle, context: int) -> int | None:
+    """Two layers' experts: a chunk of text passes every layer once, and most experts of it."""
+    plan = plan_memory(bundle, None, context)
+    most = 2 * max(layer.experts for layer in bundle.manifest.layers)
+    return None if most >= plan.experts else plan.fixed + most * plan.record
+
+
+# -- perturbations -----------------------------------------------------------------------------------------------------------
+
+
+def cheapest(kind: str, prices: Prices, nats: float) -> Perturbation:
+    """What a scheduler would do with one kind alone: of a random `ABLE` of all slots those of the lowest price, up to
+    `nats` per token."""
+
+    def perturbation(seen: Seen, random: np.random.Generator) -> Kinds:
+        p = [_price(kind, prices, layer, ids, w) for layer, (ids, w) in enumerate(zip(seen.ids, seen.weights, strict=True))]  # fmt: skip
+        missing = [random.random(of.shape) < ABLE for of in p]
+        every = np.sort(np.concatenate([of[m] for of, m in zip(p, missing, strict=True)]))
+        within = np.searchsorted(np.cumsum(every), nats * len(seen.ids[0]))
+        limit = every[min(within, len(every) - 1)]
+        return [
+            np.where(m & (of < limit), KINDS.index(kind), -1)
+            for of, m in zip(p, missing, strict=True)
+        ]
+
+    return perturbation
+
+
+def _price(kind: str, prices: Prices, layer: int, ids: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """p of every slot; for a stand-in that of nothing in its place, which bounds it; infinite for no expert."""
+    of = prices.layers[layer]
+    e = np.minimum(ids, len(of.cross) - 1)
+    p = of.at_level(e, w, 1) if kind == "level" else of.skip(e, w)
+    return np.where(ids < len(of.cross), p, np.inf)
+
+
+def at_random(
+    kinds: Sequence[str], share: float, tilt: float, layers: float, prefer: str, seed: int
+) -> Perturbation:
+    """`share` of all slots, in a random part `layers` of the layers, each with one of `kinds`: slots of small (`tilt`
+    < 0) or large mixing weight, or of unlikely or likely `prefer` "experts", come first. The count is exact."""
+
+    def perturbation(seen: Seen, random: np.random.Generator) -> Kinds:
+        fixed = np.random.default_rng(seed)  # the same layers and experts in every row
+        total, count = sum(of.size for of in seen.ids), len(seen.ids)
+        used = fixed.permutation(count)[: max(1, round(layers * count))]
+        keys = []
+        for layer in range(count):
+            ids, w = seen.ids[layer], seen.weights[layer]
+            liked = fixed.standard_normal(int(ids.max()) + 2)
+            z = liked[ids] if prefer == "experts" else (w - w.mean()) / max(float(w.std()), 1e-9)
+            keys.append(
+                np.where(np.isin(layer, used), tilt * z + random.gumbel(size=ids.shape), -np.inf)
+            )
+        flat = np.concatenate([of.reshape(-1) for of in keys])
+        able = int(np.isfinite(flat).sum())
+        take = np.argsort(-flat, kind="stable")[: min(able, round(share * total))]
+        marked = np.full(total, -1)
+        marked[take] = random.choice([KINDS.index(kind) for kind in kinds], len(take))
+        ends = np.cumsum([of.size for of in keys])
+        return [
+            part.reshape(of.shape)
+            for part, of in zip(np.split(marked, ends[:-1]), keys, strict=True)
+        ]
+
+    return perturbation

@@ -1,0 +1,170 @@
+"""The budget: what the engine will hold, added up before anything is loaded, and what is left for experts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from smoe.artifacts.bundle import Bundle
+from smoe.artifacts.encodings import checked_level, encoding_named
+from smoe.artifacts.manifest import Manifest
+from smoe.runtime.errors import EngineError
+
+MIB = 1 << 20
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "k": 1 << 10,
+    "kib": 1 << 10,
+    "kb": 10**3,
+    "m": MIB,
+    "mib": MIB,
+    "mb": 10**6,
+    "g": 1 << 30,
+    "gib": 1 << 30,
+    "gb": 10**9,
+}
+
+CHUNK = 128  # tokens of a prompt that run at once; a constant, so that logits do not depend on the budget
+SLOTS = 256  # of one call of the kernels, before the last expert is added: more would be no faster
+
+# Measured with bench/memory.py on x86-64, ONNX Runtime 1.31: the code pages that ONNX Runtime and tokenizers touch when
+# they first run, what a session holds besides its weights, and what a tokenizer holds per byte of its file.
+RUNTIME = 18 * MIB
+SESSION = MIB // 2
+TOKENIZER = 16
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by purpose. Experts: `capacity` may be resident, `experts` there are, `smallest` are needed to run at all,
+    `token_cycle` are used by one token."""
+
+    context: int
+    budget: int | None
+    backbone: int
+    state: int
+    workspace: int
+    record: int
+    capacity: int
+    experts: int
+    smallest: int
+    token_cycle: int
+
+    @property
+    def fixed(self) -> int:
+        """What is not experts."""
+        return self.backbone + self.state + self.workspace
+
+    @property
+    def total(self) -> int:
+        return self.fixed + self.capacity * self.record
+
+    def lines(self, eviction: str = "") -> list[str]:
+        """For people: what the memory is used for, and a warning where the budget lies below a known cliff."""
+        stated = (
+            "no budget stated" if self.budget is None else f"of {show_size(self.budget)} stated"
+        )
+        out = [
+            f"memory: {show_size(self.total)} {stated}: backbone {show_size(self.backbone)}, state {show_size(self.state)}, "
+            f"workspace {show_size(self.workspace)}, {self.capacity} of {self.experts} experts "
+            f"{show_size(self.capacity * self.record)}"
+        ]
+        if self.capacity < min(self.token_cycle, self.experts):
+            enough = show_size(
+                self.total + (self.token_cycle - self.capacity) * self.record, up=True
+            )
+            what = (
+                "eviction lru then never hits; use another"
+                if eviction == "lru"
+                else "few of them are here when they are wanted again"
+            )
+            out.append(
+                f"warning: {self.capacity} resident experts are fewer than one token uses ({self.token_cycle}): {what}, "
+                f"or allow {enough}"
+            )
+        return out
+
+
+def plan_memory(
+    bundle: Bundle,
+    budget: int | None,
+    context: int | None = None,
+    level: int | None = None,
+    tables: int = 0,
+) -> MemoryPlan:
+    """Divide `budget` bytes (None: as much as it takes) for sequences of `context` tokens (None: 2048, or what the
+    model was made for if that is less), experts at `level` (None: the highest) and so many bytes of `tables`. An
+    `EngineError` names the minimum where the budget is too small."""
+    manifest = bundle.manifest
+    layers, longest = manifest.layers, manifest.model.context
+    context = min(2048, longest) if context is None else context
+    if not 1 <= context <= longest:
+        raise EngineError(
+            f"A context of {context} tokens was asked for; this model takes 1 to {longest}."
+        )
+    level = checked_level(encoding_named(manifest.experts.encoding), level)
+    record = max(layout.levels[level - 1] for layout in bundle.layouts)
+    tokenizer = manifest.files["tokenizer.json"].size if "tokenizer.json" in manifest.files else 0
+    copies = (
+        1 if manifest.backbone.precision == "f32" else 2
+    )  # ONNX Runtime's own layout of what is not float
+    backbone = copies * manifest.files[manifest.backbone.weights].size + SESSION * len(
+        manifest.backbone.segments
+    )
+    backbone += RUNTIME + TOKENIZER * tokenizer
+    state = sum(spec.nbytes(context) for spec in manifest.backbone.state)
+    workspace = _workspace(manifest, context) + tables
+    experts, smallest = sum(layer.experts for layer in layers), max(layer.top_k for layer in layers)
+    fixed = backbone + state + workspace
+    if budget is not None and budget < fixed + smallest * record:
+        raise EngineError(
+            f"A budget of {show_size(budget)} is too small: this bundle needs at least {show_size(fixed + smallest * record, up=True)} "
+            f"with a context of {context} (backbone {show_size(backbone)}, state {show_size(state)}, workspace {show_size(workspace)}, "
+            f"{smallest} experts {show_size(smallest * record)}). State more memory or a shorter context."
+        )
+    capacity = experts if budget is None else min(experts, (budget - fixed) // record)
+    cycle = sum(layer.top_k for layer in layers)
+    return MemoryPlan(
+        context, budget, backbone, state, workspace, record, capacity, experts, smallest, cycle
+    )
+
+
+def _workspace(manifest: Manifest, context: int) -> int:
+    """Intermediate values of one chunk: a few copies of the hidden state and of every slot's output, the attention
+    scores of all heads and the mask, the logits of one token (of a chunk, where the graph gives all), and what the
+    kernels hold of the slots in one call."""
+    widest = max(layer.hidden * (96 + 8 * layer.top_k) for layer in manifest.layers)
+    fused = all(state.in_place for state in manifest.backbone.state)
+    per_position = 4 * manifest.backbone.heads * (1 if fused else 3) + 16
+    sliced = "logits_to_keep" in manifest.backbone.segments[-1].inputs
+    tokens = chunk_tokens(manifest)
+    logits = 4 * manifest.model.vocabulary * (2 if sliced else tokens + 1)
+    slots = min(SLOTS + tokens, tokens * max(layer.top_k for layer in manifest.layers))
+    kernels = slots * max(8 * layer.hidden + 10 * layer.width for layer in manifest.layers)
+    return tokens * (widest + per_position * context) + logits + kernels
+
+
+def chunk_tokens(manifest: Manifest) -> int:
+    """How many tokens of a prompt run at once."""
+    return 1 if manifest.backbone.one_at_a_time else CHUNK
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "64MiB", "1.5G", "500 MB" or an integer; an `EngineError` for anything else."""
+    if isinstance(text, (int, np.integer)) and not isinstance(text, bool):
+        return int(text)
+    if not isinstance(text, str):
+        raise EngineError(f"{text!r} is not a size; give an integer of bytes, or text like 64MiB.")
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].lower() not in _UNITS:
+        raise EngineError(f"{text!r} is not a size; write it like 64MiB, 1.5GiB or 500MB.")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def show_size(size: int, up: bool = False) -> str:
+    """Bytes for people. With `up` rounded up, so that the figure can be given back as a budget."""
+    mib = size / MIB
+    return f"{-(-size * 10 // MIB) / 10:.1f}MiB" if up else f"{mib:.1f}MiB"

@@ -1,0 +1,281 @@
+"""Which resident expert goes when another needs its place.
+
+A policy keeps a number per expert; among those that may go, the one with the least goes. Experts have flat numbers here:
+`first[layer] + expert`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from smoe.runtime.errors import EngineError
+
+
+class Eviction:
+    """Least recently used, and the base of the others."""
+
+    needs_scores = False
+    by_planes = False  # whether a record may lose its highest plane alone
+
+    def __init__(self, experts: Sequence[int]):
+        """`experts[l]`: how many experts layer l has."""
+        self.first = np.concatenate([[0], np.cumsum(experts)])
+        self.layer_of = np.repeat(np.arange(len(experts)), experts)
+        self.clock = 0
+        self.last = np.zeros(self.first[-1])  # when each was used last
+
+    def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
+        """A step reaches a layer with so many tokens; `scores` `[tokens, experts]` of its router, if there are any."""
+
+    def use(self, key: int, tokens: int = 1) -> None:
+        """The step uses an expert, resident or not, for so many of its tokens."""
+        self.clock += 1
+        self.last[key] = self.clock
+
+    def warm(self, share: np.ndarray) -> None:
+        """Before the first step: `share` float64 `[all experts]` of its layer's slots that each got in calibration."""
+        self.last = share - 1  # before anything that is used
+
+    def values(self, keys: np.ndarray) -> np.ndarray:
+        """float64 for each of `keys`: what is kept longest has the most. Ties go to the first."""
+        return self.last[keys]
+
+    def planes(self, keys: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        """The same for what would go of each, where they are here up to `levels`."""
+        return self.values(keys)
+
+
+class LeastRecentlyUsed(Eviction):
+    """LRU."""
+
+
+class LeastFrequentlyUsed(Eviction):
+    """LFU since the start; of equals the one that was not used for longest."""
+
+    def __init__(self, experts: Sequence[int]):
+        super().__init__(experts)
+        self.count = np.zeros(self.first[-1])
+
+    def use(self, key: int, tokens: int = 1) -> None:
+        super().use(key)
+        self.count[key] += 1
+
+    def values(self, keys: np.ndarray) -> np.ndarray:
+        return self.count[keys] + self.last[keys] / (self.clock + 1)
+
+
+class DecayedFrequency(Eviction):
+    """Uses, of which each counts half as much after `half_life` more tokens (LRFU of Lee et al. 2001, in tokens rather
+    than references, so that it means the same in every layer)."""
+
+    def __init__(self, experts: Sequence[int], half_life: float = 32.0):
+        super().__init__(experts)
+        self.growth = 2 ** (1 / half_life)
+        self.forgotten = (
+            300 * half_life
+        )  # tokens after which nothing is left of a use; more of them would overflow
+        self.unit = np.ones(
+            len(experts)
+        )  # what one use counts now, per layer: it grows instead of all else decaying
+        self.uses = np.zeros(self.first[-1])
+
+    def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
+        self.unit[layer] *= self.growth ** min(tokens, self.forgotten)
+        if self.unit[layer] > 1e100:
+            self.uses[self.first[layer] : self.first[layer + 1]] /= self.unit[layer]
+            self.unit[layer] = 1
+
+    def use(self, key: int, tokens: int = 1) -> None:
+        super().use(key)
+        self.uses[key] += self.unit[self.layer_of[key]]
+
+    def warm(self, share: np.ndarray) -> None:
+        super().warm(share)
+        self.uses = share * self.unit[self.layer_of]
+
+    def values(self, keys: np.ndarray) -> np.ndarray:
+        return self.uses[keys] / self.unit[self.layer_of[keys]] + self.last[keys] * 1e-12
+
+
+class GateScore(Eviction):
+    """SMoE: the mean gate score over the last `window` tokens, of experts that were not active too (paper III-D, Eq. 3;
+    its n is not given). The protection shield is the residency's, for every policy."""
+
+    needs_scores = True
+
+    def __init__(self, experts: Sequence[int], window: int = 8):
+        super().__init__(experts)
+        self.window = window
+        self.recent = [np.zeros((0, n)) for n in experts]
+        self.mean = np.zeros(self.first[-1])
+
+    def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
+        if scores is None:
+            raise EngineError(
+                "Eviction by gate scores needs the router's scores, which are not known here; use another."
+            )
+        self.recent[layer] = np.concatenate([self.recent[layer], scores])[-self.window :]
+        self.mean[self.first[layer] : self.first[layer + 1]] = self.recent[layer].mean(0)
+
+    def warm(self, share: np.ndarray) -> None:
+        super().warm(share)
+        self.mean = share.astype(np.float64)
+
+    def values(self, keys: np.ndarray) -> np.ndarray:
+        return self.mean[keys] + self.last[keys] * 1e-12
+
+
+class NextUse(Eviction):
+    """Belady's rule with an estimate: what is expected to be needed furthest in the future goes.
+
+    Every token passes every layer once, so an expert is next needed after the way to its layer, d of a token's way
+    through the model (0 < d <= 1), and as many more tokens as its layer does not choose it. If the layer chooses it with
+    probability p each time, that is d + (1 - p) / p tokens ahead on average. p is estimated as
+
+        (1 - again) * how often it was used, each token counting half as much after `half_life` more tokens
+        + again * (1 if the layer's last step used it, otherwise 0)
+
+    The second term is what plain frequency lacks: 35 to 45 % of the experts of a token are used by the next one too.
+    d is what plain recency lacks, and why LRU, which lets go of the layers that come next, never hits below one token's
+    cycle. A step of more than `most` tokens, part of a prompt, counts as that many, since what is generated resembles
+    the prompt only so far. A start from calibration counts as the evidence of `warmth` tokens.
+
+    Where `worth` says what the highest plane of each record is good for at every use, the plane of least worth per token
+    goes.
+    """
+
+    worth: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # of keys and levels
+
+    def __init__(
+        self,
+        experts: Sequence[int],
+        half_life: float = 32.0,
+        again: float = 0.2,
+        most: int = 8,
+        warmth: float = 4.0,
+    ):
+        super().__init__(experts)
+        self.growth, self.again, self.most, self.warmth = 2 ** (1 / half_life), again, most, warmth
+        self.unit = np.ones(
+            len(experts)
+        )  # what one use counts now, per layer: it grows instead of all else decaying
+        self.spread = 1.0  # the same for a use somewhere in the step in progress
+        self.seen = np.zeros(len(experts))  # tokens, decayed alike
+        self.uses = np.zeros(self.first[-1])
+        self.share: np.ndarray | None = None
+        self.chance = np.zeros(self.first[-1])  # p
+        self.ahead = np.ones(len(experts))  # d
+
+    def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
+        low, high = self.first[layer], self.first[layer + 1]
+        fade = self.growth ** -min(tokens, self.most)
+        weight = (1 - fade) / (1 - 1 / self.growth)  # of all the step's tokens, the last counting 1
+        self.seen[layer] = self.seen[layer] * fade + weight
+        self.unit[layer] /= max(fade, 1e-100)
+        if self.unit[layer] > 1e100:
+            self.uses[low:high] /= self.unit[layer]
+            self.unit[layer] = 1
+        self.spread = weight / tokens * self.unit[layer]
+        self.chance[low:high] = (1 - self.again) * self._frequency(layer, slice(low, high))
+        self.ahead[:] = (np.arange(len(self.ahead)) - layer - 1) % len(self.ahead) + 1
+        self.ahead /= len(self.ahead)
+
+    def use(self, key: int, tokens: int = 1) -> None:
+        super().use(key)
+        self.uses[key] += self.spread * tokens
+        self.chance[key] = (1 - self.again) * self._frequency(self.layer_of[key], key) + self.again
+
+    def warm(self, share: np.ndarray) -> None:
+        super().warm(share)
+        self.share = share
+        self.chance = share * 1.0
+
+    def values(self, keys: np.ndarray) -> np.ndarray:
+        return self.last[keys] * 1e-12 - self._waits(keys)
+
+    @property
+    def by_planes(self) -> bool:  # type: ignore[override]
+        return self.worth is not None
+
+    def planes(self, keys: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        return (
+            self.values(keys)
+            if self.worth is None
+            else self.worth(keys, levels) / self._waits(keys)
+        )
+
+    def _waits(self, keys: np.ndarray) -> np.ndarray:
+        """Tokens until each is needed next."""
+        return self.ahead[self.layer_of[keys]] + 1 / np.maximum(self.chance[keys], 1e-6)
+
+    def _frequency(self, layer: int, keys: slice | int) -> np.ndarray:
+        used = self.uses[keys] / self.unit[layer]
+        if self.share is None:
+            return used / self.seen[layer]
+        every = (
+            self.uses[self.first[layer] : self.first[layer + 1]].sum()
+            / self.unit[layer]
+            / self.seen[layer]
+        )
+        return (used + self.warmth * every * self.share[keys]) / (self.seen[layer] + self.warmth)
+
+
+class Belady(Eviction):
+    """The optimum where all records are as long: what is needed furthest in the future goes. For simulation only, since
+    it knows `future`: (layer, experts) of every step to come, in order."""
+
+    def __init__(self, experts: Sequence[int], future: Iterable[tuple[int, Iterable[int]]]):
+        super().__init__(experts)
+        self.step = -1
+        self.uses: list[list[int]] = [[] for _ in range(self.first[-1])]  # next one last
+        for step, (layer, used) in enumerate(future):
+            for expert in used:
+                self.uses[self.first[layer] + expert].append(step)
+        self.next = np.array([-float(uses[0]) if uses else -np.inf for uses in self.uses])
+        for uses in self.uses:
+            uses.reverse()
+
+    def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
+        self.step += 1
+
+    def use(self, key: int, tokens: int = 1) -> None:
+        uses = self.uses[key]
+        while uses and uses[-1] <= self.step:
+            uses.pop()
+        self.next[key] = -uses[-1] if uses else -np.inf
+
+    def values(self, keys: np.ndarray) -> np.ndarray:
+        return self.next[keys]
+
+
+EVICTIONS: dict[str, type[Eviction]] = {
+    "lru": LeastRecentlyUsed,
+    "lfu": LeastFrequentlyUsed,
+    "decay": DecayedFrequency,
+    "score": GateScore,
+    "next-use": NextUse,
+}
+DEFAULT_EVICTION = "next-use"
+
+
+def eviction_named(name: str, experts: Sequence[int]) -> Eviction:
+    """The policy of that name for layers of so many experts; `name:number` sets its one parameter (`decay:64`)."""
+    kind, _, number = name.partition(":")
+    if kind not in EVICTIONS:
+        raise EngineError(f"There is no eviction {name[:40]!r}; there are {', '.join(EVICTIONS)}.")
+    make: Callable[..., Eviction] = EVICTIONS[kind]
+    if not number:
+        return make(experts)
+    takes = list(inspect.signature(make).parameters.values())[1:]
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not takes or not 1 <= value <= 1e6:
+        wanted = f"it takes {takes[0].name} from 1 to 1000000" if takes else "it takes no parameter"
+        raise EngineError(f"Eviction {name[:40]!r}: {wanted}.")
+    return make(experts, int(value) if isinstance(takes[0].default, int) else value)

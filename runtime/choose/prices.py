@@ -1,0 +1,102 @@
+"""What a shortcut at one slot costs, in nats: pure functions of the bundle's price tables and of live mixing weights.
+
+A change of what a slot adds to its layer's output costs p = E[(g . change)^2] / 2, which the tables' second moments
+give for any weights (FORMAT.md, "Prices"). That is not all: it also moves later routers, and now and then one of them
+chooses another expert. How often goes with the size of the change, not with its square; so the expected rise in KL
+divergence is
+
+    nats = fit[kind, 0] * p + fit[kind, 1] * sqrt(p)
+
+with coefficients that prep measured. Prices of different slots add up. NumPy only, no I/O, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from smoe.runtime.errors import EngineError
+
+KINDS = ("skip", "standin", "level")  # the rows of `price_fit`
+PRICE_TABLES = ("price_cross", "price_standin", "price_level", "price_fit")
+AS_IT_IS = np.array([[1.0, 0.0]] * len(KINDS), np.float32)  # a fit that leaves p alone
+
+
+@dataclass(frozen=True)
+class LayerPrices:
+    """The price tables of one layer, of E experts with J levels (0 where there are no level prices).
+
+    All methods broadcast: with experts and weights `[n, 1]` and stand-ins `[E]` they give `[n, E]`. Prices are float64,
+    in nats summed over all later positions of the sequence, and never negative.
+    """
+
+    cross: np.ndarray  # [E, E]
+    standin: np.ndarray  # [E, E]
+    level: np.ndarray  # [E, J]
+    fit: np.ndarray  # [3, 2], all float64
+
+    def skip(self, e: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """Leave out expert `e` where its mixing weight is `w`."""
+        return self._nats("skip", w * w * self.standin[e, e])
+
+    def stand_in(
+        self, e: np.ndarray, w_e: np.ndarray, s: np.ndarray, w_s: np.ndarray
+    ) -> np.ndarray:
+        """Compute expert `s` with the weight `w_s` in place of `e` with `w_e`."""
+        own, between, other = self.standin[e, e], self.cross[e, s], self.standin[e, s]
+        return self._nats("standin", w_e * w_e * own - 2 * w_e * w_s * between + w_s * w_s * other)
+
+    def best_weight(self, e: np.ndarray, w_e: np.ndarray, s: np.ndarray) -> np.ndarray:
+        """The weight at which `s` stands in for `e` at the lowest price; 0 where none is better than skipping."""
+        other = self.standin[e, s]
+        return w_e * np.divide(
+            np.maximum(self.cross[e, s], 0), other, out=np.zeros(np.shape(other)), where=other > 0
+        )
+
+    def best_stand_in(self, e: np.ndarray, able: np.ndarray) -> np.ndarray:
+        """Which of experts `able` `[n]` stands in for each of `e` at the lowest price, each at its best weight."""
+        between, other = np.maximum(self.cross[e[:, None], able], 0), self.standin[e[:, None], able]
+        saved = np.divide(between * between, other, out=np.zeros_like(other), where=other > 0)
+        return able[saved.argmax(1)]
+
+    def at_level(self, e: np.ndarray, w: np.ndarray, level: np.ndarray | int) -> np.ndarray:
+        """Compute expert `e` from the first `level` (from 1) planes only; the full level costs nothing."""
+        return self._nats("level", w * w * self.level[e, np.asarray(level) - 1])
+
+    def _nats(self, kind: str, moment: np.ndarray) -> np.ndarray:
+        linear, root = self.fit[KINDS.index(kind)]
+        p = np.maximum(moment, 0) / 2  # of moments that are estimates: a form may come out < 0
+        return linear * p + root * np.sqrt(p)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """The prices of every layer."""
+
+    layers: tuple[LayerPrices, ...]
+
+    @classmethod
+    def of(cls, tables: Sequence[dict[str, np.ndarray]], fitted: bool = True) -> Prices:
+        """Prices from what `artifacts.tables.load_tables` gives; an `EngineError` if there are none. Without `fitted`
+        nats are p itself: what the fit is made from."""
+        wanted = ["price_cross", "price_standin", *(["price_fit"] if fitted else [])]
+        missing = [name for of in tables for name in wanted if name not in of]
+        if missing or not tables:
+            raise EngineError(
+                f"This bundle has no prices (its tables lack {', '.join(sorted(set(missing))) or 'all layers'}); build "
+                "it again with --prices, or run it without a loss budget."
+            )
+        for name, of in ((name, of) for of in tables for name in PRICE_TABLES if name in of):
+            if not np.isfinite(of[name]).all() or (name != "price_cross" and (of[name] < 0).any()):
+                raise EngineError(
+                    f"This bundle's {name} holds values that are no prices; build it again, or run it without --loss."
+                )
+        return cls(tuple(_layer(of, of["price_fit"] if fitted else AS_IT_IS) for of in tables))
+
+
+def _layer(tables: dict[str, np.ndarray], fit: np.ndarray) -> LayerPrices:
+    cross, standin = (tables[f"price_{name}"].astype(np.float64) for name in ("cross", "standin"))
+    level = tables.get("price_level", np.zeros((len(cross), 0))).astype(np.float64)
+    return LayerPrices(cross, standin, level, fit.astype(np.float64))

@@ -1,0 +1,191 @@
+"""Experts on a processor: the native kernels where there are some, their NumPy twin where it is asked for.
+
+`SMOE_KERNELS` names a variant (`avx512vnni`, `avx2`, `neondot`, `neon`, `portable`, `reference`); unset takes the best
+that the processor runs. All variants give the same bits. A build without the native module (`SMOE_NO_NATIVE=1`) has the
+reference only.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from smoe.artifacts import nested
+from smoe.artifacts.layout import ExpertShape, RecordLayout
+from smoe.artifacts.manifest import Gate
+from smoe.runtime.errors import EngineError
+from smoe.runtime.kernels import reference
+from smoe.runtime.kernels.activations import ACTIVATIONS, KINDS
+
+try:
+    import smoe.runtime.kernels._native as _native
+except ModuleNotFoundError:
+    _native = None  # type: ignore[assignment]
+    # Only a build with SMOE_NO_NATIVE=1 carries this marker: without it a missing module is an error, not slowness.
+    try:
+        import smoe.runtime.kernels._without_native  # noqa: F401
+    except ModuleNotFoundError:
+        raise ImportError(
+            "This install of smoe lacks its native kernels. Install it again where there is a C++ compiler, or with "
+            "SMOE_NO_NATIVE=1 for the slow reference kernels."
+        ) from None
+
+
+@dataclass(frozen=True)
+class Work:
+    """Experts to compute in one call. Expert i lies in frame `frames[i]`, of which `levels[i]` planes are there, and
+    takes the slots `starts[i]` to `starts[i+1]`; slot s is row `tokens[s]` of the activations. All int64."""
+
+    frames: np.ndarray
+    levels: np.ndarray
+    starts: np.ndarray
+    tokens: np.ndarray
+
+
+class LayerKernel(Protocol):
+    """The experts of one layer."""
+
+    def __call__(self, records: np.ndarray, work: Work, x: np.ndarray) -> np.ndarray:
+        """`records` uint8 `[frames, bytes]`, `x` float32 `[tokens, hidden]`: the experts' outputs before their mixing
+        weights, float32 `[slots, hidden]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """A choice with its reason: `name` and `reason` are for the mode line, `threads` work on a call."""
+
+    name: str
+    reason: str
+    threads: int
+
+    def layer(
+        self, gate: Gate, shape: ExpertShape, encoding: str, layout: RecordLayout
+    ) -> LayerKernel:
+        """The kernel for a layer whose records are laid out so."""
+        if self.name == "reference":
+            return _Reference(gate, shape, encoding, layout)
+        return _Native(self, native_layer(gate, shape, encoding, layout), layout, shape.normed)
+
+
+def available() -> list[str]:
+    """The variants that this machine runs, best first; `reference` is always the last."""
+    return [*(_native.variants() if _native else []), "reference"]
+
+
+def choose(name: str | None = None, threads: int | None = None) -> Kernels:
+    """The kernels called `name`, or by `SMOE_KERNELS`, or the best there are, on `threads` (None: as many as this
+    process may use). An unknown name is an `EngineError`."""
+    wanted = name or os.environ.get("SMOE_KERNELS")
+    names = available()
+    if wanted and wanted not in names:
+        raise EngineError(
+            f"There are no kernels {wanted!r} on this machine; it has {', '.join(names)}."
+        )
+    reason = (
+        "asked for"
+        if wanted
+        else "best of " + ", ".join(names)
+        if _native
+        else "built with SMOE_NO_NATIVE=1"
+    )
+    return Kernels(wanted or names[0], reason, threads or processors())
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class _Reference:
+    gate: Gate
+    shape: ExpertShape
+    encoding: str
+    layout: RecordLayout
+
+    def __call__(self, records: np.ndarray, work: Work, x: np.ndarray) -> np.ndarray:
+        y = np.empty((len(work.tokens), self.shape.hidden), np.float32)
+        for i, (frame, level) in enumerate(zip(work.frames, work.levels, strict=True)):
+            slots = slice(work.starts[i], work.starts[i + 1])
+            tensors = self.layout.views(records[frame])
+            y[slots] = reference.ffn(
+                self.gate, self.shape, self.encoding, tensors, int(level), x[work.tokens[slots]]
+            )
+        return _normalised(self.layout, records, work, y) if self.shape.normed else y
+
+
+@dataclass(frozen=True)
+class _Native:
+    kernels: Kernels
+    layer: _native.Layer
+    layout: RecordLayout
+    normed: bool
+
+    def __call__(self, records: np.ndarray, work: Work, x: np.ndarray) -> np.ndarray:
+        y = np.empty((len(work.tokens), x.shape[1]), np.float32)
+        self.layer.ffn(
+            self.kernels.name,
+            records,
+            work.frames,
+            work.levels,
+            work.starts,
+            work.tokens,
+            x,
+            y,
+            self.kernels.threads,
+        )
+        return _normalised(self.layout, records, work, y) if self.normed else y
+
+
+def _normalised(layout: RecordLayout, records: np.ndarray, work: Work, y: np.ndarray) -> np.ndarray:
+    for i, frame in enumerate(work.frames):
+        slots = slice(work.starts[i], work.starts[i + 1])
+        y[slots] = reference.normalise(y[slots], layout.views(records[frame])["norm"])
+    return y
+
+
+def native_layer(
+    gate: Gate, shape: ExpertShape, encoding: str, layout: RecordLayout
+) -> _native.Layer:
+    """What native/ffn.h calls a Layer: where the matrices' tensors lie in a record, and what lies between them."""
+    offsets = {field.name: field.offset for field in layout.fields}
+    names = ["up", "down", *(["gate"] if shape.gated else [])]
+    matrices = [_about(name, shape, encoding, offsets) for name in names]
+    act = list(ACTIVATIONS).index(gate.activation) if gate.activation in ACTIVATIONS else 0
+    return _native.Layer(matrices, KINDS.index(gate.kind), act, gate.alpha, gate.limit)
+
+
+def _about(name: str, shape: ExpertShape, encoding: str, offsets: dict[str, int]) -> tuple:
+    """One matrix, as the native module wants it."""
+    n_out, n_in = shape.matrices()[name]
+    scale, bias = offsets.get(f"{name}_scale", -1), offsets.get(f"{name}_bias", -1)
+    if not encoding.startswith("nested"):
+        return (
+            encoding,
+            n_out,
+            n_in,
+            offsets[name],
+            scale,
+            bias,
+            0,
+            [],
+            np.zeros((0, 2, 16), np.int8),
+        )
+    parsed = nested.parse(encoding)
+    split = parsed.of(name)
+    planes = [(offsets[f"{name}_plane{p}"], bits) for p, bits in enumerate(split.planes)]
+    tables = np.stack([_tables(split.values(level)) for level in range(1, parsed.levels + 1)])
+    return "nested", n_out, n_in, -1, scale, bias, parsed.group, planes, tables
+
+
+def _tables(values: np.ndarray) -> np.ndarray:
+    """int8 `[2, 16]`: the value of a code by its first 4 bits, and what the rest of its bits add (a uniform grid)."""
+    rest = len(values) // 16 or 1
+    tables = np.zeros((2, 16), np.int8)
+    tables[0, : len(values) // rest] = values[::rest]
+    tables[1, :rest] = values[:rest].astype(int) - values[0]
+    return tables
