@@ -110,6 +110,25 @@ def as_routed(routed: Routed, available: Available) -> Assignment:
     return Assignment(ids=routed.ids, weights=routed.weights)
 
 
+def assign(chooser: Chooser, routed: Routed, available: Available) -> Assignment:
+    """The chooser's word for the tokens that are decoded, the router's for prompts."""
+    decoding = routed.step.decoding
+    if decoding.all():
+        return chooser(routed, available)
+    if not decoding.any():
+        return as_routed(routed, available)
+    rows = np.flatnonzero(decoding)
+    chosen = chooser(routed.take(rows), available)
+    ids, weights = routed.ids.copy(), routed.weights.copy()
+    levels, nats = np.full(ids.shape, available.full), np.zeros(len(ids))
+    ids[rows], weights[rows] = chosen.ids, chosen.weights
+    if chosen.levels is not None:
+        levels[rows] = chosen.levels
+    if chosen.nats is not None:
+        nats[rows] = chosen.nats
+    return Assignment(ids=ids, weights=weights, levels=levels, nats=nats)
+
+
 @dataclass(frozen=True, eq=False)
 class Dispatch:
     """Which slots run on which expert at which level: group g is expert `experts[g]` at level `levels[g]` and has the

@@ -29,7 +29,8 @@ class ExpertCache:
     """Experts in the frames of one memory.
 
     `residency` says who is there, `frames` hold the bytes (None: there are none, in a simulation), `read` fetches them on
-    `threads` threads (0: at once). `uses` is how many experts of a layer one token uses at most. Counts go to `stats`.
+    `threads` threads (0: at once). `uses` is how many experts of a layer one token uses at most. Without `streams` a
+    step's experts are shielded however many they are, as replays of others do. Counts go to `stats`.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class ExpertCache:
         uses: int,
         stats: Stats,
         threads: int = READERS,
+        streams: bool = True,
     ):
         self._residency, self._frames, self._read_planes, self.stats = (
             residency,
@@ -48,7 +50,7 @@ class ExpertCache:
             stats,
         )
         self._reader = Reader(self._begin, self._read, self._end, threads)
-        self._at_once = max(STREAMS, uses)
+        self._at_once = max(STREAMS, uses) if streams else 1 << 62
         self._pins = np.zeros(residency.eviction.first[-1], np.int8)
         self._active: object = None  # whose pins these are
         self._loads: dict[Key, Load] = {}  # the last of each key

@@ -146,12 +146,13 @@ class Residency:
             return True
         return self.total + size > self.capacity
 
-    def victim(self, layer: int, size: int, key: Key, pins: np.ndarray | None) -> int | None:
-        """The frame whose record, or highest plane, is worth least; never that of `key`, nor one that is being read into."""
+    def victim(self, layer: int, size: int, key: Key | None, pins: np.ndarray | None) -> int | None:
+        """The frame whose record, or highest plane, is worth least, where `layer` is to take `size` more; never that of
+        `key`, nor one that is being read into."""
         may_go = (self._keys >= 0) & ~self._reserved
         if self.share is not None and self.used[layer] + size > self.share:
             may_go &= self._layers == layer
-        own = self.find(key)
+        own = None if key is None else self.find(key)
         if own is not None:
             may_go[own] = False
         frames = np.flatnonzero(may_go)
