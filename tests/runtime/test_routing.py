@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.parts import StateOfNothing
 
 from smoe.artifacts.manifest import Routing
 from smoe.runtime.routing import Assignment, Available, Dispatch, Routed, combine, route, weigh
@@ -90,7 +91,10 @@ def test_batches_hold_all_slots_in_order_and_no_more_than_they_may(case, most):
     assert all(batch.slots == most for batch in batches[:-1])
     assert all(len(group) for batch in batches for _, _, group in _groups(batch))
     assert slots == [
-        (e, level, slot) for batch in batches for e, level, group in _groups(batch) for slot in group
+        (e, level, slot)
+        for batch in batches
+        for e, level, group in _groups(batch)
+        for slot in group
     ]
 
 
@@ -105,24 +109,8 @@ def test_outputs_are_added_rank_after_rank():
         assert np.array_equal(combine(outputs, weights)[token], total)
 
 
-class _NoState:
-    """Of a sequence whose state does not matter."""
-
-    def rewind(self, length: int) -> int:
-        return length
-
-    def fork(self) -> "_NoState":
-        return _NoState()
-
-    def snapshot(self) -> None:
-        return None
-
-    def restore(self, snapshot: object) -> None:
-        pass
-
-
 def _span(tokens: int, phase: Phase) -> Span:
-    return Span(Sequence(_NoState()), np.zeros(tokens, np.int64), np.array([0]), phase)
+    return Span(Sequence(StateOfNothing()), np.zeros(tokens, np.int64), np.array([0]), phase)
 
 
 def test_phase_and_owner_are_data():
@@ -151,7 +139,7 @@ def test_some_tokens_of_a_layer_keep_their_owners():
 
 
 def test_a_fork_goes_its_own_way():
-    sequence = Sequence(_NoState())
+    sequence = Sequence(StateOfNothing())
     sequence.ids.extend([1, 2, 3])
     fork = sequence.fork()
     fork.ids.append(4)

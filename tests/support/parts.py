@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from smoe.artifacts import Bundle, open_bundle
+from smoe.artifacts.manifest import Routing
 from smoe.runtime import kernels
 from smoe.runtime.backbone import Backbone
 from smoe.runtime.budget import plan_memory
@@ -18,9 +19,9 @@ from smoe.runtime.cache.predict import Predictor
 from smoe.runtime.cache.residency import Residency
 from smoe.runtime.cache.storage import Shards
 from smoe.runtime.experts import LocalExperts
-from smoe.runtime.model import Model
+from smoe.runtime.model import Model, Prefill
 from smoe.runtime.options import level_sizes
-from smoe.runtime.routing import Chooser, as_routed
+from smoe.runtime.routing import Chooser, Routed, as_routed
 from smoe.runtime.stats import Stats
 from smoe.runtime.step import Phase, Sequence, Span, Step
 
@@ -39,6 +40,7 @@ class Parts:
     cache: ExpertCache
     model: Model
     stats: Stats
+    sizes: list[np.ndarray]  # int64 [levels + 1] of every layer
 
     def __enter__(self) -> Parts:
         return self
@@ -63,6 +65,7 @@ def make_parts(
     predict: Predictor | None = None,
     read: Read | None = None,
     eviction: str = "next-use",
+    shares: bool = False,
     threads: int = 2,
 ) -> Parts:
     """`read` None: the bundle's shards, at their full level."""
@@ -71,7 +74,9 @@ def make_parts(
     policy = eviction_named(eviction, [layer.experts for layer in manifest.layers])
     sizes = level_sizes(bundle, bundle.levels)
     record = max(int(ends[-1]) for ends in sizes)
-    residency = Residency(policy.experts, experts * record, policy, [ends[1:] for ends in sizes])
+    residency = Residency(
+        policy.experts, experts * record, policy, [ends[1:] for ends in sizes], shares
+    )
     frames = Frames(len(residency.frame_bytes), record, experts * record)
     shards = Shards(bundle)
     smallest = plan_memory(bundle, None, CONTEXT).smallest
@@ -100,6 +105,7 @@ def make_parts(
         cache=cache,
         model=model,
         stats=stats,
+        sizes=sizes,
     )
 
 
@@ -116,3 +122,66 @@ def prompted(sequence: Sequence, ids: np.ndarray, keep: int = 1) -> Span:
 def step(model: Model, *spans: Span) -> list[np.ndarray]:
     """Each span's logits."""
     return model.step(Step(spans))
+
+
+def routed_step(
+    ids: np.ndarray,
+    weights: np.ndarray,
+    scores: np.ndarray | None = None,
+    rule: Routing | None = None,
+    layer: int = 0,
+    hidden: np.ndarray | None = None,
+    spans: tuple[Span, ...] = (),
+) -> Routed:
+    """What a router said: by default of one sequence's decoded tokens, with `scores` for raw weights too."""
+    if not spans:
+        tokens = np.zeros(len(ids), np.int64)
+        spans = (Span(Sequence(StateOfNothing()), tokens, tokens[:0], Phase.DECODE),)
+    if hidden is None:
+        hidden = np.ones((len(ids), 2), np.float32)
+    return Routed(
+        layer=layer,
+        step=Step(spans),
+        hidden=hidden,
+        ids=ids,
+        weights=weights,
+        scores=scores,
+        raw=scores,
+        rule=rule,
+    )
+
+
+class StateOfNothing:
+    """Of a sequence whose state does not matter."""
+
+    def rewind(self, length: int) -> int:
+        return length
+
+    def fork(self) -> StateOfNothing:
+        return self
+
+    def snapshot(self) -> None:
+        return None
+
+    def restore(self, snapshot: object) -> None:
+        pass
+
+
+def greedy(
+    parts: Parts, prompt: np.ndarray, count: int, sequence: Sequence | None = None
+) -> list[int]:
+    """So many tokens after `prompt`, by a prefill of one chunk at a time."""
+    sequence = parts.sequence() if sequence is None else sequence
+    logits = Prefill(parts.model, sequence, prompt, parts.backbone.chunk).finish()
+    tokens = [int(logits[-1].argmax())]
+    while len(tokens) < count:
+        (logits,) = step(parts.model, decoded(sequence, tokens[-1]))
+        tokens.append(int(logits[-1].argmax()))
+    return tokens
+
+
+def accounted(residency: Residency, sizes: list[np.ndarray]) -> bool:
+    """Whether all that is held is held by an expert that is resident, once nothing is on its way: no frame is lost.
+    `sizes[l][j]` bytes of the first j planes."""
+    held = sum(int(sizes[layer][residency.levels(layer)].sum()) for layer in range(len(sizes)))
+    return held == residency.total == int(residency.frame_bytes.sum())
