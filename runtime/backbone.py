@@ -309,7 +309,10 @@ class Backbone:
         for span in flow.spans:
             span.state.values.update(span.replaced)
             span.span.sequence.ids.extend(span.span.ids.tolist())
-        return [np.concatenate(parts) if len(parts) != 1 else parts[0] for parts in logits]
+        nothing = np.zeros((0, self._manifest.model.vocabulary), np.float32)
+        return [
+            parts[0] if len(parts) == 1 else np.concatenate(parts or [nothing]) for parts in logits
+        ]
 
     def pieces_within(self, nbytes: int, context: int) -> int:
         """How many pieces of one span may wait for the same experts, where all but one of them may keep `nbytes`."""

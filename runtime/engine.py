@@ -235,8 +235,13 @@ class Engine:
             f"policies: eviction {p.eviction}{' in shares by layer' if p.shares else ''}, "
             f"{'warm' if p.warm else 'cold'} start, prefetch {p.prefetch}, "
             + (spends if p.loss else f"substitution {p.substitution}")
-            + (" (lossless)" if self.lossless else " (lossy; prompts are not)")
+            + self._loss_note()
         ]
+
+    def _loss_note(self) -> str:
+        if self._shards.level < self.bundle.levels:
+            return " (lossy)"
+        return " (lossless)" if self.lossless else " (lossy; prompts are not)"
 
     def _level_line(self) -> str:
         levels = self.bundle.levels

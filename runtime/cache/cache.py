@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -53,7 +54,6 @@ class ExpertCache:
         self._at_once = max(STREAMS, uses) if streams else 1 << 62
         self._pins = np.zeros(residency.eviction.first[-1], np.int8)
         self._active: object = None  # whose pins these are
-        self._loads: dict[Key, Load] = {}  # the last of each key
 
     @property
     def rows(self) -> np.ndarray:
@@ -102,15 +102,14 @@ class ExpertCache:
         experts = self._residency.eviction.experts
         wanted = [key for key in dict.fromkeys(guesses) if key[1] < experts[key[0]]]
         with self._reader.lock:
-            guesses = [load for load in self._loads.values() if load.guess]
+            guesses = [load for load in self._reader.loads() if load.guess]
             self._reader.withdraw([load for load in guesses if load.key not in wanted])
-            self._loads = {key: load for key, load in self._loads.items() if _on_its_way(load)}
-            room = GUESSES - sum(load.guess for load in self._loads.values())
-            new = [k for k in wanted if k not in self._loads and k not in self._residency]
+            loads = {load.key: load for load in self._reader.loads()}
+            room = GUESSES - sum(load.guess for load in loads.values())
+            new = [key for key in wanted if key not in loads and key not in self._residency]
             for key in new[: max(0, room)]:
                 level = self._residency.full_level(key[0])
-                self._loads[key] = Load(key=key, level=level, guess=True)
-                self._reader.put(self._loads[key])
+                self._reader.put(Load(key=key, level=level, guess=True))
 
     # -- what a step needs -----------------------------------------------------------------------
 
@@ -175,13 +174,18 @@ class ExpertCache:
 
     def fill(self, keys: Iterable[Key], level: int) -> None:
         """Read these records, in order; a failed read is raised."""
-        loads = [Load(key=key, level=level) for key in keys]
-        for load in loads:
-            self._reader.put(load)
-        while waiting := [load for load in loads if _on_its_way(load)]:
-            if not self._reader.wait(waiting):
-                self._reader.withdraw(waiting)
-        _raise_first(loads)
+        left = iter(keys)
+        loads: list[Load] = []
+        while True:
+            for key in itertools.islice(left, self._at_once - len(loads)):
+                loads.append(Load(key=key, level=level))
+                self._reader.put(loads[-1])
+            if not loads:
+                return
+            if not self._reader.wait(loads):
+                self._reader.withdraw(loads)
+            _raise_first([load for load in loads if not _on_its_way(load)])
+            loads = [load for load in loads if _on_its_way(load)]
 
     def _demand(
         self,
@@ -195,21 +199,24 @@ class ExpertCache:
         """Ask for as many of `missing` as may be on their way at once."""
         done = [i for i, load in loads.items() if not _on_its_way(load)]
         _raise_first([loads.pop(i) for i in done])
+        if not len(missing):
+            return
+        begun = {load.key: load for load in self._reader.loads()}
         for i in missing.tolist():
             if len(loads) >= self._at_once:
                 return
             if i in loads:
                 continue
             key = (layer, int(experts[i]))
-            load = self._loads.get(key)
-            if load is None or not _on_its_way(load):
-                load = Load(key=key, level=int(levels[i]), tokens=int(tokens[i]))
-                self._loads[key] = load
+            # Another run's may be of fewer planes: then it is asked for again.
+            loads[i] = load = begun.get(key) or Load(
+                key=key, level=int(levels[i]), tokens=int(tokens[i])
+            )
+            if key not in begun:
                 self._reader.put(load)
             elif load.guess:
                 self.stats.guesses_used += 1
                 self._reader.demand(load, int(tokens[i]))
-            loads[i] = load  # another run's may be of fewer planes: then it is asked for again
 
     def _wait(self, layer: int, loads: dict[int, Load]) -> None:
         started = time.perf_counter()

@@ -78,7 +78,7 @@ class LeastFrequentlyUsed(Eviction):
         self.steps[low:high] += self.uses_of(layer, ids) > 0
 
     def values(self, keys: np.ndarray) -> np.ndarray:
-        return self.steps[keys] + self.last[keys] / (self.clock + 1)
+        return self.steps[keys] + self.last[keys] / (max(self.last.max(), 0) + 1)
 
 
 class DecayedFrequency(Eviction):
