@@ -97,8 +97,8 @@ class _LocalPending:
 
     def parts(self, idle: Callable[[], None] | None = None) -> Iterator[None]:
         groups = self._dispatch
-        last = np.flatnonzero(np.diff(groups.experts, append=-1))  # an expert's highest level
-        first = np.concatenate([[0], last[:-1] + 1])
+        last = groups.highest
+        first = np.concatenate([[0], last[:-1] + 1])[: len(last)]
         tokens = groups.starts[last + 1] - groups.starts[first]
         bring = self._cache.bring(self._layer, groups.experts[last], groups.levels[last], tokens)
         with contextlib.closing(bring):

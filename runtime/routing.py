@@ -154,7 +154,8 @@ class Dispatch:
         ordered = keys[slots]
         slots = slots[: ordered.searchsorted(experts * (full + 1))]
         ordered = ordered[: len(slots)]
-        first = np.flatnonzero(np.diff(ordered, prepend=-1))
+        first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+        first = first[: len(ordered)]  # none, where there is no slot
         return cls(
             experts=ordered[first] // (full + 1),
             levels=ordered[first] % (full + 1),
@@ -167,6 +168,12 @@ class Dispatch:
     def slots(self) -> int:
         """How many there are."""
         return len(self.tokens)
+
+    @property
+    def highest(self) -> np.ndarray:
+        """int64: of every expert the group of its highest level."""
+        changes = np.concatenate([self.experts[1:] != self.experts[:-1], [True]])
+        return np.flatnonzero(changes[: len(self.experts)])
 
     @property
     def counts(self) -> np.ndarray:

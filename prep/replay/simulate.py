@@ -246,7 +246,7 @@ class Replay:
     def bring(self, layer: int, assignment: Assignment, available: Available) -> None:
         """What the assignment needs, at the highest level of any slot."""
         dispatch = Dispatch.of(assignment, available)
-        highest = np.flatnonzero(np.diff(dispatch.experts, append=-1))
+        highest = dispatch.highest
         experts, levels = dispatch.experts[highest], dispatch.levels[highest]
         for _ in self.cache.bring(layer, experts, levels, np.ones_like(experts)):
             pass

@@ -89,12 +89,14 @@ class ExpertCache:
         """The router of `layer` chose `ids` int64 `[T, k]` (E: no expert), by `scores` `[T, E]` where they are known: what
         eviction and the statistics go by, before any substitution."""
         with self._reader.lock:
-            levels = np.append(self._residency.levels(layer), 0)
-            wanted = np.unique(ids[ids < len(levels) - 1])
-            self.stats.wanted += len(wanted)
-            self.stats.wanted_hits += int((levels[wanted] > 0).sum())
+            levels = self._residency.levels(layer)
+            used = np.zeros(len(levels) + 1, bool)
+            used[ids] = True
+            wanted = used[:-1]
+            self.stats.wanted += int(np.count_nonzero(wanted))
+            self.stats.wanted_hits += int(np.count_nonzero(levels[wanted]))
             self._residency.eviction.observe(layer, ids, scores)
-            self.stats.guesses_used += self._residency.use(layer, ids)
+            self.stats.guesses_used += self._residency.use(layer, wanted)
 
     def expect(self, guesses: Iterable[Key]) -> None:
         """Read the likeliest of `guesses` (likeliest first) once nobody waits for a read. Guesses of before whose read has
@@ -130,18 +132,19 @@ class ExpertCache:
         try:
             while remaining.any():
                 with self._reader.lock:
-                    ready = remaining & (self._residency.levels(layer)[experts] >= levels)
+                    ready = remaining & (self._residency.levels_of(layer, experts) >= levels)
                     missing = np.flatnonzero(remaining & ~ready)
                     if first:
-                        self.stats.hits += int(ready.sum())
+                        self.stats.hits += len(experts) - len(missing)
                         self.stats.misses += len(missing)
                         used = FREE if len(missing) > self._at_once else SHIELDED
                         first = False
                     self._pin(run, layer, experts, np.where(remaining, PINNED, used))
                     self._demand(layer, experts, levels, tokens, missing, loads)
-                if ready.any():
-                    yield np.flatnonzero(ready)
-                    remaining &= ~ready
+                given = np.flatnonzero(ready)
+                if len(given):
+                    yield given
+                    remaining[given] = False
                 elif idle or not loads:
                     self._wait(layer, loads)
                 else:
@@ -197,9 +200,10 @@ class ExpertCache:
         loads: dict[int, Load],
     ) -> None:
         """Ask for as many of `missing` as may be on their way at once."""
-        done = [i for i, load in loads.items() if not _on_its_way(load)]
-        _raise_first([loads.pop(i) for i in done])
-        if not len(missing):
+        if loads:
+            done = [i for i, load in loads.items() if not _on_its_way(load)]
+            _raise_first([loads.pop(i) for i in done])
+        if len(loads) == min(len(missing), self._at_once):
             return
         begun = {load.key: load for load in self._reader.loads()}
         for i in missing.tolist():
@@ -233,7 +237,8 @@ class ExpertCache:
             self._pins[:] = FREE
             self._active = run
         self._pins[self._residency.eviction.first[layer] + experts] = pins
-        self._reader.retry()
+        if self._reader.refused:
+            self._reader.retry()
 
     # -- in the reader's threads, the first and the last under its lock ---------------------------
 

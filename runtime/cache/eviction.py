@@ -175,7 +175,10 @@ class NextUse(Eviction):
         self.uses = np.zeros(self.first[-1])
         self.share: np.ndarray | None = None
         self.chance = np.zeros(self.first[-1])  # p
-        self.ahead = np.ones(len(experts))  # d
+        # d of every layer, seen from each.
+        layers = np.arange(len(experts))
+        self._ahead_of = ((layers - layers[:, None] - 1) % len(experts) + 1) / len(experts)
+        self.ahead = np.ones(len(experts))
 
     def count(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
         for start in range(0, len(ids), CHUNK):
@@ -193,8 +196,7 @@ class NextUse(Eviction):
         uses = self.uses_of(layer, ids)
         self.uses[low:high] += weight / len(ids) * self.unit[layer] * uses
         self.chance[low:high] = (1 - self.again) * self._frequency(layer) + self.again * (uses > 0)
-        self.ahead[:] = (np.arange(len(self.ahead)) - layer - 1) % len(self.ahead) + 1
-        self.ahead /= len(self.ahead)
+        self.ahead = self._ahead_of[layer]
 
     def warm(self, share: np.ndarray) -> None:
         super().warm(share)

@@ -66,6 +66,11 @@ class Residency:
         frames = self._frame[self._first[layer] : self._first[layer + 1]]
         return np.where(frames >= 0, self._levels[frames], 0)
 
+    def levels_of(self, layer: int, experts: np.ndarray) -> np.ndarray:
+        """The same of some experts of a layer."""
+        frames = self._frame[self._first[layer] + experts]
+        return np.where(frames >= 0, self._levels[frames], 0)
+
     def level(self, key: Key) -> int:
         """The same of one."""
         frame = self._frame[self.flat(key)]
@@ -89,12 +94,12 @@ class Residency:
         most = self.capacity if self.share is None else self.share
         return most // self._sizes[layer][-1]
 
-    def use(self, layer: int, ids: np.ndarray) -> int:
-        """A step uses these experts (E: none), resident or not; how many of them were read on a guess and are used for
+    def use(self, layer: int, wanted: np.ndarray) -> int:
+        """A step uses these experts, bool `[E]`, resident or not; how many of them were read on a guess and are used for
         the first time."""
         if not self._guessed.any():
             return 0
-        frames = self._frame[self._first[layer] + np.unique(ids[ids < self._count(layer)])]
+        frames = self._frame[self._first[layer] + np.flatnonzero(wanted)]
         frames = frames[frames >= 0]
         used = frames[self._guessed[frames]]
         self._guessed[used] = self._expired[used] = False
@@ -155,16 +160,17 @@ class Residency:
         own = None if key is None else self.find(key)
         if own is not None:
             may_go[own] = False
+        if (may_go & self._expired).any():
+            may_go &= self._expired
         frames = np.flatnonzero(may_go)
+        keys = self._keys[frames]
         if pins is not None and len(frames):
-            pinned = pins[self._keys[frames]]
-            frames = frames[pinned == min(pinned.min(), SHIELDED)]
-        expired = frames[self._expired[frames]]
-        frames = expired if len(expired) else frames
+            pinned = pins[keys]
+            allowed = pinned == min(int(pinned.min()), SHIELDED)
+            frames, keys = frames[allowed], keys[allowed]
         if not len(frames):
             return None
-        worth = self.eviction.planes(self._keys[frames], self._levels[frames])
-        return int(frames[worth.argmin()])
+        return int(frames[self.eviction.planes(keys, self._levels[frames]).argmin()])
 
     def shrink(self, frame: int) -> None:
         """Evict the highest plane, where eviction goes by planes and it is not the only one; the record otherwise."""
@@ -182,9 +188,6 @@ class Residency:
         self._keys[frame] = self._layers[frame] = -1
         self._guessed[frame] = self._expired[frame] = False
         self._release(layer, frame)
-
-    def _count(self, layer: int) -> int:
-        return self._first[layer + 1] - self._first[layer]
 
     def _release(self, layer: int, frame: int) -> None:
         self._hold(frame, layer, 0)
