@@ -31,6 +31,7 @@ class ExpertCache:
 
     `residency` says who is there, `frames` hold the bytes (None: there are none, in a simulation), `read` fetches them on
     `threads` threads (0: at once). `uses` is how many experts of a layer one token uses at most. Counts go to `stats`.
+    `make_reader` is for tests of every order.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class ExpertCache:
         uses: int,
         stats: Stats,
         threads: int = READERS,
+        make_reader: type[Reader] = Reader,
     ):
         self._residency, self._frames, self._read_planes, self.stats = (
             residency,
@@ -48,7 +50,7 @@ class ExpertCache:
             read,
             stats,
         )
-        self._reader = Reader(self._begin, self._read, self._end, threads)
+        self._reader = make_reader(self._begin, self._read, self._end, threads)
         self._at_once = max(STREAMS, uses)
         self._pins = np.zeros(residency.eviction.first[-1], np.int8)
         self._active: object = None  # whose pins these are
