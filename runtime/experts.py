@@ -90,8 +90,8 @@ class _LocalPending:
     ):
         self._cache, self._kernel = experts.cache, experts.kernels[layer]
         self._layer, self._dispatch, self._x, self._out = layer, dispatch, x, out
-        last = np.flatnonzero(np.diff(dispatch.experts, append=-1))  # an expert's highest level
-        self._first, self._last = np.concatenate([[0], last[:-1] + 1]), last
+        last = dispatch.highest
+        self._first, self._last = np.concatenate([[0], last[:-1] + 1])[: len(last)], last
         tokens = dispatch.starts[last + 1] - dispatch.starts[self._first]
         bring = self._cache.bring(layer, dispatch.experts[last], dispatch.levels[last], tokens)
         self._bring, self._ready = bring, next(bring, None)

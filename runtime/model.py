@@ -23,7 +23,7 @@ from smoe.runtime.routing import (
     Chooser,
     Dispatch,
     Routed,
-    as_routed,
+    assign,
     combine,
 )
 from smoe.runtime.stats import Stats
@@ -70,15 +70,8 @@ class Model:
         return self.backbone.finish(flow)
 
     def _assign(self, routed: Routed, available: Available) -> Assignment:
-        """The chooser's word for what is decoded, the router's for prompts."""
-        decoding = routed.step.decoding
-        if decoding.all():
-            assignment = self.choose(routed, available)
-        elif not decoding.any():
-            assignment = as_routed(routed, available)
-        else:
-            rows = np.flatnonzero(decoding)
-            assignment = _merged(routed, rows, self.choose(routed.take(rows), available), available)
+        """What runs, counted."""
+        assignment = assign(self.choose, routed, available)
         self.stats.slots += routed.ids.size
         if assignment.ids is not routed.ids:
             self.stats.substituted += int((assignment.ids != routed.ids).sum())
@@ -113,20 +106,6 @@ def finished(run: Run) -> list[np.ndarray]:
             next(run)
     except StopIteration as end:
         return end.value
-
-
-def _merged(
-    routed: Routed, rows: np.ndarray, chosen: Assignment, available: Available
-) -> Assignment:
-    """`chosen` for these rows, the router's word for the others."""
-    ids, weights = routed.ids.copy(), routed.weights.copy()
-    levels, nats = np.full(ids.shape, available.full), np.zeros(len(ids))
-    ids[rows], weights[rows] = chosen.ids, chosen.weights
-    if chosen.levels is not None:
-        levels[rows] = chosen.levels
-    if chosen.nats is not None:
-        nats[rows] = chosen.nats
-    return Assignment(ids=ids, weights=weights, levels=levels, nats=nats)
 
 
 class Prefill:

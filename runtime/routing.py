@@ -110,6 +110,25 @@ def as_routed(routed: Routed, available: Available) -> Assignment:
     return Assignment(ids=routed.ids, weights=routed.weights)
 
 
+def assign(chooser: Chooser, routed: Routed, available: Available) -> Assignment:
+    """The chooser's word for the tokens that are decoded, the router's for prompts."""
+    decoding = routed.step.decoding
+    if decoding.all():
+        return chooser(routed, available)
+    if not decoding.any():
+        return as_routed(routed, available)
+    rows = np.flatnonzero(decoding)
+    chosen = chooser(routed.take(rows), available)
+    ids, weights = routed.ids.copy(), routed.weights.copy()
+    levels, nats = np.full(ids.shape, available.full), np.zeros(len(ids))
+    ids[rows], weights[rows] = chosen.ids, chosen.weights
+    if chosen.levels is not None:
+        levels[rows] = chosen.levels
+    if chosen.nats is not None:
+        nats[rows] = chosen.nats
+    return Assignment(ids=ids, weights=weights, levels=levels, nats=nats)
+
+
 @dataclass(frozen=True, eq=False)
 class Dispatch:
     """Which slots run on which expert at which level: group g is expert `experts[g]` at level `levels[g]` and has the
@@ -135,7 +154,8 @@ class Dispatch:
         ordered = keys[slots]
         slots = slots[: ordered.searchsorted(experts * (full + 1))]
         ordered = ordered[: len(slots)]
-        first = np.flatnonzero(np.diff(ordered, prepend=-1))
+        first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+        first = first[: len(ordered)]  # none, where there is no slot
         return cls(
             experts=ordered[first] // (full + 1),
             levels=ordered[first] % (full + 1),
@@ -148,6 +168,12 @@ class Dispatch:
     def slots(self) -> int:
         """How many there are."""
         return len(self.tokens)
+
+    @property
+    def highest(self) -> np.ndarray:
+        """int64: of every expert the group of its highest level."""
+        changes = np.concatenate([self.experts[1:] != self.experts[:-1], [True]])
+        return np.flatnonzero(changes[: len(self.experts)])
 
     @property
     def counts(self) -> np.ndarray:

@@ -30,8 +30,13 @@ class ExpertCache:
     """Experts in the frames of one memory.
 
     `residency` says who is there, `frames` hold the bytes (None: there are none, in a simulation), `read` fetches them on
+<<<<<<< HEAD
     `threads` threads (0: at once). `uses` is how many experts of a layer one token uses at most. Counts go to `stats`.
     `make_reader` is for tests of every order.
+=======
+    `threads` threads (0: at once). `uses` is how many experts of a layer one token uses at most. Without `streams` a
+    step's experts are shielded however many they are, as replays of others do. Counts go to `stats`.
+>>>>>>> core
     """
 
     def __init__(
@@ -42,7 +47,11 @@ class ExpertCache:
         uses: int,
         stats: Stats,
         threads: int = READERS,
+<<<<<<< HEAD
         make_reader: type[Reader] = Reader,
+=======
+        streams: bool = True,
+>>>>>>> core
     ):
         self._residency, self._frames, self._read_planes, self.stats = (
             residency,
@@ -50,8 +59,13 @@ class ExpertCache:
             read,
             stats,
         )
+<<<<<<< HEAD
         self._reader = make_reader(self._begin, self._read, self._end, threads)
         self._at_once = max(STREAMS, uses)
+=======
+        self._reader = Reader(self._begin, self._read, self._end, threads)
+        self._at_once = max(STREAMS, uses) if streams else 1 << 62
+>>>>>>> core
         self._pins = np.zeros(residency.eviction.first[-1], np.int8)
         self._active: object = None  # whose pins these are
 
@@ -89,12 +103,14 @@ class ExpertCache:
         """The router of `layer` chose `ids` int64 `[T, k]` (E: no expert), by `scores` `[T, E]` where they are known: what
         eviction and the statistics go by, before any substitution."""
         with self._reader.lock:
-            levels = np.append(self._residency.levels(layer), 0)
-            wanted = np.unique(ids[ids < len(levels) - 1])
-            self.stats.wanted += len(wanted)
-            self.stats.wanted_hits += int((levels[wanted] > 0).sum())
+            levels = self._residency.levels(layer)
+            used = np.zeros(len(levels) + 1, bool)
+            used[ids] = True
+            wanted = used[:-1]
+            self.stats.wanted += int(np.count_nonzero(wanted))
+            self.stats.wanted_hits += int(np.count_nonzero(levels[wanted]))
             self._residency.eviction.observe(layer, ids, scores)
-            self.stats.guesses_used += self._residency.use(layer, ids)
+            self.stats.guesses_used += self._residency.use(layer, wanted)
 
     def expect(self, guesses: Iterable[Key]) -> None:
         """Read the likeliest of `guesses` (likeliest first) once nobody waits for a read. Guesses of before whose read has
@@ -120,8 +136,8 @@ class ExpertCache:
         once; what is missing is read meanwhile, most `tokens` first. Whoever iterates computes what it was given before
         it asks for more, and closes the iterator. An empty array, once, says that nothing is left but to wait.
 
-        What the step still needs is not evicted, and what it has used only if nothing else can go (SMoE's shield). Where
-        more is missing than may be on its way at once, as for a prompt, experts stream: what was used may go at once, so
+        What the step still needs is not evicted once it is whole, and what it has used, or has in fewer planes than it
+        needs, only if nothing else can go (SMoE's shield). Where more is missing than may be on its way at once, as for a prompt, experts stream: what was used may go at once, so
         that a few frames serve them all. A failed read is an `EngineError`.
         """
         remaining = np.ones(len(experts), bool)
@@ -130,18 +146,20 @@ class ExpertCache:
         try:
             while remaining.any():
                 with self._reader.lock:
-                    ready = remaining & (self._residency.levels(layer)[experts] >= levels)
+                    ready = remaining & (self._residency.levels_of(layer, experts) >= levels)
                     missing = np.flatnonzero(remaining & ~ready)
                     if first:
-                        self.stats.hits += int(ready.sum())
+                        self.stats.hits += len(experts) - len(missing)
                         self.stats.misses += len(missing)
                         used = FREE if len(missing) > self._at_once else SHIELDED
                         first = False
-                    self._pin(run, layer, experts, np.where(remaining, PINNED, used))
+                    pins = np.where(ready, PINNED, np.where(remaining, SHIELDED, used))
+                    self._pin(run, layer, experts, pins)
                     self._demand(layer, experts, levels, tokens, missing, loads)
-                if ready.any():
-                    yield np.flatnonzero(ready)
-                    remaining &= ~ready
+                given = np.flatnonzero(ready)
+                if len(given):
+                    yield given
+                    remaining[given] = False
                 elif idle or not loads:
                     self._wait(layer, loads)
                 else:
@@ -197,9 +215,10 @@ class ExpertCache:
         loads: dict[int, Load],
     ) -> None:
         """Ask for as many of `missing` as may be on their way at once."""
-        done = [i for i, load in loads.items() if not _on_its_way(load)]
-        _raise_first([loads.pop(i) for i in done])
-        if not len(missing):
+        if loads:
+            done = [i for i, load in loads.items() if not _on_its_way(load)]
+            _raise_first([loads.pop(i) for i in done])
+        if len(loads) == min(len(missing), self._at_once):
             return
         begun = {load.key: load for load in self._reader.loads()}
         for i in missing.tolist():
@@ -233,7 +252,8 @@ class ExpertCache:
             self._pins[:] = FREE
             self._active = run
         self._pins[self._residency.eviction.first[layer] + experts] = pins
-        self._reader.retry()
+        if self._reader.refused:
+            self._reader.retry()
 
     # -- in the reader's threads, the first and the last under its lock ---------------------------
 
@@ -261,6 +281,9 @@ class ExpertCache:
             return
         if load.error is None:
             self._residency.commit(load.key, load.frame, load.level, load.guess)
+            flat = self._residency.flat(load.key)
+            if self._pins[flat] == SHIELDED:  # the step waits for it: it stays until it was given
+                self._pins[flat] = PINNED
             self.stats.bytes_read += load.nbytes
             self.stats.loads += 1
             self.stats.guesses_read += load.guess

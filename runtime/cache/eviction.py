@@ -14,7 +14,7 @@ import numpy as np
 
 from smoe.runtime.errors import EngineError
 
-CHUNK = 128  # tokens of a step that a policy counts at once
+CHUNK = 128  # tokens of a prompt that count as much as `most` that are decoded
 
 
 class Eviction:
@@ -28,27 +28,21 @@ class Eviction:
         self.experts = list(experts)
         self.first = np.concatenate([[0], np.cumsum(experts)])
         self.layer_of = np.repeat(np.arange(len(experts)), experts)
-        self.clock = 0  # tokens that passed a layer, summed over layers
+        self.clock = 0  # steps that passed a layer, summed over layers
         self.last = np.zeros(self.first[-1])  # when each was used last, by that clock
 
     def observe(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
         """The router of `layer` chose `ids` int64 `[T, k]` (E: no expert) for the tokens of a step, whether their experts
-        are resident or not; selection `scores` `[T, E]` where they are known.
-
-        Times are those of a pass token after token, though a prompt passes layer after layer.
-        """
-        tokens, k = ids.shape
-        time = np.arange(tokens)[:, None] * len(self.experts) + (np.arange(k) + 1) / (k + 1)
-        time += self.clock - layer * (tokens - 1)
-        self.clock += tokens
-        used = ids < self.experts[layer]
-        self.last[self.first[layer] + ids[used]] = time[used]  # of several uses the latest
-        for start in range(0, tokens, CHUNK):
-            part = slice(start, start + CHUNK)
-            self.count(layer, ids[part], None if scores is None else scores[part])
+        are resident or not; selection `scores` `[T, E]` where they are known."""
+        slots = ids.reshape(-1)
+        used = slots < self.experts[layer]
+        when = self.clock + np.arange(1, len(slots) + 1) / (len(slots) + 1)
+        self.last[self.first[layer] + slots[used]] = when[used]  # of several uses the latest
+        self.clock += 1
+        self.count(layer, ids, scores)
 
     def count(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
-        """The same for up to `CHUNK` tokens: what a policy keeps beside times."""
+        """The same: what a policy keeps beside times."""
 
     def warm(self, share: np.ndarray) -> None:
         """Before the first step: `share` float64 `[all experts]` of its layer's slots that each got in calibration."""
@@ -181,9 +175,16 @@ class NextUse(Eviction):
         self.uses = np.zeros(self.first[-1])
         self.share: np.ndarray | None = None
         self.chance = np.zeros(self.first[-1])  # p
-        self.ahead = np.ones(len(experts))  # d
+        # d of every layer, seen from each.
+        layers = np.arange(len(experts))
+        self._ahead_of = ((layers - layers[:, None] - 1) % len(experts) + 1) / len(experts)
+        self.ahead = np.ones(len(experts))
 
     def count(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
+        for start in range(0, len(ids), CHUNK):
+            self._count_chunk(layer, ids[start : start + CHUNK])
+
+    def _count_chunk(self, layer: int, ids: np.ndarray) -> None:
         low, high = self.first[layer], self.first[layer + 1]
         fade = self.growth ** -min(len(ids), self.most)
         weight = (1 - fade) / (1 - 1 / self.growth)  # of all tokens, the last counting 1
@@ -195,8 +196,7 @@ class NextUse(Eviction):
         uses = self.uses_of(layer, ids)
         self.uses[low:high] += weight / len(ids) * self.unit[layer] * uses
         self.chance[low:high] = (1 - self.again) * self._frequency(layer) + self.again * (uses > 0)
-        self.ahead[:] = (np.arange(len(self.ahead)) - layer - 1) % len(self.ahead) + 1
-        self.ahead /= len(self.ahead)
+        self.ahead = self._ahead_of[layer]
 
     def warm(self, share: np.ndarray) -> None:
         super().warm(share)

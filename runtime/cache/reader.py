@@ -49,7 +49,6 @@ class Load:
     nbytes: int = 0
     error: Exception | None = None
 
-    @property
     def urgency(self) -> tuple[bool, int, int]:
         """The least is read first: demands before guesses, then what most tokens wait for, then the lower plane (D²MoE's
         hottest-expert-bit-first)."""
@@ -74,7 +73,7 @@ class Reader:
         self.lock = threading.Condition()
         self._waiting: list[Load] = []
         self._reading: list[Load] = []
-        self._refused: set[Load] = set()  # there was no frame, and nothing has changed since
+        self.refused: set[Load] = set()  # there was no frame, and nothing has changed since
         self.closed = False
         self._guesses_at_once = max(1, threads - 1)  # a thread stays free for demands
         self._threads = [
@@ -111,8 +110,8 @@ class Reader:
     def retry(self) -> None:
         """There may be a frame now where there was none."""
         with self.lock:
-            if self._refused:
-                self._refused.clear()
+            if self.refused:
+                self.refused.clear()
                 self.lock.notify_all()
         if not self._threads:
             self.serve()
@@ -126,7 +125,7 @@ class Reader:
                 lambda: (
                     self.closed
                     or any(load.state in ENDED for load in loads)
-                    or (not self._reading and all(load in self._refused for load in loads))
+                    or (not self._reading and all(load in self.refused for load in loads))
                 )
             )
             if self.closed:
@@ -150,12 +149,13 @@ class Reader:
     def take(self) -> Load | None:
         """The most urgent load for which a frame can be had; its read begins."""
         with self.lock:
-            demanded = any(not load.guess for load in self._waiting + self._reading)
-            guesses = sum(load.guess for load in self._reading)
-            for load in sorted(self._waiting, key=lambda load: load.urgency):
-                if load.guess and (demanded or guesses >= self._guesses_at_once):
+            if not self._waiting:
+                return None
+            demanded = any(not load.guess for load in (*self._waiting, *self._reading))
+            for load in sorted(self._waiting, key=Load.urgency):
+                if load.guess and (demanded or not self._may_guess()):
                     return None
-                if load in self._refused:
+                if load in self.refused:
                     continue
                 if self._attempt(self._begin, load):
                     self._waiting.remove(load)
@@ -165,6 +165,9 @@ class Reader:
                 self._refuse(load)
             return None
 
+    def _may_guess(self) -> bool:
+        return sum(load.guess for load in self._reading) < self._guesses_at_once
+
     def finish(self, load: Load) -> None:
         """Read what `take` gave; whoever waits for it hears of it."""
         load.nbytes = self._attempt(self._read, load) or 0
@@ -172,7 +175,7 @@ class Reader:
             self._reading.remove(load)
             self._attempt(self._end, load)
             load.state = State.DONE
-            self._refused.clear()
+            self.refused.clear()
             self.lock.notify_all()
 
     def serve(self) -> bool:
@@ -186,7 +189,7 @@ class Reader:
     def _refuse(self, load: Load) -> None:
         """No frame for it now. A guess is not worth waiting for one."""
         if load.error is None and not load.guess:
-            self._refused.add(load)
+            self.refused.add(load)
         else:
             self._waiting.remove(load)
             load.state = State.WITHDRAWN if load.error is None else State.DONE

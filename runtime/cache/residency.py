@@ -66,6 +66,11 @@ class Residency:
         frames = self._frame[self._first[layer] : self._first[layer + 1]]
         return np.where(frames >= 0, self._levels[frames], 0)
 
+    def levels_of(self, layer: int, experts: np.ndarray) -> np.ndarray:
+        """The same of some experts of a layer."""
+        frames = self._frame[self._first[layer] + experts]
+        return np.where(frames >= 0, self._levels[frames], 0)
+
     def level(self, key: Key) -> int:
         """The same of one."""
         frame = self._frame[self.flat(key)]
@@ -89,12 +94,12 @@ class Residency:
         most = self.capacity if self.share is None else self.share
         return most // self._sizes[layer][-1]
 
-    def use(self, layer: int, ids: np.ndarray) -> int:
-        """A step uses these experts (E: none), resident or not; how many of them were read on a guess and are used for
+    def use(self, layer: int, wanted: np.ndarray) -> int:
+        """A step uses these experts, bool `[E]`, resident or not; how many of them were read on a guess and are used for
         the first time."""
         if not self._guessed.any():
             return 0
-        frames = self._frame[self._first[layer] + np.unique(ids[ids < self._count(layer)])]
+        frames = self._frame[self._first[layer] + np.flatnonzero(wanted)]
         frames = frames[frames >= 0]
         used = frames[self._guessed[frames]]
         self._guessed[used] = self._expired[used] = False
@@ -146,20 +151,22 @@ class Residency:
             return True
         return self.total + size > self.capacity
 
-    def victim(self, layer: int, size: int, key: Key, pins: np.ndarray | None) -> int | None:
-        """The frame whose record, or highest plane, is worth least; never that of `key`, nor one that is being read into."""
+    def victim(self, layer: int, size: int, key: Key | None, pins: np.ndarray | None) -> int | None:
+        """The frame whose record, or highest plane, is worth least, where `layer` is to take `size` more; never that of
+        `key`, nor one that is being read into."""
         may_go = (self._keys >= 0) & ~self._reserved
         if self.share is not None and self.used[layer] + size > self.share:
             may_go &= self._layers == layer
-        own = self.find(key)
+        own = None if key is None else self.find(key)
         if own is not None:
             may_go[own] = False
         frames = np.flatnonzero(may_go)
         if pins is not None and len(frames):
             pinned = pins[self._keys[frames]]
-            frames = frames[pinned == min(pinned.min(), SHIELDED)]
-        expired = frames[self._expired[frames]]
-        frames = expired if len(expired) else frames
+            frames = frames[pinned == min(int(pinned.min()), SHIELDED)]
+        expired = self._expired[frames]
+        if expired.any():
+            frames = frames[expired]
         if not len(frames):
             return None
         worth = self.eviction.planes(self._keys[frames], self._levels[frames])
@@ -181,9 +188,6 @@ class Residency:
         self._keys[frame] = self._layers[frame] = -1
         self._guessed[frame] = self._expired[frame] = False
         self._release(layer, frame)
-
-    def _count(self, layer: int) -> int:
-        return self._first[layer + 1] - self._first[layer]
 
     def _release(self, layer: int, frame: int) -> None:
         self._hold(frame, layer, 0)
