@@ -76,7 +76,7 @@ class LocalExperts:
         self.cache.expect(guesses)
 
     def start(self, layer: int, dispatch: Dispatch, x: np.ndarray, out: np.ndarray) -> Pending:
-        """Nothing runs before `parts` or `wait` is called."""
+        """What is missing is asked for now, so that a guess comes after it; what runs, runs in `parts` or `wait`."""
         return _LocalPending(self, layer, dispatch, x, out)
 
     def close(self) -> None:
@@ -90,24 +90,27 @@ class _LocalPending:
     ):
         self._cache, self._kernel = experts.cache, experts.kernels[layer]
         self._layer, self._dispatch, self._x, self._out = layer, dispatch, x, out
+        last = dispatch.highest
+        self._first, self._last = np.concatenate([[0], last[:-1] + 1])[: len(last)], last
+        tokens = dispatch.starts[last + 1] - dispatch.starts[self._first]
+        bring = self._cache.bring(layer, dispatch.experts[last], dispatch.levels[last], tokens)
+        self._bring, self._ready = bring, next(bring, None)
 
     def wait(self, idle: Callable[[], None] | None = None) -> None:
         for _ in self.parts(idle):
             pass
 
     def parts(self, idle: Callable[[], None] | None = None) -> Iterator[None]:
-        groups = self._dispatch
-        last = groups.highest
-        first = np.concatenate([[0], last[:-1] + 1])[: len(last)]
-        tokens = groups.starts[last + 1] - groups.starts[first]
-        bring = self._cache.bring(self._layer, groups.experts[last], groups.levels[last], tokens)
-        with contextlib.closing(bring):
-            for ready in bring:
+        with contextlib.closing(self._bring):
+            ready = self._ready
+            while ready is not None:
                 if len(ready):
-                    self._compute(groups.take(_ranges(first[ready], last[ready] + 1)))
+                    groups = _ranges(self._first[ready], self._last[ready] + 1)
+                    self._compute(self._dispatch.take(groups))
                     yield
                 elif idle is not None:
                     idle()
+                ready = next(self._bring, None)
 
     def _compute(self, part: Dispatch) -> None:
         for batch in part.batches(SLOTS):

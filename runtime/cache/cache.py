@@ -30,8 +30,13 @@ class ExpertCache:
     """Experts in the frames of one memory.
 
     `residency` says who is there, `frames` hold the bytes (None: there are none, in a simulation), `read` fetches them on
+<<<<<<< HEAD
+    `threads` threads (0: at once). `uses` is how many experts of a layer one token uses at most. Counts go to `stats`.
+    `make_reader` is for tests of every order.
+=======
     `threads` threads (0: at once). `uses` is how many experts of a layer one token uses at most. Without `streams` a
     step's experts are shielded however many they are, as replays of others do. Counts go to `stats`.
+>>>>>>> core
     """
 
     def __init__(
@@ -42,7 +47,11 @@ class ExpertCache:
         uses: int,
         stats: Stats,
         threads: int = READERS,
+<<<<<<< HEAD
+        make_reader: type[Reader] = Reader,
+=======
         streams: bool = True,
+>>>>>>> core
     ):
         self._residency, self._frames, self._read_planes, self.stats = (
             residency,
@@ -50,8 +59,13 @@ class ExpertCache:
             read,
             stats,
         )
+<<<<<<< HEAD
+        self._reader = make_reader(self._begin, self._read, self._end, threads)
+        self._at_once = max(STREAMS, uses)
+=======
         self._reader = Reader(self._begin, self._read, self._end, threads)
         self._at_once = max(STREAMS, uses) if streams else 1 << 62
+>>>>>>> core
         self._pins = np.zeros(residency.eviction.first[-1], np.int8)
         self._active: object = None  # whose pins these are
 
@@ -122,8 +136,8 @@ class ExpertCache:
         once; what is missing is read meanwhile, most `tokens` first. Whoever iterates computes what it was given before
         it asks for more, and closes the iterator. An empty array, once, says that nothing is left but to wait.
 
-        What the step still needs is not evicted, and what it has used only if nothing else can go (SMoE's shield). Where
-        more is missing than may be on its way at once, as for a prompt, experts stream: what was used may go at once, so
+        What the step still needs is not evicted once it is whole, and what it has used, or has in fewer planes than it
+        needs, only if nothing else can go (SMoE's shield). Where more is missing than may be on its way at once, as for a prompt, experts stream: what was used may go at once, so
         that a few frames serve them all. A failed read is an `EngineError`.
         """
         remaining = np.ones(len(experts), bool)
@@ -139,7 +153,8 @@ class ExpertCache:
                         self.stats.misses += len(missing)
                         used = FREE if len(missing) > self._at_once else SHIELDED
                         first = False
-                    self._pin(run, layer, experts, np.where(remaining, PINNED, used))
+                    pins = np.where(ready, PINNED, np.where(remaining, SHIELDED, used))
+                    self._pin(run, layer, experts, pins)
                     self._demand(layer, experts, levels, tokens, missing, loads)
                 given = np.flatnonzero(ready)
                 if len(given):
@@ -266,6 +281,9 @@ class ExpertCache:
             return
         if load.error is None:
             self._residency.commit(load.key, load.frame, load.level, load.guess)
+            flat = self._residency.flat(load.key)
+            if self._pins[flat] == SHIELDED:  # the step waits for it: it stays until it was given
+                self._pins[flat] = PINNED
             self.stats.bytes_read += load.nbytes
             self.stats.loads += 1
             self.stats.guesses_read += load.guess

@@ -117,15 +117,15 @@ class Reader:
             self.serve()
 
     def wait(self, loads: Iterable[Load]) -> bool:
-        """Until one of `loads` has ended, or no frame can be had for any of them: whether one has ended. An `EngineError` if
-        the reader was closed meanwhile."""
+        """Until one of `loads` has ended, or no frame can be had for any of them, nor will be when what is read has arrived:
+        whether one has ended. An `EngineError` if the reader was closed meanwhile."""
         loads = list(loads)
         with self.lock:
             self.lock.wait_for(
                 lambda: (
                     self.closed
                     or any(load.state in ENDED for load in loads)
-                    or all(load in self.refused for load in loads)
+                    or (not self._reading and all(load in self.refused for load in loads))
                 )
             )
             if self.closed:
@@ -168,11 +168,21 @@ class Reader:
     def _may_guess(self) -> bool:
         return sum(load.guess for load in self._reading) < self._guesses_at_once
 
+    def finish(self, load: Load) -> None:
+        """Read what `take` gave; whoever waits for it hears of it."""
+        load.nbytes = self._attempt(self._read, load) or 0
+        with self.lock:
+            self._reading.remove(load)
+            self._attempt(self._end, load)
+            load.state = State.DONE
+            self.refused.clear()
+            self.lock.notify_all()
+
     def serve(self) -> bool:
         """Read the most urgent loads until there is none; whether there was one."""
         served = False
         while (load := self.take()) is not None:
-            self._finish(load)
+            self.finish(load)
             served = True
         return served
 
@@ -193,15 +203,6 @@ class Reader:
             load.error = error
             return None
 
-    def _finish(self, load: Load) -> None:
-        load.nbytes = self._attempt(self._read, load) or 0
-        with self.lock:
-            self._reading.remove(load)
-            self._attempt(self._end, load)
-            load.state = State.DONE
-            self.refused.clear()
-            self.lock.notify_all()
-
     def _work(self) -> None:
         while True:
             with self.lock:
@@ -211,4 +212,4 @@ class Reader:
                     load = self.take()
             if load is None:
                 return
-            self._finish(load)
+            self.finish(load)

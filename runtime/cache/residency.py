@@ -160,17 +160,17 @@ class Residency:
         own = None if key is None else self.find(key)
         if own is not None:
             may_go[own] = False
-        if (may_go & self._expired).any():
-            may_go &= self._expired
         frames = np.flatnonzero(may_go)
-        keys = self._keys[frames]
         if pins is not None and len(frames):
-            pinned = pins[keys]
-            allowed = pinned == min(int(pinned.min()), SHIELDED)
-            frames, keys = frames[allowed], keys[allowed]
+            pinned = pins[self._keys[frames]]
+            frames = frames[pinned == min(int(pinned.min()), SHIELDED)]
+        expired = self._expired[frames]
+        if expired.any():
+            frames = frames[expired]
         if not len(frames):
             return None
-        return int(frames[self.eviction.planes(keys, self._levels[frames]).argmin()])
+        worth = self.eviction.planes(self._keys[frames], self._levels[frames])
+        return int(frames[worth.argmin()])
 
     def shrink(self, frame: int) -> None:
         """Evict the highest plane, where eviction goes by planes and it is not the only one; the record otherwise."""

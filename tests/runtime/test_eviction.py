@@ -175,7 +175,7 @@ def test_belady_is_the_least_there_is(requests, capacity):
     misses = 0
     for expert in requests:
         eviction.observe(0, np.array([[expert]]), None)
-        residency.use(0, np.array([[expert]]))
+        residency.use(0, np.arange(6) == expert)
         if residency.find((0, expert)) is None:
             misses += 1
             residency.commit((0, expert), residency.reserve((0, expert), 1), 1)

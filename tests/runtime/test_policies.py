@@ -56,8 +56,10 @@ def test_lossless_policies_change_no_bit(golden, answer, budget, wanted, experts
         assert np.array_equal(engine.logits(answer["prompt"]), prefill)
         assert np.array_equal(np.stack(list(engine.score(answer["prompt"][:40]))), decoded)
         stats = engine.stats
-        assert stats.misses > 0 and stats.substituted == 0 and stats.hits == stats.wanted_hits
+        assert stats.misses > 0 and stats.substituted == 0
         assert stats.hits + stats.misses == stats.wanted
+        if policies.prefetch == "none":  # a guess may arrive just after the router's word
+            assert stats.hits == stats.wanted_hits
 
 
 class _Spy:
@@ -103,7 +105,7 @@ def test_guesses_are_read_counted_and_used(golden, answer, prefetch):
     bundle = open_bundle(golden)
     predict = make_predictor(prefetch, bundle.manifest, bundle.tables)
     # Whether a guess comes in time is chance with threads on a model this small; without them it is read at once.
-    with make_parts(golden, experts=7, predict=predict, threads=0) as parts:
+    with make_parts(golden, experts=5, predict=predict, threads=0) as parts:
         sequence = parts.sequence()
         for token in answer["prompt"].tolist():
             step(parts.model, decoded(sequence, token))
@@ -114,7 +116,7 @@ def test_guesses_are_read_counted_and_used(golden, answer, prefetch):
         assert stats.misses <= stats.bytes_read // parts.sizes[0][-1] == stats.loads <= most
     with Engine.open(golden, policies=Policies()) as engine:
         exact = np.stack(list(engine.score(answer["prompt"][:3])))
-    with make_parts(golden, experts=7, predict=predict, threads=0) as parts:
+    with make_parts(golden, experts=5, predict=predict, threads=0) as parts:
         sequence = parts.sequence()
         (first,) = step(parts.model, prompted(sequence, answer["prompt"][:1]))
         later = [step(parts.model, decoded(sequence, t))[0] for t in answer["prompt"][1:3].tolist()]

@@ -14,9 +14,8 @@ def _lru(capacity: int, experts: int = 10, **how) -> Residency:
 
 def _use(residency: Residency, layer: int, expert: int) -> int:
     """A step uses it; how many guesses came true."""
-    ids = np.array([[expert]])
-    residency.eviction.observe(layer, ids, None)
-    return residency.use(layer, ids)
+    residency.eviction.observe(layer, np.array([[expert]]), None)
+    return residency.use(layer, np.arange(residency.eviction.experts[layer]) == expert)
 
 
 def _load(residency: Residency, key, level: int = 1, guessed: bool = False) -> int:
@@ -127,6 +126,16 @@ def test_a_guess_goes_first_once_its_layer_has_passed_without_it():
     _use(residency, 0, 2)
     _ask(residency, (0, 5))  # no expired guess is left: least recently used again
     assert (0, 3) not in residency
+
+
+def test_an_expired_guess_that_a_step_uses_after_all_is_pinned_like_others():
+    """As a stand-in, which the router did not name: others go instead."""
+    residency = _lru(2)
+    _load(residency, (0, 1), guessed=True)
+    residency.end(0)
+    _ask(residency, (0, 2))
+    frame = residency.reserve((0, 3), 1, _pins(residency, pinned=[(0, 1)]))
+    assert frame is not None and (0, 1) in residency and (0, 2) not in residency
 
 
 def test_bytes_and_shares():

@@ -66,19 +66,21 @@ def make_parts(
     read: Read | None = None,
     eviction: str = "next-use",
     shares: bool = False,
+    level: int | None = None,
     threads: int = 2,
 ) -> Parts:
-    """`read` None: the bundle's shards, at their full level."""
+    """`read` None: from the bundle's shards. `level` None: the full one."""
     bundle = open_bundle(path)
     manifest, stats = bundle.manifest, Stats()
     policy = eviction_named(eviction, [layer.experts for layer in manifest.layers])
-    sizes = level_sizes(bundle, bundle.levels)
+    full = bundle.levels if level is None else level
+    sizes = level_sizes(bundle, full)
     record = max(int(ends[-1]) for ends in sizes)
     residency = Residency(
         policy.experts, experts * record, policy, [ends[1:] for ends in sizes], shares
     )
     frames = Frames(len(residency.frame_bytes), record, experts * record)
-    shards = Shards(bundle)
+    shards = Shards(bundle, full)
     smallest = plan_memory(bundle, None, CONTEXT).smallest
     cache = ExpertCache(residency, frames, read or shards.read, smallest, stats, threads)
     backbone, chosen = Backbone(bundle.path, bundle.manifest), kernels.choose()
@@ -90,7 +92,7 @@ def make_parts(
     ]
     model = Model(
         backbone=backbone,
-        experts=LocalExperts(cache, layers, bundle.levels),
+        experts=LocalExperts(cache, layers, full),
         choose=choose,
         predict=predict or Predictor(),
         stats=stats,
