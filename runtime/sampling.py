@@ -8,6 +8,9 @@ import numpy as np
 
 from smoe.runtime.errors import EngineError
 
+HEAD = 512  # tokens that are sorted first: a peaked distribution ends a draw within them
+GROWTH = 32  # so many times more where it does not
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -47,14 +50,46 @@ class Sampler:
         how = self._how
         if how.temperature == 0:
             return int(np.argmax(logits))
-        order = np.argsort(-logits, kind="stable")
-        if how.top_k:
-            order = order[: how.top_k]
-        scaled = logits[order].astype(np.float64) / how.temperature
-        weights = np.exp(scaled - scaled[0])
-        probabilities = weights / weights.sum()
+        uniform = self._random.random()
+        order, probabilities = _head(logits, how, how.top_p if how.top_p < 1 else uniform)
         if how.top_p < 1:
             # The smallest set whose mass reaches top_p: the token that crosses the line is still in.
             enough = int(np.searchsorted(np.cumsum(probabilities), how.top_p)) + 1
             probabilities = probabilities[:enough] / probabilities[:enough].sum()
-        return int(order[self._random.choice(len(probabilities), p=probabilities)])
+        last = len(probabilities) - 1  # where rounding leaves the sum below `uniform`
+        return int(order[min(last, np.searchsorted(np.cumsum(probabilities), uniform, "right"))])
+
+
+def _head(logits: np.ndarray, how: Sampling, mass: float) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest tokens, best first, until their probabilities sum to more than `mass`, or all
+    that `how.top_k` allows: ids `[n]` and probabilities float64 `[n]`.
+
+    A vocabulary is much longer than what a draw looks at, so it is not sorted as a whole.
+    """
+    limit = min(how.top_k or len(logits), len(logits))
+    best = float(logits.max()) / how.temperature
+
+    def weights(some: np.ndarray) -> np.ndarray:
+        return np.exp(some.astype(np.float64) / how.temperature - best)
+
+    if limit == len(logits):
+        total, count = weights(logits).sum(), HEAD
+        while count < limit:
+            order = ranked(logits, count)
+            probabilities = weights(logits[order]) / total
+            if probabilities.sum() > mass:
+                return order, probabilities
+            count *= GROWTH
+    order = ranked(logits, limit)
+    probabilities = weights(logits[order])
+    return order, probabilities / probabilities.sum()
+
+
+def ranked(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` highest of `values` `[n]`, best first; of equal ones the first comes first."""
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    least = np.partition(values, len(values) - count)[len(values) - count]
+    above = np.flatnonzero(values > least)
+    equal = np.flatnonzero(values == least)[: count - len(above)]
+    return np.concatenate([above[np.argsort(-values[above], kind="stable")], equal])
