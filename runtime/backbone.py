@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from smoe.artifacts.errors import first_line
 from smoe.artifacts.manifest import Manifest, State
 from smoe.artifacts.safetensors_file import DTYPES
 from smoe.runtime.errors import EngineError
@@ -140,7 +141,7 @@ class Backbone:
             )
         except (*ORT_ERRORS, OSError) as error:
             raise EngineError(
-                f"{path / segment.file} does not load in ONNX Runtime {ort.__version__}: {_first_line(error)}"
+                f"{path / segment.file} does not load in ONNX Runtime {ort.__version__}: {first_line(error)}"
             ) from error
 
     def begin(self, sequence: Sequence, ids: np.ndarray, keep: np.ndarray) -> Values:
@@ -168,7 +169,7 @@ class Backbone:
             session.run_with_iobinding(binding)
         except ORT_ERRORS as error:
             raise EngineError(
-                f"Segment {index} of the backbone failed: {_first_line(error)}"
+                f"Segment {index} of the backbone failed: {first_line(error)}"
             ) from error
         values.update(zip(segment.outputs, binding.get_outputs(), strict=True))
         for spec in self._replaced[index] if keep else ():
@@ -185,7 +186,3 @@ def _read_weights(path: Path, manifest: Manifest) -> Mapping[str, ort.OrtValue]:
             raise EngineError(f"{file} became shorter while it was read; copy the bundle again.")
         found[w.name] = ort_value(piece.view(DTYPES[w.dtype]).reshape(w.shape))
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:600]
