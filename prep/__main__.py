@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from smoe.artifacts import SmoeError
+from smoe.artifacts.errors import printable
 
 NEEDED = (
     "torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "datasets", "sklearn", "greenlet",
@@ -26,7 +27,7 @@ def main() -> None:
         )
         sys.exit(1)
     except (SmoeError, OSError) as error:
-        print(f"smoe-prep: {error}", file=sys.stderr)
+        print(printable(f"smoe-prep: {error}"), file=sys.stderr)
         sys.exit(1)
 
 

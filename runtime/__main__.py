@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from smoe.artifacts import SmoeError
+from smoe.artifacts.errors import printable
 
 
 def main() -> None:
@@ -13,7 +14,7 @@ def main() -> None:
     try:
         cli(prog_name="smoe")
     except (SmoeError, OSError) as error:
-        print(f"smoe: {error}", file=sys.stderr)
+        print(printable(f"smoe: {error}"), file=sys.stderr)
         sys.exit(1)
 
 

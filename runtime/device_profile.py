@@ -1,4 +1,4 @@
-"""What a device can do with a bundle, measured there: `smoe bench --device` writes it, `smoe-prep plan` reads it.
+"""What a device can do with a bundle, measured there: `smoe bench --machine` writes it, `smoe-prep plan` reads it.
 
 Reads and kernels share processors and a memory bus, so that a step is not the longer of its parts measured alone. So the engine
 itself is timed, made to read so many of a layer's experts at such a level: `layer_seconds` is that grid, and `step_seconds`
@@ -81,7 +81,7 @@ class Device:
             )
         except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise EngineError(
-                f"{path} is no device description ({error}); write one with smoe bench --device."
+                f"{path} is no device description ({error}); write one with smoe bench --machine FILE."
             ) from error
         rows, sizes = made.layer_seconds, made.record_bytes
         if not (

@@ -16,11 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
+from smoe.runtime.budget import show_size
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
 from smoe.runtime.system import peak_memory, reset_peak_memory
 from smoe.runtime.text import read_text
 
+SIZES = ("bytes_read", "peak_memory")  # figures of `bench` by unit: bytes,
+SHARES = (
+    "hit_rate_before", "hit_rate_after", "substituted_share", "loaded_share", "stall_share", "foresight_share", "top1",
+    "choice_accuracy", "choice_accuracy_exact", "choice_same",
+)  # fmt: skip
+TIMES = ("ttft", "tpot")  # seconds
 OPTIONS = 4  # of an item of the choice task: the true continuation and three others
 
 
@@ -33,7 +40,8 @@ class Item:
 
 
 def bench(
-    opened: Callable[..., Engine],
+    opened: Callable[[], Engine],
+    exact_twin: Callable[[], Engine],
     text: Path,
     tokens: int,
     length: int,
@@ -41,9 +49,9 @@ def bench(
     choices: int,
     say: Callable[..., None] = lambda *lines: None,
 ) -> dict:
-    """All of this page for the engine that `opened()` gives; `opened(substitution=None, loss=None, level=None)` is its exact twin,
-    which runs only where the engine is lossy. `text` is cut into rows of `length`, `tokens` in all; `choices` questions.
-    `say` receives the mode lines."""
+    """All of this page for the engine that `opened()` gives; `exact_twin()` is one that loses nothing, and is opened
+    only where the engine is lossy. `text` is cut into rows of `length`, `tokens` in all; `choices` questions. `say`
+    receives the mode lines."""
     documents = read_documents(text)
     with opened() as engine:
         texts = rows(engine, documents, tokens, length)
@@ -52,7 +60,7 @@ def bench(
             say(*engine.mode_lines())
             return _measured(engine, texts, prompt, questions)
     with tempfile.TemporaryDirectory() as scratch:
-        with opened(substitution=None, loss=None, level=None) as twin:
+        with exact_twin() as twin:
             wanted = exact(twin, texts, prompt, Path(scratch) / "exact")
             answers = choose(twin, questions)
         reset_peak_memory()
@@ -71,6 +79,25 @@ def _measured(
 ) -> dict:
     found = measure(engine, texts, prompt, wanted)
     return found | (graded(choose(engine, questions), answers) if questions else {})
+
+
+def bench_lines(measured: dict) -> list[str]:
+    """What `bench` returned, for people: one figure a line."""
+    return [
+        f"{name.replace('_', ' '):20} {_shown(name, value)}"
+        for name, value in measured.items()
+        if value is not None
+    ]
+
+
+def _shown(name: str, value: float) -> str:
+    if name in SIZES:
+        return show_size(int(value))
+    if name in SHARES:
+        return f"{value:.1%}"
+    if name in TIMES:
+        return f"{value * 1000:.1f} ms"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def read_documents(path: Path) -> list[tuple[str, str]]:

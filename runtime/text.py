@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import tokenizers  # imported where it is used, as jinja2 is: together a third of `import smoe.runtime`
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the bytes of an unfinished character to
-HELD_TOKENS = 32  # no character has so many bytes: from here on what is held back is broken, and shown so
+HELD_TOKENS = (
+    32  # no character has so many bytes: from here on what is held back is broken, and shown so
+)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def test_wishes():
 
 def test_the_command(reference_bundle, smoe_prep, tmp_path, budget):
     (tmp_path / "d.json").write_text(DEVICE.to_json())
-    common = ("plan", reference_bundle, "--device", tmp_path / "d.json", "--context", "256")
+    common = ("plan", reference_bundle, "--machine", tmp_path / "d.json", "--context", "256")
     done = smoe_prep(*common, "--memory", str(budget), "--loss", "0.01")
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]

@@ -72,7 +72,9 @@ def test_characters_spelled_in_bytes_are_shown_as_soon_as_they_are_whole(bytewis
     stream = Stream(bytewise, ())
     ids = [261, *sample.encode(), 261]  # a special token has no text, and takes none away
     pieces = [stream.push(i) for i in ids]
-    leading = sample.startswith(" ")  # stripped by the decoder, as it is when all is decoded at once
+    leading = sample.startswith(
+        " "
+    )  # stripped by the decoder, as it is when all is decoded at once
     if "\ufffd" not in sample:
         assert "".join(pieces) == bytewise.tokenizer.decode(ids) == sample[leading:]
         assert max(map(len, pieces)) <= 1
