@@ -24,12 +24,13 @@ try:
     import smoe.runtime.kernels._native as _native
 except ModuleNotFoundError:
     _native = None  # type: ignore[assignment]
-    # Only a build with SMOE_NO_NATIVE=1 carries this marker: without it a missing module is an error, not slowness.
+    # A build with SMOE_NO_NATIVE=1 makes this marker (pyproject.toml), and no source tree has it: without it a missing
+    # module is an error, not slowness.
     try:
         import smoe.runtime.kernels._without_native  # noqa: F401
     except ModuleNotFoundError:
         raise ImportError(
-            "This install of smoe lacks its native kernels. Install it again where there is a C++ compiler, or with "
+            "This smoe lacks its native kernels. Install it (pip install .) where there is a C++ compiler, or with "
             "SMOE_NO_NATIVE=1 for the slow reference kernels."
         ) from None
 
