@@ -32,9 +32,15 @@ class Model:
     end_ids: tuple[int, ...]
 
 
+# The names of an `ExpertActivation`. What they compute is in runtime/kernels/activations.py and native/gate.h.
+KINDS = ("gated", "plain", "clamped", "bounded", "softcapped")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "identity")
+
+
 @dataclass(frozen=True)
-class Gate:
-    """How an expert's first matrices become the input of its last (formulas in FORMAT.md).
+class ExpertActivation:
+    """How an expert's first matrices become the input of its last (formulas in FORMAT.md), one of `KINDS` with one of
+    `ACTIVATIONS` where the kind takes one. Its JSON key is "gate", which is no router's.
 
     kind "gated": act(gate) * up. kind "plain": act(up). kind "clamped": gate' = min(gate, limit),
     up' = clip(up, -limit, limit), (up' + 1) * gate' * sigmoid(alpha * gate'). kind "bounded": act(gate') * up'.
@@ -149,7 +155,7 @@ class Experts:
 
     encoding: str
     page: int
-    gate: Gate
+    gate: ExpertActivation
     biased: bool
     normed: bool = dataclasses.field(default=False, metadata={"since": 2})
 

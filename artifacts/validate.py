@@ -18,13 +18,11 @@ from smoe.artifacts import safetensors_file, tables
 from smoe.artifacts.encodings import encoding_named, float_fields
 from smoe.artifacts.errors import BundleError
 from smoe.artifacts.layout import RecordLayout
-from smoe.artifacts.manifest import Manifest
+from smoe.artifacts.manifest import ACTIVATIONS, KINDS, Manifest
 from smoe.artifacts.shard import shard_start
 
 MAX_MANIFEST = 64 << 20
 MAX_STATE = 1 << 40  # bytes of one sequence at its longest, in the widest dtype
-GATES = ("gated", "plain", "clamped", "bounded", "softcapped")
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "identity")
 NORMALISERS = ("none", "sum", "softmax")
 OPTIONAL_FILES = (
     "tables.safetensors",
@@ -79,11 +77,11 @@ def _geometry(m: Manifest) -> Iterator[str]:
         yield bad("backbone.heads", m.backbone.heads, "1 to 65536")
     gate = m.experts.gate
     named = gate.kind in ("gated", "plain", "bounded")
-    if gate.kind not in GATES or (named and gate.activation not in ACTIVATIONS):
+    if gate.kind not in KINDS or (named and gate.activation not in ACTIVATIONS):
         yield bad(
             "experts.gate",
             (gate.kind, gate.activation),
-            f"one of {GATES} with one of {ACTIVATIONS}",
+            f"one of {KINDS} with one of {ACTIVATIONS}",
         )
     elif gate.kind not in ("gated", "plain"):
         wanted = [gate.limit, *([gate.alpha] if gate.kind != "bounded" else [])]

@@ -15,10 +15,9 @@ import numpy as np
 
 from smoe.artifacts import nested
 from smoe.artifacts.layout import ExpertShape, RecordLayout
-from smoe.artifacts.manifest import Gate
+from smoe.artifacts.manifest import ACTIVATIONS, KINDS, ExpertActivation
 from smoe.runtime.errors import EngineError
 from smoe.runtime.kernels import reference
-from smoe.runtime.kernels.activations import ACTIVATIONS, KINDS
 
 try:
     import smoe.runtime.kernels._native as _native
@@ -64,7 +63,7 @@ class Kernels:
     threads: int
 
     def layer(
-        self, gate: Gate, shape: ExpertShape, encoding: str, layout: RecordLayout
+        self, gate: ExpertActivation, shape: ExpertShape, encoding: str, layout: RecordLayout
     ) -> LayerKernel:
         """The kernel for a layer whose records are laid out so."""
         if self.name == "reference":
@@ -103,7 +102,7 @@ def processors() -> int:
 
 @dataclass(frozen=True)
 class _Reference:
-    gate: Gate
+    gate: ExpertActivation
     shape: ExpertShape
     encoding: str
     layout: RecordLayout
@@ -150,13 +149,13 @@ def _normalised(layout: RecordLayout, records: np.ndarray, work: Work, y: np.nda
 
 
 def native_layer(
-    gate: Gate, shape: ExpertShape, encoding: str, layout: RecordLayout
+    gate: ExpertActivation, shape: ExpertShape, encoding: str, layout: RecordLayout
 ) -> _native.Layer:
     """What native/ffn.h calls a Layer: where the matrices' tensors lie in a record, and what lies between them."""
     offsets = {field.name: field.offset for field in layout.fields}
     names = ["up", "down", *(["gate"] if shape.gated else [])]
     matrices = [_about(name, shape, encoding, offsets) for name in names]
-    act = list(ACTIVATIONS).index(gate.activation) if gate.activation in ACTIVATIONS else 0
+    act = ACTIVATIONS.index(gate.activation) if gate.activation in ACTIVATIONS else 0
     return _native.Layer(matrices, KINDS.index(gate.kind), act, gate.alpha, gate.limit)
 
 

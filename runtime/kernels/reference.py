@@ -11,7 +11,7 @@ from smoe.artifacts import nested
 from smoe.artifacts.bfloat16 import from_bf16
 from smoe.artifacts.encodings import encoding_named
 from smoe.artifacts.layout import ExpertShape
-from smoe.artifacts.manifest import Gate
+from smoe.artifacts.manifest import ExpertActivation
 from smoe.runtime.kernels import activations
 
 LANES = 16
@@ -19,7 +19,7 @@ NORM_EPSILON = 1e-6  # the scale takes up what a model has instead
 
 
 def ffn(
-    gate: Gate,
+    gate: ExpertActivation,
     shape: ExpertShape,
     encoding: str,
     tensors: dict[str, np.ndarray],

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from smoe.artifacts import BundleError, Manifest, open_bundle
-from smoe.artifacts.manifest import VERSION
-from smoe.artifacts.validate import ACTIVATIONS, sha256
+from smoe.artifacts.manifest import ACTIVATIONS, VERSION
+from smoe.artifacts.validate import sha256
 
 
 def test_the_golden_bundle_of_every_version_opens(goldens):

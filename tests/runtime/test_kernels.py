@@ -7,7 +7,7 @@ from smoe.artifacts import record_layout
 from smoe.artifacts.bfloat16 import to_bf16
 from smoe.artifacts.encodings import ENCODINGS, decode_expert, encode_expert, encoding_named
 from smoe.artifacts.layout import ExpertShape
-from smoe.artifacts.manifest import Gate
+from smoe.artifacts.manifest import ExpertActivation
 from smoe.runtime import EngineError, kernels
 from smoe.runtime.kernels import activations, reference
 
@@ -21,8 +21,8 @@ NESTED = (
     "nested:2:128",
 )
 SPECS = [
-    Gate("gated", "silu"), Gate("plain", "relu2"), Gate("clamped", "", 1.702, 0.5), Gate("bounded", "gelu", 0, 0.5),
-    Gate("softcapped", "", 3, 2),
+    ExpertActivation("gated", "silu"), ExpertActivation("plain", "relu2"), ExpertActivation("clamped", "", 1.702, 0.5), ExpertActivation("bounded", "gelu", 0, 0.5),
+    ExpertActivation("softcapped", "", 3, 2),
 ]  # fmt: skip
 # tokens, n_in, n_out: one and many, whole blocks and odd ends, fewer than a tile and more, nothing at all
 SIZES = [
@@ -53,7 +53,7 @@ def _weights(shape: ExpertShape, seed: int = 0) -> dict[str, np.ndarray]:
 
 def _product(variant, encoding, layout, shape, record, level, x):
     """Matrix `up` times x, by a native variant."""
-    layer = kernels.native_layer(Gate("plain", "identity"), shape, encoding, layout)
+    layer = kernels.native_layer(ExpertActivation("plain", "identity"), shape, encoding, layout)
     y = np.empty((len(x), -(-shape.width // 16) * 16), np.float32)
     layer.product(variant, "up", record[None, : layout.levels[level - 1]].copy(), level, x, y)
     assert not np.nan_to_num(y[:, shape.width :]).any()  # NaN where the activations are
@@ -116,7 +116,7 @@ def test_extremes_keep_their_bits(variant, encoding, magnitude):
 
 @pytest.mark.parametrize("variant", NATIVE)
 @pytest.mark.parametrize("spec", [
-    *SPECS, *(Gate(kind, name, 0, 1) for name in activations.ACTIVATIONS for kind in ("gated", "plain", "bounded"))
+    *SPECS, *(ExpertActivation(kind, name, 0, 1) for name in activations.ACTIVATIONS for kind in ("gated", "plain", "bounded"))
 ], ids=str)  # fmt: skip
 def test_what_lies_between_the_matrices_has_the_twins_bits(variant, spec):
     far = np.float32(
@@ -185,7 +185,7 @@ def test_experts_in_one_call_are_the_formula_on_every_variant(encoding, biased, 
         )
 
 
-def _formula(spec: Gate, d: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+def _formula(spec: ExpertActivation, d: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     def matrix(name, x):
         return x @ d[name].T + d.get(f"{name}_bias", 0)
 
@@ -223,13 +223,22 @@ def test_neither_company_nor_threads_change_a_bit(variant, encoding):
     records = np.stack([encode_expert(layout, encoding, _weights(shape, e)) for e in range(3)])
     x = np.random.default_rng(1).standard_normal((40, 320)).astype(np.float32)
     work = _work([encoding_named(encoding).levels] * 3, [40, 1, 23], 40)
-    together = _call(variant, Gate("gated", "silu"), encoding, shape, records, x, work, threads=5)
+    together = _call(
+        variant, ExpertActivation("gated", "silu"), encoding, shape, records, x, work, threads=5
+    )
     for e in range(3):
         for slot in range(work.starts[e], work.starts[e + 1]):
             alone = kernels.Work(np.array([e]), work.levels[:1], np.array([0, 1]), np.array([0]))
             token = np.ascontiguousarray(x[work.tokens[slot]][None])
             found = _call(
-                variant, Gate("gated", "silu"), encoding, shape, records, token, alone, threads=1
+                variant,
+                ExpertActivation("gated", "silu"),
+                encoding,
+                shape,
+                records,
+                token,
+                alone,
+                threads=1,
             )
             assert np.array_equal(found[0], together[slot])
 
@@ -240,7 +249,9 @@ def test_calls_from_several_threads_do_not_meet():
     shape, encoding = ExpertShape(256, 192), "nested:2+1+1:64"
     layout = record_layout(shape, encoding, 512)
     records = np.stack([encode_expert(layout, encoding, _weights(shape, e)) for e in range(3)])
-    kernel = kernels.choose(VARIANTS[0], 3).layer(Gate("gated", "silu"), shape, encoding, layout)
+    kernel = kernels.choose(VARIANTS[0], 3).layer(
+        ExpertActivation("gated", "silu"), shape, encoding, layout
+    )
     work = _work([3, 2, 1], [5, 9, 2], 8)
     inputs = [
         np.random.default_rng(i).standard_normal((8, 256)).astype(np.float32) for i in range(24)
@@ -277,7 +288,7 @@ def test_quantised_activations_by_eye():
 def test_the_binding_refuses_what_does_not_fit():
     shape, encoding = ExpertShape(40, 24), "nested:2+1+1:32"
     layout = record_layout(shape, encoding, 512)
-    layer = kernels.native_layer(Gate("gated", "silu"), shape, encoding, layout)
+    layer = kernels.native_layer(ExpertActivation("gated", "silu"), shape, encoding, layout)
     good = {
         "variant": NATIVE[0], "records": np.zeros((2, layout.nbytes), np.uint8), "frames": np.array([0, 1]),
         "levels": np.array([1, 3]), "starts": np.array([0, 1, 3]), "tokens": np.array([0, 1, 0]),
