@@ -15,7 +15,7 @@ import numpy as np
 
 from smoe.artifacts import nested
 from smoe.artifacts.layout import ExpertShape, RecordLayout
-from smoe.artifacts.manifest import ACTIVATIONS, KINDS, ExpertActivation
+from smoe.artifacts.manifest import ExpertActivation
 from smoe.runtime.errors import EngineError
 from smoe.runtime.kernels import reference
 
@@ -127,17 +127,11 @@ class _Native:
 
     def __call__(self, records: np.ndarray, work: Work, x: np.ndarray) -> np.ndarray:
         y = np.empty((len(work.tokens), x.shape[1]), np.float32)
-        self.layer.ffn(
-            self.kernels.name,
-            records,
-            work.frames,
-            work.levels,
-            work.starts,
-            work.tokens,
-            x,
-            y,
-            self.kernels.threads,
-        )
+        where = (work.frames, work.levels, work.starts, work.tokens)
+        try:
+            self.layer.ffn(self.kernels.name, records, *where, x, y, self.kernels.threads)
+        except RuntimeError as error:  # no thread from the system
+            raise EngineError(str(error)) from error
         return _normalised(self.layout, records, work, y) if self.normed else y
 
 
@@ -155,8 +149,7 @@ def native_layer(
     offsets = {field.name: field.offset for field in layout.fields}
     names = ["up", "down", *(["gate"] if shape.gated else [])]
     matrices = [_about(name, shape, encoding, offsets) for name in names]
-    act = ACTIVATIONS.index(gate.activation) if gate.activation in ACTIVATIONS else 0
-    return _native.Layer(matrices, KINDS.index(gate.kind), act, gate.alpha, gate.limit)
+    return _native.Layer(matrices, gate.kind, gate.activation, gate.alpha, gate.limit)
 
 
 def _about(name: str, shape: ExpertShape, encoding: str, offsets: dict[str, int]) -> tuple:

@@ -386,7 +386,7 @@ SMOE_INLINE float act(float x) {
 }
 
 template <Act A>
-void gate_with(const Gate& spec, const float* gate, const float* up, std::size_t n, float* inner) {
+void gate_with(const ExpertActivation& spec, const float* gate, const float* up, std::size_t n, float* inner) {
     const float limit = spec.limit;
     if (spec.kind == Kind::plain)
         for (std::size_t i = 0; i < n; ++i) inner[i] = act<A>(up[i]);
@@ -400,7 +400,7 @@ void gate_with(const Gate& spec, const float* gate, const float* up, std::size_t
         }
 }
 
-void gate(const Gate& spec, const float* gate, const float* up, std::size_t n, float* inner) {
+void gate(const ExpertActivation& spec, const float* gate, const float* up, std::size_t n, float* inner) {
     const float limit = spec.limit, alpha = spec.alpha;
     if (spec.kind == Kind::softcapped) {
         for (std::size_t i = 0; i < n; ++i)

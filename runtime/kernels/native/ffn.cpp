@@ -32,6 +32,7 @@ struct Inputs {
               const std::size_t* slots, std::size_t slot_count) {
         x.resize(slot_count);
         for (std::size_t s = 0; s < slot_count; ++s) x[s] = rows + (slots ? slots[s] : s) * stride;
+        q.clear();  // of the call before
         if (m.kind != Weights::nested) return;
         width = m.blocks() * COLUMNS, groups = m.groups(), group = m.group;
         q_of.resize(count * width);

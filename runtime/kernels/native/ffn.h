@@ -89,7 +89,7 @@ struct Variant {
     // x [n] -> q [blocks * 32], step and sum [groups], as above.
     void (*quantise)(const float* x, std::size_t n, std::size_t group, std::int8_t* q, float* step, std::int32_t* sum);
     // inner[i] for i < n, from gate (not read where the gate is plain) and up; may be written over gate or up.
-    void (*gate)(const Gate& spec, const float* gate, const float* up, std::size_t n, float* inner);
+    void (*gate)(const ExpertActivation& spec, const float* gate, const float* up, std::size_t n, float* inner);
 };
 
 extern const Variant portable;
@@ -104,7 +104,7 @@ const Variant* const* variants(std::size_t* count);
 
 struct Layer {
     Matrix gate, up, down;  // gate.n_out is 0 where there is none
-    Gate spec;
+    ExpertActivation spec;
 };
 
 // Several experts in one call: expert i is records[i] at levels[i] and takes the slots starts[i] .. starts[i+1]; slot s

@@ -7,13 +7,15 @@
 
 namespace smoe {
 
-// Codes are those of reference.py's order: KINDS and the keys of ACTIVATIONS.
+// By these names the manifest and the binding know them.
 enum class Kind { gated, plain, clamped, bounded, softcapped };
+constexpr const char* KINDS[] = {"gated", "plain", "clamped", "bounded", "softcapped"};
 enum class Act { silu, gelu, gelu_tanh, relu, relu2, sigmoid, tanh, identity };
+constexpr const char* ACTS[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "identity"};
 
-struct Gate {
+struct ExpertActivation {
     Kind kind;
-    Act act;
+    Act act;  // of gated, plain and bounded ones
     float alpha, limit;
 };
 

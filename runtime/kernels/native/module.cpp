@@ -78,13 +78,26 @@ static std::size_t end_of(const Matrix& m, std::size_t level) {
     return end;
 }
 
-static Layer layer(const std::vector<About>& matrices, std::size_t kind, std::size_t act, float alpha, float limit) {
+// The position of `name` in `names`.
+template <std::size_t N>
+static std::size_t position(const char* const (&names)[N], const std::string& name) {
+    const auto found = std::find(names, names + N, name);
+    require(found != names + N, "there is no activation of this name or kind");
+    return found - names;
+}
+
+static ExpertActivation activation(const std::string& kind, const std::string& act, float alpha, float limit) {
+    const Kind k = Kind(position(KINDS, kind));
+    const bool named = k == Kind::gated || k == Kind::plain || k == Kind::bounded;
+    return {k, named ? Act(position(ACTS, act)) : Act::identity, alpha, limit};
+}
+
+static Layer layer(const std::vector<About>& matrices, const ExpertActivation& spec) {
     require(matrices.size() == 2 || matrices.size() == 3, "matrices: up, down, and perhaps gate");
-    require(kind <= std::size_t(Kind::softcapped) && act <= std::size_t(Act::identity), "no such gate");
     Layer l = {};
     l.up = matrix(matrices[0]), l.down = matrix(matrices[1]);
     if (matrices.size() == 3) l.gate = matrix(matrices[2]);
-    l.spec = {Kind(kind), Act(act), alpha, limit};
+    l.spec = spec;
     require(l.up.n_out == l.down.n_in && l.up.n_out > 0 && l.up.n_in > 0 && l.down.n_out > 0, "up and down disagree");
     require((l.spec.kind == Kind::plain) == (matrices.size() == 2), "a plain gate has no gate matrix, the others do");
     require(matrices.size() == 2 || (l.gate.n_out == l.up.n_out && l.gate.n_in == l.up.n_in && l.gate.kind == l.up.kind &&
@@ -150,8 +163,10 @@ NB_MODULE(_native, m) {
         return names;
     }, "Instruction sets that this processor runs, best first.");
     nb::class_<Layer>(m, "Layer")
-        .def("__init__", [](Layer* self, const std::vector<About>& matrices, std::size_t kind, std::size_t act,
-                            float alpha, float limit) { new (self) Layer(layer(matrices, kind, act, alpha, limit)); },
+        .def("__init__", [](Layer* self, const std::vector<About>& matrices, const std::string& kind,
+                            const std::string& act, float alpha, float limit) {
+                 new (self) Layer(layer(matrices, activation(kind, act, alpha, limit)));
+             },
              "matrices"_a, "kind"_a, "act"_a, "alpha"_a, "limit"_a,
              "What all records of a layer have in common; matrices are up, down and perhaps gate.")
         .def("ffn", &run, "variant"_a, "records"_a.noconvert(), "frames"_a.noconvert(), "levels"_a.noconvert(),

@@ -6,6 +6,9 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -65,6 +68,17 @@ void make() {
     pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
 }
 
+void start_worker(Pool& p) {
+    const std::size_t me = p.workers.size();
+    try {
+        p.workers.emplace_back([&p, me, seen = p.round.load()] { p.work(me, seen); });
+    } catch (const std::system_error& error) {
+        throw std::runtime_error("The system gives no thread more than " + std::to_string(me + 1) + " for the experts (" +
+                                 error.what() + "); ask for fewer threads, or raise the limits of memory or processes.");
+    }
+    p.workers.back().detach();
+}
+
 }  // namespace
 
 void parallel(std::size_t items, std::size_t threads, void (*run)(void*, std::size_t), void* context) {
@@ -77,11 +91,7 @@ void parallel(std::size_t items, std::size_t threads, void (*run)(void*, std::si
     }
     Pool& p = *pool;
     const std::size_t helpers = threads - 1;
-    while (p.workers.size() < helpers) {
-        const std::size_t me = p.workers.size();
-        p.workers.emplace_back([&p, me, seen = p.round.load()] { p.work(me, seen); });
-        p.workers.back().detach();
-    }
+    while (p.workers.size() < helpers) start_worker(p);
     p.run = run;
     p.context = context;
     p.items = items;

@@ -5,8 +5,9 @@
 namespace smoe {
 
 // run(context, i) for every i < items, on up to `threads` threads including this one; returns when all are done. Items
-// are handed out in rising order, in runs, since neighbours lie together in memory. After a job the workers look for the next one for some tens of microseconds, which
-// is shorter than waking up, then sleep.
+// are handed out in rising order, in runs, since neighbours lie together in memory. After a job the workers look for
+// the next one for some tens of microseconds, which is shorter than waking up, then sleep. A thread that the system
+// does not give is a std::runtime_error; nothing ran then.
 void parallel(std::size_t items, std::size_t threads, void (*run)(void* context, std::size_t item), void* context);
 
 template <class F>
