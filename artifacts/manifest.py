@@ -7,6 +7,7 @@ anything else with a sentence that names the field; `to_json` writes them. What 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -220,8 +221,7 @@ def _parse(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
     if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
         if not isinstance(value, dict):
             raise _wrong(where, "an object", value)
-        hints = typing.get_type_hints(wanted)
-        later = {field.name for field in dataclasses.fields(wanted) if "since" in field.metadata}
+        hints, later = _schema(wanted)
         odd = sorted(
             (set(value) ^ set(hints)) - (later - set(value))
         )  # older versions lack what has a default
@@ -243,6 +243,13 @@ def _parse(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
     if type(value) is not wanted:
         raise _wrong(where, wanted.__name__, value)
     return value
+
+
+@functools.cache
+def _schema(wanted: type) -> tuple[dict[str, typing.Any], frozenset[str]]:
+    """The fields of a dataclass with their types, and those that older versions lack."""
+    later = (field.name for field in dataclasses.fields(wanted) if "since" in field.metadata)
+    return typing.get_type_hints(wanted), frozenset(later)
 
 
 def _wrong(where: str, wanted: str, value: object) -> BundleError:

@@ -64,8 +64,9 @@ def dtype_name(array: np.ndarray) -> str:
     return name
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
-    """Parse and check the header of `path`. Anything wrong is a `BundleError` that names file, field and value."""
+def read_raw_header(path: str | os.PathLike[str]) -> tuple[bytes, int]:
+    """The header of `path` as it lies in the file, and the size of the file in bytes. A header that is longer than it may
+    be, or than the file, is a `BundleError`."""
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -77,9 +78,15 @@ def read_header(path: str | os.PathLike[str]) -> Header:
                     f"{path}: the header says it is {length} bytes long, but the file has {size} bytes and headers "
                     f"may have {MAX_HEADER}; the file is damaged or not a safetensors file."
                 )
-            raw = file.read(length)
+            return file.read(length), size
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Parse and check the header of `path`. Anything wrong is a `BundleError` that names file, field and value."""
+    path = Path(path)
+    raw, size = read_raw_header(path)
     try:
         parsed = json.loads(raw, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -90,7 +97,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raise BundleError(
             f"{path}: the header is {type(parsed).__name__}, not an object; copy the file again."
         )
-    return _checked(path, parsed, 8 + length, size)
+    return _checked(path, parsed, 8 + len(raw), size)
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -196,6 +203,22 @@ class TensorSpec:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
+def header_text(
+    tensors: Iterable[TensorSpec], metadata: dict[str, str] | None = None
+) -> tuple[bytes, int]:
+    """What `write` writes as the header of these tensors, without the padding, and the bytes of their data."""
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    return json.dumps(header, separators=(",", ":")).encode(), offset
+
+
 def write(
     path: str | os.PathLike[str],
     tensors: Iterable[TensorSpec],
@@ -208,16 +231,7 @@ def write(
     `chunks` yields the data in the same order, in pieces of any size whose bytes add up to the tensors'. The file is
     written under another name and renamed when it is complete.
     """
-    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    offset = 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw, nbytes = header_text(tensors, metadata)
     raw += b" " * (-(8 + len(raw)) % align)  # the format allows trailing spaces
     path = Path(path)
     beside = path.with_name(path.name + ".part")
@@ -229,9 +243,9 @@ def write(
             written += file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
-    if written != offset:
+    if written != nbytes:
         beside.unlink()
-        raise ValueError(f"{path}: {written} bytes came for tensors of {offset} bytes")
+        raise ValueError(f"{path}: {written} bytes came for tensors of {nbytes} bytes")
     os.replace(beside, path)
 
 
