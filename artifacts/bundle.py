@@ -42,7 +42,12 @@ class Bundle:
         return len(self.layouts[0].levels)
 
     def shard(self, layer: int) -> Path:
+        """The file of a layer's records."""
         return self.path / self.manifest.shard(layer)
+
+    def study(self, name: str) -> Path | None:
+        """A file that only people and `plan` read, like "trace.safetensors"; None where it did not travel along."""
+        return validate.study_file(self.path, self.manifest, name)
 
 
 def open_bundle(path: str | Path, hashes: bool = False) -> Bundle:

@@ -19,7 +19,11 @@ from smoe.artifacts.layout import ExpertShape
 from smoe.artifacts.safetensors_file import DTYPES
 
 FORMAT = "smoe"
-VERSION = 3
+VERSION = 4
+STUDY, STUDY_SINCE = (
+    "study",
+    4,
+)  # the folder of what only people and `plan` read, and its first version
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,11 @@ class Manifest:
     def shard(layer: int) -> str:
         """The shard of a layer, relative to the bundle."""
         return f"experts/layer-{layer:02d}.safetensors"
+
+    @property
+    def study(self) -> str:
+        """Where in the bundle the files lie that need not travel with it: "study/", or among the others before version 4."""
+        return f"{STUDY}/" if self.version >= STUDY_SINCE else ""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -24,16 +25,13 @@ from smoe.artifacts.shard import shard_start
 MAX_MANIFEST = 64 << 20
 MAX_STATE = 1 << 40  # bytes of one sequence at its longest, in the widest dtype
 NORMALISERS = ("none", "sum", "softmax")
-OPTIONAL_FILES = (
-    "tables.safetensors",
-    "trace.safetensors",
-    "profile.json",
-    "report.html",
+TEXT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
     "generation_config.json",
 )
+STUDY_FILES = ("trace.safetensors", "profile.json", "report.html")
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -162,6 +160,8 @@ def file_problems(path: Path, m: Manifest, hashes: bool = False) -> Iterator[str
     """Every file that is missing, of another size, or outside the bundle; with `hashes` of another SHA-256."""
     wanted = {segment.file for segment in m.backbone.segments} | {m.backbone.weights}
     wanted |= {m.shard(i) for i in range(len(m.layers))}
+    optional = {"tables.safetensors", f"{m.study}tables.safetensors", *TEXT_FILES}
+    optional |= {m.study + name for name in STUDY_FILES}
     for name in sorted(wanted - set(m.files)):
         yield f"manifest.json: files does not list {name}; build the bundle again."
     for name, file in m.files.items():
@@ -173,8 +173,10 @@ def file_problems(path: Path, m: Manifest, hashes: bool = False) -> Iterator[str
             or not re.fullmatch(r"[\w./-]{1,200}", name)
         ):
             yield f"manifest.json: files names {name[:80]!r}, a path outside the bundle; do not trust this bundle."
-        elif name not in wanted and name not in OPTIONAL_FILES:
+        elif name not in wanted | optional:
             yield f"manifest.json: files lists {name}, which no part of a bundle is; build the bundle again."
+        elif m.study and name.startswith(m.study) and not os.path.lexists(path / name):
+            continue  # it need not travel
         elif not (path / name).is_file() or (path / name).resolve() != path.resolve() / name:
             yield f"{name} is missing or not a plain file of the bundle; copy the bundle again."
         elif (path / name).stat().st_size != file.size:
@@ -232,20 +234,29 @@ def check_weights(m: Manifest) -> None:
 
 
 def open_tables(path: Path, m: Manifest) -> tables.Tables:
-    """The bundle's tables, their header checked; none where the manifest does not list them."""
+    """The bundle's tables, their headers checked; none where the manifest does not list them."""
     experts, hidden = [layer.experts for layer in m.layers], [layer.hidden for layer in m.layers]
-    if "tables.safetensors" not in m.files:
-        return tables.Tables(None, experts)
     levels = encoding_named(m.experts.encoding).levels
-    return tables.Tables(path / "tables.safetensors", experts, levels, hidden)
+    files: dict[Path, Collection[str]] = {}
+    if "tables.safetensors" in m.files:
+        files[path / "tables.safetensors"] = tables.names_in(False) if m.study else tables.TABLES
+    study = study_file(path, m, "tables.safetensors") if m.study else None
+    if study:
+        files[study] = tables.names_in(True)
+    return tables.Tables(files, experts, levels, hidden)
+
+
+def study_file(path: Path, m: Manifest, name: str) -> Path | None:
+    """A file of the bundle's study, if the manifest lists it and it is there."""
+    listed = m.study + name in m.files and os.path.lexists(path / m.study / name)
+    return path / m.study / name if listed else None
 
 
 def check_trace(path: Path, m: Manifest) -> None:
     """The header of the bundle's trace, if it has one."""
-    if "trace.safetensors" in m.files:
-        tables.check_trace(
-            path / "trace.safetensors", [(layer.experts, layer.top_k) for layer in m.layers]
-        )
+    trace = study_file(path, m, "trace.safetensors")
+    if trace:
+        tables.check_trace(trace, [(layer.experts, layer.top_k) for layer in m.layers])
 
 
 def sha256(path: Path) -> str:

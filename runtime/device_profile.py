@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from smoe.artifacts import Bundle, open_bundle, safetensors_file
-from smoe.artifacts.manifest import Manifest
 from smoe.runtime import kernels
 from smoe.runtime.budget import plan_memory
 from smoe.runtime.cache import storage
@@ -211,7 +210,7 @@ def _engine(
 def _token_seconds(engine: Engine, forced: _Forced, counts: np.ndarray) -> np.ndarray:
     """The median of a decode step that reads so many experts of every layer, for each of `counts` float64. They take turns
     of `TURN` steps; the first of these still find in the caches what the turn before left there."""
-    tokens = _tokens(engine.path, engine.manifest)
+    tokens = _tokens(engine.bundle)
     times: list[list[float]] = [[] for _ in counts]
     started = time.perf_counter()
     while not times[-1] or (len(times[-1]) < STEPS and time.perf_counter() - started < SECONDS):
@@ -226,11 +225,12 @@ def _token_seconds(engine: Engine, forced: _Forced, counts: np.ndarray) -> np.nd
     return np.array([np.median(found) for found in times])
 
 
-def _tokens(path: Path, manifest: Manifest) -> np.ndarray:
+def _tokens(bundle: Bundle) -> np.ndarray:
     """Text: that of the bundle's trace if it has one."""
-    if "trace.safetensors" in manifest.files:
-        return np.resize(safetensors_file.load(path / "trace.safetensors")["tokens"], TEXT)
-    return np.random.default_rng(0).integers(0, manifest.model.vocabulary, TEXT)
+    trace = bundle.study("trace.safetensors")
+    if trace:
+        return np.resize(safetensors_file.load_some(trace, {"tokens"})["tokens"], TEXT)
+    return np.random.default_rng(0).integers(0, bundle.manifest.model.vocabulary, TEXT)
 
 
 def _storage(bundle: Bundle, io: str) -> tuple[float, float]:

@@ -64,7 +64,7 @@ def test_a_header_of_another_layout_is_refused(shard, name, change):
 
 
 def test_what_follows_the_header_as_written_is_looked_at_too(shard):
-    raw, body = _parts(shard)
+    raw, _ = _parts(shard)
     with pytest.raises(BundleError, match="is None, the manifest wants"):
         _start(shard, COUNT + 1)
     with pytest.raises(BundleError, match="the manifest wants None"):

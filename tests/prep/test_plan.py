@@ -46,7 +46,7 @@ def short(reference_bundle):
 
 
 def _engine(bundle, budget, policies) -> dict:
-    tokens = safetensors_file.load(bundle / "trace.safetensors")["tokens"][:TOKENS]
+    tokens = safetensors_file.load(bundle / "study" / "trace.safetensors")["tokens"][:TOKENS]
     with Engine.open(bundle, budget, 256, policies=policies) as engine:
         list(engine.score(tokens))
         return engine.stats.as_dict()

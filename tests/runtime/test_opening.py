@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -44,6 +45,20 @@ def test_a_bundle_without_tables_opens_and_runs_under_a_budget(copied, answer):
     prompt = answer["prompt"].tolist()
     assert _greedy(copied, prompt) == answer["greedy"].tolist()
     assert _greedy(copied, prompt, memory=_budget(copied, 8)) == answer["greedy"].tolist()
+
+
+def test_a_bundle_without_its_study_runs_as_with_it(goldens, tmp_path):
+    newest, prompt = goldens[-1], list(range(1, 40))
+    alone = shutil.copytree(newest, tmp_path / "alone.smoe", ignore=lambda *_: ["study"])
+    policies = [
+        Policies(loss=0.02, prefetch="predicted"),
+        Policies(substitution="buddy"),
+        Policies(substitution="similar", prefetch="transition"),
+        Policies(substitution="smoe", eviction="score", prefetch="smoe"),
+    ]
+    for policy in policies:
+        options = {"memory": _budget(newest, 12), "policies": policy}
+        assert _greedy(alone, prompt, **options) == _greedy(newest, prompt, **options)
 
 
 @pytest.mark.parametrize("io", [None, *IO])
