@@ -1,8 +1,9 @@
 """Reading and writing safetensors files with the standard library and NumPy.
 
-The official library reorders tensors and chooses its own offsets; a shard needs both in its own hands, and the device
-should not need the library. Every file written here opens in it, and every file read here is checked first: bounded
-header, known dtypes, tensors that follow one another without a hole, and an end that is the end of the file.
+The official library reorders tensors and chooses its own offsets; a shard needs both in its own
+hands, and the device should not need the library. Every file written here opens in it, and every
+file read here is checked first: bounded header, known dtypes, tensors that follow one another
+without a hole, and an end that is the end of the file.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Header:
 
 
 def dtype_name(array: np.ndarray) -> str:
-    """The safetensors name of an array's dtype; a dtype that the format lacks is a `BundleError`."""
+    """The safetensors name of an array's dtype; a dtype that the format lacks is a
+    `BundleError`."""
     name = _NAMES.get(array.dtype.newbyteorder("<"))
     if name is None:
         raise BundleError(
@@ -65,8 +67,8 @@ def dtype_name(array: np.ndarray) -> str:
 
 
 def read_raw_header(path: str | os.PathLike[str]) -> tuple[bytes, int]:
-    """The header of `path` as it lies in the file, and the size of the file in bytes. A header that is longer than it may
-    be, or than the file, is a `BundleError`."""
+    """The header of `path` as it lies in the file, and the size of the file in bytes. A header that
+    is longer than it may be, or than the file, is a `BundleError`."""
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -75,7 +77,8 @@ def read_raw_header(path: str | os.PathLike[str]) -> tuple[bytes, int]:
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > min(size - 8, MAX_HEADER):
                 raise BundleError(
-                    f"{path}: the header says it is {length} bytes long, but the file has {size} bytes and headers "
+                    f"{path}: the header says it is {length} bytes long, but the file has {size} "
+                    "bytes and headers "
                     f"may have {MAX_HEADER}; the file is damaged or not a safetensors file."
                 )
             return file.read(length), size
@@ -84,7 +87,8 @@ def read_raw_header(path: str | os.PathLike[str]) -> tuple[bytes, int]:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Parse and check the header of `path`. Anything wrong is a `BundleError` that names file, field and value."""
+    """Parse and check the header of `path`. Anything wrong is a `BundleError` that names file,
+    field and value."""
     path = Path(path)
     raw, size = read_raw_header(path)
     try:
@@ -157,8 +161,8 @@ def _entry(path: Path, name: str, fields: object, data_start: int) -> Entry:
 def load_some(
     path: str | os.PathLike[str], names: Collection[str], header: Header | None = None
 ) -> dict[str, np.ndarray]:
-    """Those tensors of `names` that a file has, as `load` gives them; nothing else is read. `header` spares reading it
-    again."""
+    """Those tensors of `names` that a file has, as `load` gives them; nothing else is read.
+    `header` spares reading it again."""
     header, arrays = header or read_header(path), {}
     with open(path, "rb") as file:
         for name, entry in header.entries.items():
@@ -192,7 +196,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written: what the header says of it. Its bytes come later, in the same order."""
+    """A tensor to be written: what the header says of it. Its bytes come later, in the same
+    order."""
 
     name: str
     dtype: str
@@ -206,7 +211,8 @@ class TensorSpec:
 def header_text(
     tensors: Iterable[TensorSpec], metadata: dict[str, str] | None = None
 ) -> tuple[bytes, int]:
-    """What `write` writes as the header of these tensors, without the padding, and the bytes of their data."""
+    """What `write` writes as the header of these tensors, without the padding, and the bytes of
+    their data."""
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for tensor in tensors:
@@ -228,8 +234,8 @@ def write(
 ) -> None:
     """Write `tensors` in the given order, their data starting at a multiple of `align` bytes.
 
-    `chunks` yields the data in the same order, in pieces of any size whose bytes add up to the tensors'. The file is
-    written under another name and renamed when it is complete.
+    `chunks` yields the data in the same order, in pieces of any size whose bytes add up to the
+    tensors'. The file is written under another name and renamed when it is complete.
     """
     raw, nbytes = header_text(tensors, metadata)
     raw += b" " * (-(8 + len(raw)) % align)  # the format allows trailing spaces

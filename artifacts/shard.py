@@ -1,7 +1,7 @@
 """A layer's records in one safetensors file: page-aligned, all of one size, written in order.
 
-The official reader opens a shard and finds `expert.0007.gate` and so on; the runtime ignores the names and reads
-record e with one call at `start + e * nbytes`.
+The official reader opens a shard and finds `expert.0007.gate` and so on; the runtime ignores the
+names and reads record e with one call at `start + e * nbytes`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ METADATA = {"format": "smoe-shard"}
 def write_shard(
     path: str | Path, layout: RecordLayout, page: int, records: Iterable[np.ndarray], count: int
 ) -> None:
-    """Write `count` records (`uint8 [layout.nbytes]`, experts in order) to `path`, starting on a page."""
+    """Write `count` records (`uint8 [layout.nbytes]`, experts in order) to `path`, starting on a
+    page."""
     safetensors_file.write(path, _tensors(layout, count), records, METADATA, align=page)
 
 
 def shard_start(path: str | Path, layout: RecordLayout, page: int, count: int) -> int:
-    """Where record 0 begins, after checking that the file holds exactly `count` records of this layout; a `BundleError`
-    if it does not.
+    """Where record 0 begins, after checking that the file holds exactly `count` records of this
+    layout; a `BundleError` if it does not.
 
-    The header that `write_shard` writes is known to the byte, and the same in every layer of this geometry. One that
-    differs is parsed: the format allows the same header in other words.
+    The header that `write_shard` writes is known to the byte, and the same in every layer of this
+    geometry. One that differs is parsed: the format allows the same header in other words.
     """
     raw, size = safetensors_file.read_raw_header(path)
     text, nbytes = _header_text(layout, count)
@@ -57,7 +58,8 @@ def _parsed_start(path: str | Path, layout: RecordLayout, page: int, count: int)
     start = header.data_start
     if start % page:
         raise BundleError(
-            f"{path}: records start at byte {start}, not on a page of {page}; build the bundle again."
+            f"{path}: records start at byte {start}, not on a page of {page}; build the bundle "
+            "again."
         )
     wanted = {}
     for expert in range(count):
@@ -70,7 +72,8 @@ def _parsed_start(path: str | Path, layout: RecordLayout, page: int, count: int)
     if header.entries != wanted:
         odd = next(n for n in [*wanted, *header.entries] if header.entries.get(n) != wanted.get(n))
         raise BundleError(
-            f"{path}: tensor {odd!r} is {header.entries.get(odd)}, the manifest wants {wanted.get(odd)}; "
+            f"{path}: tensor {odd!r} is {header.entries.get(odd)}, the manifest wants "
+            f"{wanted.get(odd)}; "
             "the shard belongs to another bundle or is damaged: copy it again."
         )
     return start

@@ -1,7 +1,9 @@
-"""The tables and the trace that a profile makes and a scheduler looks up: names, shapes, dtypes, units, formulas.
+"""The tables and the trace that a profile makes and a scheduler looks up: names, shapes, dtypes,
+units, formulas.
 
-`TABLES` and `TRACE` are the definition; FORMAT.md prints the same list, and a test holds one against the other. Each
-MoE layer has its own, under `NN.name`, because layers may differ in their number of experts E.
+`TABLES` and `TRACE` are the definition; FORMAT.md prints the same list, and a test holds one
+against the other. Each MoE layer has its own, under `NN.name`, because layers may differ in their
+number of experts E.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from smoe.artifacts.manifest import STUDY
 
 @dataclass(frozen=True)
 class Table:
-    """`shape` is in letters: E experts of this layer, P experts of the previous MoE layer, H hidden, R ranks, J levels,
-    T tokens."""
+    """`shape` is in letters: E experts of this layer, P experts of the previous MoE layer, H
+    hidden, R ranks, J levels, T tokens."""
 
     shape: str
     dtype: str
@@ -30,7 +32,8 @@ class Table:
     study: bool = False  # read by people and `plan`, and by nothing on a device
 
 
-# How a layer's choice is guessed from so many MoE layers before: the rows and columns of `predict_recall`.
+# How a layer's choice is guessed from so many MoE layers before: the rows and columns of
+# `predict_recall`.
 PREDICTORS = ("previous", "transition", "router", "linear")
 DISTANCES = (1, 2, 3)
 
@@ -134,8 +137,8 @@ def study_of(path: Path) -> Path:
 
 
 def save_tables(path: Path, layers: list[dict[str, np.ndarray]], metadata: dict[str, str]) -> None:
-    """Write one dict of tables per MoE layer, names as in `TABLES`: at `path` what a device reads, at `study_of(path)`
-    the others."""
+    """Write one dict of tables per MoE layer, names as in `TABLES`: at `path` what a device reads,
+    at `study_of(path)` the others."""
     study_of(path).parent.mkdir(exist_ok=True)
     for file, study in ((study_of(path), True), (path, False)):
         arrays = {
@@ -157,9 +160,9 @@ class Tables:
         levels: int | None = None,
         hidden: Sequence[int] | None = None,
     ):
-        """Those of `files`, each with the names of the tables that are looked for there, for layers of so many
-        `experts`. A missing table, a wrong shape or dtype is a `BundleError`; `levels` of the encoding and `hidden`
-        sizes are checked where they are given."""
+        """Those of `files`, each with the names of the tables that are looked for there, for layers
+        of so many `experts`. A missing table, a wrong shape or dtype is a `BundleError`; `levels`
+        of the encoding and `hidden` sizes are checked where they are given."""
         self._experts = list(experts)
         self._files = {
             file: (safetensors_file.read_header(file), names) for file, names in files.items()
@@ -196,8 +199,9 @@ def names_in(study: bool) -> list[str]:
 def load_tables(
     path: Path, experts: list[int], names: Collection[str] = tuple(TABLES)
 ) -> list[dict[str, np.ndarray]]:
-    """Those tables of `names` that layers of so many `experts` have, checked; no others are read. They are at `path`, and
-    where there is a study beside it, there; without one, all of them may be at `path`, as version 3 has them."""
+    """Those tables of `names` that layers of so many `experts` have, checked; no others are read.
+    They are at `path`, and where there is a study beside it, there; without one, all of them may be
+    at `path`, as version 3 has them."""
     study = study_of(path)
     files = {path: names_in(False), study: names_in(True)} if study.is_file() else {path: TABLES}
     return Tables(files, experts).layers(*names)
@@ -250,7 +254,8 @@ def _check(
         ):
             found = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
             raise BundleError(
-                f"{path}: table {key(layer, name)} is {found}, {table.dtype} [{table.shape}] with {sizes} was wanted; "
+                f"{path}: table {key(layer, name)} is {found}, {table.dtype} [{table.shape}] with "
+                f"{sizes} was wanted; "
                 "profile and build again."
             )
 

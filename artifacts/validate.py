@@ -1,7 +1,9 @@
-"""The checks of the door: a bundle is untrusted, and everything in it is looked at here, once, before it is used.
+"""The checks of the door: a bundle is untrusted, and everything in it is looked at here, once,
+before it is used.
 
-Each check says what is wrong as a sentence (file, field, found, wanted, what to do); `bundle.open_bundle` runs them all
-and raises them together. Sizes are checked always; bytes (SHA-256, scales) only when asked, since that reads them all.
+Each check says what is wrong as a sentence (file, field, found, wanted, what to do);
+`bundle.open_bundle` runs them all and raises them together. Sizes are checked always; bytes
+(SHA-256, scales) only when asked, since that reads them all.
 """
 
 from __future__ import annotations
@@ -110,23 +112,31 @@ def _geometry(m: Manifest) -> Iterator[str]:
 
 
 def _wiring(m: Manifest) -> Iterator[str]:
-    """Every input of a segment must have a source before it, so that running never looks for what is not there."""
+    """Every input of a segment must have a source before it, so that running never looks for what
+    is not there."""
     known = {"input_ids", "past_length", "logits_to_keep"} | {
         state.input for state in m.backbone.state
     }
     weights = {w.name for w in m.backbone.initializers}
     if len(m.backbone.segments) != len(m.layers) + 1:
         yield (
-            f"manifest.json: {len(m.backbone.segments)} segments for {len(m.layers)} layers, {len(m.layers) + 1} "
+            f"manifest.json: {len(m.backbone.segments)} segments for {len(m.layers)} layers, "
+            f"{len(m.layers) + 1} "
             "were wanted; build the bundle again."
         )
         return
     for i, segment in enumerate(m.backbone.segments):
         lost = [name for name in segment.inputs if name not in known]
         if lost:
-            yield f"manifest.json: segment {i} takes {lost[0]!r}, which nothing before gives; build the bundle again."
+            yield (
+                f"manifest.json: segment {i} takes {lost[0]!r}, which nothing before gives; build "
+                "the bundle again."
+            )
         if not weights.issuperset(segment.weights):
-            yield f"manifest.json: segment {i} names weights that are not listed; build the bundle again."
+            yield (
+                f"manifest.json: segment {i} names weights that are not listed; build the bundle "
+                "again."
+            )
         known |= set(segment.outputs)
         if i < len(m.layers):
             wires = m.layers[i].wires
@@ -135,7 +145,10 @@ def _wiring(m: Manifest) -> Iterator[str]:
                 needed += [wires.scores, wires.raw]
             absent = [name for name in needed if name not in known]
             if absent:
-                yield f"manifest.json: layer {i} takes {absent[0]!r}, which no segment gives; build the bundle again."
+                yield (
+                    f"manifest.json: layer {i} takes {absent[0]!r}, which no segment gives; build "
+                    "the bundle again."
+                )
             known.add(wires.output)
     if "logits" not in m.backbone.segments[-1].outputs:
         yield "manifest.json: the last segment does not give 'logits'; build the bundle again."
@@ -143,21 +156,37 @@ def _wiring(m: Manifest) -> Iterator[str]:
     for state in m.backbone.state:
         total += math.prod((*state.shape, m.model.context if state.growing >= 0 else 1, 8))
         if state.dtype not in safetensors_file.DTYPES:
-            yield f"manifest.json: state {state.input!r} has dtype {state.dtype!r}; build the bundle again."
+            yield (
+                f"manifest.json: state {state.input!r} has dtype {state.dtype!r}; build the bundle "
+                "again."
+            )
         if not 0 <= state.segment < len(m.backbone.segments):
-            yield f"manifest.json: state {state.input!r} belongs to segment {state.segment}, which does not exist."
+            yield (
+                f"manifest.json: state {state.input!r} belongs to segment {state.segment}, which "
+                "does not exist."
+            )
         elif state.output not in m.backbone.segments[state.segment].outputs or state.growing >= len(
             state.shape
         ):
-            yield f"manifest.json: state {state.input!r} has no such output or axis; build the bundle again."
+            yield (
+                f"manifest.json: state {state.input!r} has no such output or axis; build the "
+                "bundle again."
+            )
         if any(size < 0 or size >= 2**31 for size in state.shape) or len(state.shape) > 8:
-            yield f"manifest.json: state {state.input!r} has shape {state.shape}; build the bundle again."
+            yield (
+                f"manifest.json: state {state.input!r} has shape {state.shape}; build the bundle "
+                "again."
+            )
     if total > MAX_STATE:
-        yield f"manifest.json: the state of one sequence may take {total} bytes, more than {MAX_STATE}; do not trust it."
+        yield (
+            f"manifest.json: the state of one sequence may take {total} bytes, more than "
+            f"{MAX_STATE}; do not trust it."
+        )
 
 
 def file_problems(path: Path, m: Manifest, hashes: bool = False) -> Iterator[str]:
-    """Every file that is missing, of another size, or outside the bundle; with `hashes` of another SHA-256."""
+    """Every file that is missing, of another size, or outside the bundle; with `hashes` of another
+    SHA-256."""
     wanted = {segment.file for segment in m.backbone.segments} | {m.backbone.weights}
     wanted |= {m.shard(i) for i in range(len(m.layers))}
     optional = {"tables.safetensors", f"{m.study}tables.safetensors", *TEXT_FILES}
@@ -172,9 +201,15 @@ def file_problems(path: Path, m: Manifest, hashes: bool = False) -> Iterator[str
             or "\0" in name
             or not re.fullmatch(r"[\w./-]{1,200}", name)
         ):
-            yield f"manifest.json: files names {name[:80]!r}, a path outside the bundle; do not trust this bundle."
+            yield (
+                f"manifest.json: files names {name[:80]!r}, a path outside the bundle; do not "
+                "trust this bundle."
+            )
         elif name not in wanted | optional:
-            yield f"manifest.json: files lists {name}, which no part of a bundle is; build the bundle again."
+            yield (
+                f"manifest.json: files lists {name}, which no part of a bundle is; build the "
+                "bundle again."
+            )
         elif m.study and name.startswith(m.study) and not os.path.lexists(path / name):
             continue  # it need not travel
         elif not (path / name).is_file() or (path / name).resolve() != path.resolve() / name:
@@ -183,13 +218,17 @@ def file_problems(path: Path, m: Manifest, hashes: bool = False) -> Iterator[str
             size = (path / name).stat().st_size
             yield f"{name} has {size} bytes, the manifest wants {file.size}; copy the bundle again."
         elif hashes and (digest := sha256(path / name)) != file.sha256:
-            yield f"{name} has SHA-256 {digest[:12]}…, the manifest {file.sha256[:12]}…; copy the bundle again."
+            yield (
+                f"{name} has SHA-256 {digest[:12]}…, the manifest {file.sha256[:12]}…; copy the "
+                "bundle again."
+            )
 
 
 def shard_start_checked(
     path: Path, m: Manifest, layer: int, layout: RecordLayout, scales: bool = False
 ) -> int:
-    """Where record 0 of a shard begins; with `scales` every record's floats are read and must be finite."""
+    """Where record 0 of a shard begins; with `scales` every record's floats are read and must be
+    finite."""
     start = shard_start(path / m.shard(layer), layout, m.experts.page, m.layers[layer].experts)
     if not scales:
         return start
@@ -199,14 +238,16 @@ def shard_start_checked(
                 file.seek(start + expert * layout.nbytes + field.offset)
                 if not all_finite(file.read(field.nbytes), field.dtype):
                     raise BundleError(
-                        f"{m.shard(layer)}: {field.name} of expert {expert} holds values that are not finite; copy the "
+                        f"{m.shard(layer)}: {field.name} of expert {expert} holds values that are "
+                        "not finite; copy the "
                         "bundle again, or build it again."
                     )
     return start
 
 
 def all_finite(data: bytes | np.ndarray, dtype: str) -> bool:
-    """Whether no exponent of F32 or BF16 values is all ones, as those of infinities and NaNs are."""
+    """Whether no exponent of F32 or BF16 values is all ones, as those of infinities and NaNs
+    are."""
     if dtype == "BF16":
         return not ((np.frombuffer(data, np.uint16) & 0x7F80) == 0x7F80).any()
     return not ((np.frombuffer(data, np.uint32) & 0x7F800000) == 0x7F800000).any()
@@ -224,7 +265,8 @@ def check_weights(m: Manifest) -> None:
         outside = w.offset < 0 or w.offset + nbytes > size or w.offset % 64
         if dtype is None or min(w.shape, default=1) < 1 or nbytes != w.nbytes or outside:
             raise BundleError(
-                f"manifest.json: weight {w.name!r} is {w.dtype} {list(w.shape)} at {w.offset}, outside "
+                f"manifest.json: weight {w.name!r} is {w.dtype} {list(w.shape)} at {w.offset}, "
+                "outside "
                 f"{m.backbone.weights} of {size} bytes or not of that size; build the bundle again."
             )
     if end != size:  # the runtime reads the file whole

@@ -1,4 +1,5 @@
-"""How long opening takes beside the ONNX sessions: every part of the door, on a bundle of 48 layers x 128 experts.
+"""How long opening takes beside the ONNX sessions: every part of the door, on a bundle of 48 layers
+x 128 experts.
 
     python bench/opening.py [--layers 48] [--experts 128] [--rounds 5]
 

@@ -1,4 +1,5 @@
-"""On the device: opens a bundle and generates from it inside a memory budget. No torch, no transformers.
+"""On the device: opens a bundle and generates from it inside a memory budget. No torch, no
+transformers.
 
     from smoe.runtime import Engine
     with Engine.open("model.smoe", memory="64MiB", context=2048) as engine:

@@ -1,4 +1,5 @@
-"""The commands of `smoe`: run, chat, bench, info, verify. Text on stdout; mode lines and statistics on stderr."""
+"""The commands of `smoe`: run, chat, bench, info, verify. Text on stdout; mode lines and statistics
+on stderr."""
 
 from __future__ import annotations
 
@@ -195,7 +196,8 @@ def _answer(
     "--machine",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Measure this machine's reads, kernels and backbone instead, and write FILE for smoe-prep plan.",
+    help="Measure this machine's reads, kernels and backbone instead, and write FILE for smoe-prep "
+    "plan.",
 )
 @json_option
 def bench(
@@ -209,7 +211,8 @@ def bench(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure speed, hits, memory and quality on a text, teacher-forced; a lossy run is compared with the exact one."""
+    """Measure speed, hits, memory and quality on a text, teacher-forced; a lossy run is compared
+    with the exact one."""
     if (text is None) == (machine is None):
         raise click.UsageError(
             "Give either --text, to measure a run, or --machine, to measure the machine."
@@ -241,7 +244,8 @@ def _refuse_others(allowed: set[str]) -> None:
         name = parameter.name or ""
         if name not in allowed and context.get_parameter_source(name) != ParameterSource.DEFAULT:
             raise click.UsageError(
-                f"{parameter.opts[0]} has no effect with --machine, which measures the machine and no policy; "
+                f"{parameter.opts[0]} has no effect with --machine, which measures the machine and "
+                "no policy; "
                 "leave it out."
             )
 
@@ -300,7 +304,8 @@ def _about(bundle: Path, context: int | None) -> dict[str, Any]:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @json_option
 def verify(bundle: Path, as_json: bool) -> None:
-    """Check every file of a bundle against its manifest: sizes, layout and SHA-256. Integrity, not origin."""
+    """Check every file of a bundle against its manifest: sizes, layout and SHA-256. Integrity, not
+    origin."""
     manifest = open_bundle(bundle, hashes=True).manifest
     size = sum(file.size for file in manifest.files.values())
     checked = {"ok": True, "files": len(manifest.files), "bytes": size}
@@ -337,14 +342,17 @@ def _statistics(stats: Stats) -> str:
         else "no decode"
     )
     return (
-        f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} new ({rate}, "
-        f"{stats.finish}); experts: {stats.hits} hits, {stats.misses} misses ({stats.hit_rate:.1%} hit), "
+        f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} "
+        f"new ({rate}, "
+        f"{stats.finish}); experts: {stats.hits} hits, {stats.misses} misses ({stats.hit_rate:.1%} "
+        "hit), "
         f"{show_size(stats.bytes_read)} read, {stats.stall_seconds:.2f} s waiting"
     )
 
 
 def _show(text: str, end: str = "\n") -> None:
-    """Text on stdout. Everything that is printed comes by here or by `_say`: bundles are somebody else's."""
+    """Text on stdout. Everything that is printed comes by here or by `_say`: bundles are somebody
+    else's."""
     click.echo(printable(text) + end, nl=False)
 
 

@@ -46,7 +46,8 @@ engine_options = _options(
     click.option(
         "--threads",
         type=click.IntRange(1),
-        help="Threads of backbone and experts. Default: as many as pay, and as there are processors.",
+        help="Threads of backbone and experts. Default: as many as pay, and as there are "
+        "processors.",
     ),
     click.option(
         "--level", type=int, help="LOSSY. Planes of every expert to read. Default: all, lossless."
@@ -74,13 +75,15 @@ engine_options = _options(
     click.option(
         "--substitution",
         metavar="NAME[:NUMBER]",
-        help=f"LOSSY. What stands in for a missing expert: {', '.join(SUBSTITUTIONS)}. Default: none, lossless.",
+        help=f"LOSSY. What stands in for a missing expert: {', '.join(SUBSTITUTIONS)}. Default: "
+        "none, lossless.",
     ),
     click.option(
         "--loss",
         type=float,
         metavar="NATS",
-        help="LOSSY. Rise of KL divergence per token that may be spent on reading less, like 0.01. Default: 0, lossless.",
+        help="LOSSY. Rise of KL divergence per token that may be spent on reading less, like 0.01. "
+        "Default: 0, lossless.",
     ),
 )
 ENGINE_NAMES = (
@@ -128,8 +131,8 @@ def open_engine(bundle: Path, options: dict[str, Any]) -> Engine:
 
 
 def open_exact_twin(bundle: Path, options: dict[str, Any], say: Callable[[str], None]) -> Engine:
-    """The same engine without what is lossy: what its quality is compared with. Where the full level of an expert
-    needs more memory than was stated, it gets that, and `say` hears of it."""
+    """The same engine without what is lossy: what its quality is compared with. Where the full
+    level of an expert needs more memory than was stated, it gets that, and `say` hears of it."""
     exact = options | {"level": None, "substitution": None, "loss": None}
     if options["memory"] is not None:
         opened, policies = open_bundle(bundle), _policies(exact)

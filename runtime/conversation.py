@@ -10,7 +10,8 @@ Message = dict[str, str]
 
 @dataclass
 class Conversation:
-    """What was said so far: `system`, if there is such a message, and whole turns of a user and an answer."""
+    """What was said so far: `system`, if there is such a message, and whole turns of a user and an
+    answer."""
 
     system: str | None = None
     turns: list[tuple[str, str]] = field(default_factory=list)
@@ -25,8 +26,9 @@ class Conversation:
     def fitting(
         self, line: str, encode: Callable[[list[Message]], list[int]], room: int
     ) -> tuple[list[int], int]:
-        """Token ids of the conversation with `line`, by `encode`, and how many of the oldest turns they had to go
-        without for being at most `room` tokens. If `line` alone is longer, that is what is returned."""
+        """Token ids of the conversation with `line`, by `encode`, and how many of the oldest turns
+        they had to go without for being at most `room` tokens. If `line` alone is longer, that is
+        what is returned."""
         ids = encode(self.messages(line))
         for dropped in range(1, len(self.turns) + 1):
             if len(ids) <= room:

@@ -30,11 +30,13 @@ class Sampling:
             raise EngineError(f"seed is {self.seed}; it must be 0 or more.")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise EngineError(
-                f"top_k is {self.top_k} and top_p {self.top_p}; wanted are 0 or more, and above 0 up to 1."
+                f"top_k is {self.top_k} and top_p {self.top_p}; wanted are 0 or more, and above 0 "
+                "up to 1."
             )
         if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.seed is not None):
             raise EngineError(
-                "top_k, top_p and seed have no effect at temperature 0; give a temperature or leave them out."
+                "top_k, top_p and seed have no effect at temperature 0; give a temperature or "
+                "leave them out."
             )
 
 
@@ -46,14 +48,16 @@ class Sampler:
         self._random = np.random.default_rng(how.seed)
 
     def draw(self, logits: np.ndarray) -> int:
-        """A token id from float32 logits `[vocabulary]`. Filters apply in the order top-k, top-p (nucleus)."""
+        """A token id from float32 logits `[vocabulary]`. Filters apply in the order top-k, top-p
+        (nucleus)."""
         how = self._how
         if how.temperature == 0:
             return int(np.argmax(logits))
         uniform = self._random.random()
         order, probabilities = _head(logits, how, how.top_p if how.top_p < 1 else uniform)
         if how.top_p < 1:
-            # The smallest set whose mass reaches top_p: the token that crosses the line is still in.
+            # The smallest set whose mass reaches top_p: the token that crosses the line is still
+            # in.
             enough = int(np.searchsorted(np.cumsum(probabilities), how.top_p)) + 1
             probabilities = probabilities[:enough] / probabilities[:enough].sum()
         last = len(probabilities) - 1  # where rounding leaves the sum below `uniform`
@@ -86,7 +90,8 @@ def _head(logits: np.ndarray, how: Sampling, mass: float) -> tuple[np.ndarray, n
 
 
 def ranked(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` highest of `values` `[n]`, best first; of equal ones the first comes first."""
+    """Indices of the `count` highest of `values` `[n]`, best first; of equal ones the first comes
+    first."""
     if count >= len(values):
         return np.argsort(-values, kind="stable")
     least = np.partition(values, len(values) - count)[len(values) - count]

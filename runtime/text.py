@@ -1,4 +1,5 @@
-"""Between text and token ids: the tokenizer, streaming that never splits a character, stop strings."""
+"""Between text and token ids: the tokenizer, streaming that never splits a character, stop
+strings."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from smoe.artifacts.manifest import File
 from smoe.runtime.errors import EngineError
 
 if TYPE_CHECKING:
-    import tokenizers  # imported where it is used, as jinja2 is: together a third of `import smoe.runtime`
+    # imported where it is used, as jinja2 is: together a third of `import smoe.runtime`
+    import tokenizers
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the bytes of an unfinished character to
 HELD_TOKENS = (
@@ -22,8 +24,8 @@ HELD_TOKENS = (
 
 @dataclass(frozen=True)
 class StopWhen:
-    """What ends a generation besides its length: any of `strings` in the text (which ends before it), or a token of
-    `ids` (None: the model's own end tokens)."""
+    """What ends a generation besides its length: any of `strings` in the text (which ends before
+    it), or a token of `ids` (None: the model's own end tokens)."""
 
     strings: tuple[str, ...] = ()
     ids: tuple[int, ...] | None = None
@@ -88,7 +90,8 @@ class Text:
             template = named[0].get("template") if named else None
         if not isinstance(template, str):
             raise EngineError(
-                "This bundle has no chat template: the model was not made for chat. Use `smoe run`, or give a template "
+                "This bundle has no chat template: the model was not made for chat. Use `smoe "
+                "run`, or give a template "
                 "with --chat-template FILE."
             )
         return template
@@ -107,10 +110,11 @@ def read_text(path: Path) -> str:
 class IncrementalDecoder:
     """Text of one token after another. Joined, it is the text of all of them decoded at once.
 
-    A tokenizer decodes a token by its neighbours: a space in front of a word, a character out of several byte tokens.
-    So the tokens that were shown last are decoded again before each new one, and what is longer is new; `transformers`
-    and vLLM stream so. An unfinished character decodes to U+FFFD and is held back until it is whole. Bytes that are no
-    character at all may change what a tokenizer with byte fallback makes of the bytes before them; what was shown stays.
+    A tokenizer decodes a token by its neighbours: a space in front of a word, a character out of
+    several byte tokens. So the tokens that were shown last are decoded again before each new one,
+    and what is longer is new; `transformers` and vLLM stream so. An unfinished character decodes to
+    U+FFFD and is held back until it is whole. Bytes that are no character at all may change what a
+    tokenizer with byte fallback makes of the bytes before them; what was shown stays.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
@@ -138,16 +142,18 @@ class IncrementalDecoder:
 
 
 class Stream:
-    """Text as it comes: `push(id)` returns what can be shown for sure, `finish()` what was held back at the end.
+    """Text as it comes: `push(id)` returns what can be shown for sure, `finish()` what was held
+    back at the end.
 
-    Held back is text that may turn out to begin a stop string, and the bytes of an unfinished character; if those stay
-    unfinished to the end, they are never shown.
+    Held back is text that may turn out to begin a stop string, and the bytes of an unfinished
+    character; if those stay unfinished to the end, they are never shown.
     """
 
     def __init__(self, text: Text, stops: tuple[str, ...]):
         if stops and text.tokenizer is None:
             raise EngineError(
-                "This bundle has no tokenizer, so that stop strings cannot be found; stop at token ids."
+                "This bundle has no tokenizer, so that stop strings cannot be found; stop at token "
+                "ids."
             )
         if "" in stops:
             raise EngineError("A stop string is empty; it would stop before the first token.")
@@ -157,7 +163,8 @@ class Stream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """What can be shown once `token` has come; nothing any more after a stop string, or without a tokenizer."""
+        """What can be shown once `token` has come; nothing any more after a stop string, or without
+        a tokenizer."""
         if self._decoder is None or self.stopped:
             return ""
         self._held += self._decoder.push(token)

@@ -1,8 +1,9 @@
-"""Experts on a processor: the native kernels where there are some, their NumPy twin where it is asked for.
+"""Experts on a processor: the native kernels where there are some, their NumPy twin where it is
+asked for.
 
-`SMOE_KERNELS` names a variant (`avx512vnni`, `avx2`, `neondot`, `neon`, `portable`, `reference`); unset takes the best
-that the processor runs. All variants give the same bits. A build without the native module (`SMOE_NO_NATIVE=1`) has the
-reference only.
+`SMOE_KERNELS` names a variant (`avx512vnni`, `avx2`, `neondot`, `neon`, `portable`, `reference`);
+unset takes the best that the processor runs. All variants give the same bits. A build without the
+native module (`SMOE_NO_NATIVE=1`) has the reference only.
 """
 
 from __future__ import annotations
@@ -23,21 +24,23 @@ try:
     import smoe.runtime.kernels._native as _native
 except ModuleNotFoundError:
     _native = None  # type: ignore[assignment]
-    # A build with SMOE_NO_NATIVE=1 makes this marker (pyproject.toml), and no source tree has it: without it a missing
-    # module is an error, not slowness.
+    # A build with SMOE_NO_NATIVE=1 makes this marker (pyproject.toml), and no source tree has it:
+    # without it a missing module is an error, not slowness.
     try:
         import smoe.runtime.kernels._without_native  # noqa: F401
     except ModuleNotFoundError:
         raise ImportError(
-            "This smoe lacks its native kernels. Install it (pip install .) where there is a C++ compiler, or with "
+            "This smoe lacks its native kernels. Install it (pip install .) where there is a C++ "
+            "compiler, or with "
             "SMOE_NO_NATIVE=1 for the slow reference kernels."
         ) from None
 
 
 @dataclass(frozen=True)
 class Work:
-    """Experts to compute in one call. Expert i lies in frame `frames[i]`, of which `levels[i]` planes are there, and
-    takes the slots `starts[i]` to `starts[i+1]`; slot s is row `tokens[s]` of the activations. All int64."""
+    """Experts to compute in one call. Expert i lies in frame `frames[i]`, of which `levels[i]`
+    planes are there, and takes the slots `starts[i]` to `starts[i+1]`; slot s is row `tokens[s]` of
+    the activations. All int64."""
 
     frames: np.ndarray
     levels: np.ndarray
@@ -49,14 +52,15 @@ class LayerKernel(Protocol):
     """The experts of one layer."""
 
     def __call__(self, records: np.ndarray, work: Work, x: np.ndarray) -> np.ndarray:
-        """`records` uint8 `[frames, bytes]`, `x` float32 `[tokens, hidden]`: the experts' outputs before their mixing
-        weights, float32 `[slots, hidden]`."""
+        """`records` uint8 `[frames, bytes]`, `x` float32 `[tokens, hidden]`: the experts' outputs
+        before their mixing weights, float32 `[slots, hidden]`."""
         ...
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """A choice with its reason: `name` and `reason` are for the mode line, `threads` work on a call."""
+    """A choice with its reason: `name` and `reason` are for the mode line, `threads` work on a
+    call."""
 
     name: str
     reason: str
@@ -77,8 +81,8 @@ def available() -> list[str]:
 
 
 def choose(name: str | None = None, threads: int | None = None) -> Kernels:
-    """The kernels called `name`, or by `SMOE_KERNELS`, or the best there are, on `threads` (None: as many as this
-    process may use). An unknown name is an `EngineError`."""
+    """The kernels called `name`, or by `SMOE_KERNELS`, or the best there are, on `threads` (None:
+    as many as this process may use). An unknown name is an `EngineError`."""
     wanted = name or os.environ.get("SMOE_KERNELS")
     names = available()
     if wanted and wanted not in names:
@@ -145,7 +149,8 @@ def _normalised(layout: RecordLayout, records: np.ndarray, work: Work, y: np.nda
 def native_layer(
     gate: ExpertActivation, shape: ExpertShape, encoding: str, layout: RecordLayout
 ) -> _native.Layer:
-    """What native/ffn.h calls a Layer: where the matrices' tensors lie in a record, and what lies between them."""
+    """What native/ffn.h calls a Layer: where the matrices' tensors lie in a record, and what lies
+    between them."""
     offsets = {field.name: field.offset for field in layout.fields}
     names = ["up", "down", *(["gate"] if shape.gated else [])]
     matrices = [_about(name, shape, encoding, offsets) for name in names]
@@ -176,7 +181,8 @@ def _about(name: str, shape: ExpertShape, encoding: str, offsets: dict[str, int]
 
 
 def _tables(values: np.ndarray) -> np.ndarray:
-    """int8 `[2, 16]`: the value of a code by its first 4 bits, and what the rest of its bits add (a uniform grid)."""
+    """int8 `[2, 16]`: the value of a code by its first 4 bits, and what the rest of its bits add (a
+    uniform grid)."""
     rest = len(values) // 16 or 1
     tables = np.zeros((2, 16), np.int8)
     tables[0, : len(values) // rest] = values[::rest]

@@ -1,7 +1,8 @@
-"""What comes between an expert's matrices: the specification of native/gate.h in NumPy, bit for bit.
+"""What comes between an expert's matrices: the specification of native/gate.h in NumPy, bit for
+bit.
 
-Every operation is float32 and rounded on its own, and none comes from the C library, whose results differ between
-machines. Comparisons are written so that a NaN stays a NaN.
+Every operation is float32 and rounded on its own, and none comes from the C library, whose results
+differ between machines. Comparisons are written so that a NaN stays a NaN.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def gate(spec: ExpertActivation, gate: np.ndarray | None, up: np.ndarray) -> np.ndarray:
-    """What the last matrix of an expert receives: the formulas of `artifacts.manifest.ExpertActivation`. Float32 `[n, width]`."""
+    """What the last matrix of an expert receives: the formulas of
+    `artifacts.manifest.ExpertActivation`. Float32 `[n, width]`."""
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         return _gate(spec, gate, up)
 

@@ -1,4 +1,5 @@
-"""Where a shard's records begin: found without parsing where the header is as written, and as strictly."""
+"""Where a shard's records begin: found without parsing where the header is as written, and as
+strictly."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""The door: the golden bundle passes, and every broken one is refused with a sentence that names what is wrong."""
+"""The door: the golden bundle passes, and every broken one is refused with a sentence that names
+what is wrong."""
 
 import json
 import os
@@ -50,7 +51,8 @@ def _rename_file(new: str) -> Callable[[Path], None]:
 
 
 def _truncate(name: str, by: int, tell: bool = False) -> Callable[[Path], None]:
-    """Cut a file; with `tell`, the manifest agrees with the new size, as an attacker would have it."""
+    """Cut a file; with `tell`, the manifest agrees with the new size, as an attacker would have
+    it."""
 
     def damage(bundle: Path) -> None:
         size = (bundle / name).stat().st_size - by

@@ -1,11 +1,12 @@
 """Makes the golden bundle of the current format version:  python tests/golden/make.py DIRECTORY
 
-A pico model (every dimension different), a tokenizer trained on a few lines, and what `transformers` answers, so that
-the runtime can be tested where torch is not installed. Run once per format version; the result is checked in and must
-open for ever. v1 is a qwen3_moe in f32; v2 a jamba in int8, whose state is a mixture of what is appended to and what
-keeps its shape, and which takes one token at a time; v3 a gpt_oss, whose experts have biases and a clamped gate, in
-nested planes; v4 a qwen3_moe of three layers in nested planes, with prices and linear predictors, so that every policy
-runs on it, and with what only people read in study/.
+A pico model (every dimension different), a tokenizer trained on a few lines, and what
+`transformers` answers, so that the runtime can be tested where torch is not installed. Run once per
+format version; the result is checked in and must open for ever. v1 is a qwen3_moe in f32; v2 a
+jamba in int8, whose state is a mixture of what is appended to and what keeps its shape, and which
+takes one token at a time; v3 a gpt_oss, whose experts have biases and a clamped gate, in nested
+planes; v4 a qwen3_moe of three layers in nested planes, with prices and linear predictors, so that
+every policy runs on it, and with what only people read in study/.
 """
 
 import json
@@ -47,9 +48,12 @@ def checkpoint(path: Path) -> Qwen3MoeForCausalLM:
     tokenizer.train_from_iterator(LINES, trainer)
     torch.manual_seed(12)
     config = Qwen3MoeConfig(
-        vocab_size=307, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
-        intermediate_size=56, moe_intermediate_size=36, num_experts=7, num_experts_per_tok=3, norm_topk_prob=True,
-        max_position_embeddings=300, eos_token_id=0, bos_token_id=0, pad_token_id=0, initializer_range=0.15,
+        vocab_size=307, hidden_size=48, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=8,
+        intermediate_size=56, moe_intermediate_size=36, num_experts=7, num_experts_per_tok=3,
+        norm_topk_prob=True,
+        max_position_embeddings=300, eos_token_id=0, bos_token_id=0, pad_token_id=0,
+        initializer_range=0.15,
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config).eval()
     model.save_pretrained(path)

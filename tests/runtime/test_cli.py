@@ -69,7 +69,8 @@ def test_chat_answers_every_line_and_reuses_its_state(golden):
     )
     turns = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(turns) == 2 and done.returncode == 0
-    # The second turn runs its own words only, not the first again: fewer tokens than the whole conversation has.
+    # The second turn runs its own words only, not the first again: fewer tokens than the whole
+    # conversation has.
     first, both = (turn["stats"]["prompt_tokens"] for turn in turns)
     assert 0 < both - first < first + 30
 

@@ -1,4 +1,5 @@
-"""Native kernels against their NumPy twin, bit for bit, on every instruction set there is; and the twin against float64."""
+"""Native kernels against their NumPy twin, bit for bit, on every instruction set there is; and the
+twin against float64."""
 
 import subprocess
 import sys
@@ -24,10 +25,12 @@ NESTED = (
     "nested:2:128",
 )
 SPECS = [
-    ExpertActivation("gated", "silu"), ExpertActivation("plain", "relu2"), ExpertActivation("clamped", "", 1.702, 0.5), ExpertActivation("bounded", "gelu", 0, 0.5),
+    ExpertActivation("gated", "silu"), ExpertActivation("plain", "relu2"),
+    ExpertActivation("clamped", "", 1.702, 0.5), ExpertActivation("bounded", "gelu", 0, 0.5),
     ExpertActivation("softcapped", "", 3, 2),
 ]  # fmt: skip
-# tokens, n_in, n_out: one and many, whole blocks and odd ends, fewer than a tile and more, nothing at all
+# tokens, n_in, n_out: one and many, whole blocks and odd ends, fewer than a tile and more, nothing
+# at all
 SIZES = [
     (1, 1, 1),
     (1, 32, 16),
@@ -94,8 +97,10 @@ def test_every_variant_gives_the_bits_of_the_twin(variant, encoding, level, size
 
 
 EXTREMES = np.array([
-    [1e-42, 3e38, 0, -3e38, 1], [1, 1e-42, 3e38, 3e38, 0], [np.inf, 1, 2, 3, 4], [np.nan, 1, 2, 3, 4],
-    [1e-42, -1e-42, 1e-42, 0, 0], [1e-31, 1e-31, 0, 0, 0], [1e-29, 5e-30, -1e-29, 0, 0], [-127, 127, 63.5, 0.5, -0.5],
+    [1e-42, 3e38, 0, -3e38, 1], [1, 1e-42, 3e38, 3e38, 0], [np.inf, 1, 2, 3, 4],
+    [np.nan, 1, 2, 3, 4],
+    [1e-42, -1e-42, 1e-42, 0, 0], [1e-31, 1e-31, 0, 0, 0], [1e-29, 5e-30, -1e-29, 0, 0],
+    [-127, 127, 63.5, 0.5, -0.5],
 ], np.float32)  # fmt: skip
 
 
@@ -119,7 +124,12 @@ def test_extremes_keep_their_bits(variant, encoding, magnitude):
 
 @pytest.mark.parametrize("variant", NATIVE)
 @pytest.mark.parametrize("spec", [
-    *SPECS, *(ExpertActivation(kind, name, 0, 1) for name in activations.ACTIVATIONS for kind in ("gated", "plain", "bounded"))
+    *SPECS,
+    *(
+        ExpertActivation(kind, name, 0, 1)
+        for name in activations.ACTIVATIONS
+        for kind in ("gated", "plain", "bounded")
+    ),
 ], ids=str)  # fmt: skip
 def test_what_lies_between_the_matrices_has_the_twins_bits(variant, spec):
     far = np.float32(
@@ -179,7 +189,8 @@ def test_experts_in_one_call_are_the_formula_on_every_variant(encoding, biased, 
         wanted = _formula(
             spec, {n: v.astype(np.float64) for n, v in decoded.items()}, x[work.tokens[slots]]
         )
-        # float32 keeps 1e-4; activations in int8 steps of 1/127 of the largest, twice, and gates that are steep
+        # float32 keeps 1e-4; activations in int8 steps of 1/127 of the largest, twice, and gates
+        # that are steep
         bound = 0.08 if encoding.startswith("nested") else 1e-4
         assert np.linalg.norm(found[slots] - wanted) <= bound * (np.linalg.norm(wanted) + 1e-9)
     for variant in NATIVE:
@@ -293,13 +304,15 @@ def test_the_binding_refuses_what_does_not_fit():
     layout = record_layout(shape, encoding, 512)
     layer = kernels.native_layer(ExpertActivation("gated", "silu"), shape, encoding, layout)
     good = {
-        "variant": NATIVE[0], "records": np.zeros((2, layout.nbytes), np.uint8), "frames": np.array([0, 1]),
+        "variant": NATIVE[0], "records": np.zeros((2, layout.nbytes), np.uint8),
+        "frames": np.array([0, 1]),
         "levels": np.array([1, 3]), "starts": np.array([0, 1, 3]), "tokens": np.array([0, 1, 0]),
         "x": np.zeros((2, 40), np.float32), "y": np.zeros((3, 40), np.float32), "threads": 1,
     }  # fmt: skip
     layer.ffn(**good)
     for name, bad in {
-        "variant": "abacus", "records": good["records"][:, : layout.levels[1]].copy(), "frames": np.array([0, 2]),
+        "variant": "abacus", "records": good["records"][:, : layout.levels[1]].copy(),
+        "frames": np.array([0, 2]),
         "levels": np.array([1, 4]), "starts": np.array([0, 2, 1]), "tokens": np.array([0, 2, 0]),
         "x": np.zeros((2, 39), np.float32), "y": np.zeros((2, 40), np.float32),
     }.items():  # fmt: skip
@@ -337,7 +350,8 @@ records, x = np.zeros((1, layout.nbytes), np.uint8), np.ones((1, 512), np.float3
 work = kernels.Work(np.array([0]), np.array([1]), np.array([0, 1]), np.array([0]))
 pages = int(open("/proc/self/statm").read().split()[0])
 unlimited = resource.getrlimit(resource.RLIMIT_AS)
-resource.setrlimit(resource.RLIMIT_AS, ((pages * resource.getpagesize()) + (12 << 20), unlimited[1]))
+room = pages * resource.getpagesize() + (12 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (room, unlimited[1]))
 try:
     layer(records, work, x)
 except EngineError as error:

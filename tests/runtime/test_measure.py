@@ -38,7 +38,8 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def small(golden):
-    """Opens the golden bundle with room for 5 of 14 experts; as `bench` wants it, so that policies can be taken out."""
+    """Opens the golden bundle with room for 5 of 14 experts; as `bench` wants it, so that policies
+    can be taken out."""
     plan = plan_memory(open_bundle(golden), None, 200)
     budget = plan.total - (plan.capacity - 5) * plan.record
     lossy = {"substitution": "zero:1"}
@@ -190,7 +191,8 @@ def test_fewer_planes_are_compared_with_all_of_them_where_only_the_fewer_fit(gol
 
 
 @pytest.mark.parametrize("option", [
-    ("--memory", "1KiB"), ("--eviction", "nonsense"), ("--level", "77"), ("--loss", "5"), ("--shares",),
+    ("--memory", "1KiB"), ("--eviction", "nonsense"), ("--level", "77"), ("--loss", "5"),
+    ("--shares",),
     ("--choices", "9"), ("--length", "256"), ("--context", "64"),
 ])  # fmt: skip
 def test_options_without_effect_on_the_measuring_of_a_machine_are_named(golden, tmp_path, option):

@@ -40,12 +40,18 @@ WORDS = ["▁the", "é", "▁", "日", "x"]
 
 @pytest.fixture(scope="module")
 def bytewise(tmp_path_factory):
-    """A tokenizer as Llama and Mixtral have it: what is not in the vocabulary is spelled in byte tokens 0 to 255."""
+    """A tokenizer as Llama and Mixtral have it: what is not in the vocabulary is spelled in byte
+    tokens 0 to 255."""
     path = tmp_path_factory.mktemp("bytewise")
     vocabulary = [*(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
     ids = {word: number for number, word in enumerate(vocabulary)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=[], byte_fallback=True))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]  # fmt: skip
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens(["<end>"])
     tokenizer.save(str(path / "tokenizer.json"))

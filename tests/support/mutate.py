@@ -1,11 +1,12 @@
 """Does a damaged bundle ever do more than say so?  python tests/support/mutate.py COUNT [SEED]
 
-Random mutations of the golden bundles, in child processes: fields of the manifest replaced, absurd sizes, versions from
-the future, paths that lead outside, files cut, flipped or replaced by links, headers of safetensors files rewritten, and
-ONNX graphs whose weights lie elsewhere. Each is opened and generated from, with all experts resident or with half of
-them under one of the policies. Printed: how many behaved, how many were
-refused with a sentence, and every one that did neither: another exception, a crash, more than 20 seconds, more than
-512 MiB of memory, or a read outside the bundle (of a pipe there, which would block).
+Random mutations of the golden bundles, in child processes: fields of the manifest replaced, absurd
+sizes, versions from the future, paths that lead outside, files cut, flipped or replaced by links,
+headers of safetensors files rewritten, and ONNX graphs whose weights lie elsewhere. Each is opened
+and generated from, with all experts resident or with half of them under one of the policies.
+Printed: how many behaved, how many were refused with a sentence, and every one that did neither:
+another exception, a crash, more than 20 seconds, more than 512 MiB of memory, or a read outside the
+bundle (of a pipe there, which would block).
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def mutate(bundle: Path, random: Random) -> str:
     return random.choice(MUTATIONS)(bundle, random)
 
 
-# What half of the experts are resident with; None: all of them are. The golden bundle of version 4 can do all.
+# What half of the experts are resident with; None: all of them are. The golden bundle of version 4
+# can do all.
 POLICIES: list[Policies | None] = [
     None,
     Policies(prefetch="transition"),
@@ -79,7 +81,8 @@ POLICIES: list[Policies | None] = [
 
 
 def outcome(bundle: Path, policies: Policies | None = None) -> str:
-    """Open the bundle under `policies` and generate: `BEHAVED` or `REFUSED`. Anything else is raised."""
+    """Open the bundle under `policies` and generate: `BEHAVED` or `REFUSED`. Anything else is
+    raised."""
     try:
         options = (
             {} if policies is None else {"memory": _half(bundle, policies), "policies": policies}
@@ -98,7 +101,7 @@ def _half(bundle: Path, policies: Policies) -> int:
     return plan.fixed + max(plan.smallest, plan.experts // 2) * plan.record
 
 
-# -- the manifest ------------------------------------------------------------------------------------------------------
+# -- the manifest ----------------------------------------------------------------------------------
 
 
 def _leaves(value: object, path: tuple = ()) -> Iterator[tuple]:
@@ -164,7 +167,7 @@ def _path(manifest: dict, random: Random) -> tuple[tuple, object]:
     return random.choice(places), wanted
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def _files(bundle: Path, ending: str = "") -> list[Path]:
@@ -295,11 +298,12 @@ MUTATIONS: list[Callable[[Path, Random], str]] = [
 ]  # fmt: skip
 
 
-# -- many of them ------------------------------------------------------------------------------------------------------
+# -- many of them ----------------------------------------------------------------------------------
 
 
 def batch(count: int, seed: int, note: Path) -> None:
-    """Run `count` mutations in this process; a line of JSON per outcome that is not good, and one of counts."""
+    """Run `count` mutations in this process; a line of JSON per outcome that is not good, and one
+    of counts."""
     random = Random(seed)
     counts = {BEHAVED: 0, REFUSED: 0}
     with tempfile.TemporaryDirectory() as scratch:
@@ -353,7 +357,8 @@ def main(count: int, seed: int) -> int:
             if done.returncode:
                 wrong.append(f"process ended with {done.returncode} at: {note.read_text()}")
     print(
-        f"{count} mutations, seed {seed}: {totals[BEHAVED]} behaved, {totals[REFUSED]} refused with a sentence, "
+        f"{count} mutations, seed {seed}: {totals[BEHAVED]} behaved, {totals[REFUSED]} refused "
+        "with a sentence, "
         f"{len(wrong)} neither"
     )
     print("\n".join(wrong))
