@@ -18,8 +18,10 @@ test: lint check lean unbuildable
 
 lint: .venv/tested
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy -p smoe.artifacts -p smoe.runtime
+	$(BIN)/mypy --strict --no-warn-return-any -p smoe.artifacts -p smoe.runtime
+	$(BIN)/mypy -p smoe.prep
 
 # One process a core, a file of tests in one of them (they share what they build), and one thread each for torch.
 check: .venv/tested

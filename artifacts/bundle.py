@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -69,14 +70,8 @@ def open_bundle(path: str | Path, hashes: bool = False) -> Bundle:
             return None
 
     layouts = layouts_of(manifest)
-    starts = [
-        checked(
-            lambda layer=layer: validate.shard_start_checked(
-                path, manifest, layer, layouts[layer], hashes
-            )
-        )
-        for layer in range(len(layouts))
-    ]
+    start = partial(validate.shard_start_checked, path, manifest, scales=hashes)
+    starts = [checked(partial(start, n, layout)) for n, layout in enumerate(layouts)]
     checked(lambda: validate.check_weights(manifest))
     checked(lambda: validate.check_trace(path, manifest))
     tables = checked(lambda: validate.open_tables(path, manifest))

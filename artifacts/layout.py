@@ -33,6 +33,7 @@ class ExpertShape:
     normed: bool = False
 
     def matrices(self) -> dict[str, tuple[int, int]]:
+        """`[n_out, n_in]` of each matrix, in the order in which a record has them."""
         gate = {"gate": (self.width, self.hidden)} if self.gated else {}
         return gate | {"up": (self.width, self.hidden), "down": (self.hidden, self.width)}
 
@@ -48,6 +49,7 @@ class Field:
 
     @property
     def nbytes(self) -> int:
+        """Without padding."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 

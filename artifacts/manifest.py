@@ -187,6 +187,8 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
+    """All of manifest.json."""
+
     format: str
     version: int
     model: Model
@@ -197,6 +199,7 @@ class Manifest:
     files: dict[str, File]
 
     def expert_shape(self, layer: int) -> ExpertShape:
+        """The geometry of an expert of MoE layer `layer`."""
         return self.experts.shape(self.layers[layer].hidden, self.layers[layer].width)
 
     @staticmethod
@@ -211,6 +214,7 @@ class Manifest:
         return f"{STUDY}/" if self.version >= STUDY_SINCE else ""
 
     def to_json(self) -> str:
+        """The text of manifest.json."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod

@@ -48,6 +48,7 @@ class Split:
 
     @property
     def total(self) -> int:
+        """Bits of a whole code."""
         return sum(self.planes)
 
     def values(self, level: int) -> np.ndarray:
@@ -80,9 +81,11 @@ class Nested:
 
     @property
     def levels(self) -> int:
+        """Planes of every matrix."""
         return len(self.split.planes)
 
     def of(self, matrix: str) -> Split:
+        """The split of a matrix: gate, up or down."""
         return self.down if matrix == "down" else self.split
 
 

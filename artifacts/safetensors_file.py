@@ -14,6 +14,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
+    """What a file says of its tensors; their data begin at byte `data_start`."""
+
     entries: dict[str, Entry]
     metadata: dict[str, str]
     data_start: int
@@ -110,7 +113,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
-def _checked(path: Path, parsed: dict, data_start: int, size: int) -> Header:
+def _checked(path: Path, parsed: dict[str, Any], data_start: int, size: int) -> Header:
     metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise BundleError(f"{path}: __metadata__ must map strings to strings; copy the file again.")
@@ -205,6 +208,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Of the tensor's data."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 

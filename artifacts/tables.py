@@ -128,6 +128,7 @@ TRACE_TOKENS = {"tokens": "I32", "starts": "U8"}
 
 
 def key(layer: int, name: str) -> str:
+    """What the table `name` of MoE layer `layer` is called in its file."""
     return f"{layer:02d}.{name}"
 
 

@@ -14,6 +14,7 @@ NEEDED = (
 
 
 def main() -> None:
+    """The command `smoe-prep`."""
     from smoe.prep.cli import cli
 
     try:

@@ -9,6 +9,7 @@ from smoe.artifacts.errors import printable
 
 
 def main() -> None:
+    """The command `smoe`."""
     from smoe.runtime.cli import cli
 
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
+from typing import Any
 
 import jinja2
 import jinja2.sandbox
@@ -21,7 +22,7 @@ ERRORS = (
 )  # fmt: skip
 
 
-def render(template: str, messages: list[dict[str, str]], settings: dict) -> str:
+def render(template: str, messages: list[dict[str, str]], settings: dict[str, Any]) -> str:
     """The text of `messages` (`role`, `content`) with the opening of the model's next turn.
 
     `settings` is tokenizer_config.json: its `..._token` entries are variables of the template, as

@@ -16,10 +16,11 @@ from smoe.runtime.engine import Engine
 from smoe.runtime.options import PREFETCHES, SUBSTITUTIONS, Policies, tables_bytes
 
 POLICIES = Policies()
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _options(*options: Callable) -> Callable:
-    def decorate(command: Callable) -> Callable:
+def _options(*options: Decorator) -> Decorator:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
             command = option(command)
         return command

@@ -60,6 +60,7 @@ class Device:
         return [row[0] / (len(row) - 1) for row in self.layer_seconds]
 
     def to_json(self) -> str:
+        """The text of the file that `load` reads."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,7 @@ SHARES = (
     "choice_accuracy", "choice_accuracy_exact", "choice_same",
 )  # fmt: skip
 TIMES = ("ttft", "tpot")  # seconds
+Measured = dict[str, Any]  # figures by name; None where there is none
 OPTIONS = 4  # of an item of the choice task: the true continuation and three others
 
 
@@ -51,7 +53,7 @@ def bench(
     prompt: int,
     choices: int,
     say: Callable[..., None] = lambda *lines: None,
-) -> dict:
+) -> Measured:
     """All of this page for the engine that `opened()` gives; `exact_twin()` is one that loses
     nothing, and is opened only where the engine is lossy. `text` is cut into rows of `length`,
     `tokens` in all; `choices` questions. `say` receives the mode lines."""
@@ -79,12 +81,12 @@ def _measured(
     questions: list[Item],
     wanted: np.ndarray | None = None,
     answers: np.ndarray | None = None,
-) -> dict:
+) -> Measured:
     found = measure(engine, texts, prompt, wanted)
     return found | (graded(choose(engine, questions), answers) if questions else {})
 
 
-def bench_lines(measured: dict) -> list[str]:
+def bench_lines(measured: Measured) -> list[str]:
     """What `bench` returned, for people: one figure a line."""
     return [
         f"{name.replace('_', ' '):20} {_shown(name, value)}"
@@ -193,7 +195,7 @@ def exact(engine: Engine, texts: Sequence[np.ndarray], prompt: int, file: Path) 
 
 def measure(
     engine: Engine, texts: Sequence[np.ndarray], prompt: int, wanted: np.ndarray | None = None
-) -> dict:
+) -> Measured:
     """Run `engine` over `texts`, of which the first `prompt` tokens of each are a prompt. With
     `wanted` (from `exact`) also the KL divergence from it in nats per token, with its standard
     error, and how often both have the same best token. Times are those of the engine, in
@@ -233,7 +235,7 @@ def choose(engine: Engine, questions: Sequence[Item]) -> np.ndarray:
     return np.array(scores).reshape(-1, OPTIONS).argmax(1)
 
 
-def graded(answers: np.ndarray, exact: np.ndarray | None = None) -> dict:
+def graded(answers: np.ndarray, exact: np.ndarray | None = None) -> Measured:
     """The share of right `answers` (from `choose`), and with those of the exact run also its share,
     and the share of questions that both answer alike: that tells policies apart by fewer questions
     than accuracy does, since each is its own control."""
@@ -254,7 +256,7 @@ def _likelihood(engine: Engine, context: np.ndarray, option: np.ndarray) -> floa
     )
 
 
-def _speed(engine: Engine, first: list[float]) -> dict:
+def _speed(engine: Engine, first: list[float]) -> Measured:
     stats = engine.stats
     seconds = stats.prefill_seconds + stats.decode_seconds
     steps = max(1, stats.decode_steps)

@@ -60,8 +60,8 @@ class Sampler:
             # in.
             enough = int(np.searchsorted(np.cumsum(probabilities), how.top_p)) + 1
             probabilities = probabilities[:enough] / probabilities[:enough].sum()
-        last = len(probabilities) - 1  # where rounding leaves the sum below `uniform`
-        return int(order[min(last, np.searchsorted(np.cumsum(probabilities), uniform, "right"))])
+        drawn = int(np.searchsorted(np.cumsum(probabilities), uniform, "right"))
+        return int(order[min(drawn, len(probabilities) - 1)])  # rounding may leave the sum short
 
 
 def _head(logits: np.ndarray, how: Sampling, mass: float) -> tuple[np.ndarray, np.ndarray]:

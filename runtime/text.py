@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smoe.artifacts.manifest import File
 from smoe.runtime.errors import EngineError
@@ -71,7 +71,7 @@ class Text:
         rendered = chat.render(template or self._template(settings), messages, settings)
         return self.encode(rendered, special=False)  # the template writes the special tokens itself
 
-    def _settings(self) -> dict:
+    def _settings(self) -> dict[str, Any]:
         if "tokenizer_config.json" not in self._files:
             return {}
         file = self._path / "tokenizer_config.json"
@@ -81,7 +81,7 @@ class Text:
             raise EngineError(f"{file} is not JSON: {error}; copy the bundle again.") from error
         return settings if isinstance(settings, dict) else {}
 
-    def _template(self, settings: dict) -> str:
+    def _template(self, settings: dict[str, Any]) -> str:
         template = settings.get("chat_template")
         if "chat_template.jinja" in self._files:
             template = read_text(self._path / "chat_template.jinja")

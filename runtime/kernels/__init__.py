@@ -157,7 +157,9 @@ def native_layer(
     return _native.Layer(matrices, gate.kind, gate.activation, gate.alpha, gate.limit)
 
 
-def _about(name: str, shape: ExpertShape, encoding: str, offsets: dict[str, int]) -> tuple:
+def _about(
+    name: str, shape: ExpertShape, encoding: str, offsets: dict[str, int]
+) -> tuple[object, ...]:
     """One matrix, as the native module wants it."""
     n_out, n_in = shape.matrices()[name]
     scale, bias = offsets.get(f"{name}_scale", -1), offsets.get(f"{name}_bias", -1)

@@ -42,6 +42,7 @@ def exp(x: np.ndarray) -> np.ndarray:
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + e^-x), from e^-|x|, which does not overflow."""
     e = exp(-np.abs(x))
     return np.where(x >= 0, _F(1), e) / (_F(1) + e)
 
