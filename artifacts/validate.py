@@ -61,6 +61,7 @@ def manifest_problems(manifest: Manifest) -> Iterator[str]:
     """Everything in the manifest that contradicts itself or the format, as sentences."""
     yield from _geometry(manifest)
     yield from _wiring(manifest)
+    yield from _states(manifest)
 
 
 def _geometry(m: Manifest) -> Iterator[str]:
@@ -152,6 +153,10 @@ def _wiring(m: Manifest) -> Iterator[str]:
             known.add(wires.output)
     if "logits" not in m.backbone.segments[-1].outputs:
         yield "manifest.json: the last segment does not give 'logits'; build the bundle again."
+
+
+def _states(m: Manifest) -> Iterator[str]:
+    """The state of a sequence: of segments that there are, in sizes that a machine can have."""
     total = 0
     for state in m.backbone.state:
         total += math.prod((*state.shape, m.model.context if state.growing >= 0 else 1, 8))

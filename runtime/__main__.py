@@ -1,4 +1,5 @@
-"""`smoe`: what the command line says becomes a call, what it returns is printed. Errors are one sentence, exit code 1."""
+"""`smoe`: what the command line says becomes a call, what it returns is printed. Errors are one
+sentence, exit code 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What only people and `plan` read: where a build puts it, and what is said where it did not travel."""
+"""What only people and `plan` read: where a build puts it, and what is said where it did not
+travel."""
 
 import shutil
 
