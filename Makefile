@@ -6,7 +6,7 @@ BIN    := .venv/bin
 LEAN   := .venv-lean/bin
 SOURCES := pyproject.toml $(shell find artifacts prep runtime -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: demo test lint check lean unbuildable sanitize aarch64 wheel-aarch64 docs clean
+.PHONY: demo test lint check lean unbuildable wheel oldest sanitize threads aarch64 wheel-aarch64 docs clean
 
 ## Build the example model into demo.smoe and generate from it inside a budget smaller than its experts.
 demo: .venv/installed
@@ -18,8 +18,10 @@ test: lint check lean unbuildable
 
 lint: .venv/tested
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy -p smoe.artifacts -p smoe.runtime
+	$(BIN)/mypy --strict --no-warn-return-any -p smoe.artifacts -p smoe.runtime
+	$(BIN)/mypy -p smoe.prep
 
 # One process a core, a file of tests in one of them (they share what they build), and one thread each for torch.
 check: .venv/tested
@@ -35,6 +37,12 @@ unbuildable: .venv-lean/installed
 	CXX=false $(LEAN)/pip install --no-deps --target build/none dist/*.tar.gz 2>&1 | grep "smoe was not installed because"
 	test ! -e build/none
 
+## The wheel as users get it, tested where there is no compiler; and with the oldest versions of what it needs.
+wheel:
+	.ci/wheel
+oldest:
+	.ci/wheel oldest
+
 ## The kernels' tests with every read and every operation checked, in C++ and in nanobind. Python's own leaks are not ours.
 sanitize: .venv-lean/installed
 	rm -rf build/sanitize
@@ -43,6 +51,10 @@ sanitize: .venv-lean/installed
 	PYTHONPATH=build/sanitize PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		$(LEAN)/pytest -q --capture=sys tests/runtime/test_kernels*.py
+
+## The native pool and kernels under the thread sanitizer, called from several threads at once.
+threads:
+	.ci/threads
 
 ## A wheel for aarch64, cross-compiled and tested in an emulator (Debian, as root the first time); the wheel alone.
 aarch64:

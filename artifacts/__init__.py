@@ -1,4 +1,5 @@
-"""The bundle: its bytes, its tables, its validation. What prep and the runtime share; standard library and NumPy only.
+"""The bundle: its bytes, its tables, its validation. What prep and the runtime share; standard
+library and NumPy only.
 
 `FORMAT.md` beside this file is the specification; `bundle.open_bundle` is the one door.
 """

@@ -1,13 +1,14 @@
 """An opened bundle: what the door returns. Past it nothing is parsed, laid out or checked again.
 
-Opening reads the manifest, the header of every shard and that of the tables, each once, and no weight. What a record's
-scales hold is looked at when the record is read, not here.
+Opening reads the manifest, the header of every shard and that of the tables, each once, and no
+weight. What a record's scales hold is looked at when the record is read, not here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,8 +27,9 @@ SHOWN = 10  # sentences of one refusal
 class Bundle:
     """A bundle that passed every check.
 
-    `layouts[l]` is the layout of the records of MoE layer l, `starts[l]` the byte of its shard where record 0 begins.
-    `tables` reads what a policy asks for, and is empty where the bundle has none.
+    `layouts[l]` is the layout of the records of MoE layer l, `starts[l]` the byte of its shard
+    where record 0 begins. `tables` reads what a policy asks for, and is empty where the bundle has
+    none.
     """
 
     path: Path
@@ -42,12 +44,19 @@ class Bundle:
         return len(self.layouts[0].levels)
 
     def shard(self, layer: int) -> Path:
+        """The file of a layer's records."""
         return self.path / self.manifest.shard(layer)
+
+    def study(self, name: str) -> Path | None:
+        """A file that only people and `plan` read, like "trace.safetensors"; None where it did not
+        travel along."""
+        return validate.study_file(self.path, self.manifest, name)
 
 
 def open_bundle(path: str | Path, hashes: bool = False) -> Bundle:
-    """The bundle at `path`, if it passes every check; otherwise a `BundleError` that lists what is wrong. With `hashes`
-    every byte is read: the SHA-256 of each file, and the scales of each record."""
+    """The bundle at `path`, if it passes every check; otherwise a `BundleError` that lists what is
+    wrong. With `hashes` every byte is read: the SHA-256 of each file, and the scales of each
+    record."""
     path = Path(path)
     manifest = validate.read_manifest(path)
     wrong = [*validate.manifest_problems(manifest), *validate.file_problems(path, manifest, hashes)]
@@ -61,14 +70,8 @@ def open_bundle(path: str | Path, hashes: bool = False) -> Bundle:
             return None
 
     layouts = layouts_of(manifest)
-    starts = [
-        checked(
-            lambda layer=layer: validate.shard_start_checked(
-                path, manifest, layer, layouts[layer], hashes
-            )
-        )
-        for layer in range(len(layouts))
-    ]
+    start = partial(validate.shard_start_checked, path, manifest, scales=hashes)
+    starts = [checked(partial(start, n, layout)) for n, layout in enumerate(layouts)]
     checked(lambda: validate.check_weights(manifest))
     checked(lambda: validate.check_trace(path, manifest))
     tables = checked(lambda: validate.open_tables(path, manifest))

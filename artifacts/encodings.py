@@ -30,7 +30,8 @@ Dims = tuple[int, int]
 @dataclass(frozen=True)
 class Encoding:
     """`matrix(name, shape)` plans a matrix's tensors, plane by plane; `encode(name, w)` fills them;
-    `decode(name, tensors, shape, level)` undoes it as far as the first `level` of `levels` planes allow."""
+    `decode(name, tensors, shape, level)` undoes it as far as the first `level` of `levels` planes
+    allow."""
 
     name: str
     levels: int
@@ -100,26 +101,30 @@ def _nested(name: str) -> Encoding:
 
 
 def encoding_named(name: str) -> Encoding:
-    """The encoding called `name`, or a `BundleError` that lists those there are. `.name` is its one spelling."""
+    """The encoding called `name`, or a `BundleError` that lists those there are. `.name` is its one
+    spelling."""
     if name.startswith("nested"):
         return _nested(name)
     if name not in ENCODINGS:
         raise BundleError(
-            f"There is no encoding {name[:80]!r} in this version; it has {', '.join(ENCODINGS)} and nested:SPLIT, for "
+            f"There is no encoding {name[:80]!r} in this version; it has {', '.join(ENCODINGS)} "
+            "and nested:SPLIT, for "
             "example nested:2+1+1."
         )
     return ENCODINGS[name]
 
 
 def record_layout(shape: ExpertShape, encoding: str, page: int) -> RecordLayout:
-    """The layout of every record of a layer: a pure function. An unknown encoding is a `BundleError`."""
+    """The layout of every record of a layer: a pure function. An unknown encoding is a
+    `BundleError`."""
     return lay_out(encoding_named(encoding).planes(shape), page)
 
 
 def encode_expert(
     layout: RecordLayout, encoding: str, weights: dict[str, np.ndarray]
 ) -> np.ndarray:
-    """One record, `uint8 [layout.nbytes]`, from float32 matrices and biases named as in `ExpertShape`."""
+    """One record, `uint8 [layout.nbytes]`, from float32 matrices and biases named as in
+    `ExpertShape`."""
     chosen = encoding_named(encoding)
     tensors: Encoded = {}
     for name, w in weights.items():
@@ -143,8 +148,9 @@ def decode_expert(
     record: np.ndarray,
     level: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Float32 matrices and biases of a record `uint8`, of which the bytes of `level` (None: all) are there: the inverse
-    of `encode_expert`. A level that the encoding does not have is a `BundleError`."""
+    """Float32 matrices and biases of a record `uint8`, of which the bytes of `level` (None: all)
+    are there: the inverse of `encode_expert`. A level that the encoding does not have is a
+    `BundleError`."""
     chosen = encoding_named(encoding)
     level = checked_level(chosen, level)
     views = layout.views(record)
@@ -153,7 +159,8 @@ def decode_expert(
 
 
 def float_fields(layout: RecordLayout) -> list[Field]:
-    """The fields of a record that are floats beside the matrices: scales, biases, the norm. They must be finite."""
+    """The fields of a record that are floats beside the matrices: scales, biases, the norm. They
+    must be finite."""
     return [
         field
         for field in layout.fields
@@ -162,14 +169,17 @@ def float_fields(layout: RecordLayout) -> list[Field]:
 
 
 def is_bias_or_norm(name: str) -> bool:
-    """Whether a tensor of a record is neither codes nor scales: a bias or the norm, float32 in every encoding."""
+    """Whether a tensor of a record is neither codes nor scales: a bias or the norm, float32 in
+    every encoding."""
     return name.endswith("_bias") or name == "norm"
 
 
 def checked_level(encoding: Encoding, level: int | None) -> int:
-    """`level`, or the highest there is for None; a `BundleError` if the encoding has no such level."""
+    """`level`, or the highest there is for None; a `BundleError` if the encoding has no such
+    level."""
     if level is not None and not 1 <= level <= encoding.levels:
         raise BundleError(
-            f"Level {level} was asked for; experts in {encoding.name} have levels 1 to {encoding.levels}."
+            f"Level {level} was asked for; experts in {encoding.name} have levels 1 to "
+            f"{encoding.levels}."
         )
     return encoding.levels if level is None else level

@@ -1,4 +1,11 @@
-"""Errors that a user can act on: a sentence with the value, the limit and the next step. Commands print them bare."""
+"""Errors that a user can act on: a sentence with the value, the limit and the next step. Commands
+print them bare."""
+
+from __future__ import annotations
+
+import unicodedata
+
+CONTROLS = ("Cc", "Cs")  # control characters, and surrogates, which no stream can write
 
 
 class SmoeError(Exception):
@@ -7,3 +14,18 @@ class SmoeError(Exception):
 
 class BundleError(SmoeError):
     """A bundle that cannot be opened, or a file in it that is not what its manifest says."""
+
+
+def first_line(error: Exception, longest: int = 600) -> str:
+    """What an exception of somebody else's code says, in one line: its class where it says
+    nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip()[:longest] if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey. Lines and tabs stay, and what joins an emoji's
+    parts."""
+    return "".join(
+        "\ufffd" if unicodedata.category(c) in CONTROLS and c not in "\n\t" else c for c in text
+    )

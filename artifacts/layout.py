@@ -1,7 +1,8 @@
 """Where every byte of an expert lies in its record: a pure function of geometry and encoding.
 
-A record is one expert. Its tensors are grouped in planes, base plane first, so that reading a longer prefix of the
-record gives more precision: *level* n is the prefix that ends with plane n (FORMAT.md, "Records").
+A record is one expert. Its tensors are grouped in planes, base plane first, so that reading a
+longer prefix of the record gives more precision: *level* n is the prefix that ends with plane n
+(FORMAT.md, "Records").
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import numpy as np
 
 from smoe.artifacts.safetensors_file import DTYPES, TensorSpec
 
-ALIGN = 64  # bytes: every tensor of a record starts on a multiple, so that vector loads never straddle two
+# bytes: every tensor of a record starts on a multiple, so that vector loads never straddle two
+ALIGN = 64
 
 
 @dataclass(frozen=True)
 class ExpertShape:
     """The matrices of one expert: gate and up `[width, hidden]`, down `[hidden, width]`.
 
-    `gated` is False where the expert is down(act(up(x))); `biased` adds a vector per matrix, `normed` one that scales
-    the output before it is normalised.
+    `gated` is False where the expert is down(act(up(x))); `biased` adds a vector per matrix,
+    `normed` one that scales the output before it is normalised.
     """
 
     hidden: int
@@ -31,6 +33,7 @@ class ExpertShape:
     normed: bool = False
 
     def matrices(self) -> dict[str, tuple[int, int]]:
+        """`[n_out, n_in]` of each matrix, in the order in which a record has them."""
         gate = {"gate": (self.width, self.hidden)} if self.gated else {}
         return gate | {"up": (self.width, self.hidden), "down": (self.hidden, self.width)}
 
@@ -46,21 +49,22 @@ class Field:
 
     @property
     def nbytes(self) -> int:
+        """Without padding."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """`levels[n]` is the number of bytes to read for level n+1, a multiple of the page; the last is `nbytes`, the
-    whole record."""
+    """`levels[n]` is the number of bytes to read for level n+1, a multiple of the page; the last is
+    `nbytes`, the whole record."""
 
     fields: tuple[Field, ...]
     levels: tuple[int, ...]
     nbytes: int
 
     def views(self, record: np.ndarray) -> dict[str, np.ndarray]:
-        """The tensors of a record as views of it, by name; nothing is copied. `record` uint8 may end with any level;
-        then the tensors are those of its planes."""
+        """The tensors of a record as views of it, by name; nothing is copied. `record` uint8 may
+        end with any level; then the tensors are those of its planes."""
         return {
             f.name: record[f.offset : f.offset + f.nbytes].view(DTYPES[f.dtype]).reshape(f.shape)
             for f in self.fields
@@ -68,7 +72,8 @@ class RecordLayout:
         }
 
     def tensors(self, expert: int) -> list[TensorSpec]:
-        """What a shard's header says of this expert's record: its tensors, and the padding between them."""
+        """What a shard's header says of this expert's record: its tensors, and the padding between
+        them."""
         planned, end = [], 0
         for index, field in enumerate(self.fields):
             if field.offset > end:
@@ -85,7 +90,8 @@ class RecordLayout:
 
 
 def lay_out(planes: list[list[TensorSpec]], page: int) -> RecordLayout:
-    """Place the tensors of each plane one after another, aligned to 64 bytes; each plane starts on a page."""
+    """Place the tensors of each plane one after another, aligned to 64 bytes; each plane starts on
+    a page."""
     fields: list[Field] = []
     levels: list[int] = []
     offset = 0

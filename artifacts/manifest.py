@@ -1,12 +1,14 @@
 """manifest.json as frozen dataclasses: what a bundle holds and how its parts fit together.
 
-The classes are the schema. `Manifest.parse` accepts exactly these fields with exactly these types, and answers
-anything else with a sentence that names the field; `to_json` writes them. What the fields mean is in FORMAT.md.
+The classes are the schema. `Manifest.parse` accepts exactly these fields with exactly these types,
+and answers anything else with a sentence that names the field; `to_json` writes them. What the
+fields mean is in FORMAT.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -18,12 +20,17 @@ from smoe.artifacts.layout import ExpertShape
 from smoe.artifacts.safetensors_file import DTYPES
 
 FORMAT = "smoe"
-VERSION = 3
+VERSION = 4
+STUDY, STUDY_SINCE = (
+    "study",
+    4,
+)  # the folder of what only people and `plan` read, and its first version
 
 
 @dataclass(frozen=True)
 class Model:
-    """The source model. `context` is the longest sequence it was made for; `end_ids` end a generation."""
+    """The source model. `context` is the longest sequence it was made for; `end_ids` end a
+    generation."""
 
     model_type: str
     architecture: str
@@ -32,13 +39,22 @@ class Model:
     end_ids: tuple[int, ...]
 
 
+# The names of an `ExpertActivation`. What they compute is in runtime/kernels/activations.py and
+# native/gate.h.
+KINDS = ("gated", "plain", "clamped", "bounded", "softcapped")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "identity")
+
+
 @dataclass(frozen=True)
-class Gate:
-    """How an expert's first matrices become the input of its last (formulas in FORMAT.md).
+class ExpertActivation:
+    """How an expert's first matrices become the input of its last (formulas in FORMAT.md), one of
+    `KINDS` with one of `ACTIVATIONS` where the kind takes one. Its JSON key is "gate", which is no
+    router's.
 
     kind "gated": act(gate) * up. kind "plain": act(up). kind "clamped": gate' = min(gate, limit),
-    up' = clip(up, -limit, limit), (up' + 1) * gate' * sigmoid(alpha * gate'). kind "bounded": act(gate') * up'.
-    kind "softcapped": limit * tanh(gate / limit) * sigmoid(gate) * alpha * tanh(up / alpha).
+    up' = clip(up, -limit, limit), (up' + 1) * gate' * sigmoid(alpha * gate'). kind "bounded":
+    act(gate') * up'. kind "softcapped": limit * tanh(gate / limit) * sigmoid(gate) * alpha *
+    tanh(up / alpha).
     """
 
     kind: str
@@ -49,9 +65,9 @@ class Gate:
 
 @dataclass(frozen=True)
 class Routing:
-    """How ids and mixing weights follow from the scores (FORMAT.md, "Routing"): ids are the top k of the selection
-    scores; weights are the raw weights at ids, normalised ("none", "sum" or "softmax"; "sum" divides by
-    sum + epsilon), times scale."""
+    """How ids and mixing weights follow from the scores (FORMAT.md, "Routing"): ids are the top k
+    of the selection scores; weights are the raw weights at ids, normalised ("none", "sum" or
+    "softmax"; "sum" divides by sum + epsilon), times scale."""
 
     normaliser: str
     scale: float
@@ -60,7 +76,8 @@ class Routing:
 
 @dataclass(frozen=True)
 class Wires:
-    """Names of the values that pass between segments and experts. `scores` and `raw` are empty without a `Routing`."""
+    """Names of the values that pass between segments and experts. `scores` and `raw` are empty
+    without a `Routing`."""
 
     hidden: str
     ids: str
@@ -72,7 +89,8 @@ class Wires:
 
 @dataclass(frozen=True)
 class Layer:
-    """One MoE layer. Its experts run after the segment of the same number and before the next one."""
+    """One MoE layer. Its experts run after the segment of the same number and before the next
+    one."""
 
     name: str
     experts: int
@@ -88,8 +106,8 @@ class Layer:
 class State:
     """What a segment remembers from one call to the next: `input` receives what `output` gave.
 
-    `growing` is the axis that grows with every token, or -1. With `in_place` one buffer of the context's length along
-    that axis is bound to both; otherwise the output replaces the input.
+    `growing` is the axis that grows with every token, or -1. With `in_place` one buffer of the
+    context's length along that axis is bound to both; otherwise the output replaces the input.
     """
 
     segment: int
@@ -101,15 +119,16 @@ class State:
     in_place: bool
 
     def nbytes(self, context: int) -> int:
-        """Bytes for sequences of `context` tokens. State that is replaced exists twice while a segment runs."""
+        """Bytes for sequences of `context` tokens. State that is replaced exists twice while a
+        segment runs."""
         sizes = (context if axis == self.growing else size for axis, size in enumerate(self.shape))
         return math.prod(sizes) * DTYPES[self.dtype].itemsize * (1 if self.in_place else 2)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One ONNX graph of the backbone: its file in the bundle, the names it takes and gives, and those of its
-    initializers that lie in the weight file."""
+    """One ONNX graph of the backbone: its file in the bundle, the names it takes and gives, and
+    those of its initializers that lie in the weight file."""
 
     file: str
     inputs: tuple[str, ...]
@@ -130,8 +149,8 @@ class Initializer:
 
 @dataclass(frozen=True)
 class Backbone:
-    """Everything but the experts. `heads` is the number of attention heads, for the memory plan. `one_at_a_time` says
-    that a call takes exactly one token."""
+    """Everything but the experts. `heads` is the number of attention heads, for the memory plan.
+    `one_at_a_time` says that a call takes exactly one token."""
 
     precision: str
     heads: int
@@ -144,12 +163,12 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Experts:
-    """What all shards have in common: encoding, page size in bytes, gate, whether matrices have biases, and whether
-    an expert's output is normalised (FORMAT.md, "Gate")."""
+    """What all shards have in common: encoding, page size in bytes, gate, whether matrices have
+    biases, and whether an expert's output is normalised (FORMAT.md, "Gate")."""
 
     encoding: str
     page: int
-    gate: Gate
+    gate: ExpertActivation
     biased: bool
     normed: bool = dataclasses.field(default=False, metadata={"since": 2})
 
@@ -168,6 +187,8 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
+    """All of manifest.json."""
+
     format: str
     version: int
     model: Model
@@ -178,6 +199,7 @@ class Manifest:
     files: dict[str, File]
 
     def expert_shape(self, layer: int) -> ExpertShape:
+        """The geometry of an expert of MoE layer `layer`."""
         return self.experts.shape(self.layers[layer].hidden, self.layers[layer].width)
 
     @staticmethod
@@ -185,12 +207,20 @@ class Manifest:
         """The shard of a layer, relative to the bundle."""
         return f"experts/layer-{layer:02d}.safetensors"
 
+    @property
+    def study(self) -> str:
+        """Where in the bundle the files lie that need not travel with it: "study/", or among the
+        others before version 4."""
+        return f"{STUDY}/" if self.version >= STUDY_SINCE else ""
+
     def to_json(self) -> str:
+        """The text of manifest.json."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
     def parse(cls, text: str, where: str) -> Manifest:
-        """Read manifest.json; `where` names the file in errors. A wrong field or type is a `BundleError`."""
+        """Read manifest.json; `where` names the file in errors. A wrong field or type is a
+        `BundleError`."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -199,14 +229,16 @@ class Manifest:
             raise BundleError(f"{where} does not say format {FORMAT!r}; this is not a smoe bundle.")
         if type(data.get("version")) is not int or not 1 <= data["version"] <= VERSION:
             raise BundleError(
-                f"{where} has format version {data.get('version')!r}, this smoe reads 1 to {VERSION}; "
+                f"{where} has format version {data.get('version')!r}, this smoe reads 1 to "
+                f"{VERSION}; "
                 "upgrade smoe, or build the bundle again with it."
             )
         return _parse(cls, data, where)
 
 
 def _parse(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
-    """`value` as an instance of the type `wanted`, recursively; nothing is converted but int to float."""
+    """`value` as an instance of the type `wanted`, recursively; nothing is converted but int to
+    float."""
     origin, args = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (typing.Union, types.UnionType):
         inner = next(a for a in args if a is not type(None))
@@ -214,14 +246,14 @@ def _parse(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
     if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
         if not isinstance(value, dict):
             raise _wrong(where, "an object", value)
-        hints = typing.get_type_hints(wanted)
-        later = {field.name for field in dataclasses.fields(wanted) if "since" in field.metadata}
+        hints, later = _schema(wanted)
         odd = sorted(
             (set(value) ^ set(hints)) - (later - set(value))
         )  # older versions lack what has a default
         if odd:
             raise BundleError(
-                f"{where}: the fields {', '.join(odd)} are missing or unknown; build the bundle again."
+                f"{where}: the fields {', '.join(odd)} are missing or unknown; build the bundle "
+                "again."
             )
         return wanted(**{key: _parse(hints[key], value[key], f"{where}: {key}") for key in value})
     if origin is tuple:
@@ -237,6 +269,13 @@ def _parse(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
     if type(value) is not wanted:
         raise _wrong(where, wanted.__name__, value)
     return value
+
+
+@functools.cache
+def _schema(wanted: type) -> tuple[dict[str, typing.Any], frozenset[str]]:
+    """The fields of a dataclass with their types, and those that older versions lack."""
+    later = (field.name for field in dataclasses.fields(wanted) if "since" in field.metadata)
+    return typing.get_type_hints(wanted), frozenset(later)
 
 
 def _wrong(where: str, wanted: str, value: object) -> BundleError:

@@ -1,13 +1,15 @@
-"""The encoding `nested`: every weight is a code whose bits lie in slices, most significant first, so that a prefix of
-the record is the same expert in fewer bits.
+"""The encoding `nested`: every weight is a code whose bits lie in slices, most significant first,
+so that a prefix of the record is the same expert in fewer bits.
 
-`nested:2+1+1:128` has a base plane of 2 bits, two planes of 1 bit, and one scale per row and 128 columns;
-`nested:2+1+1/3+1+1:64` gives `down` a split of its own. At a level that has read n bits of every code
+`nested:2+1+1:128` has a base plane of 2 bits, two planes of 1 bit, and one scale per row and 128
+columns; `nested:2+1+1/3+1+1:64` gives `down` a split of its own. At a level that has read n bits of
+every code
 
     weight[r, c] = scale[r, c // group] * VALUES[r's split][n][first n bits of the code]
 
-What the values are, and how slices are laid out for the kernels, is in FORMAT.md ("nested"). This file is the
-specification in NumPy: it quantises by rounding; `smoe-prep` does better, with calibration.
+What the values are, and how slices are laid out for the kernels, is in FORMAT.md ("nested"). This
+file is the specification in NumPy: it quantises by rounding; `smoe-prep` does better, with
+calibration.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from smoe.artifacts.safetensors_file import TensorSpec
 ROWS, COLUMNS = 16, 32  # of a block: 512 codes, of which one bit each is a slice of 64 bytes
 GROUPS = (32, 64, 128)
 
-# Codes of up to 4 bits: a tree on the normal distribution. The 4 cells of the best 2-bit quantiser, each split in two
-# where that is best, each of those again; a value is the mean of its cell, in units of 1/127 of the outermost.
+# Codes of up to 4 bits: a tree on the normal distribution. The 4 cells of the best 2-bit quantiser,
+# each split in two where that is best, each of those again; a value is the mean of its cell, in
+# units of 1/127 of the outermost.
 TREE = {
     2: (-73, -22, 22, 73),
     3: (-102, -62, -34, -11, 11, 34, 62, 102),
@@ -45,12 +48,15 @@ class Split:
 
     @property
     def total(self) -> int:
+        """Bits of a whole code."""
         return sum(self.planes)
 
     def values(self, level: int) -> np.ndarray:
-        """What a code's first `bits(level)` bits stand for, in units of the scale: int8 `[2**bits]`, rising.
+        """What a code's first `bits(level)` bits stand for, in units of the scale: int8
+        `[2**bits]`, rising.
 
-        Longer codes than the tree's are cells of one uniform grid: 8 bits are -128 .. 127, fewer the middles of theirs.
+        Longer codes than the tree's are cells of one uniform grid: 8 bits are -128 .. 127, fewer
+        the middles of theirs.
         """
         n = self.bits(level)
         if self.total <= 4:
@@ -75,14 +81,17 @@ class Nested:
 
     @property
     def levels(self) -> int:
+        """Planes of every matrix."""
         return len(self.split.planes)
 
     def of(self, matrix: str) -> Split:
+        """The split of a matrix: gate, up or down."""
         return self.down if matrix == "down" else self.split
 
 
 def parse(name: str) -> Nested:
-    """`nested:2+1+1`, `nested:2+1+1:64` or `nested:2+1+1/3+1+1:64`; a `BundleError` says what is wrong with another."""
+    """`nested:2+1+1`, `nested:2+1+1:64` or `nested:2+1+1/3+1+1:64`; a `BundleError` says what is
+    wrong with another."""
     match = re.fullmatch(r"nested:([0-9+]{1,20})(?:/([0-9+]{1,20}))?(?::([0-9]{1,4}))?", name)
     if not match:
         raise BundleError(
@@ -96,7 +105,8 @@ def parse(name: str) -> Nested:
         )
     if len(splits[0].planes) != len(splits[1].planes):
         raise BundleError(
-            f"{name}: both splits need the same number of planes, since a level is a number of planes."
+            f"{name}: both splits need the same number of planes, since a level is a number of "
+            "planes."
         )
     return Nested(splits[0], splits[1], group)
 
@@ -105,14 +115,15 @@ def _split(text: str, name: str) -> Split:
     bits = tuple(int(part or 0) for part in text.split("+"))
     if not 2 <= bits[0] <= 5 or any(b != 1 for b in bits[1:]) or sum(bits) > 8:
         raise BundleError(
-            f"{name}: a split is a base of 2 to 5 bits and planes of 1 bit, 8 in all; {text} is not."
+            f"{name}: a split is a base of 2 to 5 bits and planes of 1 bit, 8 in all; {text} is "
+            "not."
         )
     return Split(bits)
 
 
 def matrix_planes(encoding: Nested, name: str, dims: tuple[int, int]) -> list[list[TensorSpec]]:
-    """The tensors of one matrix, by plane. `NAME_scale` BF16 `[tiles, groups, 16]` is in the base plane; the slices of
-    plane p are `NAME_plane{p}` U8 `[tiles, blocks, slices, 64]`."""
+    """The tensors of one matrix, by plane. `NAME_scale` BF16 `[tiles, groups, 16]` is in the base
+    plane; the slices of plane p are `NAME_plane{p}` U8 `[tiles, blocks, slices, 64]`."""
     tiles, blocks = _tiles(dims)
     planes = [
         [TensorSpec(f"{name}_plane{p}", "U8", (tiles, blocks, bits, ROWS * 4))]
@@ -125,8 +136,8 @@ def matrix_planes(encoding: Nested, name: str, dims: tuple[int, int]) -> list[li
 def pack_matrix(
     encoding: Nested, name: str, codes: np.ndarray, scale: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The tensors of a matrix from its codes uint8 `[n_out, n_in]` and scales float32 `[n_out, groups]`, which must be
-    values of bfloat16."""
+    """The tensors of a matrix from its codes uint8 `[n_out, n_in]` and scales float32 `[n_out,
+    groups]`, which must be values of bfloat16."""
     split, out = encoding.of(name), {f"{name}_scale": _tiled_scale(to_bf16(scale))}
     first = 0
     for p, bits in enumerate(split.planes):
@@ -141,8 +152,8 @@ def pack_matrix(
 def unpack_matrix(
     encoding: Nested, name: str, tensors: dict[str, np.ndarray], dims: tuple[int, int], level: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse at a level: the first bits of every code, uint8 `[n_out, n_in]`, and scales float32
-    `[n_out, groups]`."""
+    """The inverse at a level: the first bits of every code, uint8 `[n_out, n_in]`, and scales
+    float32 `[n_out, groups]`."""
     slices = np.concatenate([tensors[f"{name}_plane{p}"] for p in range(level)], axis=2)
     codes = np.zeros(dims, np.uint8)
     for t in range(slices.shape[2]):
@@ -161,10 +172,11 @@ def decode_matrix(
 
 
 def round_matrix(encoding: Nested, name: str, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales of float32 `w` `[n_out, n_in]`, each weight rounded to the nearest value of the full level.
+    """Codes and scales of float32 `w` `[n_out, n_in]`, each weight rounded to the nearest value of
+    the full level.
 
-    A group's scale is the best of a few around its spread, all levels weighing the same. The control that calibration
-    has to beat.
+    A group's scale is the best of a few around its spread, all levels weighing the same. The
+    control that calibration has to beat.
     """
     split, (n_out, n_in) = encoding.of(name), w.shape
     groups = -(-n_in // encoding.group)
@@ -194,8 +206,9 @@ def round_matrix(encoding: Nested, name: str, w: np.ndarray) -> tuple[np.ndarray
 def scale_candidates(
     split: Split, groups: np.ndarray, n_in: int, count: int = 9
 ) -> list[np.ndarray]:
-    """Scales to try for the groups `[n_out, groups, group]` of rows of `n_in` columns: float32 `[n_out, groups]`, values
-    of bfloat16. For the tree around the spread, for a uniform grid around the largest magnitude; 0 for zeros."""
+    """Scales to try for the groups `[n_out, groups, group]` of rows of `n_in` columns: float32
+    `[n_out, groups]`, values of bfloat16. For the tree around the spread, for a uniform grid around
+    the largest magnitude; 0 for zeros."""
     if split.total <= 4:
         real = np.minimum(groups.shape[-1], n_in - np.arange(groups.shape[1]) * groups.shape[-1])
         middle, around = np.sqrt(np.square(groups).sum(-1) / real), np.linspace(1.8, 3.0, count)
@@ -211,7 +224,8 @@ def nearest(split: Split, x: np.ndarray) -> np.ndarray:
 
 
 def level_weight(split: Split, level: int) -> float:
-    """One over what a level's error is expected to be (four times less per bit), so that all levels count."""
+    """One over what a level's error is expected to be (four times less per bit), so that all levels
+    count."""
     return 4.0 ** (split.bits(level) - split.total)
 
 
@@ -220,7 +234,8 @@ def _tiles(dims: tuple[int, int]) -> tuple[int, int]:
 
 
 def _slice(bits: np.ndarray, t: int) -> np.ndarray:
-    """Bit t (0 the most significant) of all codes, uint8 of 0 and 1 `[n_out, n_in]`, as uint8 `[tiles, blocks, 64]`."""
+    """Bit t (0 the most significant) of all codes, uint8 of 0 and 1 `[n_out, n_in]`, as uint8
+    `[tiles, blocks, 64]`."""
     tiles, blocks = _tiles(bits.shape)
     padded = np.zeros((tiles * ROWS, blocks * COLUMNS), np.uint8)
     padded[: bits.shape[0], : bits.shape[1]] = bits
@@ -242,8 +257,9 @@ def _unsliced(packed: np.ndarray, t: int) -> np.ndarray:
 def _places(t: int) -> np.ndarray:
     """At which bit of a byte slice t holds each of a block's 8 quads: uint8 `[8]`.
 
-    Two quads of one code lie four apart, and from slice to slice everything moves by one: picking bit j of every byte
-    from slice (j - m) mod 4 then gives the codes of quads 2m and 2m+1 in the halves of each byte, without a shift.
+    Two quads of one code lie four apart, and from slice to slice everything moves by one: picking
+    bit j of every byte from slice (j - m) mod 4 then gives the codes of quads 2m and 2m+1 in the
+    halves of each byte, without a shift.
     """
     quad = np.arange(8)
     return ((quad // 2 + t) % 4 + 4 * (quad % 2)).astype(np.uint8)

@@ -1,8 +1,9 @@
 """Reading and writing safetensors files with the standard library and NumPy.
 
-The official library reorders tensors and chooses its own offsets; a shard needs both in its own hands, and the device
-should not need the library. Every file written here opens in it, and every file read here is checked first: bounded
-header, known dtypes, tensors that follow one another without a hole, and an end that is the end of the file.
+The official library reorders tensors and chooses its own offsets; a shard needs both in its own
+hands, and the device should not need the library. Every file written here opens in it, and every
+file read here is checked first: bounded header, known dtypes, tensors that follow one another
+without a hole, and an end that is the end of the file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,13 +51,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
+    """What a file says of its tensors; their data begin at byte `data_start`."""
+
     entries: dict[str, Entry]
     metadata: dict[str, str]
     data_start: int
 
 
 def dtype_name(array: np.ndarray) -> str:
-    """The safetensors name of an array's dtype; a dtype that the format lacks is a `BundleError`."""
+    """The safetensors name of an array's dtype; a dtype that the format lacks is a
+    `BundleError`."""
     name = _NAMES.get(array.dtype.newbyteorder("<"))
     if name is None:
         raise BundleError(
@@ -64,8 +69,9 @@ def dtype_name(array: np.ndarray) -> str:
     return name
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
-    """Parse and check the header of `path`. Anything wrong is a `BundleError` that names file, field and value."""
+def read_raw_header(path: str | os.PathLike[str]) -> tuple[bytes, int]:
+    """The header of `path` as it lies in the file, and the size of the file in bytes. A header that
+    is longer than it may be, or than the file, is a `BundleError`."""
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -74,12 +80,20 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > min(size - 8, MAX_HEADER):
                 raise BundleError(
-                    f"{path}: the header says it is {length} bytes long, but the file has {size} bytes and headers "
+                    f"{path}: the header says it is {length} bytes long, but the file has {size} "
+                    "bytes and headers "
                     f"may have {MAX_HEADER}; the file is damaged or not a safetensors file."
                 )
-            raw = file.read(length)
+            return file.read(length), size
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Parse and check the header of `path`. Anything wrong is a `BundleError` that names file,
+    field and value."""
+    path = Path(path)
+    raw, size = read_raw_header(path)
     try:
         parsed = json.loads(raw, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -90,7 +104,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raise BundleError(
             f"{path}: the header is {type(parsed).__name__}, not an object; copy the file again."
         )
-    return _checked(path, parsed, 8 + length, size)
+    return _checked(path, parsed, 8 + len(raw), size)
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -99,7 +113,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
-def _checked(path: Path, parsed: dict, data_start: int, size: int) -> Header:
+def _checked(path: Path, parsed: dict[str, Any], data_start: int, size: int) -> Header:
     metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise BundleError(f"{path}: __metadata__ must map strings to strings; copy the file again.")
@@ -150,8 +164,8 @@ def _entry(path: Path, name: str, fields: object, data_start: int) -> Entry:
 def load_some(
     path: str | os.PathLike[str], names: Collection[str], header: Header | None = None
 ) -> dict[str, np.ndarray]:
-    """Those tensors of `names` that a file has, as `load` gives them; nothing else is read. `header` spares reading it
-    again."""
+    """Those tensors of `names` that a file has, as `load` gives them; nothing else is read.
+    `header` spares reading it again."""
     header, arrays = header or read_header(path), {}
     with open(path, "rb") as file:
         for name, entry in header.entries.items():
@@ -185,7 +199,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written: what the header says of it. Its bytes come later, in the same order."""
+    """A tensor to be written: what the header says of it. Its bytes come later, in the same
+    order."""
 
     name: str
     dtype: str
@@ -193,7 +208,25 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Of the tensor's data."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def header_text(
+    tensors: Iterable[TensorSpec], metadata: dict[str, str] | None = None
+) -> tuple[bytes, int]:
+    """What `write` writes as the header of these tensors, without the padding, and the bytes of
+    their data."""
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    return json.dumps(header, separators=(",", ":")).encode(), offset
 
 
 def write(
@@ -205,19 +238,10 @@ def write(
 ) -> None:
     """Write `tensors` in the given order, their data starting at a multiple of `align` bytes.
 
-    `chunks` yields the data in the same order, in pieces of any size whose bytes add up to the tensors'. The file is
-    written under another name and renamed when it is complete.
+    `chunks` yields the data in the same order, in pieces of any size whose bytes add up to the
+    tensors'. The file is written under another name and renamed when it is complete.
     """
-    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    offset = 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw, nbytes = header_text(tensors, metadata)
     raw += b" " * (-(8 + len(raw)) % align)  # the format allows trailing spaces
     path = Path(path)
     beside = path.with_name(path.name + ".part")
@@ -229,9 +253,9 @@ def write(
             written += file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
-    if written != offset:
+    if written != nbytes:
         beside.unlink()
-        raise ValueError(f"{path}: {written} bytes came for tensors of {offset} bytes")
+        raise ValueError(f"{path}: {written} bytes came for tensors of {nbytes} bytes")
     os.replace(beside, path)
 
 

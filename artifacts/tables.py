@@ -1,12 +1,14 @@
-"""The tables and the trace that a profile makes and a scheduler looks up: names, shapes, dtypes, units, formulas.
+"""The tables and the trace that a profile makes and a scheduler looks up: names, shapes, dtypes,
+units, formulas.
 
-`TABLES` and `TRACE` are the definition; FORMAT.md prints the same list, and a test holds one against the other. Each
-MoE layer has its own, under `NN.name`, because layers may differ in their number of experts E.
+`TABLES` and `TRACE` are the definition; FORMAT.md prints the same list, and a test holds one
+against the other. Each MoE layer has its own, under `NN.name`, because layers may differ in their
+number of experts E.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,21 +16,24 @@ import numpy as np
 
 from smoe.artifacts import safetensors_file
 from smoe.artifacts.errors import BundleError
+from smoe.artifacts.manifest import STUDY
 
 
 @dataclass(frozen=True)
 class Table:
-    """`shape` is in letters: E experts of this layer, P experts of the previous MoE layer, H hidden, R ranks, J levels,
-    T tokens."""
+    """`shape` is in letters: E experts of this layer, P experts of the previous MoE layer, H
+    hidden, R ranks, J levels, T tokens."""
 
     shape: str
     dtype: str
     unit: str
     formula: str
     optional: bool = False
+    study: bool = False  # read by people and `plan`, and by nothing on a device
 
 
-# How a layer's choice is guessed from so many MoE layers before: the rows and columns of `predict_recall`.
+# How a layer's choice is guessed from so many MoE layers before: the rows and columns of
+# `predict_recall`.
 PREDICTORS = ("previous", "transition", "router", "linear")
 DISTANCES = (1, 2, 3)
 
@@ -36,31 +41,42 @@ TABLES: dict[str, Table] = {
     "counts": Table("E", "I64", "tokens", "how often e was routed to"),
     "gate_mass": Table("E", "F64", "weight", "sum of e's mixing weights"),
     "saliency": Table(
-        "E", "F64", "norm", "mean over tokens routed to e of mixing weight x |y_e| (REAP)"
+        "E",
+        "F64",
+        "norm",
+        "mean over tokens routed to e of mixing weight x |y_e| (REAP)",
+        study=True,
     ),
-    "output_norm": Table("E", "F64", "norm", "mean over tokens routed to e of |y_e|"),
+    "output_norm": Table("E", "F64", "norm", "mean over tokens routed to e of |y_e|", study=True),
     "coactivation": Table("E,E", "I64", "tokens", "tokens routed to both; the diagonal is counts"),
     "transition": Table(
         "P,E", "I64", "tokens", "tokens routed to p in the previous MoE layer and e in this one"
     ),
     "score_similarity": Table(
-        "E,E", "F32", "1", "Pearson correlation over tokens of the selection scores", True
+        "E,E",
+        "F32",
+        "1",
+        "Pearson correlation over tokens of the selection scores",
+        True,
+        study=True,
     ),
     "output_similarity": Table(
-        "E,E", "F32", "1", "mean cosine(y_e, y_s) over sampled tokens routed to e (row)"
+        "E,E", "F32", "1", "mean cosine(y_e, y_s) over sampled tokens routed to e (row)", study=True
     ),
     "output_error": Table(
         "E,E", "F32", "1", "sum |y_s - y_e|^2 / sum |y_e|^2 over sampled tokens routed to e (row)"
     ),
-    "sampled": Table(
-        "E", "I64", "tokens", "sampled tokens routed to e, the basis of the two above"
-    ),
+    "sampled": Table("E", "I64", "tokens", "sampled tokens routed to e", study=True),
     "standin_ids": Table(
-        "E,R", "I16", "expert", "other experts, smallest output_error first; -1 beyond the last"
+        "E,R",
+        "I16",
+        "expert",
+        "other experts, smallest output_error first; -1 beyond the last",
+        study=True,
     ),
-    "standin_error": Table("E,R", "F32", "1", "their output_error"),
+    "standin_error": Table("E,R", "F32", "1", "their output_error", study=True),
     "price_sampled": Table(
-        "E", "I64", "tokens", "tokens routed to e that the prices are from", True
+        "E", "I64", "tokens", "tokens routed to e that the prices are from", True, study=True
     ),
     "price_cross": Table(
         "E,E", "F32", "nats/weight^2", "E[(g . y_e)(g . y_s)] over tokens routed to e (row)", True
@@ -72,7 +88,12 @@ TABLES: dict[str, Table] = {
         "E,J", "F32", "nats/weight^2", "E[(g . (y_e at level j - y_e at level J))^2]", True
     ),
     "price_packed": Table(
-        "E", "F32", "nats/weight^2", "E[(g . (y_e at level J - y_e of the checkpoint))^2]", True
+        "E",
+        "F32",
+        "nats/weight^2",
+        "E[(g . (y_e at level J - y_e of the checkpoint))^2]",
+        True,
+        study=True,
     ),
     "price_fit": Table(
         "3,2", "F32", "1, nats^(1/2)", "rows skip, stand-in, level: of p and of sqrt(p)", True
@@ -107,41 +128,60 @@ TRACE_TOKENS = {"tokens": "I32", "starts": "U8"}
 
 
 def key(layer: int, name: str) -> str:
+    """What the table `name` of MoE layer `layer` is called in its file."""
     return f"{layer:02d}.{name}"
 
 
+def study_of(path: Path) -> Path:
+    """Where the tables lie that the tables at `path` can do without."""
+    return path.parent / STUDY / path.name
+
+
 def save_tables(path: Path, layers: list[dict[str, np.ndarray]], metadata: dict[str, str]) -> None:
-    """Write one dict of tables per MoE layer, names as in `TABLES`."""
-    arrays = {
-        key(i, name): array for i, tables in enumerate(layers) for name, array in tables.items()
-    }
-    safetensors_file.save(path, arrays, metadata)
+    """Write one dict of tables per MoE layer, names as in `TABLES`: at `path` what a device reads,
+    at `study_of(path)` the others."""
+    study_of(path).parent.mkdir(exist_ok=True)
+    for file, study in ((study_of(path), True), (path, False)):
+        arrays = {
+            key(i, name): array
+            for i, tables in enumerate(layers)
+            for name, array in tables.items()
+            if TABLES[name].study == study
+        }
+        safetensors_file.save(file, arrays, metadata)
 
 
 class Tables:
-    """The tables of a file, of which only what is asked for is read."""
+    """The tables of a bundle, of which only what is asked for is read."""
 
     def __init__(
         self,
-        path: Path | None,
+        files: Mapping[Path, Collection[str]],
         experts: Sequence[int],
         levels: int | None = None,
         hidden: Sequence[int] | None = None,
     ):
-        """Those at `path` (None: there are none) for layers of so many `experts`. A missing table, a wrong shape or
-        dtype is a `BundleError`; `levels` of the encoding and `hidden` sizes are checked where they are given."""
-        self._path, self._experts = path, list(experts)
-        self._header = None if path is None else safetensors_file.read_header(path)
-        if path is not None and self._header is not None:
-            _check_header(path, self._header, self._experts, levels, hidden)
+        """Those of `files`, each with the names of the tables that are looked for there, for layers
+        of so many `experts`. A missing table, a wrong shape or dtype is a `BundleError`; `levels`
+        of the encoding and `hidden` sizes are checked where they are given."""
+        self._experts = list(experts)
+        self._files = {
+            file: (safetensors_file.read_header(file), names) for file, names in files.items()
+        }
+        for file, (header, names) in self._files.items():
+            _check_header(file, header, names, self._experts, levels, hidden)
 
     def layers(self, *names: str) -> list[dict[str, np.ndarray]]:
         """The tables of these names (none given: all) of every layer, where it has them."""
         names = names or tuple(TABLES)
-        if self._path is None or self._header is None:
-            return [{} for _ in self._experts]
-        wanted = {key(layer, name) for name in names for layer in range(len(self._experts))}
-        loaded = safetensors_file.load_some(self._path, wanted, self._header)
+        loaded: dict[str, np.ndarray] = {}
+        for file, (header, there) in self._files.items():
+            wanted = {
+                key(layer, name)
+                for name in set(names).intersection(there)
+                for layer in range(len(self._experts))
+            }
+            loaded |= safetensors_file.load_some(file, wanted, header)
         return [
             {name: loaded[key(layer, name)] for name in names if key(layer, name) in loaded}
             for layer in range(len(self._experts))
@@ -152,23 +192,33 @@ class Tables:
         return [tables[name] for tables in self.layers(name) if name in tables]
 
 
+def names_in(study: bool) -> list[str]:
+    """The tables that lie in the study's file, or in the device's."""
+    return [name for name, table in TABLES.items() if table.study == study]
+
+
 def load_tables(
     path: Path, experts: list[int], names: Collection[str] = tuple(TABLES)
 ) -> list[dict[str, np.ndarray]]:
-    """Those tables of `names` that layers of so many `experts` have, checked; no others are read."""
-    return Tables(path, experts).layers(*names)
+    """Those tables of `names` that layers of so many `experts` have, checked; no others are read.
+    They are at `path`, and where there is a study beside it, there; without one, all of them may be
+    at `path`, as version 3 has them."""
+    study = study_of(path)
+    files = {path: names_in(False), study: names_in(True)} if study.is_file() else {path: TABLES}
+    return Tables(files, experts).layers(*names)
 
 
 def _check_header(
     path: Path,
     header: safetensors_file.Header,
+    names: Collection[str],
     experts: Sequence[int],
     levels: int | None,
     hidden: Sequence[int] | None,
 ) -> None:
     known = {} if levels is None else {"J": levels}
     for layer, count in enumerate(experts):
-        wanted = {n: t for n, t in TABLES.items() if n != "transition" or layer > 0}
+        wanted = {n: TABLES[n] for n in names if n != "transition" or layer > 0}
         sizes = known | ({} if hidden is None else {"H": hidden[layer]})
         _check(path, header, layer, wanted, {"E": count, "P": experts[layer - 1]} | sizes)
 
@@ -205,7 +255,8 @@ def _check(
         ):
             found = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
             raise BundleError(
-                f"{path}: table {key(layer, name)} is {found}, {table.dtype} [{table.shape}] with {sizes} was wanted; "
+                f"{path}: table {key(layer, name)} is {found}, {table.dtype} [{table.shape}] with "
+                f"{sizes} was wanted; "
                 "profile and build again."
             )
 

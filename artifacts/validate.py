@@ -1,15 +1,18 @@
-"""The checks of the door: a bundle is untrusted, and everything in it is looked at here, once, before it is used.
+"""The checks of the door: a bundle is untrusted, and everything in it is looked at here, once,
+before it is used.
 
-Each check says what is wrong as a sentence (file, field, found, wanted, what to do); `bundle.open_bundle` runs them all
-and raises them together. Sizes are checked always; bytes (SHA-256, scales) only when asked, since that reads them all.
+Each check says what is wrong as a sentence (file, field, found, wanted, what to do);
+`bundle.open_bundle` runs them all and raises them together. Sizes are checked always; bytes
+(SHA-256, scales) only when asked, since that reads them all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,24 +21,19 @@ from smoe.artifacts import safetensors_file, tables
 from smoe.artifacts.encodings import encoding_named, float_fields
 from smoe.artifacts.errors import BundleError
 from smoe.artifacts.layout import RecordLayout
-from smoe.artifacts.manifest import Manifest
+from smoe.artifacts.manifest import ACTIVATIONS, KINDS, Manifest
 from smoe.artifacts.shard import shard_start
 
 MAX_MANIFEST = 64 << 20
 MAX_STATE = 1 << 40  # bytes of one sequence at its longest, in the widest dtype
-GATES = ("gated", "plain", "clamped", "bounded", "softcapped")
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "identity")
 NORMALISERS = ("none", "sum", "softmax")
-OPTIONAL_FILES = (
-    "tables.safetensors",
-    "trace.safetensors",
-    "profile.json",
-    "report.html",
+TEXT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
     "generation_config.json",
 )
+STUDY_FILES = ("trace.safetensors", "profile.json", "report.html")
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -63,6 +61,7 @@ def manifest_problems(manifest: Manifest) -> Iterator[str]:
     """Everything in the manifest that contradicts itself or the format, as sentences."""
     yield from _geometry(manifest)
     yield from _wiring(manifest)
+    yield from _states(manifest)
 
 
 def _geometry(m: Manifest) -> Iterator[str]:
@@ -79,11 +78,11 @@ def _geometry(m: Manifest) -> Iterator[str]:
         yield bad("backbone.heads", m.backbone.heads, "1 to 65536")
     gate = m.experts.gate
     named = gate.kind in ("gated", "plain", "bounded")
-    if gate.kind not in GATES or (named and gate.activation not in ACTIVATIONS):
+    if gate.kind not in KINDS or (named and gate.activation not in ACTIVATIONS):
         yield bad(
             "experts.gate",
             (gate.kind, gate.activation),
-            f"one of {GATES} with one of {ACTIVATIONS}",
+            f"one of {KINDS} with one of {ACTIVATIONS}",
         )
     elif gate.kind not in ("gated", "plain"):
         wanted = [gate.limit, *([gate.alpha] if gate.kind != "bounded" else [])]
@@ -114,23 +113,31 @@ def _geometry(m: Manifest) -> Iterator[str]:
 
 
 def _wiring(m: Manifest) -> Iterator[str]:
-    """Every input of a segment must have a source before it, so that running never looks for what is not there."""
+    """Every input of a segment must have a source before it, so that running never looks for what
+    is not there."""
     known = {"input_ids", "past_length", "logits_to_keep"} | {
         state.input for state in m.backbone.state
     }
     weights = {w.name for w in m.backbone.initializers}
     if len(m.backbone.segments) != len(m.layers) + 1:
         yield (
-            f"manifest.json: {len(m.backbone.segments)} segments for {len(m.layers)} layers, {len(m.layers) + 1} "
+            f"manifest.json: {len(m.backbone.segments)} segments for {len(m.layers)} layers, "
+            f"{len(m.layers) + 1} "
             "were wanted; build the bundle again."
         )
         return
     for i, segment in enumerate(m.backbone.segments):
         lost = [name for name in segment.inputs if name not in known]
         if lost:
-            yield f"manifest.json: segment {i} takes {lost[0]!r}, which nothing before gives; build the bundle again."
+            yield (
+                f"manifest.json: segment {i} takes {lost[0]!r}, which nothing before gives; build "
+                "the bundle again."
+            )
         if not weights.issuperset(segment.weights):
-            yield f"manifest.json: segment {i} names weights that are not listed; build the bundle again."
+            yield (
+                f"manifest.json: segment {i} names weights that are not listed; build the bundle "
+                "again."
+            )
         known |= set(segment.outputs)
         if i < len(m.layers):
             wires = m.layers[i].wires
@@ -139,31 +146,56 @@ def _wiring(m: Manifest) -> Iterator[str]:
                 needed += [wires.scores, wires.raw]
             absent = [name for name in needed if name not in known]
             if absent:
-                yield f"manifest.json: layer {i} takes {absent[0]!r}, which no segment gives; build the bundle again."
+                yield (
+                    f"manifest.json: layer {i} takes {absent[0]!r}, which no segment gives; build "
+                    "the bundle again."
+                )
             known.add(wires.output)
     if "logits" not in m.backbone.segments[-1].outputs:
         yield "manifest.json: the last segment does not give 'logits'; build the bundle again."
+
+
+def _states(m: Manifest) -> Iterator[str]:
+    """The state of a sequence: of segments that there are, in sizes that a machine can have."""
     total = 0
     for state in m.backbone.state:
         total += math.prod((*state.shape, m.model.context if state.growing >= 0 else 1, 8))
         if state.dtype not in safetensors_file.DTYPES:
-            yield f"manifest.json: state {state.input!r} has dtype {state.dtype!r}; build the bundle again."
+            yield (
+                f"manifest.json: state {state.input!r} has dtype {state.dtype!r}; build the bundle "
+                "again."
+            )
         if not 0 <= state.segment < len(m.backbone.segments):
-            yield f"manifest.json: state {state.input!r} belongs to segment {state.segment}, which does not exist."
+            yield (
+                f"manifest.json: state {state.input!r} belongs to segment {state.segment}, which "
+                "does not exist."
+            )
         elif state.output not in m.backbone.segments[state.segment].outputs or state.growing >= len(
             state.shape
         ):
-            yield f"manifest.json: state {state.input!r} has no such output or axis; build the bundle again."
+            yield (
+                f"manifest.json: state {state.input!r} has no such output or axis; build the "
+                "bundle again."
+            )
         if any(size < 0 or size >= 2**31 for size in state.shape) or len(state.shape) > 8:
-            yield f"manifest.json: state {state.input!r} has shape {state.shape}; build the bundle again."
+            yield (
+                f"manifest.json: state {state.input!r} has shape {state.shape}; build the bundle "
+                "again."
+            )
     if total > MAX_STATE:
-        yield f"manifest.json: the state of one sequence may take {total} bytes, more than {MAX_STATE}; do not trust it."
+        yield (
+            f"manifest.json: the state of one sequence may take {total} bytes, more than "
+            f"{MAX_STATE}; do not trust it."
+        )
 
 
 def file_problems(path: Path, m: Manifest, hashes: bool = False) -> Iterator[str]:
-    """Every file that is missing, of another size, or outside the bundle; with `hashes` of another SHA-256."""
+    """Every file that is missing, of another size, or outside the bundle; with `hashes` of another
+    SHA-256."""
     wanted = {segment.file for segment in m.backbone.segments} | {m.backbone.weights}
     wanted |= {m.shard(i) for i in range(len(m.layers))}
+    optional = {"tables.safetensors", f"{m.study}tables.safetensors", *TEXT_FILES}
+    optional |= {m.study + name for name in STUDY_FILES}
     for name in sorted(wanted - set(m.files)):
         yield f"manifest.json: files does not list {name}; build the bundle again."
     for name, file in m.files.items():
@@ -174,22 +206,34 @@ def file_problems(path: Path, m: Manifest, hashes: bool = False) -> Iterator[str
             or "\0" in name
             or not re.fullmatch(r"[\w./-]{1,200}", name)
         ):
-            yield f"manifest.json: files names {name[:80]!r}, a path outside the bundle; do not trust this bundle."
-        elif name not in wanted and name not in OPTIONAL_FILES:
-            yield f"manifest.json: files lists {name}, which no part of a bundle is; build the bundle again."
+            yield (
+                f"manifest.json: files names {name[:80]!r}, a path outside the bundle; do not "
+                "trust this bundle."
+            )
+        elif name not in wanted | optional:
+            yield (
+                f"manifest.json: files lists {name}, which no part of a bundle is; build the "
+                "bundle again."
+            )
+        elif m.study and name.startswith(m.study) and not os.path.lexists(path / name):
+            continue  # it need not travel
         elif not (path / name).is_file() or (path / name).resolve() != path.resolve() / name:
             yield f"{name} is missing or not a plain file of the bundle; copy the bundle again."
         elif (path / name).stat().st_size != file.size:
             size = (path / name).stat().st_size
             yield f"{name} has {size} bytes, the manifest wants {file.size}; copy the bundle again."
         elif hashes and (digest := sha256(path / name)) != file.sha256:
-            yield f"{name} has SHA-256 {digest[:12]}…, the manifest {file.sha256[:12]}…; copy the bundle again."
+            yield (
+                f"{name} has SHA-256 {digest[:12]}…, the manifest {file.sha256[:12]}…; copy the "
+                "bundle again."
+            )
 
 
 def shard_start_checked(
     path: Path, m: Manifest, layer: int, layout: RecordLayout, scales: bool = False
 ) -> int:
-    """Where record 0 of a shard begins; with `scales` every record's floats are read and must be finite."""
+    """Where record 0 of a shard begins; with `scales` every record's floats are read and must be
+    finite."""
     start = shard_start(path / m.shard(layer), layout, m.experts.page, m.layers[layer].experts)
     if not scales:
         return start
@@ -199,14 +243,16 @@ def shard_start_checked(
                 file.seek(start + expert * layout.nbytes + field.offset)
                 if not all_finite(file.read(field.nbytes), field.dtype):
                     raise BundleError(
-                        f"{m.shard(layer)}: {field.name} of expert {expert} holds values that are not finite; copy the "
+                        f"{m.shard(layer)}: {field.name} of expert {expert} holds values that are "
+                        "not finite; copy the "
                         "bundle again, or build it again."
                     )
     return start
 
 
 def all_finite(data: bytes | np.ndarray, dtype: str) -> bool:
-    """Whether no exponent of F32 or BF16 values is all ones, as those of infinities and NaNs are."""
+    """Whether no exponent of F32 or BF16 values is all ones, as those of infinities and NaNs
+    are."""
     if dtype == "BF16":
         return not ((np.frombuffer(data, np.uint16) & 0x7F80) == 0x7F80).any()
     return not ((np.frombuffer(data, np.uint32) & 0x7F800000) == 0x7F800000).any()
@@ -224,7 +270,8 @@ def check_weights(m: Manifest) -> None:
         outside = w.offset < 0 or w.offset + nbytes > size or w.offset % 64
         if dtype is None or min(w.shape, default=1) < 1 or nbytes != w.nbytes or outside:
             raise BundleError(
-                f"manifest.json: weight {w.name!r} is {w.dtype} {list(w.shape)} at {w.offset}, outside "
+                f"manifest.json: weight {w.name!r} is {w.dtype} {list(w.shape)} at {w.offset}, "
+                "outside "
                 f"{m.backbone.weights} of {size} bytes or not of that size; build the bundle again."
             )
     if end != size:  # the runtime reads the file whole
@@ -234,20 +281,29 @@ def check_weights(m: Manifest) -> None:
 
 
 def open_tables(path: Path, m: Manifest) -> tables.Tables:
-    """The bundle's tables, their header checked; none where the manifest does not list them."""
+    """The bundle's tables, their headers checked; none where the manifest does not list them."""
     experts, hidden = [layer.experts for layer in m.layers], [layer.hidden for layer in m.layers]
-    if "tables.safetensors" not in m.files:
-        return tables.Tables(None, experts)
     levels = encoding_named(m.experts.encoding).levels
-    return tables.Tables(path / "tables.safetensors", experts, levels, hidden)
+    files: dict[Path, Collection[str]] = {}
+    if "tables.safetensors" in m.files:
+        files[path / "tables.safetensors"] = tables.names_in(False) if m.study else tables.TABLES
+    study = study_file(path, m, "tables.safetensors") if m.study else None
+    if study:
+        files[study] = tables.names_in(True)
+    return tables.Tables(files, experts, levels, hidden)
+
+
+def study_file(path: Path, m: Manifest, name: str) -> Path | None:
+    """A file of the bundle's study, if the manifest lists it and it is there."""
+    listed = m.study + name in m.files and os.path.lexists(path / m.study / name)
+    return path / m.study / name if listed else None
 
 
 def check_trace(path: Path, m: Manifest) -> None:
     """The header of the bundle's trace, if it has one."""
-    if "trace.safetensors" in m.files:
-        tables.check_trace(
-            path / "trace.safetensors", [(layer.experts, layer.top_k) for layer in m.layers]
-        )
+    trace = study_file(path, m, "trace.safetensors")
+    if trace:
+        tables.check_trace(trace, [(layer.experts, layer.top_k) for layer in m.layers])
 
 
 def sha256(path: Path) -> str:

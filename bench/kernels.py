@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from smoe.artifacts import record_layout
 from smoe.artifacts.layout import ExpertShape
-from smoe.artifacts.manifest import Gate
+from smoe.artifacts.manifest import ExpertActivation
 from smoe.runtime import kernels
 
 ENCODING = "nested:2+1+1:128"
@@ -39,7 +39,9 @@ def ours(hidden: int, width: int, tokens: int, level: int, threads: int, experts
         for name, view in layout.views(record).items():
             if name.endswith("_scale"):
                 view[...] = 0x3A00  # about 5e-4
-    kernel = kernels.choose(threads=threads).layer(Gate("gated", "silu"), shape, ENCODING, layout)
+    kernel = kernels.choose(threads=threads).layer(
+        ExpertActivation("gated", "silu"), shape, ENCODING, layout
+    )
     x = np.random.default_rng(1).standard_normal((tokens, hidden)).astype(np.float32)
     works = [
         kernels.Work(

@@ -1,18 +1,22 @@
-"""`smoe-prep`. A device without the extra is told what to install, by the first command that needs it."""
+"""`smoe-prep`. A device without the extra is told what to install, by the first command that needs
+it."""
 
 from __future__ import annotations
 
 import sys
 
 from smoe.artifacts import SmoeError
+from smoe.artifacts.errors import printable
 
 NEEDED = (
-    "torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "datasets", "sklearn", "greenlet",
-    "threadpoolctl",
+    "torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "datasets", "sklearn",
+    "scipy",
+    "huggingface_hub", "greenlet", "threadpoolctl",
 )  # fmt: skip
 
 
 def main() -> None:
+    """The command `smoe-prep`."""
     from smoe.prep.cli import cli
 
     try:
@@ -21,12 +25,13 @@ def main() -> None:
         if (error.name or "").split(".")[0] not in NEEDED:
             raise
         print(
-            f"smoe-prep needs {error.name}, which is not installed. Install it with:  pip install 'smoe[prep]'",
+            f"smoe-prep needs {error.name}, which is not installed. Install it with:  pip install "
+            "'smoe[prep]'",
             file=sys.stderr,
         )
         sys.exit(1)
     except (SmoeError, OSError) as error:
-        print(f"smoe-prep: {error}", file=sys.stderr)
+        print(printable(f"smoe-prep: {error}"), file=sys.stderr)
         sys.exit(1)
 
 

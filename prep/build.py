@@ -161,6 +161,7 @@ def _statistics(
     progress: Progress,
 ) -> None:
     if profiled is not None:
+        (partial / "study").mkdir(exist_ok=True)
         for name in PROFILE_FILES:
             shutil.copyfile(Path(profiled) / name, partial / name)
     elif calibration is not None:

@@ -18,6 +18,7 @@ import click
 import numpy as np
 
 from smoe.artifacts.encodings import ENCODINGS
+from smoe.artifacts.errors import printable
 from smoe.prep.checkpoint.text import DEFAULT_TOKENS, MINIMUM, Calibration
 from smoe.prep.options import PRICE_TOKENS, QUANTISERS, Recipe, chosen_quantiser, quantiser_settings
 from smoe.prep.progress import Progress
@@ -416,11 +417,12 @@ def simulate(
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--device",
+    "--machine",
+    "device",
     type=click.Path(path_type=Path),
     required=True,
     metavar="FILE",
-    help="What `smoe bench BUNDLE --device FILE` wrote on the device.",
+    help="What `smoe bench BUNDLE --machine FILE` wrote on the device.",
 )
 @click.option(
     "--memory",
@@ -471,4 +473,4 @@ def plan(
 
 
 def _print(data: dict, text: str, as_json: bool) -> None:
-    click.echo(json.dumps(data) if as_json else text)
+    click.echo(json.dumps(data) if as_json else printable(text))

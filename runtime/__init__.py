@@ -1,17 +1,47 @@
-"""On the device: opens a bundle and generates from it inside a memory budget. No torch, no transformers.
+"""On the device: opens a bundle and generates from it inside a memory budget. No torch, no
+transformers.
 
     from smoe.runtime import Engine
     with Engine.open("model.smoe", memory="64MiB", context=2048) as engine:
         for token in engine.generate("def main():", max_new_tokens=64):
             print(token.text, end="")
 
-`engine.Engine.step` is the page to read first.
+`engine.Engine.step` is the page to read first. Names are loaded when they are asked for, so that
+the rooms without I/O come without ONNX Runtime.
 """
 
-from smoe.runtime.engine import Engine, Token
-from smoe.runtime.errors import EngineError
-from smoe.runtime.options import Policies
-from smoe.runtime.stats import Stats
-from smoe.runtime.text import StopWhen
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from smoe.runtime.engine import Engine, Token
+    from smoe.runtime.errors import EngineError
+    from smoe.runtime.options import Policies
+    from smoe.runtime.stats import Stats
+    from smoe.runtime.text import StopWhen
 
 __all__ = ["Engine", "EngineError", "Policies", "Stats", "StopWhen", "Token"]
+
+_ROOMS = {
+    "Engine": "engine",
+    "EngineError": "errors",
+    "Policies": "options",
+    "Stats": "stats",
+    "StopWhen": "text",
+    "Token": "engine",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.metadata.version("smoe")
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

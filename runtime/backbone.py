@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from smoe.artifacts.errors import first_line
 from smoe.artifacts.manifest import Manifest
 from smoe.runtime.budget import chunk_tokens, show_size, slot_bytes
 from smoe.runtime.errors import EngineError
@@ -24,7 +25,6 @@ from smoe.runtime.segments import (
     ORT_ERRORS,
     SegmentState,
     Values,
-    first_line,
     open_sessions,
     ort_value,
     segment_threads,
@@ -306,7 +306,7 @@ class Backbone:
         arrays = [_joined([part[i] for part in parts], width) for i, width in enumerate(widths)]
         if [(a.dtype, a.size) for a in arrays] != [
             (np.dtype(kind), tokens * width) for kind, width in zip(wanted, widths, strict=False)
-        ] or not (0 <= arrays[1].min() and arrays[1].max() <= layer.experts):
+        ] or not (arrays[1].min() >= 0 and arrays[1].max() <= layer.experts):
             shapes = ", ".join(f"{part.dtype} {part.shape}" for part in parts[0])
             raise EngineError(
                 f"Segment {index} gives hidden, ids, weights (scores, raw weights) as {shapes}, which is not what layer "

@@ -1,13 +1,14 @@
 """Chat templates: a conversation rendered as the model's authors wrote it down, in Jinja.
 
-A template is part of an untrusted bundle. The sandbox keeps it from Python's objects, and what it does wrong is one
-sentence; it can still loop for long, as any program can.
+A template is part of an untrusted bundle. The sandbox keeps it from Python's objects, and what it
+does wrong is one sentence; it can still loop for long, as any program can.
 """
 
 from __future__ import annotations
 
 import json
 from datetime import datetime
+from typing import Any
 
 import jinja2
 import jinja2.sandbox
@@ -15,15 +16,17 @@ import jinja2.sandbox
 from smoe.runtime.errors import EngineError
 
 ERRORS = (
-    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, SyntaxError, RuntimeError,
+    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+    SyntaxError, RuntimeError,
     MemoryError,
 )  # fmt: skip
 
 
-def render(template: str, messages: list[dict[str, str]], settings: dict) -> str:
+def render(template: str, messages: list[dict[str, str]], settings: dict[str, Any]) -> str:
     """The text of `messages` (`role`, `content`) with the opening of the model's next turn.
 
-    `settings` is tokenizer_config.json: its `..._token` entries are variables of the template, as in `transformers`.
+    `settings` is tokenizer_config.json: its `..._token` entries are variables of the template, as
+    in `transformers`.
     """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]

@@ -1,28 +1,35 @@
-"""The commands of `smoe`: run, chat, info, verify. Text on stdout; mode lines and statistics on stderr."""
+"""The commands of `smoe`: run, chat, bench, info, verify. Text on stdout; mode lines and statistics
+on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from smoe.artifacts import open_bundle
+from smoe.artifacts.errors import printable
 from smoe.runtime.budget import MemoryPlan, plan_memory, show_size
-from smoe.runtime.cache.eviction import EVICTIONS
-from smoe.runtime.cache.storage import IO
+from smoe.runtime.cli_options import (
+    engine_options,
+    generation_options,
+    json_option,
+    open_engine,
+    open_exact_twin,
+)
+from smoe.runtime.conversation import Conversation, Message
 from smoe.runtime.device_profile import measure_device
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
 from smoe.runtime.evaluate import bench as run_bench
-from smoe.runtime.options import PREFETCHES, SUBSTITUTIONS, Policies
+from smoe.runtime.evaluate import bench_lines
 from smoe.runtime.stats import Stats
 from smoe.runtime.text import StopWhen, read_text
 
-POLICIES = Policies()
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -32,121 +39,14 @@ def cli() -> None:
     """Run a prepared mixture-of-experts model inside a memory budget."""
 
 
-def _options(*options: Callable) -> Callable:
-    def decorate(command: Callable) -> Callable:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-_json = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text."
-)
-_engine = _options(
-    click.argument("bundle", type=click.Path(path_type=Path)),
-    click.option(
-        "--memory",
-        metavar="SIZE",
-        help="Budget for everything the engine holds, like 64MiB. Default: all experts resident.",
-    ),
-    click.option(
-        "--context",
-        type=int,
-        metavar="TOKENS",
-        help="Longest sequence. Default: 2048, or the model's own.",
-    ),
-    click.option(
-        "--threads",
-        type=click.IntRange(1),
-        help="Threads of backbone and experts. Default: as many as pay, and as there are processors.",
-    ),
-    click.option(
-        "--level", type=int, help="LOSSY. Planes of every expert to read. Default: all, lossless."
-    ),
-    click.option(
-        "--eviction",
-        help=f"Which resident expert goes: {', '.join(EVICTIONS)}. Default: {POLICIES.eviction}.",
-    ),
-    click.option(
-        "--shares",
-        is_flag=True,
-        help="Every layer has an equal part of the experts' memory for itself.",
-    ),
-    click.option(
-        "--cold", is_flag=True, help="Start with no expert in memory instead of the most used ones."
-    ),
-    click.option(
-        "--prefetch",
-        help=f"What is read on a guess: {', '.join(PREFETCHES)}. Default: {POLICIES.prefetch}.",
-    ),
-    click.option(
-        "--io",
-        help=f"How records are read: {' or '.join(IO)}. Default: the better one, by a measurement.",
-    ),
-    click.option(
-        "--substitution",
-        metavar="NAME[:NUMBER]",
-        help=f"LOSSY. What stands in for a missing expert: {', '.join(SUBSTITUTIONS)}. Default: none, lossless.",
-    ),
-    click.option(
-        "--loss",
-        type=float,
-        metavar="NATS",
-        help="LOSSY. Rise of KL divergence per token that may be spent on reading less, like 0.01. Default: 0, lossless.",
-    ),
-)
-_ENGINE = (
-    "memory",
-    "context",
-    "threads",
-    "level",
-    "io",
-    "eviction",
-    "shares",
-    "cold",
-    "prefetch",
-    "substitution",
-    "loss",
-)
-_generation = _options(
-    click.option("--max-new-tokens", type=int, default=64, show_default=True),
-    click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
-    click.option("--top-k", type=int, default=0, help="Draw from the k best tokens only."),
-    click.option(
-        "--top-p", type=float, default=1.0, help="Draw from the smallest set of this probability."
-    ),
-    click.option("--seed", type=int, help="Makes a draw repeat."),
-    click.option(
-        "--stop",
-        multiple=True,
-        metavar="TEXT",
-        help="End before this text. May be given several times.",
-    ),
-)
-
-
-def _open(bundle: Path, options: dict[str, Any]) -> Engine:
-    """The engine that the options of `_engine` ask for; they are taken out of `options`."""
-    asked = {name: options.pop(name) for name in _ENGINE}
-    policies = {name: asked.pop(name) for name in ("eviction", "prefetch", "substitution", "loss")}
-    given = {name: value for name, value in policies.items() if value is not None}
-    return Engine.open(
-        bundle,
-        policies=Policies(shares=asked.pop("shares"), warm=not asked.pop("cold"), **given),
-        **asked,
-    )
-
-
 @cli.command()
-@_engine
+@engine_options
 @click.argument("prompt")
-@_generation
+@generation_options
 @click.option(
     "--ids", is_flag=True, help="PROMPT is token ids, separated by spaces; so is the answer."
 )
-@_json
+@json_option
 def run(
     bundle: Path,
     prompt: str,
@@ -157,7 +57,7 @@ def run(
 ) -> None:
     """Generate from PROMPT ("-" reads it from stdin)."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    with _open(bundle, options) as engine:
+    with open_engine(bundle, options) as engine:
         _say(*engine.mode_lines())
         asked = _parse_ids(text) if ids else text
         tokens = []
@@ -165,66 +65,86 @@ def run(
             for token in engine.generate(asked, stop=StopWhen(stop), **options):
                 tokens.append(token)
                 if not as_json:
-                    click.echo(f"{token.id} " if ids else token.text, nl=False)
+                    _show(f"{token.id} " if ids else token.text, end="")
         except KeyboardInterrupt:
             _say("", "cancelled")
         if as_json:
-            click.echo(
-                json.dumps(
-                    {
-                        "text": "".join(token.text for token in tokens),
-                        "ids": [token.id for token in tokens],
-                        "stats": engine.stats.as_dict(),
-                        "memory": _plan(engine.plan),
-                    }
-                )
-            )
+            made = {
+                "text": "".join(token.text for token in tokens),
+                "ids": [token.id for token in tokens],
+                "stats": engine.stats.as_dict(),
+                "memory": _plan(engine.plan),
+            }
+            _show(json.dumps(made))
         else:
-            click.echo()
+            _show("")
             _say(_statistics(engine.stats))
 
 
 @cli.command()
-@_engine
-@_generation
+@engine_options
+@generation_options
 @click.option("--system", help="What the model is told before the first turn.")
 @click.option(
     "--chat-template",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A Jinja template in place of the bundle's.",
 )
-@_json
+@click.option(
+    "--overflow",
+    type=click.Choice(["drop", "end"]),
+    default="drop",
+    show_default=True,
+    help="What a conversation longer than the context does: drop its oldest turns, or end.",
+)
+@json_option
 def chat(
     bundle: Path,
     system: str | None,
     chat_template: Path | None,
+    overflow: str,
     as_json: bool,
     stop: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Talk, a line a turn; an empty line or end of input ends it. Ctrl-C cuts an answer short."""
     template = read_text(chat_template) if chat_template else None
-    messages = [{"role": "system", "content": system}] if system else []
-    with _open(bundle, options) as engine:
-        engine.text.chat(
-            [*messages, {"role": "user", "content": "?"}], template
-        )  # no template: say so now
+    conversation = Conversation(system)
+    with open_engine(bundle, options) as engine:
+
+        def encode(messages: list[Message]) -> list[int]:
+            return engine.text.chat(messages, template)
+
+        encode(conversation.messages("?"))  # no template: say so now
         _say(*engine.mode_lines())
+        room = engine.context - options["max_new_tokens"]
         while line := _ask():
-            turn = [*messages, {"role": "user", "content": line}]
             try:
-                answer = _answer(
-                    engine, engine.text.chat(turn, template), stop, options, not as_json
-                )
+                ids, dropped = conversation.fitting(line, encode, room)
+                if dropped:
+                    _say(_overflow(engine.context, dropped, overflow))
+                    if overflow == "end":
+                        break
+                answer = _answer(engine, ids, stop, options, not as_json)
             except EngineError as error:  # the conversation so far is kept
                 _say(f"smoe: {error}")
                 continue
-            messages = [*turn, {"role": "assistant", "content": answer}]
-            click.echo(
-                json.dumps({"text": answer, "stats": engine.stats.as_dict()}) if as_json else ""
-            )
+            conversation.answered(line, answer, dropped)
+            made = {"text": answer, "stats": engine.stats.as_dict()}
+            _show(json.dumps(made) if as_json else "")
         if not as_json:
             _say(_statistics(engine.stats))
+
+
+def _overflow(context: int, dropped: int, overflow: str) -> str:
+    longer = f"this conversation is longer than the context of {context} tokens"
+    if overflow == "end":
+        return (
+            f"smoe: {longer} and ends here; --overflow drop goes on without its oldest turns, "
+            "--context TOKENS has room for more."
+        )
+    turns = "oldest turn is" if dropped == 1 else f"{dropped} oldest turns are"
+    return f"smoe: {longer}: its {turns} dropped; --context TOKENS has room for more."
 
 
 def _ask() -> str:
@@ -242,14 +162,14 @@ def _answer(
         for token in engine.generate(ids, stop=StopWhen(stop), reuse=True, **generation):
             parts.append(token.text)
             if show:
-                click.echo(token.text, nl=False)
+                _show(token.text, end="")
     except KeyboardInterrupt:
         _say("", "cancelled")
     return "".join(parts)
 
 
 @cli.command()
-@_engine
+@engine_options
 @click.option(
     "--text", type=click.Path(path_type=Path), help="A .jsonl file with text and domain, or text."
 )
@@ -273,12 +193,13 @@ def _answer(
     help="Questions of the choice task. Default: none.",
 )
 @click.option(
-    "--device",
+    "--machine",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Measure this machine's reads, kernels and backbone instead, and write FILE for smoe-prep plan.",
+    help="Measure this machine's reads, kernels and backbone instead, and write FILE for smoe-prep "
+    "plan.",
 )
-@_json
+@json_option
 def bench(
     bundle: Path,
     text: Path | None,
@@ -286,23 +207,26 @@ def bench(
     length: int,
     prompt: int,
     choices: int,
-    device: Path | None,
+    machine: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure speed, hits, memory and quality on a text, teacher-forced; a lossy run is compared with the exact one."""
-    if (text is None) == (device is None):
+    """Measure speed, hits, memory and quality on a text, teacher-forced; a lossy run is compared
+    with the exact one."""
+    if (text is None) == (machine is None):
         raise click.UsageError(
-            "Give either --text, to measure a run, or --device, to measure the machine."
+            "Give either --text, to measure a run, or --machine, to measure the machine."
         )
-    if device is not None:
+    if machine is not None:
+        _refuse_others({"bundle", "machine", "io", "as_json"})
         measured = measure_device(bundle, options["io"])
-        _write(device, measured.to_json())
-        click.echo(measured.to_json().rstrip() if as_json else f"{device}: written")
+        _write(machine, measured.to_json())
+        _show(measured.to_json().rstrip() if as_json else f"{machine}: written")
         return
     assert text is not None
-    found = run_bench(
-        lambda **changed: _open(bundle, options | changed),
+    measured_run = run_bench(
+        lambda: open_engine(bundle, dict(options)),
+        lambda: open_exact_twin(bundle, dict(options), _say),
         text,
         tokens,
         length,
@@ -310,7 +234,20 @@ def bench(
         choices,
         _say,
     )
-    click.echo(json.dumps(found) if as_json else "\n".join(_bench_lines(found)))
+    _show(json.dumps(measured_run) if as_json else "\n".join(bench_lines(measured_run)))
+
+
+def _refuse_others(allowed: set[str]) -> None:
+    """An option that was given and has no effect is an error."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name not in allowed and context.get_parameter_source(name) != ParameterSource.DEFAULT:
+            raise click.UsageError(
+                f"{parameter.opts[0]} has no effect with --machine, which measures the machine and "
+                "no policy; "
+                "leave it out."
+            )
 
 
 def _write(file: Path, text: str) -> None:
@@ -320,37 +257,29 @@ def _write(file: Path, text: str) -> None:
         raise EngineError(f"{file} cannot be written: {error.strerror}.") from error
 
 
-def _bench_lines(found: dict[str, Any]) -> list[str]:
-    shown = []
-    for name, value in found.items():
-        if value is None:
-            continue
-        if name.endswith(("memory", "bytes_read")):
-            value = show_size(value)
-        elif name.endswith(
-            ("rate_before", "rate_after", "share", "top1", "accuracy", "accuracy_exact", "same")
-        ):
-            value = f"{value:.1%}"
-        elif name in ("ttft", "tpot"):
-            value = f"{value * 1000:.1f} ms"
-        elif isinstance(value, float):
-            value = f"{value:.4g}"
-        shown.append(f"{name.replace('_', ' '):20} {value}")
-    return shown
-
-
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--context", type=int, metavar="TOKENS", help="Longest sequence, for the memory figures."
 )
-@_json
+@json_option
 def info(bundle: Path, context: int | None, as_json: bool) -> None:
     """Say what a bundle holds, and how much memory it needs."""
+    about = _about(bundle, context)
+    if as_json:
+        _show(json.dumps(about))
+        return
+    for name, value in about.items():
+        sized = isinstance(value, int) and (name.startswith("memory") or name.endswith("bytes"))
+        _show(f"{name.replace('_', ' '):24} {show_size(value) if sized else value}")
+
+
+def _about(bundle: Path, context: int | None) -> dict[str, Any]:
     opened = open_bundle(bundle)
     manifest = opened.manifest
     full, layers = plan_memory(opened, None, context), manifest.layers
-    found: dict[str, Any] = {
+    refusals = [layer.routing_refusal for layer in layers if layer.routing is None]
+    return {
         "model": manifest.model.model_type,
         "architecture": manifest.model.architecture,
         "moe_layers": len(layers),
@@ -366,38 +295,22 @@ def info(bundle: Path, context: int | None, as_json: bool) -> None:
         "memory_minimum": full.fixed + full.smallest * full.record,
         "memory_one_token_cycle": full.fixed + full.token_cycle * full.record,
         "memory_all_resident": full.total,
-        "substitution": next(
-            (layer.routing_refusal for layer in layers if layer.routing is None), "possible"
-        ),
+        "substitution": refusals[0] if refusals else "possible",
         "provenance": manifest.provenance,
     }
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    for name, value in found.items():
-        sized = isinstance(value, int) and (name.startswith("memory") or name.endswith("bytes"))
-        shown = show_size(value) if sized else value
-        click.echo(_printable(f"{name.replace('_', ' '):24} {shown}"))
 
 
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@_json
+@json_option
 def verify(bundle: Path, as_json: bool) -> None:
-    """Check every file of a bundle against its manifest: sizes, layout and SHA-256. Integrity, not origin."""
+    """Check every file of a bundle against its manifest: sizes, layout and SHA-256. Integrity, not
+    origin."""
     manifest = open_bundle(bundle, hashes=True).manifest
     size = sum(file.size for file in manifest.files.values())
-    if as_json:
-        click.echo(json.dumps({"ok": True, "files": len(manifest.files), "bytes": size}))
-    else:
-        click.echo(
-            f"{bundle}: {len(manifest.files)} files, {show_size(size)}, all as the manifest says"
-        )
-
-
-def _printable(text: str) -> str:
-    """Without what a terminal would obey: the manifest is somebody else's."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+    checked = {"ok": True, "files": len(manifest.files), "bytes": size}
+    line = f"{bundle}: {len(manifest.files)} files, {show_size(size)}, all as the manifest says"
+    _show(json.dumps(checked) if as_json else line)
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -429,12 +342,21 @@ def _statistics(stats: Stats) -> str:
         else "no decode"
     )
     return (
-        f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} new ({rate}, "
-        f"{stats.finish}); experts: {stats.hits} hits, {stats.misses} misses ({stats.hit_rate:.1%} hit), "
+        f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} "
+        f"new ({rate}, "
+        f"{stats.finish}); experts: {stats.hits} hits, {stats.misses} misses ({stats.hit_rate:.1%} "
+        "hit), "
         f"{show_size(stats.bytes_read)} read, {stats.stall_seconds:.2f} s waiting"
     )
 
 
+def _show(text: str, end: str = "\n") -> None:
+    """Text on stdout. Everything that is printed comes by here or by `_say`: bundles are somebody
+    else's."""
+    click.echo(printable(text) + end, nl=False)
+
+
 def _say(*lines: str) -> None:
+    """Lines on stderr."""
     for line in lines:
-        click.echo(line, err=True)
+        click.echo(printable(line), err=True)

@@ -1,8 +1,10 @@
-"""What a device can do with a bundle, measured there: `smoe bench --device` writes it, `smoe-prep plan` reads it.
+"""What a device can do with a bundle, measured there: `smoe bench --machine` writes it, `smoe-prep
+plan` reads it.
 
-Reads and kernels share processors and a memory bus, so that a step is not the longer of its parts measured alone. So the engine
-itself is timed, made to read so many of a layer's experts at such a level: `layer_seconds` is that grid, and `step_seconds`
-looks up in it what a policy would do. Latency and bandwidth of the storage alone are there to compare devices by.
+Reads and kernels share processors and a memory bus, so that a step is not the longer of its parts
+measured alone. So the engine itself is timed, made to read so many of a layer's experts at such a
+level: `layer_seconds` is that grid, and `step_seconds` looks up in it what a policy would do.
+Latency and bandwidth of the storage alone are there to compare devices by.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from pathlib import Path
 import numpy as np
 
 from smoe.artifacts import Bundle, open_bundle, safetensors_file
-from smoe.artifacts.manifest import Manifest
 from smoe.runtime import kernels
 from smoe.runtime.budget import plan_memory
 from smoe.runtime.cache import storage
@@ -38,9 +39,10 @@ REPEATS = 24
 
 @dataclass(frozen=True)
 class Device:
-    """Seconds, bytes, and bytes per second. `backbone_seconds` is a token without its experts. `layer_seconds[j - 1][m]` is
-    one layer with k experts for one token at level j, of which m are read, up to k, as a mean over layers;
-    `record_bytes[j - 1]` are the bytes of one. `bundle` is what it was measured with."""
+    """Seconds, bytes, and bytes per second. `backbone_seconds` is a token without its experts.
+    `layer_seconds[j - 1][m]` is one layer with k experts for one token at level j, of which m are
+    read, up to k, as a mean over layers; `record_bytes[j - 1]` are the bytes of one. `bundle` is
+    what it was measured with."""
 
     bundle: str
     memory: int
@@ -58,6 +60,7 @@ class Device:
         return [row[0] / (len(row) - 1) for row in self.layer_seconds]
 
     def to_json(self) -> str:
+        """The text of the file that `load` reads."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
@@ -81,7 +84,8 @@ class Device:
             )
         except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise EngineError(
-                f"{path} is no device description ({error}); write one with smoe bench --device."
+                f"{path} is no device description ({error}); write one with smoe bench --machine "
+                "FILE."
             ) from error
         rows, sizes = made.layer_seconds, made.record_bytes
         if not (
@@ -91,7 +95,8 @@ class Device:
             and len(rows[0]) >= 2
         ):
             raise EngineError(
-                f"{path}: layer_seconds has a row for each of record_bytes, and in each k + 1 times."
+                f"{path}: layer_seconds has a row for each of record_bytes, and in each k + 1 "
+                "times."
             )
         values = np.array(
             [made.read_latency, made.read_bandwidth, made.backbone_seconds, *np.ravel(rows)]
@@ -102,7 +107,8 @@ class Device:
         )
         if not (np.isfinite(values).all() and (values >= 0).all() and made.memory >= 0 and above):
             raise EngineError(
-                f"{path}: times and sizes are finite and not negative, and bytes, bandwidth and the backbone's time not zero."
+                f"{path}: times and sizes are finite and not negative, and bytes, bandwidth and "
+                "the backbone's time not zero."
             )
         if not (np.diff(sizes) > 0).all():
             raise EngineError(f"{path}: record_bytes rise from level to level.")
@@ -111,8 +117,9 @@ class Device:
     def step_seconds(
         self, computed: np.ndarray, level: int, records: np.ndarray, nbytes: np.ndarray
     ) -> np.ndarray:
-        """The experts' part of steps of one token and layer, float64 `[steps]`: experts `computed` at `level`, and what was
-        read in how many records. Between what was measured, and below the smallest record, it is linear."""
+        """The experts' part of steps of one token and layer, float64 `[steps]`: experts `computed`
+        at `level`, and what was read in how many records. Between what was measured, and below the
+        smallest record, it is linear."""
         grid, sizes = np.array(self.layer_seconds), np.array(self.record_bytes)
         beyond = np.stack(
             [np.interp(records, np.arange(grid.shape[1]), row - row[0]) for row in grid]
@@ -130,8 +137,8 @@ class Device:
 
 
 def measure_device(path: Path, io: str | None = None) -> Device:
-    """Measure this machine with the bundle at `path`, with half of the experts in memory, or as many as half of the memory
-    that is there."""
+    """Measure this machine with the bundle at `path`, with half of the experts in memory, or as
+    many as half of the memory that is there."""
     bundle = open_bundle(path)
     manifest = bundle.manifest
     plan = plan_memory(bundle, None, min(256, manifest.model.context))
@@ -188,7 +195,8 @@ class ScriptedMisses:
 def _engine(
     bundle: Bundle, budget: int, context: int, io: str
 ) -> tuple[float, tuple[tuple[float, ...], ...]]:
-    """Seconds of a token without experts, and of one layer's experts by level and by how many of them are read."""
+    """Seconds of a token without experts, and of one layer's experts by level and by how many of
+    them are read."""
     manifest, levels = bundle.manifest, bundle.levels
     k = max(layer.top_k for layer in manifest.layers)
     counts = np.unique(np.rint(np.linspace(0, k, 5)).astype(int))
@@ -211,7 +219,7 @@ def _engine(
 def _token_seconds(engine: Engine, script: ScriptedMisses, counts: np.ndarray) -> np.ndarray:
     """The median of a decode step that reads so many experts of every layer, for each of `counts` float64. They take turns
     of `TURN` steps; the first of these still find in the caches what the turn before left there."""
-    tokens = _tokens(engine.path, engine.manifest)
+    tokens = _tokens(engine.bundle)
     times: list[list[float]] = [[] for _ in counts]
     started = time.perf_counter()
     while not times[-1] or (len(times[-1]) < STEPS and time.perf_counter() - started < SECONDS):
@@ -227,11 +235,12 @@ def _token_seconds(engine: Engine, script: ScriptedMisses, counts: np.ndarray) -
     return np.array([np.median(seconds) for seconds in times])
 
 
-def _tokens(path: Path, manifest: Manifest) -> np.ndarray:
+def _tokens(bundle: Bundle) -> np.ndarray:
     """Text: that of the bundle's trace if it has one."""
-    if "trace.safetensors" in manifest.files:
-        return np.resize(safetensors_file.load(path / "trace.safetensors")["tokens"], TEXT)
-    return np.random.default_rng(0).integers(0, manifest.model.vocabulary, TEXT)
+    trace = bundle.study("trace.safetensors")
+    if trace:
+        return np.resize(safetensors_file.load_some(trace, {"tokens"})["tokens"], TEXT)
+    return np.random.default_rng(0).integers(0, bundle.manifest.model.vocabulary, TEXT)
 
 
 def _storage(bundle: Bundle, io: str) -> tuple[float, float]:

@@ -380,7 +380,7 @@ class Engine:
             raise EngineError("The prompt is empty; give at least one token.")
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise EngineError("Token ids must be a flat sequence of integers.")
-        if not (0 <= array.min() and array.max() < vocabulary):
+        if not (array.min() >= 0 and array.max() < vocabulary):
             raise EngineError(
                 f"Token ids go from {array.min()} to {array.max()}; this model has 0 to {vocabulary - 1}."
             )

@@ -1,9 +1,10 @@
 """What a budget and its policies give on a text: speed, hits, and what it costs in quality.
 
-The text is teacher-forced, so that every policy sees the same demand: the first tokens of a row as a prompt, the others
-one decode step each. Quality is compared token by token with the exact run, since wide batches hide what a shortcut does to
-one token. The choice task is an accuracy that people can picture: does the model prefer the true continuation of a
-text to those of three other texts of its domain?
+The text is teacher-forced, so that every policy sees the same demand: the first tokens of a row as
+a prompt, the others one decode step each. Quality is compared token by token with the exact run,
+since wide batches hide what a shortcut does to one token. The choice task is an accuracy that
+people can picture: does the model prefer the true continuation of a text to those of three other
+texts of its domain?
 """
 
 from __future__ import annotations
@@ -13,37 +14,49 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from smoe.runtime.budget import show_size
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
 from smoe.runtime.system import peak_memory, reset_peak_memory
 from smoe.runtime.text import read_text
 
+SIZES = ("bytes_read", "peak_memory")  # figures of `bench` by unit: bytes,
+SHARES = (
+    "hit_rate_before", "hit_rate_after", "substituted_share", "loaded_share", "stall_share",
+    "foresight_share", "top1",
+    "choice_accuracy", "choice_accuracy_exact", "choice_same",
+)  # fmt: skip
+TIMES = ("ttft", "tpot")  # seconds
+Measured = dict[str, Any]  # figures by name; None where there is none
 OPTIONS = 4  # of an item of the choice task: the true continuation and three others
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question of the choice task: which of `options` continues `context`? The first one does."""
+    """One question of the choice task: which of `options` continues `context`? The first one
+    does."""
 
     context: np.ndarray
     options: tuple[np.ndarray, ...]
 
 
 def bench(
-    opened: Callable[..., Engine],
+    opened: Callable[[], Engine],
+    exact_twin: Callable[[], Engine],
     text: Path,
     tokens: int,
     length: int,
     prompt: int,
     choices: int,
     say: Callable[..., None] = lambda *lines: None,
-) -> dict:
-    """All of this page for the engine that `opened()` gives; `opened(substitution=None, loss=None, level=None)` is its exact twin,
-    which runs only where the engine is lossy. `text` is cut into rows of `length`, `tokens` in all; `choices` questions.
-    `say` receives the mode lines."""
+) -> Measured:
+    """All of this page for the engine that `opened()` gives; `exact_twin()` is one that loses
+    nothing, and is opened only where the engine is lossy. `text` is cut into rows of `length`,
+    `tokens` in all; `choices` questions. `say` receives the mode lines."""
     documents = read_documents(text)
     with opened() as engine:
         texts = rows(engine, documents, tokens, length)
@@ -52,7 +65,7 @@ def bench(
             say(*engine.mode_lines())
             return _measured(engine, texts, prompt, questions)
     with tempfile.TemporaryDirectory() as scratch:
-        with opened(substitution=None, loss=None, level=None) as twin:
+        with exact_twin() as twin:
             wanted = exact(twin, texts, prompt, Path(scratch) / "exact")
             answers = choose(twin, questions)
         reset_peak_memory()
@@ -68,13 +81,33 @@ def _measured(
     questions: list[Item],
     wanted: np.ndarray | None = None,
     answers: np.ndarray | None = None,
-) -> dict:
+) -> Measured:
     found = measure(engine, texts, prompt, wanted)
     return found | (graded(choose(engine, questions), answers) if questions else {})
 
 
+def bench_lines(measured: Measured) -> list[str]:
+    """What `bench` returned, for people: one figure a line."""
+    return [
+        f"{name.replace('_', ' '):20} {_shown(name, value)}"
+        for name, value in measured.items()
+        if value is not None
+    ]
+
+
+def _shown(name: str, value: float) -> str:
+    if name in SIZES:
+        return show_size(int(value))
+    if name in SHARES:
+        return f"{value:.1%}"
+    if name in TIMES:
+        return f"{value * 1000:.1f} ms"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def read_documents(path: Path) -> list[tuple[str, str]]:
-    """(domain, text) of a .jsonl file with `text` and perhaps `domain`, or the one text of any other file."""
+    """(domain, text) of a .jsonl file with `text` and perhaps `domain`, or the one text of any
+    other file."""
     text = read_text(path)
     if path.suffix != ".jsonl":
         return [("", text)]
@@ -95,10 +128,11 @@ def read_documents(path: Path) -> list[tuple[str, str]]:
 def rows(
     engine: Engine, documents: Sequence[tuple[str, str]], tokens: int, length: int
 ) -> list[np.ndarray]:
-    """Up to `tokens` token ids in rows of up to `length`, one row after another from every document in turn."""
+    """Up to `tokens` token ids in rows of up to `length`, one row after another from every document
+    in turn."""
     encoded = [np.array(engine.text.encode(text), np.int64) for _, text in documents]
-    pieces = [ids[start : start + length] for start in range(0, max(map(len, encoded), default=0), length)
-              for ids in encoded]  # fmt: skip
+    longest = max(map(len, encoded), default=0)
+    pieces = [ids[at : at + length] for at in range(0, longest, length) for ids in encoded]
     found: list[np.ndarray] = []
     for piece in pieces:
         left = tokens - sum(len(row) for row in found)
@@ -119,8 +153,8 @@ def items(
     option: int = 12,
     seed: int = 0,
 ) -> list[Item]:
-    """`count` questions: contexts of `context` tokens with continuations of `option` tokens, from documents of one
-    domain each, at places drawn with `seed`."""
+    """`count` questions: contexts of `context` tokens with continuations of `option` tokens, from
+    documents of one domain each, at places drawn with `seed`."""
     domains: dict[str, list[np.ndarray]] = {}
     for domain, text in documents:
         ids = np.array(engine.text.encode(text), np.int64)
@@ -129,7 +163,8 @@ def items(
     usable = [texts for texts in domains.values() if len(texts) >= OPTIONS]
     if not usable:
         raise EngineError(
-            f"The choice task wants {OPTIONS} documents of {context + option} tokens in one domain; give more text."
+            f"The choice task wants {OPTIONS} documents of {context + option} tokens in one "
+            "domain; give more text."
         )
     random = np.random.default_rng(seed)
     made = []
@@ -146,7 +181,8 @@ def items(
 
 
 def exact(engine: Engine, texts: Sequence[np.ndarray], prompt: int, file: Path) -> np.ndarray:
-    """Log-probabilities after every scored position of `texts`, float32 `[positions, vocabulary]`, kept in `file`."""
+    """Log-probabilities after every scored position of `texts`, float32 `[positions, vocabulary]`,
+    kept in `file`."""
     positions = sum(len(row) - _prompt(row, prompt) + 1 for row in texts)
     kept = np.memmap(file, np.float32, "w+", shape=(positions, engine.manifest.model.vocabulary))
     at = 0
@@ -159,10 +195,11 @@ def exact(engine: Engine, texts: Sequence[np.ndarray], prompt: int, file: Path) 
 
 def measure(
     engine: Engine, texts: Sequence[np.ndarray], prompt: int, wanted: np.ndarray | None = None
-) -> dict:
-    """Run `engine` over `texts`, of which the first `prompt` tokens of each are a prompt. With `wanted` (from `exact`)
-    also the KL divergence from it in nats per token, with its standard error, and how often both have the same best
-    token. Times are those of the engine, in seconds."""
+) -> Measured:
+    """Run `engine` over `texts`, of which the first `prompt` tokens of each are a prompt. With
+    `wanted` (from `exact`) also the KL divergence from it in nats per token, with its standard
+    error, and how often both have the same best token. Times are those of the engine, in
+    seconds."""
     engine.reset_stats()
     nats, kl, same, first = [], [], [], []
     at = 0
@@ -198,9 +235,10 @@ def choose(engine: Engine, questions: Sequence[Item]) -> np.ndarray:
     return np.array(scores).reshape(-1, OPTIONS).argmax(1)
 
 
-def graded(answers: np.ndarray, exact: np.ndarray | None = None) -> dict:
-    """The share of right `answers` (from `choose`), and with those of the exact run also its share, and the share of questions
-    that both answer alike: that tells policies apart by fewer questions than accuracy does, since each is its own control."""
+def graded(answers: np.ndarray, exact: np.ndarray | None = None) -> Measured:
+    """The share of right `answers` (from `choose`), and with those of the exact run also its share,
+    and the share of questions that both answer alike: that tells policies apart by fewer questions
+    than accuracy does, since each is its own control."""
     found = {"choice_accuracy": float(np.mean(answers == 0))}
     if exact is not None:
         found |= {
@@ -218,7 +256,7 @@ def _likelihood(engine: Engine, context: np.ndarray, option: np.ndarray) -> floa
     )
 
 
-def _speed(engine: Engine, first: list[float]) -> dict:
+def _speed(engine: Engine, first: list[float]) -> Measured:
     stats = engine.stats
     seconds = stats.prefill_seconds + stats.decode_seconds
     steps = max(1, stats.decode_steps)

@@ -93,10 +93,11 @@ def policy_lines(policies: Policies, plan: MemoryPlan, level: int, levels: int) 
             f"at most {policies.loss} nats per token for reading less{than}, "
             f"{SAVINGS_TOKENS:.0f} tokens' worth saved up"
         )
-    lossless = policies.lossless and level == levels
+    loses = "lossless" if policies.lossless else "lossy; prompts are not"
+    loses = loses if level == levels else "lossy"
     return [
         f"policies: eviction {policies.eviction}{shares}, {'warm' if policies.warm else 'cold'} start, "
-        f"prefetch {policies.prefetch}, {takes} ({'lossless' if lossless else 'lossy'})"
+        f"prefetch {policies.prefetch}, {takes} ({loses})"
     ]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from smoe.artifacts.errors import first_line
 from smoe.artifacts.manifest import Manifest, State
 from smoe.artifacts.safetensors_file import DTYPES
 from smoe.runtime.errors import EngineError
@@ -167,8 +168,3 @@ def _read_weights(path: Path, manifest: Manifest) -> Values:
             raise EngineError(f"{file} became shorter while it was read; copy the bundle again.")
         weights[w.name] = ort_value(piece.view(DTYPES[w.dtype]).reshape(w.shape))
     return weights
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, shortened."""
-    return str(error).strip().splitlines()[0][:600]

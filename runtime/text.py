@@ -1,4 +1,5 @@
-"""Between text and token ids: the tokenizer, streaming that never splits a character, stop strings."""
+"""Between text and token ids: the tokenizer, streaming that never splits a character, stop
+strings."""
 
 from __future__ import annotations
 
@@ -6,19 +7,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smoe.artifacts.manifest import File
 from smoe.runtime.errors import EngineError
 
 if TYPE_CHECKING:
-    import tokenizers  # imported where it is used, as jinja2 is: together a third of `import smoe.runtime`
+    # imported where it is used, as jinja2 is: together a third of `import smoe.runtime`
+    import tokenizers
+
+UNFINISHED = "\ufffd"  # what a tokenizer decodes the bytes of an unfinished character to
+HELD_TOKENS = (
+    32  # no character has so many bytes: from here on what is held back is broken, and shown so
+)
 
 
 @dataclass(frozen=True)
 class StopWhen:
-    """What ends a generation besides its length: any of `strings` in the text (which ends before it), or a token of
-    `ids` (None: the model's own end tokens)."""
+    """What ends a generation besides its length: any of `strings` in the text (which ends before
+    it), or a token of `ids` (None: the model's own end tokens)."""
 
     strings: tuple[str, ...] = ()
     ids: tuple[int, ...] | None = None
@@ -64,7 +71,7 @@ class Text:
         rendered = chat.render(template or self._template(settings), messages, settings)
         return self.encode(rendered, special=False)  # the template writes the special tokens itself
 
-    def _settings(self) -> dict:
+    def _settings(self) -> dict[str, Any]:
         if "tokenizer_config.json" not in self._files:
             return {}
         file = self._path / "tokenizer_config.json"
@@ -74,7 +81,7 @@ class Text:
             raise EngineError(f"{file} is not JSON: {error}; copy the bundle again.") from error
         return settings if isinstance(settings, dict) else {}
 
-    def _template(self, settings: dict) -> str:
+    def _template(self, settings: dict[str, Any]) -> str:
         template = settings.get("chat_template")
         if "chat_template.jinja" in self._files:
             template = read_text(self._path / "chat_template.jinja")
@@ -83,7 +90,8 @@ class Text:
             template = named[0].get("template") if named else None
         if not isinstance(template, str):
             raise EngineError(
-                "This bundle has no chat template: the model was not made for chat. Use `smoe run`, or give a template "
+                "This bundle has no chat template: the model was not made for chat. Use `smoe "
+                "run`, or give a template "
                 "with --chat-template FILE."
             )
         return template
@@ -99,32 +107,67 @@ def read_text(path: Path) -> str:
         raise EngineError(f"{path} is not UTF-8 at byte {error.start}.") from error
 
 
-class Stream:
-    """Text as it comes: `push(id)` returns what can be shown for sure, `finish()` what was held back at the end.
+class IncrementalDecoder:
+    """Text of one token after another. Joined, it is the text of all of them decoded at once.
 
-    Held back is text that may turn out to begin a stop string, and the bytes of an unfinished character; if those stay
-    unfinished to the end, they are never shown.
+    A tokenizer decodes a token by its neighbours: a space in front of a word, a character out of
+    several byte tokens. So the tokens that were shown last are decoded again before each new one,
+    and what is longer is new; `transformers` and vLLM stream so. An unfinished character decodes to
+    U+FFFD and is held back until it is whole. Bytes that are no character at all may change what a
+    tokenizer with byte fallback makes of the bytes before them; what was shown stays.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        self._tokenizer = tokenizer
+        self._context: list[int] = []  # the tokens whose text was shown last
+        self._pending: list[int] = []  # those after them
+        self._shown = 0  # characters of the pending ones that were shown
+
+    def push(self, token: int) -> str:
+        """What can be shown for sure once `token` has come."""
+        self._pending.append(token)
+        before = self._tokenizer.decode(self._context)
+        text = self._tokenizer.decode(self._context + self._pending)
+        if not text.startswith(before):
+            before, text = "", self._tokenizer.decode(self._pending)
+        text = text[len(before) :]
+        full = len(self._pending) >= HELD_TOKENS
+        sure = text if full else text.rstrip(UNFINISHED)
+        new, self._shown = sure[self._shown :], max(self._shown, len(sure))
+        if text and sure == text:
+            self._context, self._pending, self._shown = self._pending, [], 0
+        elif full:  # special tokens, which have no text
+            self._pending = []
+        return new
+
+
+class Stream:
+    """Text as it comes: `push(id)` returns what can be shown for sure, `finish()` what was held
+    back at the end.
+
+    Held back is text that may turn out to begin a stop string, and the bytes of an unfinished
+    character; if those stay unfinished to the end, they are never shown.
     """
 
     def __init__(self, text: Text, stops: tuple[str, ...]):
         if stops and text.tokenizer is None:
             raise EngineError(
-                "This bundle has no tokenizer, so that stop strings cannot be found; stop at token ids."
+                "This bundle has no tokenizer, so that stop strings cannot be found; stop at token "
+                "ids."
             )
         if "" in stops:
             raise EngineError("A stop string is empty; it would stop before the first token.")
-        from tokenizers.decoders import DecodeStream
-
-        self._tokenizer = text.tokenizer
-        self._decode = DecodeStream(skip_special_tokens=True)
+        self._decoder = IncrementalDecoder(text.tokenizer) if text.tokenizer else None
         self._stops = stops
         self._held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
-        if self._tokenizer is None or self.stopped:
+        """What can be shown once `token` has come; nothing any more after a stop string, or without
+        a tokenizer."""
+        if self._decoder is None or self.stopped:
             return ""
-        self._held += self._decode.step(self._tokenizer, token) or ""
+        self._held += self._decoder.push(token)
         found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
@@ -138,6 +181,7 @@ class Stream:
         return shown
 
     def finish(self) -> str:
+        """What was held back because it might have begun a stop string."""
         shown, self._held = self._held, ""
         return shown
 

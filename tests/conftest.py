@@ -1,4 +1,5 @@
-"""Fixtures for all tests. Nothing here imports torch: the tests of artifacts and runtime also run without it."""
+"""Fixtures for all tests. Nothing here imports torch: the tests of artifacts and runtime also run
+without it."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def goldens() -> list[Path]:
 
 @pytest.fixture(scope="session")
 def answer() -> dict[str, np.ndarray]:
-    """What `transformers` said of the golden model: prompt, logits at every position, 24 greedy tokens."""
+    """What `transformers` said of the golden model: prompt, logits at every position, 24 greedy
+    tokens."""
     return safetensors_file.load(GOLDEN.with_suffix(".answer.safetensors"))
 
 

@@ -65,7 +65,8 @@ def test_dropped_files_are_gone(tmp_path):
 
 @pytest.fixture
 def stub(monkeypatch):
-    """An engine over 4 ids that is sure of what follows, and a clock that it moves on by a second for each."""
+    """An engine over 4 ids that is sure of what follows, and a clock that it moves on by a second
+    for each."""
     now = SimpleNamespace(seconds=0)
 
     def engine(ask, about):

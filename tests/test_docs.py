@@ -1,4 +1,5 @@
-"""The documents say what is there: the README's tree, its commands, the command reference, the log's commands."""
+"""The documents say what is there: the README's tree, its commands, the command reference, the
+log's commands."""
 
 import re
 import subprocess

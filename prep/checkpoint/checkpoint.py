@@ -18,6 +18,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig
 
+from smoe.artifacts.errors import first_line
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam
 from smoe.prep.checkpoint.seam import ExpertsLayer, experts_modules, layers_used
 from smoe.prep.checkpoint.weights import Weights, open_weights
@@ -136,7 +137,7 @@ def read_config(path: Path) -> transformers.PreTrainedConfig:
         StrictDataclassError,
     ) as error:
         raise PrepError(
-            f"{path}/config.json is not one that transformers {transformers.__version__} reads: {_first_line(error)}"
+            f"{path}/config.json is not one that transformers {transformers.__version__} reads: {first_line(error)}"
         ) from error
     quantised = getattr(config, "quantization_config", None)
     if quantised:
@@ -157,7 +158,7 @@ def _end_ids(path: Path, config: transformers.PreTrainedConfig) -> tuple[int, ..
             ids = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise PrepError(
-                f"{path}/generation_config.json is damaged: {_first_line(error)}"
+                f"{path}/generation_config.json is damaged: {first_line(error)}"
             ) from error
     ids = getattr(config, "eos_token_id", None) if ids is None else ids
     return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
@@ -229,7 +230,3 @@ def _forget(module: torch.nn.Module) -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     if trim is not None:
         trim(0)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

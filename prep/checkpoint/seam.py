@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from smoe.artifacts.manifest import Gate
+from smoe.artifacts.manifest import ExpertActivation
 from smoe.prep.errors import PrepError
 from smoe.runtime.kernels import activations, reference
 
@@ -175,7 +175,7 @@ def expert_geometry(module: torch.nn.Module) -> tuple[int, int, int]:
 
 
 @torch.no_grad()
-def probe_gate(module: torch.nn.Module) -> Gate:
+def probe_gate(module: torch.nn.Module) -> ExpertActivation:
     """Which known function the module's gate is, found by comparing values; a `PrepError` if none fits.
 
     For gated modules `_apply_gate` receives gate and up in the module's own order; the known functions are those of
@@ -188,7 +188,7 @@ def probe_gate(module: torch.nn.Module) -> Gate:
     up[1], up[2] = gate[1].flip(0), 50 * up[2]
     if not module.has_gate:
         found = module.act_fn(up).numpy()
-        candidates = [Gate("plain", name) for name in activations.ACTIVATIONS]
+        candidates = [ExpertActivation("plain", name) for name in activations.ACTIVATIONS]
     else:
         pair = (
             torch.cat([gate, up], -1)
@@ -197,7 +197,7 @@ def probe_gate(module: torch.nn.Module) -> Gate:
         )
         found = module._apply_gate(pair).numpy()
         candidates = [
-            Gate("gated", name) for name in activations.ACTIVATIONS
+            ExpertActivation("gated", name) for name in activations.ACTIVATIONS
         ] + _limited_candidates(module)
     # 1 + tanh and the like cancel: what is lost is relative to the inputs, not to the result.
     rounding = 1e-6 * (1 + (gate * up if module.has_gate else up).abs().numpy())
@@ -212,7 +212,7 @@ def probe_gate(module: torch.nn.Module) -> Gate:
     )
 
 
-def _limited_candidates(module: torch.nn.Module) -> list[Gate]:
+def _limited_candidates(module: torch.nn.Module) -> list[ExpertActivation]:
     """Gates with limits, the limits read off the function itself.
 
     With up = 0 the clamped gate is g * sigmoid(alpha * g) below its limit, and limit * sigmoid(alpha * limit) far above.
@@ -233,16 +233,16 @@ def _limited_candidates(module: torch.nn.Module) -> list[Gate]:
         )  # limit * sigmoid(alpha * limit): solved by iteration, which contracts
         for _ in range(50):
             limit = ceiling * (1 + np.exp(-alpha * limit))
-        found.append(Gate("clamped", "", round(alpha, 4), round(float(limit), 4)))
+        found.append(ExpertActivation("clamped", "", round(alpha, 4), round(float(limit), 4)))
     highest, small = at(1e4, 1e4), 2.0**-10
     if 0 < highest < 1e6:
         bound = at(1e4, small) / small  # act(limit), or the gate's cap
         found += [
-            Gate("bounded", name, 0.0, round(highest / bound, 4))
+            ExpertActivation("bounded", name, 0.0, round(highest / bound, 4))
             for name in activations.ACTIVATIONS
         ]
         for up_cap in (highest / bound, round(highest / bound)):
-            found.append(Gate("softcapped", "", round(up_cap, 4), round(bound, 4)))
+            found.append(ExpertActivation("softcapped", "", round(up_cap, 4), round(bound, 4)))
     return found
 
 

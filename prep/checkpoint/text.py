@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tokenizers
 
+from smoe.artifacts.errors import first_line
 from smoe.prep.errors import PrepError
 
 if TYPE_CHECKING:
@@ -139,8 +140,7 @@ def _read_dataset(
         ).is_file()
         found = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name, subset)
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PrepError(f"The dataset {name!r} cannot be loaded: {reason}") from error
+        raise PrepError(f"The dataset {name!r} cannot be loaded: {first_line(error)}") from error
     if isinstance(found, dict):
         split = split or ("train" if "train" in found else next(iter(found)))
         if split not in found:

@@ -23,7 +23,7 @@ from smoe.artifacts.encodings import (
     record_layout,
 )
 from smoe.artifacts.layout import ExpertShape, RecordLayout
-from smoe.artifacts.manifest import Experts, Gate, Manifest
+from smoe.artifacts.manifest import ExpertActivation, Experts, Manifest
 from smoe.artifacts.shard import write_shard
 from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.seam import expert_geometry, expert_inner, expert_weights, probe_gate
@@ -81,7 +81,7 @@ def unpacked(checkpoint: Checkpoint, encoding: str) -> Experts:
     return Experts(encoding_named(encoding).name, PAGE, *common_kind(checkpoint))
 
 
-def common_kind(checkpoint: Checkpoint) -> tuple[Gate, bool, bool]:
+def common_kind(checkpoint: Checkpoint) -> tuple[ExpertActivation, bool, bool]:
     """The gate of all experts, whether their matrices have biases, and whether their outputs are normalised; a
     `PrepError` if layers differ."""
     kinds = {

@@ -87,7 +87,7 @@ def plan(
     if len(device.record_bytes) != levels:
         raise PrepError(
             f"The device was measured with experts of {len(device.record_bytes)} levels, {bundle} has {levels}; run "
-            "smoe bench --device with this bundle."
+            "smoe bench --machine with this bundle."
         )
     needed = {"price_fit", "price_level"} if levels > 1 else {"price_fit"}
     priced = all(needed <= set(of) for of in tables.layers(*PRICE_TABLES))

@@ -117,16 +117,18 @@ def bundle_trace(path: Path, level: int | None = None, prompt: int = 0) -> Trace
     `prompt` tokens token by token."""
     bundle = open_bundle(path)
     manifest = bundle.manifest
-    if "trace.safetensors" not in manifest.files:
+    trace = bundle.study("trace.safetensors")
+    if trace is None:
         raise PrepError(
-            f"{path} has no trace.safetensors: it was built without --calibration; build it with one."
+            f"{path} has no trace: it was built without --calibration, or copied without its folder study/; build it "
+            "with one, or copy that too."
         )
     if prompt < 0:
         raise PrepError(f"A prompt of {prompt} tokens was asked for; 0 or more are wanted.")
-    loaded = safetensors_file.load(path / "trace.safetensors")
+    loaded = safetensors_file.load(trace)
     for layer, spec in enumerate(manifest.layers):
         ids = loaded[key(layer, "ids")]
-        if ids.size and not (0 <= ids.min() and ids.max() <= spec.experts):
+        if ids.size and not (ids.min() >= 0 and ids.max() <= spec.experts):
             raise PrepError(
                 f"{path}: layer {layer} of the trace has experts {ids.min()} to {ids.max()}, the layer 0 to "
                 f"{spec.experts - 1}; build the bundle again."

@@ -29,7 +29,12 @@ from smoe.prep.statistics.sums import LayerSums, activity
 from smoe.prep.sweep.forward import Arrived, lockstep, mixed
 from smoe.prep.workdir import Finished, write_whole
 
-PROFILE_FILES = ("tables.safetensors", "trace.safetensors", "profile.json")
+PROFILE_FILES = (
+    "tables.safetensors",
+    "study/tables.safetensors",
+    "study/trace.safetensors",
+    "study/profile.json",
+)
 SAMPLE = 1024  # tokens on which all experts are run
 TRACE = 8192  # tokens kept in the trace
 BATCH = 4  # rows at once
@@ -45,16 +50,16 @@ def profile(
     progress: Progress,
     rows: list[np.ndarray] | None = None,
 ) -> dict:
-    """Profile `checkpoint` on `calibration` and write tables, trace and profile.json into `directory`.
+    """Profile `checkpoint` on `calibration` and write tables, and their study with trace and profile.json, into `directory`.
 
     `rows` are those of the calibration, if they are there already. Layers that an interrupted run finished are not
     profiled again. Returns what profile.json says.
     """
     with Finished(directory) as finished:
-        if (directory / "profile.json").exists():  # written last
+        if (directory / "study" / "profile.json").exists():  # written last
             finished.clear()
             progress.say("profile: kept from an earlier run")
-            return json.loads((directory / "profile.json").read_text("utf-8"))
+            return json.loads((directory / "study" / "profile.json").read_text("utf-8"))
         about = _profile(checkpoint, directory, calibration, rows, finished, progress)
         finished.clear()
         return about
@@ -79,8 +84,8 @@ def _profile(
     tables = [sums.tables() for sums in observer.sums]
     about = _about(checkpoint, calibration, total, len(sample), tables)
     save_tables(directory / "tables.safetensors", tables, {"fingerprint": about["fingerprint"]})
-    safetensors_file.save(directory / "trace.safetensors", observer.trace())
-    write_whole(directory / "profile.json", json.dumps(about, indent=1) + "\n")
+    safetensors_file.save(directory / "study" / "trace.safetensors", observer.trace())
+    write_whole(directory / "study" / "profile.json", json.dumps(about, indent=1) + "\n")
     return about
 
 
@@ -92,10 +97,12 @@ def open_profile(directory: Path, checkpoint: Checkpoint) -> dict:
             f"{directory} has no {missing[0]}; give a directory that `smoe-prep profile` wrote."
         )
     try:
-        about = json.loads((directory / "profile.json").read_text("utf-8"))
+        about = json.loads((directory / "study" / "profile.json").read_text("utf-8"))
         fingerprint = about["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
-        raise PrepError(f"{directory}/profile.json is damaged ({error}); profile again.") from error
+        raise PrepError(
+            f"{directory}/study/profile.json is damaged ({error}); profile again."
+        ) from error
     if fingerprint != checkpoint.fingerprint():
         raise PrepError(
             f"{directory} is the profile of another checkpoint ({about.get('model')}); profile this one."

@@ -80,7 +80,9 @@ class Shards:
                 )
 
     def forget(self, layer: int, expert: int) -> None:
-        """Take a record out of the page cache, so that the next read is one of the device."""
+        """Take a record out of the page cache, so that the next read is one of the device, where the system can."""
+        if not hasattr(os, "posix_fadvise"):  # macOS
+            return
         _, file, start = self._files[layer]
         nbytes = self.layouts[layer].nbytes
         os.posix_fadvise(file, start + expert * nbytes, nbytes, os.POSIX_FADV_DONTNEED)

@@ -1,8 +1,9 @@
-"""Experts on a processor: the native kernels where there are some, their NumPy twin where it is asked for.
+"""Experts on a processor: the native kernels where there are some, their NumPy twin where it is
+asked for.
 
-`SMOE_KERNELS` names a variant (`avx512vnni`, `avx2`, `neondot`, `neon`, `portable`, `reference`); unset takes the best
-that the processor runs. All variants give the same bits. A build without the native module (`SMOE_NO_NATIVE=1`) has the
-reference only.
+`SMOE_KERNELS` names a variant (`avx512vnni`, `avx2`, `neondot`, `neon`, `portable`, `reference`);
+unset takes the best that the processor runs. All variants give the same bits. A build without the
+native module (`SMOE_NO_NATIVE=1`) has the reference only.
 """
 
 from __future__ import annotations
@@ -15,29 +16,31 @@ import numpy as np
 
 from smoe.artifacts import nested
 from smoe.artifacts.layout import ExpertShape, RecordLayout
-from smoe.artifacts.manifest import Gate
+from smoe.artifacts.manifest import ExpertActivation
 from smoe.runtime.errors import EngineError
 from smoe.runtime.kernels import reference
-from smoe.runtime.kernels.activations import ACTIVATIONS, KINDS
 
 try:
     import smoe.runtime.kernels._native as _native
 except ModuleNotFoundError:
     _native = None  # type: ignore[assignment]
-    # Only a build with SMOE_NO_NATIVE=1 carries this marker: without it a missing module is an error, not slowness.
+    # A build with SMOE_NO_NATIVE=1 makes this marker (pyproject.toml), and no source tree has it:
+    # without it a missing module is an error, not slowness.
     try:
         import smoe.runtime.kernels._without_native  # noqa: F401
     except ModuleNotFoundError:
         raise ImportError(
-            "This install of smoe lacks its native kernels. Install it again where there is a C++ compiler, or with "
+            "This smoe lacks its native kernels. Install it (pip install .) where there is a C++ "
+            "compiler, or with "
             "SMOE_NO_NATIVE=1 for the slow reference kernels."
         ) from None
 
 
 @dataclass(frozen=True)
 class Work:
-    """Experts to compute in one call. Expert i lies in frame `frames[i]`, of which `levels[i]` planes are there, and
-    takes the slots `starts[i]` to `starts[i+1]`; slot s is row `tokens[s]` of the activations. All int64."""
+    """Experts to compute in one call. Expert i lies in frame `frames[i]`, of which `levels[i]`
+    planes are there, and takes the slots `starts[i]` to `starts[i+1]`; slot s is row `tokens[s]` of
+    the activations. All int64."""
 
     frames: np.ndarray
     levels: np.ndarray
@@ -49,21 +52,22 @@ class LayerKernel(Protocol):
     """The experts of one layer."""
 
     def __call__(self, records: np.ndarray, work: Work, x: np.ndarray) -> np.ndarray:
-        """`records` uint8 `[frames, bytes]`, `x` float32 `[tokens, hidden]`: the experts' outputs before their mixing
-        weights, float32 `[slots, hidden]`."""
+        """`records` uint8 `[frames, bytes]`, `x` float32 `[tokens, hidden]`: the experts' outputs
+        before their mixing weights, float32 `[slots, hidden]`."""
         ...
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """A choice with its reason: `name` and `reason` are for the mode line, `threads` work on a call."""
+    """A choice with its reason: `name` and `reason` are for the mode line, `threads` work on a
+    call."""
 
     name: str
     reason: str
     threads: int
 
     def layer(
-        self, gate: Gate, shape: ExpertShape, encoding: str, layout: RecordLayout
+        self, gate: ExpertActivation, shape: ExpertShape, encoding: str, layout: RecordLayout
     ) -> LayerKernel:
         """The kernel for a layer whose records are laid out so."""
         if self.name == "reference":
@@ -77,8 +81,8 @@ def available() -> list[str]:
 
 
 def choose(name: str | None = None, threads: int | None = None) -> Kernels:
-    """The kernels called `name`, or by `SMOE_KERNELS`, or the best there are, on `threads` (None: as many as this
-    process may use). An unknown name is an `EngineError`."""
+    """The kernels called `name`, or by `SMOE_KERNELS`, or the best there are, on `threads` (None:
+    as many as this process may use). An unknown name is an `EngineError`."""
     wanted = name or os.environ.get("SMOE_KERNELS")
     names = available()
     if wanted and wanted not in names:
@@ -102,7 +106,7 @@ def processors() -> int:
 
 @dataclass(frozen=True)
 class _Reference:
-    gate: Gate
+    gate: ExpertActivation
     shape: ExpertShape
     encoding: str
     layout: RecordLayout
@@ -127,17 +131,11 @@ class _Native:
 
     def __call__(self, records: np.ndarray, work: Work, x: np.ndarray) -> np.ndarray:
         y = np.empty((len(work.tokens), x.shape[1]), np.float32)
-        self.layer.ffn(
-            self.kernels.name,
-            records,
-            work.frames,
-            work.levels,
-            work.starts,
-            work.tokens,
-            x,
-            y,
-            self.kernels.threads,
-        )
+        where = (work.frames, work.levels, work.starts, work.tokens)
+        try:
+            self.layer.ffn(self.kernels.name, records, *where, x, y, self.kernels.threads)
+        except RuntimeError as error:  # no thread from the system
+            raise EngineError(str(error)) from error
         return _normalised(self.layout, records, work, y) if self.normed else y
 
 
@@ -149,17 +147,19 @@ def _normalised(layout: RecordLayout, records: np.ndarray, work: Work, y: np.nda
 
 
 def native_layer(
-    gate: Gate, shape: ExpertShape, encoding: str, layout: RecordLayout
+    gate: ExpertActivation, shape: ExpertShape, encoding: str, layout: RecordLayout
 ) -> _native.Layer:
-    """What native/ffn.h calls a Layer: where the matrices' tensors lie in a record, and what lies between them."""
+    """What native/ffn.h calls a Layer: where the matrices' tensors lie in a record, and what lies
+    between them."""
     offsets = {field.name: field.offset for field in layout.fields}
     names = ["up", "down", *(["gate"] if shape.gated else [])]
     matrices = [_about(name, shape, encoding, offsets) for name in names]
-    act = list(ACTIVATIONS).index(gate.activation) if gate.activation in ACTIVATIONS else 0
-    return _native.Layer(matrices, KINDS.index(gate.kind), act, gate.alpha, gate.limit)
+    return _native.Layer(matrices, gate.kind, gate.activation, gate.alpha, gate.limit)
 
 
-def _about(name: str, shape: ExpertShape, encoding: str, offsets: dict[str, int]) -> tuple:
+def _about(
+    name: str, shape: ExpertShape, encoding: str, offsets: dict[str, int]
+) -> tuple[object, ...]:
     """One matrix, as the native module wants it."""
     n_out, n_in = shape.matrices()[name]
     scale, bias = offsets.get(f"{name}_scale", -1), offsets.get(f"{name}_bias", -1)
@@ -183,7 +183,8 @@ def _about(name: str, shape: ExpertShape, encoding: str, offsets: dict[str, int]
 
 
 def _tables(values: np.ndarray) -> np.ndarray:
-    """int8 `[2, 16]`: the value of a code by its first 4 bits, and what the rest of its bits add (a uniform grid)."""
+    """int8 `[2, 16]`: the value of a code by its first 4 bits, and what the rest of its bits add (a
+    uniform grid)."""
     rest = len(values) // 16 or 1
     tables = np.zeros((2, 16), np.int8)
     tables[0, : len(values) // rest] = values[::rest]

@@ -6,7 +6,7 @@ def variants() -> list[str]: ...
 
 class Layer:
     def __init__(
-        self, matrices: list[tuple], kind: int, act: int, alpha: float, limit: float
+        self, matrices: list[tuple[object, ...]], kind: str, act: str, alpha: float, limit: float
     ) -> None: ...
     def ffn(
         self,

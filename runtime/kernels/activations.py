@@ -1,7 +1,8 @@
-"""What comes between an expert's matrices: the specification of native/gate.h in NumPy, bit for bit.
+"""What comes between an expert's matrices: the specification of native/gate.h in NumPy, bit for
+bit.
 
-Every operation is float32 and rounded on its own, and none comes from the C library, whose results differ between
-machines. Comparisons are written so that a NaN stays a NaN.
+Every operation is float32 and rounded on its own, and none comes from the C library, whose results
+differ between machines. Comparisons are written so that a NaN stays a NaN.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from smoe.artifacts.manifest import Gate
+from smoe.artifacts.manifest import ExpertActivation
 
 _F = np.float32
 
@@ -41,6 +42,7 @@ def exp(x: np.ndarray) -> np.ndarray:
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + e^-x), from e^-|x|, which does not overflow."""
     e = exp(-np.abs(x))
     return np.where(x >= 0, _F(1), e) / (_F(1) + e)
 
@@ -73,7 +75,7 @@ def _relu(x: np.ndarray) -> np.ndarray:
     return np.where(x < 0, _F(0), x)
 
 
-# float32 [..] -> float32 [..], elementwise. The names are those of the manifest, the order that of native/gate.h.
+# float32 [..] -> float32 [..], elementwise. The names are those of the manifest.
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "silu": lambda x: x * sigmoid(x),
     "gelu": lambda x: (x * _F(0.5)) * (_F(1) + erf(x * _F(0.70710678))),
@@ -84,22 +86,16 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "tanh": tanh,
     "identity": lambda x: x,
 }
-KINDS = (
-    "gated",
-    "plain",
-    "clamped",
-    "bounded",
-    "softcapped",
-)  # of Gate, in the order of native/gate.h
 
 
-def gate(spec: Gate, gate: np.ndarray | None, up: np.ndarray) -> np.ndarray:
-    """What the last matrix of an expert receives: the formulas of `artifacts.manifest.Gate`. Float32 `[n, width]`."""
+def gate(spec: ExpertActivation, gate: np.ndarray | None, up: np.ndarray) -> np.ndarray:
+    """What the last matrix of an expert receives: the formulas of
+    `artifacts.manifest.ExpertActivation`. Float32 `[n, width]`."""
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         return _gate(spec, gate, up)
 
 
-def _gate(spec: Gate, gate: np.ndarray | None, up: np.ndarray) -> np.ndarray:
+def _gate(spec: ExpertActivation, gate: np.ndarray | None, up: np.ndarray) -> np.ndarray:
     if spec.kind == "plain":
         return ACTIVATIONS[spec.activation](up)
     assert gate is not None

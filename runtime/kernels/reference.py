@@ -1,6 +1,8 @@
-"""The specification of the kernels in NumPy: readable, exact, slow. Every native kernel gives the bits of its twin here.
+"""The specification of the kernels in NumPy: readable, exact, slow. Every native kernel gives the
+bits of its twin here.
 
-`dense` and `nested_product` repeat the arithmetic of `native/ffn.h`, `activations` that of `native/gate.h`.
+`dense` and `nested_product` repeat the arithmetic of `native/ffn.h`, `activations` that of
+`native/gate.h`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from smoe.artifacts import nested
 from smoe.artifacts.bfloat16 import from_bf16
 from smoe.artifacts.encodings import encoding_named
 from smoe.artifacts.layout import ExpertShape
-from smoe.artifacts.manifest import Gate
+from smoe.artifacts.manifest import ExpertActivation
 from smoe.runtime.kernels import activations
 
 LANES = 16
@@ -19,7 +21,7 @@ NORM_EPSILON = 1e-6  # the scale takes up what a model has instead
 
 
 def ffn(
-    gate: Gate,
+    gate: ExpertActivation,
     shape: ExpertShape,
     encoding: str,
     tensors: dict[str, np.ndarray],
@@ -50,8 +52,8 @@ def ffn(
 def dense(x: np.ndarray, w: np.ndarray, scale: np.ndarray | None = None) -> np.ndarray:
     """y[t, m] = scale[m] * sum_k x[t, k] * w[m, k] in float32.
 
-    x float32 `[tokens, n_in]`; w `[n_out, n_in]` float32, uint16 (the bits of bfloat16) or int8; y float32
-    `[tokens, n_out]`.
+    x float32 `[tokens, n_in]`; w `[n_out, n_in]` float32, uint16 (the bits of bfloat16) or int8; y
+    float32 `[tokens, n_out]`.
     """
     w = from_bf16(w) if w.dtype == np.uint16 else w.astype(np.float32, copy=False)
     (tokens, n_in), n_out = x.shape, w.shape[0]
@@ -67,8 +69,8 @@ def dense(x: np.ndarray, w: np.ndarray, scale: np.ndarray | None = None) -> np.n
 
 
 def quantise(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Activations float32 `[tokens, n]` as int8 `[tokens, groups, group]`, zeros behind the last, and the step of each
-    group, float32 `[tokens, groups]`."""
+    """Activations float32 `[tokens, n]` as int8 `[tokens, groups, group]`, zeros behind the last,
+    and the step of each group, float32 `[tokens, groups]`."""
     tokens, n = x.shape
     groups = -(-n // group)
     padded = np.pad(x, ((0, 0), (0, groups * group - n))).reshape(tokens, groups, group)
@@ -91,8 +93,8 @@ def nested_product(
     level: int,
     x: np.ndarray,
 ) -> np.ndarray:
-    """Float32 `[tokens, n_out]`: matrix `name` of a record in a nested encoding times activations that are quantised
-    first."""
+    """Float32 `[tokens, n_out]`: matrix `name` of a record in a nested encoding times activations
+    that are quantised first."""
     codes, scale = nested.unpack_matrix(encoding, name, tensors, dims, level)
     group, groups = encoding.group, scale.shape[1]
     values = (
@@ -108,8 +110,9 @@ def nested_product(
 
 
 def normalise(y: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """An expert's output where the model normalises it: z = scale * y, then z / sqrt(mean(z^2) + 1e-6) over the last
-    axis. y float32 `[n, hidden]`, scale float32 `[hidden]`. The mean adds up as `dense` does."""
+    """An expert's output where the model normalises it: z = scale * y, then z / sqrt(mean(z^2) +
+    1e-6) over the last axis. y float32 `[n, hidden]`, scale float32 `[hidden]`. The mean adds up as
+    `dense` does."""
     z = y * scale
     hidden = z.shape[1]
     squares = np.pad(z * z, ((0, 0), (0, -hidden % LANES)))

@@ -145,8 +145,8 @@ def test_codes_and_scales_come_back_from_their_slices(name):
 
 
 def test_a_slice_by_eye():
-    # Row 2, column 5: byte 4*2 + 1; 5 div 4 = 1 = 2*0 + 1, so m = 0, h = 1. Code 8 of 4 bits has bit 0 (of slice 0) only,
-    # at 0 + 4*1; code 1 has bit 3 only, in slice 3 at 3 + 4.
+    # Row 2, column 5: byte 4*2 + 1; 5 div 4 = 1 = 2*0 + 1, so m = 0, h = 1. Code 8 of 4 bits has
+    # bit 0 (of slice 0) only, at 0 + 4*1; code 1 has bit 3 only, in slice 3 at 3 + 4.
     encoding = nested.parse("nested:4:32")
     for code, t, bit in ((8, 0, 4), (1, 3, 7)):
         codes = np.zeros((16, 32), np.uint8)
@@ -184,9 +184,12 @@ def test_groups_of_zeros_stay_zeros():
 
 
 @pytest.mark.parametrize("name, said", [
-    ("nested", "is no nested encoding"), ("nested:", "is no nested encoding"), ("nested:1+1", "base of 2 to 5 bits"),
-    ("nested:6+1", "base of 2 to 5 bits"), ("nested:2+2", "planes of 1 bit"), ("nested:5+1+1+1+1", "8 in all"),
-    ("nested:2+1:100", "groups of 100 columns"), ("nested:2+1/4:32", "same number of planes"), ("nested:2++1", "planes of 1"),
+    ("nested", "is no nested encoding"), ("nested:", "is no nested encoding"),
+    ("nested:1+1", "base of 2 to 5 bits"),
+    ("nested:6+1", "base of 2 to 5 bits"), ("nested:2+2", "planes of 1 bit"),
+    ("nested:5+1+1+1+1", "8 in all"),
+    ("nested:2+1:100", "groups of 100 columns"), ("nested:2+1/4:32", "same number of planes"),
+    ("nested:2++1", "planes of 1"),
 ])  # fmt: skip
 def test_a_split_that_cannot_be_is_refused_with_the_reason(name, said):
     with pytest.raises(BundleError, match=re.escape(said)):

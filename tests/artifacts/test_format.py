@@ -23,6 +23,8 @@ def test_the_tables_are_those_of_the_code(root):
     for name, table in (tables.TABLES | tables.TRACE).items():
         assert written.pop(name) == [table.shape, table.dtype, table.unit, table.formula]
     assert set(written) == {"table"}
+    study = _rows(text[text.index("## study/tables") : text.index("## study/trace")])
+    assert set(study) - {"table"} == set(tables.names_in(study=True))
 
 
 def test_the_encodings_are_those_of_the_code(root):

@@ -1,4 +1,5 @@
-"""The door: the golden bundle passes, and every broken one is refused with a sentence that names what is wrong."""
+"""The door: the golden bundle passes, and every broken one is refused with a sentence that names
+what is wrong."""
 
 import json
 import os
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from smoe.artifacts import BundleError, Manifest, open_bundle
-from smoe.artifacts.manifest import VERSION
-from smoe.artifacts.validate import ACTIVATIONS, sha256
+from smoe.artifacts.manifest import ACTIVATIONS, VERSION
+from smoe.artifacts.validate import sha256
 
 
 def test_the_golden_bundle_of_every_version_opens(goldens):
@@ -50,7 +51,8 @@ def _rename_file(new: str) -> Callable[[Path], None]:
 
 
 def _truncate(name: str, by: int, tell: bool = False) -> Callable[[Path], None]:
-    """Cut a file; with `tell`, the manifest agrees with the new size, as an attacker would have it."""
+    """Cut a file; with `tell`, the manifest agrees with the new size, as an attacker would have
+    it."""
 
     def damage(bundle: Path) -> None:
         size = (bundle / name).stat().st_size - by
@@ -277,3 +279,43 @@ def test_planes_that_are_not_there_are_refused(planes, encoding, said):
     _set("experts", "encoding", encoding)(planes)
     with pytest.raises(BundleError, match=re.escape(said)):
         open_bundle(planes)
+
+
+@pytest.fixture
+def newest(goldens, tmp_path) -> Path:
+    """The golden bundle of the current version, to be damaged."""
+    return Path(shutil.copytree(goldens[-1], tmp_path / "newest.smoe"))
+
+
+def test_a_study_need_not_travel_and_is_checked_where_it_does(newest):
+    full = open_bundle(newest)
+    assert full.study("trace.safetensors") == newest / "study" / "trace.safetensors"
+    assert {"saliency", "counts"} <= set(full.tables.layers()[0])
+    (newest / "study" / "profile.json").unlink()  # some of it is as good as none
+    assert open_bundle(newest, hashes=True).study("profile.json") is None
+    for name in ("tables.safetensors", "trace.safetensors"):
+        file = newest / "study" / name
+        data = file.read_bytes()
+        file.write_bytes(data[:-1])
+        with pytest.raises(BundleError, match=f"study/{name} has"):
+            open_bundle(newest)
+        file.write_bytes(b"x" * len(data))
+        with pytest.raises(BundleError, match=f"study/{name}"):
+            open_bundle(newest)
+        file.write_bytes(data)
+    shutil.rmtree(newest / "study")
+    alone = open_bundle(newest, hashes=True)
+    assert alone.study("trace.safetensors") is None
+    assert "counts" in alone.tables.layers()[0] and "saliency" not in alone.tables.layers()[0]
+    (newest / "study").symlink_to("/nowhere")
+    open_bundle(newest)
+
+
+def test_files_of_a_study_have_one_place_in_each_version(newest, copied):
+    for bundle, found, other in (
+        (newest, "study/trace.safetensors", "trace.safetensors"),
+        (copied, "trace.safetensors", "study/trace.safetensors"),
+    ):
+        _edit(lambda m, a=found, b=other: m["files"].update({b: m["files"].pop(a)}))(bundle)
+        with pytest.raises(BundleError, match="no part of a bundle"):
+            open_bundle(bundle)

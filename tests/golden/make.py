@@ -1,10 +1,12 @@
 """Makes the golden bundle of the current format version:  python tests/golden/make.py DIRECTORY
 
-A pico model (every dimension different), a tokenizer trained on a few lines, and what `transformers` answers, so that
-the runtime can be tested where torch is not installed. Run once per format version; the result is checked in and must
-open for ever. v1 is a qwen3_moe in f32; v2 a jamba in int8, whose state is a mixture of what is appended to and what
-keeps its shape, and which takes one token at a time; v3 a gpt_oss, whose experts have biases and a clamped gate, in
-nested planes.
+A pico model (every dimension different), a tokenizer trained on a few lines, and what
+`transformers` answers, so that the runtime can be tested where torch is not installed. Run once per
+format version; the result is checked in and must open for ever. v1 is a qwen3_moe in f32; v2 a
+jamba in int8, whose state is a mixture of what is appended to and what keeps its shape, and which
+takes one token at a time; v3 a gpt_oss, whose experts have biases and a clamped gate, in nested
+planes; v4 a qwen3_moe of three layers in nested planes, with prices and linear predictors, so that
+every policy runs on it, and with what only people read in study/.
 """
 
 import json
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from smoe.artifacts import safetensors_file
 from smoe.prep.build import build
@@ -33,7 +35,7 @@ CHAT = (
 )
 
 
-def checkpoint(path: Path) -> GptOssForCausalLM:
+def checkpoint(path: Path) -> Qwen3MoeForCausalLM:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -44,13 +46,16 @@ def checkpoint(path: Path) -> GptOssForCausalLM:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(LINES, trainer)
-    torch.manual_seed(11)
-    config = GptOssConfig(
-        vocab_size=307, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
-        intermediate_size=36, num_local_experts=7, num_experts_per_tok=3, sliding_window=40,
-        max_position_embeddings=300, eos_token_id=0, bos_token_id=0, pad_token_id=0, initializer_range=0.15,
+    torch.manual_seed(12)
+    config = Qwen3MoeConfig(
+        vocab_size=307, hidden_size=48, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=8,
+        intermediate_size=56, moe_intermediate_size=36, num_experts=7, num_experts_per_tok=3,
+        norm_topk_prob=True,
+        max_position_embeddings=300, eos_token_id=0, bos_token_id=0, pad_token_id=0,
+        initializer_range=0.15,
     )  # fmt: skip
-    model = GptOssForCausalLM(config).eval()
+    model = Qwen3MoeForCausalLM(config).eval()
     model.save_pretrained(path)
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(
@@ -70,7 +75,7 @@ def main(output: Path) -> None:
             source,
             output,
             Calibration(str(text), tokens=2048, length=100),
-            Recipe(encoding="nested:5+1+1+1:32"),
+            Recipe(encoding="nested:5+1+1+1:64", prices=1024),
         )
         prompt = torch.tensor([ids[0][:150]])  # longer than a chunk
         with torch.no_grad():

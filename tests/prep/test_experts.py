@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from smoe.artifacts.manifest import Gate
+from smoe.artifacts.manifest import ExpertActivation
 from smoe.prep.checkpoint.seam import (
     expert_geometry,
     expert_outputs,
@@ -39,8 +39,10 @@ class _Experts(nn.Module):
 @pytest.mark.parametrize("concatenated", [True, False])
 def test_activations_are_recognised(hf, name, concatenated):
     act = ACT2FN[hf]
-    assert probe_gate(_Experts(act, is_concatenated=concatenated)) == Gate("gated", name)
-    assert probe_gate(_Experts(act, has_gate=False)) == Gate("plain", name)
+    assert probe_gate(_Experts(act, is_concatenated=concatenated)) == ExpertActivation(
+        "gated", name
+    )
+    assert probe_gate(_Experts(act, has_gate=False)) == ExpertActivation("plain", name)
 
 
 @pytest.mark.parametrize("alpha, limit", [(1.702, 7.0), (1.0, 3.0)])
@@ -49,9 +51,9 @@ def test_a_clamped_gate_is_recognised_with_its_numbers(alpha, limit):
         gate, up = pair[..., 0::2].clamp(max=limit), pair[..., 1::2].clamp(-limit, limit)
         return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
-    assert probe_gate(_Experts(None, is_concatenated=False, apply_gate=clamped)) == Gate(
-        "clamped", "", alpha, limit
-    )
+    assert probe_gate(
+        _Experts(None, is_concatenated=False, apply_gate=clamped)
+    ) == ExpertActivation("clamped", "", alpha, limit)
 
 
 @pytest.mark.parametrize("act, name", [(torch.nn.functional.silu, "silu"), (torch.relu, "relu")])
@@ -63,7 +65,9 @@ def test_a_bounded_gate_is_recognised_with_its_limit(act, name, limit):
         gate, up = pair.chunk(2, -1)
         return act(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
-    assert probe_gate(_Experts(None, apply_gate=bounded)) == Gate("bounded", name, 0.0, limit)
+    assert probe_gate(_Experts(None, apply_gate=bounded)) == ExpertActivation(
+        "bounded", name, 0.0, limit
+    )
 
 
 def test_a_softcapped_gate_is_recognised_with_its_caps():
@@ -71,7 +75,9 @@ def test_a_softcapped_gate_is_recognised_with_its_caps():
         gate, up = pair.chunk(2, -1)
         return 9 * torch.tanh(gate / 9) * torch.sigmoid(gate) * 5 * torch.tanh(up / 5)
 
-    assert probe_gate(_Experts(None, apply_gate=softcapped)) == Gate("softcapped", "", 5.0, 9.0)
+    assert probe_gate(_Experts(None, apply_gate=softcapped)) == ExpertActivation(
+        "softcapped", "", 5.0, 9.0
+    )
 
 
 def test_two_limits_that_differ_are_no_bounded_gate():

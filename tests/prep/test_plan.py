@@ -46,7 +46,7 @@ def short(reference_bundle):
 
 
 def _engine(bundle, budget, policies) -> dict:
-    tokens = safetensors_file.load(bundle / "trace.safetensors")["tokens"][:TOKENS]
+    tokens = safetensors_file.load(bundle / "study" / "trace.safetensors")["tokens"][:TOKENS]
     with Engine.open(bundle, budget, 256, policies=policies) as engine:
         list(engine.score(tokens))
         return engine.stats.as_dict()
@@ -137,7 +137,7 @@ def test_wishes():
 
 def test_the_command(reference_bundle, smoe_prep, tmp_path, budget):
     (tmp_path / "d.json").write_text(DEVICE.to_json())
-    common = ("plan", reference_bundle, "--device", tmp_path / "d.json", "--context", "256")
+    common = ("plan", reference_bundle, "--machine", tmp_path / "d.json", "--context", "256")
     done = smoe_prep(*common, "--memory", str(budget), "--loss", "0.01")
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]

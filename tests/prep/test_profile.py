@@ -34,8 +34,8 @@ def profiled(request, checkpoints, ids_file, tmp_path_factory):
         for c in calls
     ]
     return (
-        load_file(out / "tables.safetensors"),
-        load_file(out / "trace.safetensors"),
+        load_file(out / "tables.safetensors") | load_file(out / "study" / "tables.safetensors"),
+        load_file(out / "study" / "trace.safetensors"),
         about,
         joined,
         modules,
@@ -146,7 +146,9 @@ def test_unreached_experts_are_listed_and_get_usable_statistics(make, tmp_path):
         json.dumps({"input_ids": list(range(1, 201))}) + "\n"
     )  # id 0 pads: its state is zero
     about = profile(checkpoint, tmp_path, Calibration(str(text)), Progress(True))
-    tables = load_file(tmp_path / "tables.safetensors")
+    tables = load_file(tmp_path / "tables.safetensors") | load_file(
+        tmp_path / "study" / "tables.safetensors"
+    )
     unreached = about["layers"][0]["unreached"]
     assert len(unreached) == 3 and unreached == np.flatnonzero(tables["00.counts"] == 0).tolist()
     for e in unreached:

@@ -193,7 +193,7 @@ def test_what_was_finished_is_not_done_again(checkpoints, bundles, ids_file, tmp
 
     monkeypatch.setattr(Checkpoint, "experts", counted)
     there = build_until((module, "pack"))
-    assert read == [1] and "profile.json" in there
+    assert read == [1] and "study/profile.json" in there
     read.clear()
     there = build_until((module, "export_checked"))
     assert read == [0, 1, 0, 1, 1, 0, 0, 1], (

@@ -7,6 +7,10 @@ import sys
 
 import pytest
 
+from smoe.artifacts import open_bundle
+from smoe.artifacts.errors import first_line, printable
+from smoe.runtime.budget import plan_memory
+
 
 def smoe(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -65,7 +69,8 @@ def test_chat_answers_every_line_and_reuses_its_state(golden):
     )
     turns = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(turns) == 2 and done.returncode == 0
-    # The second turn runs its own words only, not the first again: fewer tokens than the whole conversation has.
+    # The second turn runs its own words only, not the first again: fewer tokens than the whole
+    # conversation has.
     first, both = (turn["stats"]["prompt_tokens"] for turn in turns)
     assert 0 < both - first < first + 30
 
@@ -84,6 +89,60 @@ def test_chat_goes_on_when_the_context_is_full(golden):
     )
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
     assert "more than the context of 120" in done.stderr and "Traceback" not in done.stderr
+
+
+LONG = "\n".join(f"turn number {number}" for number in range(12)) + "\n\n"
+SHORT_CONTEXT = ("--json", "--max-new-tokens", 4, "--context", 150, "--system", "be brief")
+
+
+def test_a_conversation_longer_than_the_context_goes_on_without_its_oldest_turns(golden):
+    done = smoe("chat", golden, *SHORT_CONTEXT, stdin=LONG)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 12
+    assert "longer than the context of 150 tokens: its oldest turn is dropped" in done.stderr
+    assert "--context TOKENS has room for more" in done.stderr
+
+
+def test_a_conversation_longer_than_the_context_ends_where_that_was_asked_for(golden):
+    done = smoe("chat", golden, *SHORT_CONTEXT, "--overflow", "end", stdin=LONG)
+    assert done.returncode == 0 and 0 < len(done.stdout.splitlines()) < 12
+    assert "ends here; --overflow drop goes on" in done.stderr
+
+
+CONTROL = "\x1b]0;owned\x07"
+
+
+def _with_model_type(bundle, name):
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["model"]["model_type"] = name
+    for layer in manifest["layers"]:
+        layer["routing"], layer["routing_refusal"] = None, f"refused {name}"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    return bundle
+
+
+@pytest.mark.parametrize("arguments", [
+    ("run", "{0}", "x", "--max-new-tokens", "1"),
+    ("run", "{0}", "x", "--substitution", "zero", "--memory", "{1}"),
+    ("chat", "{0}", "--max-new-tokens", "1"),
+    ("bench", "{0}", "--text", "{0}/tokenizer_config.json", "--tokens", "8"),
+    ("info", "{0}"),
+])  # fmt: skip
+def test_no_command_lets_a_bundle_speak_to_the_terminal(copied, arguments):
+    plan = plan_memory(open_bundle(copied), None, None)
+    bundle = _with_model_type(copied, CONTROL)
+    done = smoe(*(a.format(bundle, plan.total - plan.record) for a in arguments), stdin="hi\n\n")
+    assert "owned" in done.stdout + done.stderr
+    assert not {"\x1b", "\x07"} & set(done.stdout + done.stderr)
+
+
+def test_what_is_printed_keeps_lines_and_joined_emoji():
+    assert printable("a\tb\n👩‍👩‍👧 ü") == "a\tb\n👩‍👩‍👧 ü"
+    assert printable("\r\x1b[2J\x9b\x00\ud800") == "\ufffd\ufffd[2J\ufffd\ufffd\ufffd"
+
+
+def test_an_exception_without_text_is_called_by_its_name():
+    assert first_line(ValueError()) == "ValueError"
+    assert first_line(ValueError("\n first \n second")) == "first"
 
 
 def test_info_and_verify(golden, copied):

@@ -55,8 +55,14 @@ def test_every_golden_bundle_says_what_it_said(goldens):
             "f32": 1e-4,
             "int8": 0.02,
             "nested:5+1+1+1:32": 0.2,
+            "nested:5+1+1+1:64": 0.2,
         }  # a router of random weights flips now and then
-        same = {"f32": 24, "int8": 24, "nested:5+1+1+1:32": 8}  # greedy tokens
+        same = {
+            "f32": 24,
+            "int8": 24,
+            "nested:5+1+1+1:32": 8,
+            "nested:5+1+1+1:64": 8,
+        }  # greedy tokens
         with Engine.open(path) as engine:
             encoding = engine.manifest.experts.encoding
             assert _relative(engine.logits(answer["prompt"]), answer["logits"]) < close[encoding]

@@ -1,8 +1,11 @@
 """The lean install: importing and running the device side loads none of the extras."""
 
 import json
+import re
 import subprocess
 import sys
+
+import pytest
 
 EXTRAS = {
     "torch",
@@ -44,6 +47,26 @@ with Engine.open(sys.argv[1], context=32) as engine:
 def test_the_device_commands_load_none_of_the_extras():
     loaded = _loaded("import smoe.runtime.cli")
     assert "click" in loaded and not _extras(loaded)
+
+
+PURE = ("cache.residency", "cache.eviction", "cache.predict", "choose.substitution", "errors")
+
+
+def test_the_rooms_without_io_load_no_onnxruntime():
+    code = "import smoe.runtime\n" + "\n".join(f"import smoe.runtime.{name}" for name in PURE)
+    loaded = _loaded(code)
+    assert "smoe.runtime.cache.eviction" in loaded
+    assert not [name for name in loaded if name.split(".")[0] in ("onnxruntime", "click")]
+
+
+def test_the_package_offers_its_names_and_its_version():
+    import smoe.runtime
+
+    assert all(getattr(smoe.runtime, name).__name__ == name for name in smoe.runtime.__all__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", smoe.runtime.__version__)
+    assert set(smoe.runtime.__all__) <= set(dir(smoe.runtime))
+    with pytest.raises(AttributeError, match="no attribute 'Motor'"):
+        smoe.runtime.Motor  # noqa: B018
 
 
 def test_artifacts_need_numpy_and_the_standard_library():
@@ -99,7 +122,7 @@ print(kernels.available(), kernels.choose().reason)
 """
 
 
-def test_missing_native_kernels_are_an_error_unless_they_were_left_out_on_purpose():
+def test_missing_native_kernels_are_an_error_unless_they_were_left_out_on_purpose(root):
     def run(chosen):
         return subprocess.run(
             [sys.executable, "-c", WITHOUT, chosen], capture_output=True, text=True
@@ -108,3 +131,4 @@ def test_missing_native_kernels_are_an_error_unless_they_were_left_out_on_purpos
     assert run("chosen").stdout == "['reference'] built with SMOE_NO_NATIVE=1\n"
     broken = run("broken")
     assert broken.returncode != 0 and "smoe lacks its native kernels" in broken.stderr
+    assert not list(root.glob("runtime/kernels/_without*")), "a work tree would be slow in silence"

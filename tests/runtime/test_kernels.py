@@ -1,4 +1,8 @@
-"""Native kernels against their NumPy twin, bit for bit, on every instruction set there is; and the twin against float64."""
+"""Native kernels against their NumPy twin, bit for bit, on every instruction set there is; and the
+twin against float64."""
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,7 +11,7 @@ from smoe.artifacts import record_layout
 from smoe.artifacts.bfloat16 import to_bf16
 from smoe.artifacts.encodings import ENCODINGS, decode_expert, encode_expert, encoding_named
 from smoe.artifacts.layout import ExpertShape
-from smoe.artifacts.manifest import Gate
+from smoe.artifacts.manifest import ExpertActivation
 from smoe.runtime import EngineError, kernels
 from smoe.runtime.kernels import activations, reference
 
@@ -21,10 +25,12 @@ NESTED = (
     "nested:2:128",
 )
 SPECS = [
-    Gate("gated", "silu"), Gate("plain", "relu2"), Gate("clamped", "", 1.702, 0.5), Gate("bounded", "gelu", 0, 0.5),
-    Gate("softcapped", "", 3, 2),
+    ExpertActivation("gated", "silu"), ExpertActivation("plain", "relu2"),
+    ExpertActivation("clamped", "", 1.702, 0.5), ExpertActivation("bounded", "gelu", 0, 0.5),
+    ExpertActivation("softcapped", "", 3, 2),
 ]  # fmt: skip
-# tokens, n_in, n_out: one and many, whole blocks and odd ends, fewer than a tile and more, nothing at all
+# tokens, n_in, n_out: one and many, whole blocks and odd ends, fewer than a tile and more, nothing
+# at all
 SIZES = [
     (1, 1, 1),
     (1, 32, 16),
@@ -53,7 +59,7 @@ def _weights(shape: ExpertShape, seed: int = 0) -> dict[str, np.ndarray]:
 
 def _product(variant, encoding, layout, shape, record, level, x):
     """Matrix `up` times x, by a native variant."""
-    layer = kernels.native_layer(Gate("plain", "identity"), shape, encoding, layout)
+    layer = kernels.native_layer(ExpertActivation("plain", "identity"), shape, encoding, layout)
     y = np.empty((len(x), -(-shape.width // 16) * 16), np.float32)
     layer.product(variant, "up", record[None, : layout.levels[level - 1]].copy(), level, x, y)
     assert not np.nan_to_num(y[:, shape.width :]).any()  # NaN where the activations are
@@ -91,8 +97,10 @@ def test_every_variant_gives_the_bits_of_the_twin(variant, encoding, level, size
 
 
 EXTREMES = np.array([
-    [1e-42, 3e38, 0, -3e38, 1], [1, 1e-42, 3e38, 3e38, 0], [np.inf, 1, 2, 3, 4], [np.nan, 1, 2, 3, 4],
-    [1e-42, -1e-42, 1e-42, 0, 0], [1e-31, 1e-31, 0, 0, 0], [1e-29, 5e-30, -1e-29, 0, 0], [-127, 127, 63.5, 0.5, -0.5],
+    [1e-42, 3e38, 0, -3e38, 1], [1, 1e-42, 3e38, 3e38, 0], [np.inf, 1, 2, 3, 4],
+    [np.nan, 1, 2, 3, 4],
+    [1e-42, -1e-42, 1e-42, 0, 0], [1e-31, 1e-31, 0, 0, 0], [1e-29, 5e-30, -1e-29, 0, 0],
+    [-127, 127, 63.5, 0.5, -0.5],
 ], np.float32)  # fmt: skip
 
 
@@ -116,7 +124,12 @@ def test_extremes_keep_their_bits(variant, encoding, magnitude):
 
 @pytest.mark.parametrize("variant", NATIVE)
 @pytest.mark.parametrize("spec", [
-    *SPECS, *(Gate(kind, name, 0, 1) for name in activations.ACTIVATIONS for kind in ("gated", "plain", "bounded"))
+    *SPECS,
+    *(
+        ExpertActivation(kind, name, 0, 1)
+        for name in activations.ACTIVATIONS
+        for kind in ("gated", "plain", "bounded")
+    ),
 ], ids=str)  # fmt: skip
 def test_what_lies_between_the_matrices_has_the_twins_bits(variant, spec):
     far = np.float32(
@@ -176,7 +189,8 @@ def test_experts_in_one_call_are_the_formula_on_every_variant(encoding, biased, 
         wanted = _formula(
             spec, {n: v.astype(np.float64) for n, v in decoded.items()}, x[work.tokens[slots]]
         )
-        # float32 keeps 1e-4; activations in int8 steps of 1/127 of the largest, twice, and gates that are steep
+        # float32 keeps 1e-4; activations in int8 steps of 1/127 of the largest, twice, and gates
+        # that are steep
         bound = 0.08 if encoding.startswith("nested") else 1e-4
         assert np.linalg.norm(found[slots] - wanted) <= bound * (np.linalg.norm(wanted) + 1e-9)
     for variant in NATIVE:
@@ -185,7 +199,7 @@ def test_experts_in_one_call_are_the_formula_on_every_variant(encoding, biased, 
         )
 
 
-def _formula(spec: Gate, d: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+def _formula(spec: ExpertActivation, d: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     def matrix(name, x):
         return x @ d[name].T + d.get(f"{name}_bias", 0)
 
@@ -223,13 +237,22 @@ def test_neither_company_nor_threads_change_a_bit(variant, encoding):
     records = np.stack([encode_expert(layout, encoding, _weights(shape, e)) for e in range(3)])
     x = np.random.default_rng(1).standard_normal((40, 320)).astype(np.float32)
     work = _work([encoding_named(encoding).levels] * 3, [40, 1, 23], 40)
-    together = _call(variant, Gate("gated", "silu"), encoding, shape, records, x, work, threads=5)
+    together = _call(
+        variant, ExpertActivation("gated", "silu"), encoding, shape, records, x, work, threads=5
+    )
     for e in range(3):
         for slot in range(work.starts[e], work.starts[e + 1]):
             alone = kernels.Work(np.array([e]), work.levels[:1], np.array([0, 1]), np.array([0]))
             token = np.ascontiguousarray(x[work.tokens[slot]][None])
             found = _call(
-                variant, Gate("gated", "silu"), encoding, shape, records, token, alone, threads=1
+                variant,
+                ExpertActivation("gated", "silu"),
+                encoding,
+                shape,
+                records,
+                token,
+                alone,
+                threads=1,
             )
             assert np.array_equal(found[0], together[slot])
 
@@ -240,7 +263,9 @@ def test_calls_from_several_threads_do_not_meet():
     shape, encoding = ExpertShape(256, 192), "nested:2+1+1:64"
     layout = record_layout(shape, encoding, 512)
     records = np.stack([encode_expert(layout, encoding, _weights(shape, e)) for e in range(3)])
-    kernel = kernels.choose(VARIANTS[0], 3).layer(Gate("gated", "silu"), shape, encoding, layout)
+    kernel = kernels.choose(VARIANTS[0], 3).layer(
+        ExpertActivation("gated", "silu"), shape, encoding, layout
+    )
     work = _work([3, 2, 1], [5, 9, 2], 8)
     inputs = [
         np.random.default_rng(i).standard_normal((8, 256)).astype(np.float32) for i in range(24)
@@ -277,15 +302,17 @@ def test_quantised_activations_by_eye():
 def test_the_binding_refuses_what_does_not_fit():
     shape, encoding = ExpertShape(40, 24), "nested:2+1+1:32"
     layout = record_layout(shape, encoding, 512)
-    layer = kernels.native_layer(Gate("gated", "silu"), shape, encoding, layout)
+    layer = kernels.native_layer(ExpertActivation("gated", "silu"), shape, encoding, layout)
     good = {
-        "variant": NATIVE[0], "records": np.zeros((2, layout.nbytes), np.uint8), "frames": np.array([0, 1]),
+        "variant": NATIVE[0], "records": np.zeros((2, layout.nbytes), np.uint8),
+        "frames": np.array([0, 1]),
         "levels": np.array([1, 3]), "starts": np.array([0, 1, 3]), "tokens": np.array([0, 1, 0]),
         "x": np.zeros((2, 40), np.float32), "y": np.zeros((3, 40), np.float32), "threads": 1,
     }  # fmt: skip
     layer.ffn(**good)
     for name, bad in {
-        "variant": "abacus", "records": good["records"][:, : layout.levels[1]].copy(), "frames": np.array([0, 2]),
+        "variant": "abacus", "records": good["records"][:, : layout.levels[1]].copy(),
+        "frames": np.array([0, 2]),
         "levels": np.array([1, 4]), "starts": np.array([0, 2, 1]), "tokens": np.array([0, 2, 0]),
         "x": np.zeros((2, 39), np.float32), "y": np.zeros((2, 40), np.float32),
     }.items():  # fmt: skip
@@ -298,6 +325,47 @@ def test_the_binding_refuses_what_does_not_fit():
     }.items():
         with pytest.raises((ValueError, TypeError)):
             layer.ffn(**good | {name: bad})
+
+
+@pytest.mark.skipif(not NATIVE, reason="built without native kernels")
+def test_the_binding_knows_activations_by_the_names_of_the_manifest():
+    shape = ExpertShape(40, 24)
+    layout = record_layout(shape, "f32", 512)
+    for spec in (ExpertActivation("gated", "abacus"), ExpertActivation("odd", "silu")):
+        with pytest.raises(ValueError, match="no activation of this name"):
+            kernels.native_layer(spec, shape, "f32", layout)
+
+
+WITHOUT_THREADS = """
+import resource, sys
+import numpy as np
+from smoe.artifacts import record_layout
+from smoe.artifacts.layout import ExpertShape
+from smoe.artifacts.manifest import ExpertActivation
+from smoe.runtime import EngineError, kernels
+shape = ExpertShape(512, 512)
+layout = record_layout(shape, "f32", 4096)
+layer = kernels.choose(threads=9).layer(ExpertActivation("gated", "silu"), shape, "f32", layout)
+records, x = np.zeros((1, layout.nbytes), np.uint8), np.ones((1, 512), np.float32)
+work = kernels.Work(np.array([0]), np.array([1]), np.array([0, 1]), np.array([0]))
+pages = int(open("/proc/self/statm").read().split()[0])
+unlimited = resource.getrlimit(resource.RLIMIT_AS)
+room = pages * resource.getpagesize() + (12 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (room, unlimited[1]))
+try:
+    layer(records, work, x)
+except EngineError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, unlimited)
+assert not layer(records, work, x).any()
+"""
+
+
+@pytest.mark.skipif(not NATIVE or sys.platform != "linux", reason="native kernels on Linux")
+def test_a_thread_that_the_system_does_not_give_is_a_sentence():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_THREADS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The system gives no thread more than")
 
 
 def test_a_variant_can_be_forced_and_an_unknown_one_is_refused(monkeypatch):

@@ -38,7 +38,8 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def small(golden):
-    """Opens the golden bundle with room for 5 of 14 experts; as `bench` wants it, so that policies can be taken out."""
+    """Opens the golden bundle with room for 5 of 14 experts; as `bench` wants it, so that policies
+    can be taken out."""
     plan = plan_memory(open_bundle(golden), None, 200)
     budget = plan.total - (plan.capacity - 5) * plan.record
     lossy = {"substitution": "zero:1"}
@@ -126,13 +127,22 @@ def test_answers_are_graded_alone_and_beside_the_exact_run():
 
 def test_a_lossy_run_is_compared_with_its_exact_twin(small, text):
     said = []
-    found = bench(small, text, 100, 50, 8, 8, lambda *lines: said.extend(lines))
+    found = bench(
+        small,
+        lambda: small(substitution=None),
+        text,
+        100,
+        50,
+        8,
+        8,
+        lambda *lines: said.extend(lines),
+    )
     assert found["kl"] > 0.001 and 0 < found["substituted_share"] < 1
     assert {"choice_accuracy", "choice_accuracy_exact", "choice_same", "peak_memory"} <= set(found)
     assert any("lossy" in line for line in said)
     with small(substitution=None) as engine:
         assert engine.lossless
-    lossless = bench(lambda **changed: small(substitution=None), text, 100, 50, 8, 8)
+    lossless = bench(lambda: small(substitution=None), small, text, 100, 50, 8, 8)
     assert "kl" not in lossless and "choice_same" not in lossless
     assert lossless["choice_accuracy"] == found["choice_accuracy_exact"]
 
@@ -162,3 +172,30 @@ def test_the_command_prints_it_for_people_and_as_json(golden, text, tmp_path):
         (tmp_path / "bad.jsonl").write_text(f'{{"text": "good"}}\n{text}\n')
         with pytest.raises(EngineError, match="bad.jsonl, line 2"):
             read_documents(tmp_path / "bad.jsonl")
+
+
+def _smoe_bench(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "smoe.runtime", "bench", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_fewer_planes_are_compared_with_all_of_them_where_only_the_fewer_fit(goldens, text):
+    plan = plan_memory(open_bundle(goldens[2]), None, 200, level=1)
+    least = plan.fixed + plan.smallest * plan.record
+    with pytest.raises(EngineError, match="too small"):
+        Engine.open(goldens[2], memory=least, context=200)
+    options = ("--memory", least, "--context", 200, "--level", 1, "--tokens", 40, "--json")
+    done = _smoe_bench(goldens[2], "--text", text, *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kl"] > 0 and "exact run for comparison: needs" in done.stderr
+
+
+@pytest.mark.parametrize("option", [
+    ("--memory", "1KiB"), ("--eviction", "nonsense"), ("--level", "77"), ("--loss", "5"),
+    ("--shares",),
+    ("--choices", "9"), ("--length", "256"), ("--context", "64"),
+])  # fmt: skip
+def test_options_without_effect_on_the_measuring_of_a_machine_are_named(golden, tmp_path, option):
+    done = _smoe_bench(golden, "--machine", tmp_path / "m.json", *option)
+    assert done.returncode == 2 and f"{option[0]} has no effect with --machine" in done.stderr
+    assert not (tmp_path / "m.json").exists()

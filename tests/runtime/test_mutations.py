@@ -1,5 +1,6 @@
-"""A damaged bundle behaves or is refused with a sentence: a few hundred of bench/mutate.py's mutations (10,000 are run by
-hand, in processes of their own)."""
+"""A damaged bundle behaves or is refused with a sentence: a few hundred of support/mutate.py's
+mutations (10,000 are run by hand, in processes of their own), with all experts resident and under
+every kind of policy."""
 
 import os
 import shutil
@@ -8,6 +9,7 @@ import tempfile
 from pathlib import Path
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import mutate
@@ -15,6 +17,11 @@ from support import mutate
 
 def _too_long(*_):
     raise TimeoutError("20 seconds")
+
+
+@pytest.mark.parametrize("policies", mutate.POLICIES, ids=str)
+def test_the_bundle_of_this_version_behaves_under_every_policy(goldens, policies):
+    assert mutate.outcome(goldens[-1], policies) == mutate.BEHAVED
 
 
 @settings(max_examples=200, deadline=None)
@@ -28,7 +35,8 @@ def test_a_mutated_bundle_behaves_or_is_refused(goldens, seed):
         previous = signal.signal(signal.SIGALRM, _too_long)
         signal.alarm(20)
         try:
-            assert mutate.outcome(bundle) in (mutate.BEHAVED, mutate.REFUSED)
+            policies = random.choice(mutate.POLICIES)
+            assert mutate.outcome(bundle, policies) in (mutate.BEHAVED, mutate.REFUSED)
         finally:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, previous)

@@ -1,8 +1,12 @@
+import time
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from smoe.runtime import EngineError
-from smoe.runtime.sampling import Sampler, Sampling
+from smoe.runtime.sampling import Sampler, Sampling, ranked
 
 LOGITS = np.log(np.array([0.1, 0.5, 0.15, 0.25], np.float32))
 
@@ -56,3 +60,56 @@ def test_the_same_seed_draws_the_same():
 def test_options_that_make_no_sense_are_refused(options, said):
     with pytest.raises(EngineError, match=said):
         Sampling(**options)
+
+
+def _sorted_draw(logits: np.ndarray, how: Sampling, random: np.random.Generator) -> int:
+    """The definition: the whole vocabulary sorted, filtered, and NumPy's own choice."""
+    order = np.argsort(-logits, kind="stable")[: how.top_k or None]
+    scaled = logits[order].astype(np.float64) / how.temperature
+    probabilities = np.exp(scaled - scaled[0]) / np.exp(scaled - scaled[0]).sum()
+    if how.top_p < 1:
+        enough = int(np.searchsorted(np.cumsum(probabilities), how.top_p)) + 1
+        probabilities = probabilities[:enough] / probabilities[:enough].sum()
+    return int(order[random.choice(len(probabilities), p=probabilities)])
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 4.0])
+@pytest.mark.parametrize("filters", [
+    {}, {"top_k": 1}, {"top_k": 40}, {"top_k": 9000}, {"top_p": 0.3}, {"top_p": 0.999},
+    {"top_k": 40, "top_p": 0.9}, {"top_k": 9000, "top_p": 0.9},
+])  # fmt: skip
+def test_draws_are_those_of_a_sorted_vocabulary(spread, filters):
+    random = np.random.default_rng(5)
+    how = Sampling(0.8, **filters, seed=3)
+    sampler, reference = Sampler(how), np.random.default_rng(3)
+    for _ in range(12):
+        logits = (random.standard_normal(9000) * spread).astype(np.float32)
+        logits = np.round(logits, 2)  # many ties
+        assert sampler.draw(logits) == _sorted_draw(logits, how, reference)
+
+
+@given(
+    values=st.lists(st.integers(-3, 3), min_size=1, max_size=40).map(
+        lambda some: np.array(some, np.float32)
+    ),
+    count=st.integers(1, 45),
+)
+def test_the_best_are_ranked_with_ties_in_order(values, count):
+    assert ranked(values, count).tolist() == np.argsort(-values, kind="stable")[:count].tolist()
+
+
+def _fastest(call) -> float:
+    def seconds() -> float:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    return min(seconds() for _ in range(7))
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 50}, {"top_p": 0.95}])
+def test_a_draw_takes_less_than_sorting_the_vocabulary(filters):
+    logits = np.random.default_rng(0).standard_normal(151_936).astype(np.float32) * 6
+    sampler = Sampler(Sampling(1.0, **filters, seed=1))
+    sort = _fastest(lambda: np.argsort(-logits, kind="stable"))
+    assert _fastest(lambda: sampler.draw(logits)) < sort / 2

@@ -1,8 +1,10 @@
 import json
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 
 from smoe.artifacts import open_bundle
 from smoe.artifacts.manifest import File
@@ -31,6 +33,68 @@ def test_a_stream_never_splits_a_character(text, sample):
     assert not any("\ufffd" in piece for piece in pieces)
     if sample == HARD:
         assert sum(map(bool, pieces)) > 5, "it should not all come at the end"
+
+
+WORDS = ["▁the", "é", "▁", "日", "x"]
+
+
+@pytest.fixture(scope="module")
+def bytewise(tmp_path_factory):
+    """A tokenizer as Llama and Mixtral have it: what is not in the vocabulary is spelled in byte
+    tokens 0 to 255."""
+    path = tmp_path_factory.mktemp("bytewise")
+    vocabulary = [*(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
+    ids = {word: number for number, word in enumerate(vocabulary)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=[], byte_fallback=True))
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    return Text(path, _files(path))
+
+
+def _streamed(text, ids):
+    stream = Stream(text, ())
+    return "".join(stream.push(i) for i in ids) + stream.finish()
+
+
+@settings(deadline=None, max_examples=300)
+@given(ids=st.lists(st.integers(0, 261), max_size=60))
+def test_streaming_never_fails_with_byte_fallback(bytewise, ids):
+    shown, whole = _streamed(bytewise, ids), bytewise.tokenizer.decode(ids)
+    if "\ufffd" not in whole:
+        assert shown == whole
+    for word in WORDS[1::2]:  # what is no byte is always there, in whatever company
+        assert shown.count(word) >= ids.count(256 + WORDS.index(word))
+
+
+@given(sample=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30))
+def test_characters_spelled_in_bytes_are_shown_as_soon_as_they_are_whole(bytewise, sample):
+    stream = Stream(bytewise, ())
+    ids = [261, *sample.encode(), 261]  # a special token has no text, and takes none away
+    pieces = [stream.push(i) for i in ids]
+    leading = sample.startswith(
+        " "
+    )  # stripped by the decoder, as it is when all is decoded at once
+    if "\ufffd" not in sample:
+        assert "".join(pieces) == bytewise.tokenizer.decode(ids) == sample[leading:]
+        assert max(map(len, pieces)) <= 1
+
+
+@pytest.mark.parametrize("ids, shown", [
+    ([0xE2, 0x82, 0xAC, 0xE2, 260], "€\ufffdx"),  # broken bytes do not take back what was shown
+    ([0x80] * 40 + [260], "\ufffd" * 40 + "x"),
+    ([260, *[261] * 50, 256], "x the"),
+    ([258, 258, 260], " x"),
+    ([260, 0xE2, 0x82], "x"),
+])  # fmt: skip
+def test_broken_bytes_and_spaces_in_a_stream(bytewise, ids, shown):
+    assert _streamed(bytewise, ids) == shown
 
 
 @settings(deadline=None)

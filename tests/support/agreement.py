@@ -1,4 +1,5 @@
-"""Whether a bundle generates what transformers generates: token for token, up to where rounding may decide."""
+"""Whether a bundle generates what transformers generates: token for token, up to where rounding may
+decide."""
 
 from __future__ import annotations
 
@@ -25,9 +26,10 @@ LENGTHS = (
 class Agreement:
     """Greedy continuations of random prompts.
 
-    `error` is the largest difference between two logits of the same place; `scale` the largest logit. A continuation
-    is compared up to the first place where transformers' two best logits are closer than 10 x `error`: `tokens` is
-    how far that is on average, of `NEW`. `same` says that no token before differs.
+    `error` is the largest difference between two logits of the same place; `scale` the largest
+    logit. A continuation is compared up to the first place where transformers' two best logits are
+    closer than 10 x `error`: `tokens` is how far that is on average, of `NEW`. `same` says that no
+    token before differs.
     """
 
     same: bool

@@ -1,10 +1,12 @@
-"""Does a damaged bundle ever do more than say so?  python bench/mutate.py COUNT [SEED]
+"""Does a damaged bundle ever do more than say so?  python tests/support/mutate.py COUNT [SEED]
 
-Random mutations of the golden bundles, in child processes: fields of the manifest replaced, absurd sizes, versions from
-the future, paths that lead outside, files cut, flipped or replaced by links, headers of safetensors files rewritten, and
-ONNX graphs whose weights lie elsewhere. Each is opened and generated from. Printed: how many behaved, how many were
-refused with a sentence, and every one that did neither: another exception, a crash, more than 20 seconds, more than
-512 MiB of memory, or a read outside the bundle (of a pipe there, which would block).
+Random mutations of the golden bundles, in child processes: fields of the manifest replaced, absurd
+sizes, versions from the future, paths that lead outside, files cut, flipped or replaced by links,
+headers of safetensors files rewritten, and ONNX graphs whose weights lie elsewhere. Each is opened
+and generated from, with all experts resident or with half of them under one of the policies.
+Printed: how many behaved, how many were refused with a sentence, and every one that did neither:
+another exception, a crash, more than 20 seconds, more than 512 MiB of memory, or a read outside the
+bundle (of a pipe there, which would block).
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
-from smoe.artifacts import SmoeError
-from smoe.runtime import Engine
+from smoe.artifacts import SmoeError, open_bundle
+from smoe.runtime import Engine, Policies
+from smoe.runtime.budget import plan_memory
+from smoe.runtime.options import tables_bytes
 
-GOLDEN = sorted((Path(__file__).parents[1] / "tests" / "golden").glob("v*.smoe"))
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("v*.smoe"))
 VALUES = [0, -1, 1, 2, 3, "", "x", None, True, 1.5, "input_ids", "logits", [], {}, float("nan")]
 ABSURD = [
     2**15,
@@ -62,17 +66,42 @@ def mutate(bundle: Path, random: Random) -> str:
     return random.choice(MUTATIONS)(bundle, random)
 
 
-def outcome(bundle: Path) -> str:
-    """Open the bundle and generate: `BEHAVED` or `REFUSED`. Anything else is raised."""
+# What half of the experts are resident with; None: all of them are. The golden bundle of version 4
+# can do all.
+POLICIES: list[Policies | None] = [
+    None,
+    Policies(prefetch="transition"),
+    Policies(eviction="score", prefetch="smoe"),
+    Policies(eviction="lfu", shares=True, prefetch="previous"),
+    Policies(substitution="buddy", warm=False),
+    Policies(substitution="similar"),
+    Policies(loss=0.01, prefetch="predicted"),
+    Policies(loss=0.01, prefetch="transition"),
+]
+
+
+def outcome(bundle: Path, policies: Policies | None = None) -> str:
+    """Open the bundle under `policies` and generate: `BEHAVED` or `REFUSED`. Anything else is
+    raised."""
     try:
-        with Engine.open(bundle, context=64) as engine:
+        options = (
+            {} if policies is None else {"memory": _half(bundle, policies), "policies": policies}
+        )
+        with Engine.open(bundle, context=64, **options) as engine:
             list(engine.generate([1, 2, 3], max_new_tokens=3))
     except SmoeError:
         return REFUSED
     return BEHAVED
 
 
-# -- the manifest ------------------------------------------------------------------------------------------------------
+def _half(bundle: Path, policies: Policies) -> int:
+    """Bytes that half of the experts fit in."""
+    opened = open_bundle(bundle)
+    plan = plan_memory(opened, None, 64, tables=tables_bytes(policies, opened))
+    return plan.fixed + max(plan.smallest, plan.experts // 2) * plan.record
+
+
+# -- the manifest ----------------------------------------------------------------------------------
 
 
 def _leaves(value: object, path: tuple = ()) -> Iterator[tuple]:
@@ -123,7 +152,7 @@ def _absurd(manifest: dict, random: Random) -> tuple[tuple, object]:
 
 
 def _version(manifest: dict, random: Random) -> tuple[tuple, object]:
-    return ("version",), random.choice([3, 4, 99, 2**40, 0, -1, "2", 2.0, None, [2]])
+    return ("version",), random.choice([3, 4, 5, 99, 2**40, 0, -1, "2", 2.0, None, [2]])
 
 
 def _path(manifest: dict, random: Random) -> tuple[tuple, object]:
@@ -138,7 +167,7 @@ def _path(manifest: dict, random: Random) -> tuple[tuple, object]:
     return random.choice(places), wanted
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def _files(bundle: Path, ending: str = "") -> list[Path]:
@@ -269,11 +298,12 @@ MUTATIONS: list[Callable[[Path, Random], str]] = [
 ]  # fmt: skip
 
 
-# -- many of them ------------------------------------------------------------------------------------------------------
+# -- many of them ----------------------------------------------------------------------------------
 
 
 def batch(count: int, seed: int, note: Path) -> None:
-    """Run `count` mutations in this process; a line of JSON per outcome that is not good, and one of counts."""
+    """Run `count` mutations in this process; a line of JSON per outcome that is not good, and one
+    of counts."""
     random = Random(seed)
     counts = {BEHAVED: 0, REFUSED: 0}
     with tempfile.TemporaryDirectory() as scratch:
@@ -283,11 +313,12 @@ def batch(count: int, seed: int, note: Path) -> None:
         for _ in range(count):
             shutil.rmtree(bundle, ignore_errors=True)
             shutil.copytree(random.choice(GOLDEN), bundle)
-            what = mutate(bundle, random)
+            policies = random.choice(POLICIES)
+            what = f"{mutate(bundle, random)}, under {policies}"
             note.write_text(what)
             signal.alarm(20)
             try:
-                counts[outcome(bundle)] += 1
+                counts[outcome(bundle, policies)] += 1
             except Exception as error:  # noqa: BLE001  anything else is what we look for
                 print(json.dumps({"wrong": f"{what}: {error!r}"}))
             signal.alarm(0)
@@ -326,7 +357,8 @@ def main(count: int, seed: int) -> int:
             if done.returncode:
                 wrong.append(f"process ended with {done.returncode} at: {note.read_text()}")
     print(
-        f"{count} mutations, seed {seed}: {totals[BEHAVED]} behaved, {totals[REFUSED]} refused with a sentence, "
+        f"{count} mutations, seed {seed}: {totals[BEHAVED]} behaved, {totals[REFUSED]} refused "
+        "with a sentence, "
         f"{len(wrong)} neither"
     )
     print("\n".join(wrong))

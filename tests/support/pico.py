@@ -1,7 +1,8 @@
-"""Pico models of every family on transformers' experts interface: every dimension different, so that a swapped axis fails.
+"""Pico models of every family on transformers' experts interface: every dimension different, so
+that a swapped axis fails.
 
-The tables below are test data: which settings make a family small and show all its kinds of layers. smoe itself knows
-no family.
+The tables below are test data: which settings make a family small and show all its kinds of layers.
+smoe itself knows no family.
 """
 
 from __future__ import annotations
@@ -17,27 +18,42 @@ from smoe.prep.checkpoint.families import text_class
 
 # Whatever a config has of these is set.
 BASE = {
-    "vocab_size": 211, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 24, "intermediate_size": 72, "moe_intermediate_size": 40, "num_experts_per_tok": 3, "num_experts": 6,
-    "num_local_experts": 6, "n_routed_experts": 6, "max_position_embeddings": 256, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.15, "moe_num_experts": 6, "moe_topk": 3, "moe_k": 3,
+    "vocab_size": 211, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24, "intermediate_size": 72, "moe_intermediate_size": 40, "num_experts_per_tok": 3,
+    "num_experts": 6,
+    "num_local_experts": 6, "n_routed_experts": 6, "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.15, "moe_num_experts": 6,
+    "moe_topk": 3, "moe_k": 3,
     "top_k_experts": 3, "sliding_window": 16, "n_shared_experts": 1, "num_shared_experts": 1,
-    "moe_num_shared_experts": 1, "shared_intermediate_size": 56, "shared_expert_intermediate_size": 56,
-    "shared_experts_intermediate_size": 56, "q_lora_rank": 20, "kv_lora_rank": 28, "qk_rope_head_dim": 8,
+    "moe_num_shared_experts": 1, "shared_intermediate_size": 56,
+    "shared_expert_intermediate_size": 56,
+    "shared_experts_intermediate_size": 56, "q_lora_rank": 20, "kv_lora_rank": 28,
+    "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16, "v_head_dim": 12, "n_group": 2, "topk_group": 1, "norm_topk_prob": True,
-    "first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "index_head_dim": 12, "index_n_heads": 2,
-    "linear_num_heads": 3, "linear_head_dim": 10, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 10,
-    "linear_value_head_dim": 14, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "mamba_n_heads": 8,
-    "mamba_d_head": 16, "mamba_d_state": 18, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 18,
+    "first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "index_head_dim": 12,
+    "index_n_heads": 2,
+    "linear_num_heads": 3, "linear_head_dim": 10, "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 14, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16, "mamba_d_state": 18, "mamba_num_heads": 8, "mamba_head_dim": 16,
+    "ssm_state_size": 18,
     "mamba_chunk_size": 8, "chunk_size": 8, "n_groups": 1, "vocab_size_per_layer_input": 211,
-    "hidden_size_per_layer_input": 12, "moe_hidden_size": 48, "moe_shared_expert_intermediate_size": 56,
+    "hidden_size_per_layer_input": 12, "moe_hidden_size": 48,
+    "moe_shared_expert_intermediate_size": 56,
 }  # fmt: skip
 TOWER = {  # the parts of multimodal models that see or hear
     "hidden_size": 32, "num_hidden_layers": 1, "depth": 1, "num_attention_heads": 2, "num_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "image_size": 28, "patch_size": 14,
-    "embed_dim": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "d_model": 32,
-    "out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "vocab_size": 32,
-    "fullatt_block_indexes": [0], "output_channels": 16, "downsample_channels": [32, 32], "global_attn_indexes": [0],
+    "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "image_size": 28,
+    "patch_size": 14,
+    "embed_dim": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
+    "d_model": 32,
+    "out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    "vocab_size": 32,
+    "fullatt_block_indexes": [0], "output_channels": 16, "downsample_channels": [32, 32],
+    "global_attn_indexes": [0],
     "mlp_dim": 48, "output_dim": 64, "downsample_hidden_size": 16,
 }  # fmt: skip
 LATENT = {"num_key_value_heads": 4, "head_dim": 8}
@@ -68,16 +84,28 @@ FAMILIES: dict[str, dict] = {
     "glm4_moe_lite": LATENT,
     "glm4v_moe": {
         "rope_parameters": {
-            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "partial_rotary_factor": 1.0
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2],
+            "partial_rotary_factor": 1.0
         }
     },
-    "glm5_next": LATENT | ALL_SPARSE | {"qk_rope_head_dim": 0, "head_dim": 0, "layer_types": LINEAR_INDEXED},
+    "glm5_next": LATENT
+    | ALL_SPARSE
+    | {"qk_rope_head_dim": 0, "head_dim": 0, "layer_types": LINEAR_INDEXED},
     "glm_moe_dsa": LATENT,
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hy_v4": LATENT,
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
     "kimi_linear": LATENT | LINEAR | {"first_k_dense_replace": 0},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1, "num_hidden_layers": 3},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+        "num_hidden_layers": 3,
+    },
     "mellum": SLIDING,
     "minimax": LINEAR,
     "mistral4": LATENT,
@@ -86,7 +114,8 @@ FAMILIES: dict[str, dict] = {
     "qwen3_5_moe_text": LINEAR,
     "qwen3_next": LINEAR,
     "qwen4_exp_text": {
-        "layer_types": LINEAR_INDEXED, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 28,
+        "layer_types": LINEAR_INDEXED, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+        "indexer_head_dim": 28,
         "indexer_budget": 64, "indexer_compress_ratio": 4, "hc_lowrank": 10,
     },
     "zaya": {"num_experts_per_tok": 1},
@@ -114,7 +143,8 @@ TOWERS: dict[str, dict[str, dict]] = {
 
 
 def model_files() -> list[str]:
-    """The families whose modelling code offers the experts interface, as this transformers has them."""
+    """The families whose modelling code offers the experts interface, as this transformers has
+    them."""
     root = Path(transformers.__file__).parent / "models"
     return sorted(
         {
@@ -126,7 +156,8 @@ def model_files() -> list[str]:
 
 
 def config_name(family: str) -> str:
-    """The config with which a family is made: that of its text decoder, where this can be loaded alone."""
+    """The config with which a family is made: that of its text decoder, where this can be loaded
+    alone."""
     names = [f"{family}_text", f"{family}_thinker", family, f"{family}_mm_model"]
     return next(
         (name for name in names if name in CONFIG_MAPPING and text_class(CONFIG_MAPPING[name])),
@@ -148,7 +179,8 @@ def make_config(name: str, **changes):
 
 
 def make_model(name: str, seed: int = 5, **changes):
-    """A pico model with random weights: biases too, which are zero as made and would hide one that is lost."""
+    """A pico model with random weights: biases too, which are zero as made and would hide one that
+    is lost."""
     torch.manual_seed(seed)
     config = make_config(name, **changes)
     model = text_class(type(config))._from_config(config).eval()

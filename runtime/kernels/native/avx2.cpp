@@ -1,5 +1,6 @@
-// AVX2: half a block in a vector. Products of unsigned and signed bytes are added in pairs with 16 bits: magnitudes of
-// weights (up to 128) times activations with the weights' signs (up to 127) stay below 2^15.
+// AVX2: half a block in a vector. Products of unsigned and signed bytes are added in pairs with 16
+// bits: magnitudes of weights (up to 128) times activations with the weights' signs (up to 127)
+// stay below 2^15.
 #include "ffn.h"
 
 #include <immintrin.h>
@@ -11,7 +12,9 @@ typedef __m256i Bytes;
 typedef __m256i Sums;
 constexpr std::size_t VECTOR = 32, OFFSET = 0, TOKENS = 8;
 
-inline Bytes bytes_at(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Bytes bytes_at(const std::uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
 inline Bytes bytes_of(std::uint8_t b) { return _mm256_set1_epi8(char(b)); }
 inline Bytes pick(Bytes m, Bytes a, Bytes b) {
     return _mm256_xor_si256(b, _mm256_and_si256(m, _mm256_xor_si256(a, b)));
@@ -35,9 +38,11 @@ inline Sums dot(Sums s, Bytes w, __m256i x) {
 }
 inline Sums plus(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
 inline void scaled(Sums s, const std::uint16_t* scales, float step, float* y) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
+    const __m256i wide =
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
     const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-    const __m256 product = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(s), scale), _mm256_set1_ps(step));
+    const __m256 product =
+        _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(s), scale), _mm256_set1_ps(step));
     _mm256_storeu_ps(y, _mm256_add_ps(_mm256_loadu_ps(y), product));
 }
 

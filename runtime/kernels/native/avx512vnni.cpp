@@ -1,4 +1,5 @@
-// AVX-512 with VNNI: a whole block in one vector. The dot product wants unsigned weights, so they carry 128 more.
+// AVX-512 with VNNI: a whole block in one vector. The dot product wants unsigned weights, so they
+// carry 128 more.
 #include "ffn.h"
 
 #include <immintrin.h>
@@ -30,9 +31,11 @@ inline Sums start(std::int32_t sum) { return _mm512_set1_epi32(-128 * sum); }
 inline Sums dot(Sums s, Bytes w, __m512i x) { return _mm512_dpbusd_epi32(s, w, x); }
 inline Sums plus(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
 inline void scaled(Sums s, const std::uint16_t* scales, float step, float* y) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+    const __m512i wide =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
     const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-    const __m512 product = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(s), scale), _mm512_set1_ps(step));
+    const __m512 product =
+        _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(s), scale), _mm512_set1_ps(step));
     _mm512_storeu_ps(y, _mm512_add_ps(_mm512_loadu_ps(y), product));
 }
 

@@ -1,15 +1,16 @@
-// The kernels, written once. Each file of an instruction set (portable.cpp, avx2.cpp, ...) defines a few operations on
-// its vectors and includes this; the arithmetic is that of ffn.h and gate.h, so the files differ in registers and never
-// in results. What is included before must be
+// The kernels, written once. Each file of an instruction set (portable.cpp, avx2.cpp, ...) defines
+// a few operations on its vectors and includes this; the arithmetic is that of ffn.h and gate.h, so
+// the files differ in registers and never in results. What is included before must be
 //
 //   Bytes              VECTOR bytes, a power of two up to 64: VECTOR/4 rows x 4 columns of a block
 //   Sums               VECTOR/4 int32, one per row
-//   bytes_at(p)        load;  pick(m, a, b): bits of a where m has ones, else of b;  lower(v), upper(v): nibbles
-//   look_up(t, v)      16 bytes (table_of: those at a place plus an offset), indexed by nibbles;  add(a, b): bytes
-//   dot(s, w, x)       s + sum over 4 columns of w * x, exactly; x = quad_at(p): 4 activations for every row
-//   start(sum)         the sums to begin with, where sum is that of the activations (OFFSET says whether w is w + 128)
-//   plus(a, b), scaled(s, scales, step): float32 of the sums * scales * step, added to y
-//   TOKENS             how many tokens' sums fit the registers beside the rest
+//   bytes_at(p)        load;  pick(m, a, b): bits of a where m has ones, else of b;  lower(v),
+//   upper(v): nibbles look_up(t, v)      16 bytes (table_of: those at a place plus an offset),
+//   indexed by nibbles;  add(a, b): bytes dot(s, w, x)       s + sum over 4 columns of w * x,
+//   exactly; x = quad_at(p): 4 activations for every row start(sum)         the sums to begin with,
+//   where sum is that of the activations (OFFSET says whether w is w + 128) plus(a, b), scaled(s,
+//   scales, step): float32 of the sums * scales * step, added to y TOKENS             how many
+//   tokens' sums fit the registers beside the rest
 #include <cstring>
 
 #define SMOE_INLINE inline __attribute__((always_inline))
@@ -17,7 +18,8 @@
 namespace smoe {
 namespace {
 
-// ---- dense: 16 lanes of float, as a vector type of the compiler ----------------------------------------------------
+// ---- dense: 16 lanes of float, as a vector type of the compiler
+// ----------------------------------------------------
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef std::uint32_t u32x16 __attribute__((vector_size(64)));
@@ -67,63 +69,76 @@ SMOE_INLINE float fold(const f32x16& v) {
 
 // R rows of w against N tokens: R*N sums in registers, each weight loaded once for N tokens.
 template <class W, std::size_t R, std::size_t N>
-SMOE_INLINE void dense_block(const float* const* x, std::size_t n_in, const typename W::T* w, const float* scale,
-                             float* y, std::size_t stride) {
+SMOE_INLINE void dense_block(const float* const* x, std::size_t n_in, const typename W::T* w,
+                             const float* scale, float* y, std::size_t stride) {
     f32x16 sum[R][N] = {};
     const std::size_t whole = n_in - n_in % LANES;
     for (std::size_t k = 0; k <= whole; k += LANES) {
         if (k == whole && whole == n_in) break;
         f32x16 a[N], b;
-        for (std::size_t t = 0; t < N; ++t) k < whole ? F32::load(x[t] + k, a[t]) : load_tail<F32>(x[t] + k, n_in - k, a[t]);
+        for (std::size_t t = 0; t < N; ++t)
+            k < whole ? F32::load(x[t] + k, a[t]) : load_tail<F32>(x[t] + k, n_in - k, a[t]);
         for (std::size_t r = 0; r < R; ++r) {
             k < whole ? W::load(w + r * n_in + k, b) : load_tail<W>(w + r * n_in + k, n_in - k, b);
             for (std::size_t t = 0; t < N; ++t) sum[r][t] += a[t] * b;
         }
     }
     for (std::size_t r = 0; r < R; ++r)
-        for (std::size_t t = 0; t < N; ++t) y[t * stride + r] = scale ? fold(sum[r][t]) * scale[r] : fold(sum[r][t]);
+        for (std::size_t t = 0; t < N; ++t)
+            y[t * stride + r] = scale ? fold(sum[r][t]) * scale[r] : fold(sum[r][t]);
 }
 
 template <class W>
 void dense_tile(const Operand& w, std::size_t tile, const Rows& x, float* y, std::size_t stride) {
     const Matrix& m = *w.m;
-    const auto* data = reinterpret_cast<const typename W::T*>(w.record + m.data) + tile * ROWS * m.n_in;
-    const float* scale = m.scale < 0 ? nullptr : reinterpret_cast<const float*>(w.record + m.scale) + tile * ROWS;
+    const auto* data =
+        reinterpret_cast<const typename W::T*>(w.record + m.data) + tile * ROWS * m.n_in;
+    const float* scale =
+        m.scale < 0 ? nullptr : reinterpret_cast<const float*>(w.record + m.scale) + tile * ROWS;
     const std::size_t rows = m.n_out - tile * ROWS < ROWS ? m.n_out - tile * ROWS : ROWS;
     std::size_t t = 0;
     for (; t + 2 <= x.n; t += 2)
         for (std::size_t r = 0; r < rows;) {
             const bool four = r + 4 <= rows;
-            (four ? dense_block<W, 4, 2> : dense_block<W, 1, 2>)(x.x + t, m.n_in, data + r * m.n_in, scale ? scale + r : nullptr, y + t * stride + r, stride);
+            (four ? dense_block<W, 4, 2> : dense_block<W, 1, 2>)(x.x + t, m.n_in, data + r * m.n_in,
+                                                                 scale ? scale + r : nullptr,
+                                                                 y + t * stride + r, stride);
             r += four ? 4 : 1;
         }
     for (; t < x.n; ++t)
         for (std::size_t r = 0; r < rows;) {
             const bool four = r + 4 <= rows;
-            (four ? dense_block<W, 4, 1> : dense_block<W, 1, 1>)(x.x + t, m.n_in, data + r * m.n_in, scale ? scale + r : nullptr, y + t * stride + r, stride);
+            (four ? dense_block<W, 4, 1> : dense_block<W, 1, 1>)(x.x + t, m.n_in, data + r * m.n_in,
+                                                                 scale ? scale + r : nullptr,
+                                                                 y + t * stride + r, stride);
             r += four ? 4 : 1;
         }
     for (t = 0; t < x.n; ++t)
         for (std::size_t r = rows; r < ROWS; ++r) y[t * stride + r] = 0;
 }
 
-// ---- nested: codes from slices --------------------------------------------------------------------------------------
+// ---- nested: codes from slices
+// --------------------------------------------------------------------------------------
 
 constexpr std::size_t PARTS = SLICE / VECTOR;  // of a block, each with rows of its own
 constexpr std::size_t QUADS = COLUMNS / 4;     // of a block's columns
 
 // A byte's bits where slice t holds the codes of quads 2m and 2m+1 (FORMAT.md, "nested").
-constexpr std::uint8_t place(std::size_t t, std::size_t m) { return std::uint8_t(0x11u << ((t + m) % 4)); }
+constexpr std::uint8_t place(std::size_t t, std::size_t m) {
+    return std::uint8_t(0x11u << ((t + m) % 4));
+}
 
-// For m of 4: bytes whose nibbles are the first `bits` bits (1 to 4) of quads 2m (low) and 2m+1 (high), bit t at
-// (t + m) % 4. Whatever is in the places of bits that were not read does not matter.
+// For m of 4: bytes whose nibbles are the first `bits` bits (1 to 4) of quads 2m (low) and 2m+1
+// (high), bit t at (t + m) % 4. Whatever is in the places of bits that were not read does not
+// matter.
 template <std::size_t BITS>
 SMOE_INLINE void nibbles(const Bytes* s, Bytes* out) {
     const Bytes even = bytes_of(0x55), odd = bytes_of(0xAA);
     for (std::size_t parity = 0; parity < 2; ++parity) {
         const Bytes mask = parity ? odd : even;
         const Bytes a = BITS > 1 ? pick(mask, s[0], s[BITS > 1 ? 1 : 0]) : s[0];
-        const Bytes b = BITS > 3 ? pick(mask, s[BITS > 2 ? 2 : 0], s[BITS > 3 ? 3 : 0]) : s[BITS > 2 ? 2 : 0];
+        const Bytes b =
+            BITS > 3 ? pick(mask, s[BITS > 2 ? 2 : 0], s[BITS > 3 ? 3 : 0]) : s[BITS > 2 ? 2 : 0];
         for (std::size_t m = parity; m < 4; m += 2)
             out[m] = BITS > 2 ? pick(bytes_of(place(0, m) | place(1, m)), a, b) : a;
     }
@@ -131,7 +146,8 @@ SMOE_INLINE void nibbles(const Bytes* s, Bytes* out) {
 
 // The values of one part of a block, a vector per quad of columns.
 template <std::size_t BITS>
-SMOE_INLINE void values(const std::uint8_t* const* slices, std::size_t part, const Tables& tables, Bytes* out) {
+SMOE_INLINE void values(const std::uint8_t* const* slices, std::size_t part, const Tables& tables,
+                        Bytes* out) {
     constexpr std::size_t HIGH = BITS < 4 ? BITS : 4, LOW = BITS - HIGH;
     Bytes s[MAX_BITS], n[4];
     for (std::size_t t = 0; t < BITS; ++t) s[t] = bytes_at(slices[t] + part * VECTOR);
@@ -179,11 +195,13 @@ SMOE_INLINE float from_bf16(std::uint16_t bits) {
 
 // One token: values go from registers into the sums.
 template <std::size_t BITS>
-SMOE_INLINE void one_token(const Operand& w, std::size_t tile, const Tables& tables, const std::int8_t* q,
-                           const float* step, const std::int32_t* sum, float* y) {
+SMOE_INLINE void one_token(const Operand& w, std::size_t tile, const Tables& tables,
+                           const std::int8_t* q, const float* step, const std::int32_t* sum,
+                           float* y) {
     const Matrix& m = *w.m;
     const Slices at = slices_of(w, tile);
-    const auto* scales = reinterpret_cast<const std::uint16_t*>(w.record + m.scale) + tile * m.groups() * ROWS;
+    const auto* scales =
+        reinterpret_cast<const std::uint16_t*>(w.record + m.scale) + tile * m.groups() * ROWS;
     const std::size_t in_group = m.group / COLUMNS, blocks = m.blocks();
     for (std::size_t r = 0; r < ROWS; ++r) y[r] = 0;
     for (std::size_t g = 0, b = 0; b < blocks; ++g) {
@@ -200,18 +218,22 @@ SMOE_INLINE void one_token(const Operand& w, std::size_t tile, const Tables& tab
                 Bytes v[QUADS];
                 values<BITS>(slices, part, tables, v);
                 for (std::size_t i = 0; i < QUADS; ++i)
-                    sums[part][i % 2] = dot(sums[part][i % 2], v[i], quad_at(q + b * COLUMNS + 4 * i));
+                    sums[part][i % 2] =
+                        dot(sums[part][i % 2], v[i], quad_at(q + b * COLUMNS + 4 * i));
             }
         }
         for (std::size_t part = 0; part < PARTS; ++part)
-            scaled(plus(sums[part][0], sums[part][1]), scales + g * ROWS + part * (VECTOR / 4), step[g], y + part * (VECTOR / 4));
+            scaled(plus(sums[part][0], sums[part][1]), scales + g * ROWS + part * (VECTOR / 4),
+                   step[g], y + part * (VECTOR / 4));
     }
 }
 
-// N tokens against the values of one group of a tile, which are there already: [quads of the group][64].
+// N tokens against the values of one group of a tile, which are there already: [quads of the
+// group][64].
 template <std::size_t N>
-SMOE_INLINE void some_tokens(const std::uint8_t* v, std::size_t quads, const std::uint16_t* scales, std::size_t first,
-                             std::size_t g, const Rows& x, std::size_t t, float* y, std::size_t stride) {
+SMOE_INLINE void some_tokens(const std::uint8_t* v, std::size_t quads, const std::uint16_t* scales,
+                             std::size_t first, std::size_t g, const Rows& x, std::size_t t,
+                             float* y, std::size_t stride) {
     for (std::size_t part = 0; part < PARTS; ++part) {
         Sums sums[N];
         const std::int8_t* q[N];
@@ -224,17 +246,20 @@ SMOE_INLINE void some_tokens(const std::uint8_t* v, std::size_t quads, const std
             for (std::size_t n = 0; n < N; ++n) sums[n] = dot(sums[n], w, quad_at(q[n] + 4 * i));
         }
         for (std::size_t n = 0; n < N; ++n)
-            scaled(sums[n], scales + part * (VECTOR / 4), x.step[t + n][g], y + (t + n) * stride + part * (VECTOR / 4));
+            scaled(sums[n], scales + part * (VECTOR / 4), x.step[t + n][g],
+                   y + (t + n) * stride + part * (VECTOR / 4));
     }
 }
 
-// Many tokens: the values of a group are written down once (they stay in the nearest cache) and used for all of them.
+// Many tokens: the values of a group are written down once (they stay in the nearest cache) and
+// used for all of them.
 template <std::size_t BITS>
-SMOE_INLINE void many_tokens(const Operand& w, std::size_t tile, const Tables& tables, const Rows& x, float* y,
-                             std::size_t stride) {
+SMOE_INLINE void many_tokens(const Operand& w, std::size_t tile, const Tables& tables,
+                             const Rows& x, float* y, std::size_t stride) {
     const Matrix& m = *w.m;
     const Slices at = slices_of(w, tile);
-    const auto* scales = reinterpret_cast<const std::uint16_t*>(w.record + m.scale) + tile * m.groups() * ROWS;
+    const auto* scales =
+        reinterpret_cast<const std::uint16_t*>(w.record + m.scale) + tile * m.groups() * ROWS;
     const std::size_t in_group = m.group / COLUMNS, blocks = m.blocks();
     alignas(64) std::uint8_t buffer[128 / 4 * SLICE];
     for (std::size_t t = 0; t < x.n; ++t)
@@ -248,14 +273,17 @@ SMOE_INLINE void many_tokens(const Operand& w, std::size_t tile, const Tables& t
                 Bytes v[QUADS];
                 values<BITS>(slices, part, tables, v);
                 for (std::size_t i = 0; i < QUADS; ++i)
-                    std::memcpy(buffer + ((b - first) * QUADS + i) * SLICE + part * VECTOR, &v[i], VECTOR);
+                    std::memcpy(buffer + ((b - first) * QUADS + i) * SLICE + part * VECTOR, &v[i],
+                                VECTOR);
             }
         }
         const std::size_t quads = (end - first) * QUADS;
         std::size_t t = 0;
         for (; t + TOKENS <= x.n; t += TOKENS)
-            some_tokens<TOKENS>(buffer, quads, scales + g * ROWS, first * COLUMNS, g, x, t, y, stride);
-        for (; t < x.n; ++t) some_tokens<1>(buffer, quads, scales + g * ROWS, first * COLUMNS, g, x, t, y, stride);
+            some_tokens<TOKENS>(buffer, quads, scales + g * ROWS, first * COLUMNS, g, x, t, y,
+                                stride);
+        for (; t < x.n; ++t)
+            some_tokens<1>(buffer, quads, scales + g * ROWS, first * COLUMNS, g, x, t, y, stride);
     }
 }
 
@@ -268,23 +296,35 @@ void nested_tile(const Operand& w, std::size_t tile, const Rows& x, float* y, st
 
 void tile(const Operand& w, std::size_t tile, const Rows& x, float* y, std::size_t stride) {
     switch (w.m->kind) {
-        case Weights::f32: return dense_tile<F32>(w, tile, x, y, stride);
-        case Weights::bf16: return dense_tile<BF16>(w, tile, x, y, stride);
-        case Weights::i8: return dense_tile<I8>(w, tile, x, y, stride);
-        case Weights::nested: break;
+        case Weights::f32:
+            return dense_tile<F32>(w, tile, x, y, stride);
+        case Weights::bf16:
+            return dense_tile<BF16>(w, tile, x, y, stride);
+        case Weights::i8:
+            return dense_tile<I8>(w, tile, x, y, stride);
+        case Weights::nested:
+            break;
     }
     switch (w.m->bits(w.level)) {
-        case 2: return nested_tile<2>(w, tile, x, y, stride);
-        case 3: return nested_tile<3>(w, tile, x, y, stride);
-        case 4: return nested_tile<4>(w, tile, x, y, stride);
-        case 5: return nested_tile<5>(w, tile, x, y, stride);
-        case 6: return nested_tile<6>(w, tile, x, y, stride);
-        case 7: return nested_tile<7>(w, tile, x, y, stride);
-        case 8: return nested_tile<8>(w, tile, x, y, stride);
+        case 2:
+            return nested_tile<2>(w, tile, x, y, stride);
+        case 3:
+            return nested_tile<3>(w, tile, x, y, stride);
+        case 4:
+            return nested_tile<4>(w, tile, x, y, stride);
+        case 5:
+            return nested_tile<5>(w, tile, x, y, stride);
+        case 6:
+            return nested_tile<6>(w, tile, x, y, stride);
+        case 7:
+            return nested_tile<7>(w, tile, x, y, stride);
+        case 8:
+            return nested_tile<8>(w, tile, x, y, stride);
     }
 }
 
-// ---- activations ------------------------------------------------------------------------------------------------------
+// ---- activations
+// -------------------------------------------------------------------------------------------------
 
 SMOE_INLINE std::uint32_t bits_of(float f) {
     std::uint32_t u;
@@ -298,12 +338,14 @@ SMOE_INLINE float float_of(std::uint32_t u) {
     return f;
 }
 
-void quantise(const float* x, std::size_t n, std::size_t group, std::int8_t* q, float* step, std::int32_t* sum) {
+void quantise(const float* x, std::size_t n, std::size_t group, std::int8_t* q, float* step,
+              std::int32_t* sum) {
     const std::size_t padded = (n + COLUMNS - 1) / COLUMNS * COLUMNS;
     for (std::size_t first = 0, g = 0; first < padded; first += group, ++g) {
         const std::size_t real = n - first < group ? n - first : group;
         const std::size_t all = padded - first < group ? padded - first : group;
-        std::uint32_t largest = 0;  // as integers the bits of magnitudes are ordered, and a NaN is above all
+        std::uint32_t largest =
+            0;  // as integers the bits of magnitudes are ordered, and a NaN is above all
         for (std::size_t i = 0; i < real; ++i) {
             const std::uint32_t magnitude = bits_of(x[first + i]) & 0x7FFFFFFFu;
             largest = magnitude > largest ? magnitude : largest;
@@ -315,7 +357,8 @@ void quantise(const float* x, std::size_t n, std::size_t group, std::int8_t* q, 
         if (usable) {
             const float inverse = 127.0f / m;
             for (std::size_t i = 0; i < real; ++i) {
-                const float shifted = x[first + i] * inverse + 12582912.0f;  // rounds to even, as gate.h's exp does
+                const float shifted =
+                    x[first + i] * inverse + 12582912.0f;  // rounds to even, as gate.h's exp does
                 const std::int32_t code = std::int32_t(bits_of(shifted)) - 0x4B400000;
                 q[first + i] = std::int8_t(code);
                 total += code;
@@ -373,20 +416,29 @@ SMOE_INLINE float relu_(float x) { return x < 0.0f ? 0.0f : x; }
 template <Act A>
 SMOE_INLINE float act(float x) {
     switch (A) {
-        case Act::silu: return x * sigmoid_(x);
-        case Act::gelu: return (x * 0.5f) * (1.0f + erf_(x * 0.70710678f));
-        case Act::gelu_tanh: return (x * 0.5f) * (1.0f + tanh_((x + (x * x) * x * 0.044715f) * 0.79788456f));
-        case Act::relu: return relu_(x);
-        case Act::relu2: return relu_(x) * relu_(x);
-        case Act::sigmoid: return sigmoid_(x);
-        case Act::tanh: return tanh_(x);
-        case Act::identity: return x;
+        case Act::silu:
+            return x * sigmoid_(x);
+        case Act::gelu:
+            return (x * 0.5f) * (1.0f + erf_(x * 0.70710678f));
+        case Act::gelu_tanh:
+            return (x * 0.5f) * (1.0f + tanh_((x + (x * x) * x * 0.044715f) * 0.79788456f));
+        case Act::relu:
+            return relu_(x);
+        case Act::relu2:
+            return relu_(x) * relu_(x);
+        case Act::sigmoid:
+            return sigmoid_(x);
+        case Act::tanh:
+            return tanh_(x);
+        case Act::identity:
+            return x;
     }
     return x;
 }
 
 template <Act A>
-void gate_with(const Gate& spec, const float* gate, const float* up, std::size_t n, float* inner) {
+void gate_with(const ExpertActivation& spec, const float* gate, const float* up, std::size_t n,
+               float* inner) {
     const float limit = spec.limit;
     if (spec.kind == Kind::plain)
         for (std::size_t i = 0; i < n; ++i) inner[i] = act<A>(up[i]);
@@ -400,11 +452,13 @@ void gate_with(const Gate& spec, const float* gate, const float* up, std::size_t
         }
 }
 
-void gate(const Gate& spec, const float* gate, const float* up, std::size_t n, float* inner) {
+void gate(const ExpertActivation& spec, const float* gate, const float* up, std::size_t n,
+          float* inner) {
     const float limit = spec.limit, alpha = spec.alpha;
     if (spec.kind == Kind::softcapped) {
         for (std::size_t i = 0; i < n; ++i)
-            inner[i] = ((limit * tanh_(gate[i] / limit)) * sigmoid_(gate[i])) * (alpha * tanh_(up[i] / alpha));
+            inner[i] = ((limit * tanh_(gate[i] / limit)) * sigmoid_(gate[i])) *
+                       (alpha * tanh_(up[i] / alpha));
         return;
     }
     if (spec.kind == Kind::clamped) {
@@ -416,14 +470,22 @@ void gate(const Gate& spec, const float* gate, const float* up, std::size_t n, f
         return;
     }
     switch (spec.act) {
-        case Act::silu: return gate_with<Act::silu>(spec, gate, up, n, inner);
-        case Act::gelu: return gate_with<Act::gelu>(spec, gate, up, n, inner);
-        case Act::gelu_tanh: return gate_with<Act::gelu_tanh>(spec, gate, up, n, inner);
-        case Act::relu: return gate_with<Act::relu>(spec, gate, up, n, inner);
-        case Act::relu2: return gate_with<Act::relu2>(spec, gate, up, n, inner);
-        case Act::sigmoid: return gate_with<Act::sigmoid>(spec, gate, up, n, inner);
-        case Act::tanh: return gate_with<Act::tanh>(spec, gate, up, n, inner);
-        case Act::identity: return gate_with<Act::identity>(spec, gate, up, n, inner);
+        case Act::silu:
+            return gate_with<Act::silu>(spec, gate, up, n, inner);
+        case Act::gelu:
+            return gate_with<Act::gelu>(spec, gate, up, n, inner);
+        case Act::gelu_tanh:
+            return gate_with<Act::gelu_tanh>(spec, gate, up, n, inner);
+        case Act::relu:
+            return gate_with<Act::relu>(spec, gate, up, n, inner);
+        case Act::relu2:
+            return gate_with<Act::relu2>(spec, gate, up, n, inner);
+        case Act::sigmoid:
+            return gate_with<Act::sigmoid>(spec, gate, up, n, inner);
+        case Act::tanh:
+            return gate_with<Act::tanh>(spec, gate, up, n, inner);
+        case Act::identity:
+            return gate_with<Act::identity>(spec, gate, up, n, inner);
     }
 }
 

@@ -1,4 +1,5 @@
-// The work of one call in four steps, each shared out among threads: quantise, gate and up, quantise again, down.
+// The work of one call in four steps, each shared out among threads: quantise, gate and up,
+// quantise again, down.
 #include "ffn.h"
 
 #include <cstring>
@@ -14,7 +15,8 @@
 namespace smoe {
 namespace {
 
-constexpr std::size_t LITTLE = 1 << 16;  // weights of a call for which a second thread costs more than it gives
+constexpr std::size_t LITTLE =
+    1 << 16;  // weights of a call for which a second thread costs more than it gives
 
 // Activations of one step, as the kernels want them.
 struct Inputs {
@@ -28,17 +30,19 @@ struct Inputs {
     std::vector<std::int32_t> sum_of;
 
     // Rows of x for `m`: quantised once each, then `slots` pick them (null: row s for slot s).
-    void fill(const Call& call, const Matrix& m, const float* rows, std::size_t count, std::size_t stride,
-              const std::size_t* slots, std::size_t slot_count) {
+    void fill(const Call& call, const Matrix& m, const float* rows, std::size_t count,
+              std::size_t stride, const std::size_t* slots, std::size_t slot_count) {
         x.resize(slot_count);
         for (std::size_t s = 0; s < slot_count; ++s) x[s] = rows + (slots ? slots[s] : s) * stride;
+        q.clear();  // of the call before
         if (m.kind != Weights::nested) return;
         width = m.blocks() * COLUMNS, groups = m.groups(), group = m.group;
         q_of.resize(count * width);
         step_of.resize(count * groups);
         sum_of.resize(count * groups);
         parallel(count, count * width < LITTLE ? 1 : call.threads, [&](std::size_t r) {
-            call.variant->quantise(rows + r * stride, m.n_in, group, &q_of[r * width], &step_of[r * groups], &sum_of[r * groups]);
+            call.variant->quantise(rows + r * stride, m.n_in, group, &q_of[r * width],
+                                   &step_of[r * groups], &sum_of[r * groups]);
         });
         q.resize(slot_count);
         step.resize(slot_count);
@@ -51,8 +55,8 @@ struct Inputs {
 
     Rows at(std::size_t first, std::size_t n) const {
         const bool nested = !q.empty();
-        return {n, x.data() + first, nested ? q.data() + first : nullptr, nested ? step.data() + first : nullptr,
-                nested ? sum.data() + first : nullptr};
+        return {n, x.data() + first, nested ? q.data() + first : nullptr,
+                nested ? step.data() + first : nullptr, nested ? sum.data() + first : nullptr};
     }
 };
 
@@ -61,7 +65,8 @@ struct Scratch {
     std::vector<float> gate, up, down;
 };
 
-void add_bias(const Matrix& m, const std::uint8_t* record, std::size_t tile, float* y, std::size_t n, std::size_t stride) {
+void add_bias(const Matrix& m, const std::uint8_t* record, std::size_t tile, float* y,
+              std::size_t n, std::size_t stride) {
     if (m.bias < 0) return;
     const float* bias = reinterpret_cast<const float*>(record + m.bias) + tile * ROWS;
     const std::size_t rows = m.n_out - tile * ROWS < ROWS ? m.n_out - tile * ROWS : ROWS;
@@ -86,7 +91,8 @@ void ffn(const Call& call) {
     Scratch& s = scratch;  // thread_local: the workers must see this thread's
 
     parallel(call.experts * layer.up.tiles(), threads, [&](std::size_t item) {
-        const std::size_t e = item / layer.up.tiles(), tile = item % layer.up.tiles(), first = call.starts[e];
+        const std::size_t e = item / layer.up.tiles(), tile = item % layer.up.tiles(),
+                          first = call.starts[e];
         const std::size_t n = call.starts[e + 1] - first;
         const Rows x = s.in.at(first, n);
         float* up = s.up.data() + first * wide + tile * ROWS;
@@ -103,14 +109,17 @@ void ffn(const Call& call) {
 
     s.middle.fill(call, layer.down, s.up.data(), slots, wide, nullptr, slots);
     parallel(call.experts * layer.down.tiles(), threads, [&](std::size_t item) {
-        const std::size_t e = item / layer.down.tiles(), tile = item % layer.down.tiles(), first = call.starts[e];
+        const std::size_t e = item / layer.down.tiles(), tile = item % layer.down.tiles(),
+                          first = call.starts[e];
         const std::size_t n = call.starts[e + 1] - first;
         float* y = s.down.data() + first * high + tile * ROWS;
-        call.variant->tile({&layer.down, call.records[e], call.levels[e]}, tile, s.middle.at(first, n), y, high);
+        call.variant->tile({&layer.down, call.records[e], call.levels[e]}, tile,
+                           s.middle.at(first, n), y, high);
         add_bias(layer.down, call.records[e], tile, y, n, high);
         const std::size_t rows = hidden - tile * ROWS < ROWS ? hidden - tile * ROWS : ROWS;
         for (std::size_t t = 0; t < n; ++t)
-            std::memcpy(call.y + (first + t) * hidden + tile * ROWS, y + t * high, rows * sizeof(float));
+            std::memcpy(call.y + (first + t) * hidden + tile * ROWS, y + t * high,
+                        rows * sizeof(float));
     });
 }
 
@@ -125,10 +134,12 @@ void turn(const std::int8_t* values, std::size_t bits, std::int8_t (*turned)[16]
 
 void product(const Variant& variant, const Operand& w, const float* x, std::size_t n, float* y) {
     Inputs in;
-    const Call alone = {&variant, nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr, 0, nullptr, 1};
+    const Call alone = {&variant, nullptr, 0, nullptr, nullptr, nullptr,
+                        nullptr,  nullptr, 0, nullptr, 1};
     in.fill(alone, *w.m, x, n, w.m->n_in, nullptr, n);
     const std::size_t stride = w.m->tiles() * ROWS;
-    for (std::size_t tile = 0; tile < w.m->tiles(); ++tile) variant.tile(w, tile, in.at(0, n), y + tile * ROWS, stride);
+    for (std::size_t tile = 0; tile < w.m->tiles(); ++tile)
+        variant.tile(w, tile, in.at(0, n), y + tile * ROWS, stride);
 }
 
 const Variant* const* variants(std::size_t* count) {

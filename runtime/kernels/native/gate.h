@@ -1,5 +1,6 @@
-// What comes between an expert's matrices, elementwise in float32: every operation below is rounded on its own, and none
-// comes from the C library, so that every machine gives the bits of reference.py.
+// What comes between an expert's matrices, elementwise in float32: every operation below is rounded
+// on its own, and none comes from the C library, so that every machine gives the bits of
+// reference.py.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,13 +8,16 @@
 
 namespace smoe {
 
-// Codes are those of reference.py's order: KINDS and the keys of ACTIVATIONS.
+// By these names the manifest and the binding know them.
 enum class Kind { gated, plain, clamped, bounded, softcapped };
+constexpr const char* KINDS[] = {"gated", "plain", "clamped", "bounded", "softcapped"};
 enum class Act { silu, gelu, gelu_tanh, relu, relu2, sigmoid, tanh, identity };
+constexpr const char* ACTS[] = {"silu",  "gelu",    "gelu_tanh", "relu",
+                                "relu2", "sigmoid", "tanh",      "identity"};
 
-struct Gate {
+struct ExpertActivation {
     Kind kind;
-    Act act;
+    Act act;  // of gated, plain and bounded ones
     float alpha, limit;
 };
 

@@ -1,5 +1,6 @@
-// NEON: four rows of a block in a vector. Compiled twice; where the compiler may use the dot product it does
-// (neondot.cpp), else products of bytes are added in pairs with 16 bits, of which 2 * 128 * 127 is the most.
+// NEON: four rows of a block in a vector. Compiled twice; where the compiler may use the dot
+// product it does (neondot.cpp), else products of bytes are added in pairs with 16 bits, of which 2
+// * 128 * 127 is the most.
 #include "ffn.h"
 
 #include <arm_neon.h>
@@ -16,7 +17,9 @@ inline Bytes bytes_of(std::uint8_t b) { return vdupq_n_u8(b); }
 inline Bytes pick(Bytes m, Bytes a, Bytes b) { return vbslq_u8(m, a, b); }
 inline Bytes lower(Bytes v) { return vandq_u8(v, vdupq_n_u8(15)); }
 inline Bytes upper(Bytes v) { return vshrq_n_u8(v, 4); }
-inline Bytes table_of(const std::int8_t* t, std::uint8_t) { return vreinterpretq_u8_s8(vld1q_s8(t)); }
+inline Bytes table_of(const std::int8_t* t, std::uint8_t) {
+    return vreinterpretq_u8_s8(vld1q_s8(t));
+}
 inline Bytes look_up(Bytes table, Bytes nibbles) { return vqtbl1q_u8(table, nibbles); }
 inline Bytes add(Bytes a, Bytes b) { return vaddq_u8(a, b); }
 inline int8x16_t quad_at(const std::int8_t* p) {

@@ -17,13 +17,16 @@ inline Bytes bytes_of(std::uint8_t b) { return Bytes{} + b; }
 inline Bytes pick(Bytes m, Bytes a, Bytes b) { return (a & m) | (b & ~m); }
 inline Bytes lower(Bytes v) { return v & 15; }
 inline Bytes upper(Bytes v) { return v >> 4; }
-inline Bytes table_of(const std::int8_t* t, std::uint8_t) { return bytes_at(reinterpret_cast<const std::uint8_t*>(t)); }
+inline Bytes table_of(const std::int8_t* t, std::uint8_t) {
+    return bytes_at(reinterpret_cast<const std::uint8_t*>(t));
+}
 inline Bytes look_up(Bytes table, Bytes nibbles) { return __builtin_shuffle(table, nibbles); }
 inline Bytes add(Bytes a, Bytes b) { return a + b; }
 inline const std::int8_t* quad_at(const std::int8_t* p) { return p; }
 inline Sums start(std::int32_t) { return Sums{}; }
 inline Sums dot(Sums s, Bytes w, const std::int8_t* x) {
-    // Columns apart: bytes of a column to 32 bits by shifting up and back down, which keeps the sign.
+    // Columns apart: bytes of a column to 32 bits by shifting up and back down, which keeps the
+    // sign.
     typedef std::uint32_t Words __attribute__((vector_size(16)));
     const Words words = reinterpret_cast<Words>(w);
     for (int c = 0; c < 4; ++c) {

@@ -1,0 +1,152 @@
+"""The options that several commands of `smoe` share, and the engine that they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from smoe.artifacts import open_bundle
+from smoe.runtime.budget import parse_size, plan_memory, show_size
+from smoe.runtime.cache.eviction import EVICTIONS
+from smoe.runtime.cache.storage import IO
+from smoe.runtime.engine import Engine
+from smoe.runtime.options import PREFETCHES, SUBSTITUTIONS, Policies, tables_bytes
+
+POLICIES = Policies()
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _options(*options: Decorator) -> Decorator:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text."
+)
+engine_options = _options(
+    click.argument("bundle", type=click.Path(path_type=Path)),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        help="Budget for everything the engine holds, like 64MiB. Default: all experts resident.",
+    ),
+    click.option(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="Longest sequence. Default: 2048, or the model's own.",
+    ),
+    click.option(
+        "--threads",
+        type=click.IntRange(1),
+        help="Threads of backbone and experts. Default: as many as pay, and as there are "
+        "processors.",
+    ),
+    click.option(
+        "--level", type=int, help="LOSSY. Planes of every expert to read. Default: all, lossless."
+    ),
+    click.option(
+        "--eviction",
+        help=f"Which resident expert goes: {', '.join(EVICTIONS)}. Default: {POLICIES.eviction}.",
+    ),
+    click.option(
+        "--shares",
+        is_flag=True,
+        help="Every layer has an equal part of the experts' memory for itself.",
+    ),
+    click.option(
+        "--cold", is_flag=True, help="Start with no expert in memory instead of the most used ones."
+    ),
+    click.option(
+        "--prefetch",
+        help=f"What is read on a guess: {', '.join(PREFETCHES)}. Default: {POLICIES.prefetch}.",
+    ),
+    click.option(
+        "--io",
+        help=f"How records are read: {' or '.join(IO)}. Default: the better one, by a measurement.",
+    ),
+    click.option(
+        "--substitution",
+        metavar="NAME[:NUMBER]",
+        help=f"LOSSY. What stands in for a missing expert: {', '.join(SUBSTITUTIONS)}. Default: "
+        "none, lossless.",
+    ),
+    click.option(
+        "--loss",
+        type=float,
+        metavar="NATS",
+        help="LOSSY. Rise of KL divergence per token that may be spent on reading less, like 0.01. "
+        "Default: 0, lossless.",
+    ),
+)
+ENGINE_NAMES = (
+    "memory",
+    "context",
+    "threads",
+    "level",
+    "io",
+    "eviction",
+    "shares",
+    "cold",
+    "prefetch",
+    "substitution",
+    "loss",
+)
+generation_options = _options(
+    click.option("--max-new-tokens", type=int, default=64, show_default=True),
+    click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+    click.option("--top-k", type=int, default=0, help="Draw from the k best tokens only."),
+    click.option(
+        "--top-p", type=float, default=1.0, help="Draw from the smallest set of this probability."
+    ),
+    click.option("--seed", type=int, help="Makes a draw repeat."),
+    click.option(
+        "--stop",
+        multiple=True,
+        metavar="TEXT",
+        help="End before this text. May be given several times.",
+    ),
+)
+
+
+def open_engine(bundle: Path, options: dict[str, Any]) -> Engine:
+    """The engine that the options of `engine_options` ask for; they are taken out of `options`."""
+    asked = {name: options.pop(name) for name in ENGINE_NAMES}
+    return Engine.open(
+        bundle,
+        memory=asked["memory"],
+        context=asked["context"],
+        threads=asked["threads"],
+        level=asked["level"],
+        policies=_policies(asked),
+        io=asked["io"],
+    )
+
+
+def open_exact_twin(bundle: Path, options: dict[str, Any], say: Callable[[str], None]) -> Engine:
+    """The same engine without what is lossy: what its quality is compared with. Where the full
+    level of an expert needs more memory than was stated, it gets that, and `say` hears of it."""
+    exact = options | {"level": None, "substitution": None, "loss": None}
+    if options["memory"] is not None:
+        opened, policies = open_bundle(bundle), _policies(exact)
+        tables = tables_bytes(policies, opened)
+        plan = plan_memory(opened, None, options["context"], tables=tables)
+        least = plan.fixed + plan.smallest * plan.record
+        if parse_size(options["memory"]) < least:
+            exact["memory"] = least
+            say(f"exact run for comparison: needs {show_size(least, up=True)}, beyond --memory")
+    return open_engine(bundle, exact)
+
+
+def _policies(asked: dict[str, Any]) -> Policies:
+    names = ("eviction", "prefetch", "substitution", "loss")
+    given = {name: asked[name] for name in names if asked[name] is not None}
+    return Policies(shares=asked["shares"], warm=not asked["cold"], **given)
