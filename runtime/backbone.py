@@ -1,8 +1,9 @@
-"""The backbone of a step: spans cut into pieces, segment after segment, and what passes between them.
+"""The backbone of a step: spans cut into pieces, segment after segment, and what passes between
+them.
 
-`Model.run` asks it for what a segment says of a layer's tokens (`route`), gives it what the experts make of them (`mix`),
-and for the logits in the end (`finish`). Who runs a segment is `segments`' word.
-"""
+`Model.run` asks it for what a segment says of a layer's tokens (`route`), gives it what the experts
+make of them (`mix`), and for the logits in the end (`finish`). Who runs a segment is `segments`'
+word."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ ITEM_BYTES = {"tensor(bool)": 1, "tensor(float16)": 2, "tensor(float)": 4, "tens
 
 @dataclass(eq=False)
 class _Piece:
-    """Tokens of a span that a segment takes at once: `low` to `high` of the step, the first of which is number `past` of
-    its sequence. `values` are those that pass between segments."""
+    """Tokens of a span that a segment takes at once: `low` to `high` of the step, the first of
+    which is number `past` of its sequence. `values` are those that pass between segments."""
 
     low: int
     high: int
@@ -60,7 +61,8 @@ class _SpanFlow:
 
 
 class Flow:
-    """A step on its way through the segments. Until it is done the sequences are what they were before it."""
+    """A step on its way through the segments. Until it is done the sequences are what they were
+    before it."""
 
     def __init__(self, step: Step, spans: list[_SpanFlow]):
         self.step, self.spans = step, spans
@@ -75,9 +77,9 @@ class Flow:
 class Backbone:
     """All segments of a bundle. Not thread-safe: one step at a time.
 
-    `chunk` tokens of a span run at once; a constant of the bundle. `threads` are those of each segment. Where not
-    `layer_major`, a span is no longer than a chunk: some segment looks at another's state.
-    """
+    `chunk` tokens of a span run at once; a constant of the bundle. `threads` are those of each
+    segment. Where not `layer_major`, a span is no longer than a chunk: some segment looks at
+    another's state."""
 
     def __init__(self, path: Path, manifest: Manifest, threads: int | None = None):
         """Of the bundle at `path`. An `EngineError` if a segment does not load."""
@@ -123,8 +125,9 @@ class Backbone:
         return SegmentState(self._manifest.backbone.state, context)
 
     def begin(self, step: Step) -> Flow:
-        """A step's spans, each cut into pieces of `chunk` tokens: ONNX Runtime's products differ between one row and many,
-        so that the cut, and with it every bit, depends on nothing but the span."""
+        """A step's spans, each cut into pieces of `chunk` tokens: ONNX Runtime's products differ
+        between one row and many, so that the cut, and with it every bit, depends on nothing but the
+        span."""
         spans, low = [], 0
         for span in step.spans:
             state = span.sequence.state
@@ -154,8 +157,8 @@ class Backbone:
         return Flow(step, spans)
 
     def route(self, layer: int, flow: Flow) -> Routed:
-        """Run segment `layer` on every piece: what it says of the layer's tokens, checked, since graphs come from the
-        bundle and what they give is as untrusted as the rest of it."""
+        """Run segment `layer` on every piece: what it says of the layer's tokens, checked, since
+        graphs come from the bundle and what they give is as untrusted as the rest of it."""
         parts = []
         for span, piece in flow.pieces():
             self._run(layer, span, piece)
@@ -170,14 +173,15 @@ class Backbone:
             piece.values[self._wires[layer].output] = self._shaped(layer, piece, mixed)
 
     def values(self, layer: int, flow: Flow, names: SequenceOf[str]) -> list[np.ndarray]:
-        """Run segment `layer` on a flow of one piece: these values as it gives them. For checks of a bundle that is being
-        made; `route` is for those that are."""
+        """Run segment `layer` on a flow of one piece: these values as it gives them. For checks of
+        a bundle that is being made; `route` is for those that are."""
         ((span, piece),) = flow.pieces()
         self._run(layer, span, piece)
         return [piece.values[name].numpy() for name in names]
 
     def peek(self, layer: int, flow: Flow, mixed: np.ndarray) -> Routed:
-        """What segment `layer` would say if the layer before had given `mixed`; nothing remembers it."""
+        """What segment `layer` would say if the layer before had given `mixed`; nothing remembers
+        it."""
         parts = []
         for span, piece in flow.pieces():
             ahead = _Piece(piece.low, piece.high, piece.past, piece.keep, dict(piece.values))
@@ -187,8 +191,8 @@ class Backbone:
         return self._routed(layer, flow.step, parts)
 
     def finish(self, flow: Flow) -> list[np.ndarray]:
-        """Run the last segment: each span's logits, float32 `[n, vocabulary]` for the n positions it keeps. Now the
-        sequences have consumed their tokens."""
+        """Run the last segment: each span's logits, float32 `[n, vocabulary]` for the n positions
+        it keeps. Now the sequences have consumed their tokens."""
         last = len(self._segments) - 1
         logits: list[list[np.ndarray]] = [[] for _ in flow.spans]
         for index, span in enumerate(flow.spans):
@@ -214,7 +218,8 @@ class Backbone:
         """For people."""
         counts = {n: self.threads.count(n) for n in sorted(set(self.threads))}
         shown = ", ".join(f"{count} segments on {n}" for n, count in counts.items())
-        return f"backbone threads: {shown} (a second thread pays from weights of {show_size(LARGE)} on, unless told)"
+        pays = f"a second thread pays from weights of {show_size(LARGE)} on, unless told"
+        return f"backbone threads: {shown} ({pays})"
 
     def prompt_line(self, group: int) -> str:
         """How prompts run, where so many tokens may wait for the same experts; for people."""
@@ -224,17 +229,20 @@ class Backbone:
         if self.chunk == 1:
             return f"prompts: token by token, up to {group} tokens share the read of an expert"
         shared = group // self.chunk
-        return f"prompts: chunks of {self.chunk} tokens, of which up to {shared} share the read of an expert"
+        share = f"of which up to {shared} share the read of an expert"
+        return f"prompts: chunks of {self.chunk} tokens, {share}"
 
     def pieces_within(self, nbytes: int, context: int) -> int:
-        """How many pieces of one span may wait for the same experts, where all but one of them may keep `nbytes`."""
+        """How many pieces of one span may wait for the same experts, where all but one of them may
+        keep `nbytes`."""
         if not self.layer_major:
             return 1
         slots = max(slot_bytes(layer) for layer in self._manifest.layers)
         return 1 + nbytes // (self._kept_bytes(self.chunk, context) + self.chunk * slots)
 
     def _kept_bytes(self, tokens: int, length: int) -> int:
-        """At most what passes between segments for a piece of so many tokens that ends at `length` of its sequence."""
+        """At most what passes between segments for a piece of so many tokens that ends at `length`
+        of its sequence."""
         sizes = {
             name: _nbytes(kind, shape, tokens, length, self.chunk == 1)
             for name, (kind, shape) in self._kept.items()
@@ -253,8 +261,9 @@ class Backbone:
         return any(spec.segment == index for spec in self._manifest.backbone.state)
 
     def _run(self, index: int, span: _SpanFlow, piece: _Piece, remember: bool = True) -> None:
-        """Run segment `index`: its outputs are added to the piece's values. Without `remember` state that it replaces is
-        forgotten; what it wrote in place lies behind the sequence's length."""
+        """Run segment `index`: its outputs are added to the piece's values. Without `remember`
+        state that it replaces is forgotten; what it wrote in place lies behind the sequence's
+        length."""
         segment, session, values = self._segments[index], self._sessions[index], piece.values
         try:
             binding = session.io_binding()
@@ -282,8 +291,8 @@ class Backbone:
             )
 
     def _forget(self, index: int, piece: _Piece) -> None:
-        """Drop what no later segment takes. What is kept while other pieces run is copied out of ONNX Runtime's arena,
-        which would keep their peak for ever."""
+        """Drop what no later segment takes. What is kept while other pieces run is copied out of
+        ONNX Runtime's arena, which would keep their peak for ever."""
         for name in self._dead[index]:
             piece.values.pop(name, None)
         for name in self._segments[index].outputs:
@@ -291,7 +300,8 @@ class Backbone:
                 piece.values[name] = ort_value(np.array(piece.values[name].numpy()))
 
     def _said(self, layer: int, piece: _Piece) -> list[ort.OrtValue]:
-        """hidden, ids, weights, and scores and raw weights where the router's rule is known, of one piece."""
+        """hidden, ids, weights, and scores and raw weights where the router's rule is known, of one
+        piece."""
         wires, values = self._wires[layer], piece.values
         names = [wires.hidden, wires.ids, wires.weights]
         if self._manifest.layers[layer].routing is not None:
@@ -309,8 +319,10 @@ class Backbone:
         ] or not (arrays[1].min() >= 0 and arrays[1].max() <= layer.experts):
             shapes = ", ".join(f"{part.dtype} {part.shape}" for part in parts[0])
             raise EngineError(
-                f"Segment {index} gives hidden, ids, weights (scores, raw weights) as {shapes}, which is not what layer "
-                f"{index} of the manifest takes, or experts beyond {layer.experts}; copy the bundle again, or build it "
+                f"Segment {index} gives hidden, ids, weights (scores, raw weights) as {shapes}, "
+                f"which is not what layer "
+                f"{index} of the manifest takes, or experts beyond {layer.experts}; copy the "
+                f"bundle again, or build it "
                 "again."
             )
         hidden, ids, weights, *scored = (a.reshape(tokens, -1) for a in arrays)
@@ -337,8 +349,8 @@ def _joined(parts: list[np.ndarray], width: int) -> np.ndarray:
 def _nbytes(
     kind: str, shape: list[int | str | None], tokens: int, length: int, single: bool
 ) -> int:
-    """Bytes of a value of ONNX Runtime's type and shape: the first open axis is the new tokens', further ones that of all;
-    where a graph takes a single token, that one is not open."""
+    """Bytes of a value of ONNX Runtime's type and shape: the first open axis is the new tokens',
+    further ones that of all; where a graph takes a single token, that one is not open."""
     total = ITEM_BYTES.get(kind, 8)
     left = [] if single else [tokens]
     for size in shape:

@@ -1,4 +1,5 @@
-"""The budget: what the engine will hold, added up before anything is loaded, and what is left for experts."""
+"""The budget: what the engine will hold, added up before anything is loaded, and what is left for
+experts."""
 
 from __future__ import annotations
 
@@ -27,14 +28,16 @@ _UNITS = {
     "gb": 10**9,
 }
 
-CHUNK = 128  # tokens of a prompt that run at once; a constant, so that logits do not depend on the budget
+# tokens of a prompt that run at once; a constant, so that logits do not depend on the budget
+CHUNK = 128
 PREFILL_CHUNKS = 64  # of a prompt that share a read at most: beyond, reading hides behind computing
 PREFILL_SHARE = 4  # the budget over what a prompt's chunks may take, so that experts keep the most
 RESERVE = 10  # the part of what is spare that is left alone where no budget is stated
 SLOTS = 256  # of one call of the kernels, before the last expert is added: more would be no faster
 
-# Measured with bench/memory.py on x86-64, ONNX Runtime 1.31: the code pages that ONNX Runtime and tokenizers touch when
-# they first run, what a session holds besides its weights, and what a tokenizer holds per byte of its file.
+# Measured with bench/memory.py on x86-64, ONNX Runtime 1.31: the code pages that ONNX Runtime and
+# tokenizers touch when they first run, what a session holds besides its weights, and what a
+# tokenizer holds per byte of its file.
 RUNTIME = 18 * MIB
 SESSION = MIB // 2
 TOKENIZER = 16
@@ -42,9 +45,9 @@ TOKENIZER = 16
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by purpose. Experts: `capacity` may be resident, `experts` there are, `smallest` are needed to run at all,
-    `token_cycle` are used by one token. `prefill` is for what is kept of a prompt's chunks, beyond the first, while they
-    share the reads of a layer's experts."""
+    """Bytes by purpose. Experts: `capacity` may be resident, `experts` there are, `smallest` are
+    needed to run at all, `token_cycle` are used by one token. `prefill` is for what is kept of a
+    prompt's chunks, beyond the first, while they share the reads of a layer's experts."""
 
     context: int
     budget: int | None
@@ -68,13 +71,16 @@ class MemoryPlan:
         return self.fixed + self.capacity * self.record
 
     def lines(self, eviction: str = "") -> list[str]:
-        """For people: what the memory is used for, and a warning where the budget lies below a known cliff."""
+        """For people: what the memory is used for, and a warning where the budget lies below a
+        known cliff."""
         stated = (
             "no budget stated" if self.budget is None else f"of {show_size(self.budget)} stated"
         )
         out = [
-            f"memory: {show_size(self.total)} {stated}: backbone {show_size(self.backbone)}, state {show_size(self.state)}, "
-            f"workspace {show_size(self.workspace)}, prompts {show_size(self.prefill)}, {self.capacity} of {self.experts} experts "
+            f"memory: {show_size(self.total)} {stated}: backbone {show_size(self.backbone)}, state "
+            f"{show_size(self.state)}, "
+            f"workspace {show_size(self.workspace)}, prompts {show_size(self.prefill)}, "
+            f"{self.capacity} of {self.experts} experts "
             f"{show_size(self.capacity * self.record)}"
         ]
         if self.capacity < min(self.token_cycle, self.experts):
@@ -87,7 +93,8 @@ class MemoryPlan:
                 else "few of them are here when they are wanted again"
             )
             out.append(
-                f"warning: {self.capacity} resident experts are fewer than one token uses ({self.token_cycle}): {what}, "
+                f"warning: {self.capacity} resident experts are fewer than one token uses "
+                f"({self.token_cycle}): {what}, "
                 f"or allow {enough}"
             )
         return out
@@ -100,9 +107,10 @@ def plan_memory(
     level: int | None = None,
     tables: int = 0,
 ) -> MemoryPlan:
-    """Divide `budget` bytes (None: as much as it takes) for sequences of `context` tokens (None: 2048, or what the
-    model was made for if that is less), experts at `level` (None: the highest) and so many bytes of `tables`. An
-    `EngineError` names the minimum where the budget is too small."""
+    """Divide `budget` bytes (None: as much as it takes) for sequences of `context` tokens (None:
+    2048, or what the model was made for if that is less), experts at `level` (None: the highest)
+    and so many bytes of `tables`. An `EngineError` names the minimum where the budget is too
+    small."""
     manifest = bundle.manifest
     layers, longest = manifest.layers, manifest.model.context
     context = min(2048, longest) if context is None else context
@@ -122,9 +130,12 @@ def plan_memory(
     fixed = backbone + state + workspace
     if budget is not None and budget < fixed + smallest * record:
         raise EngineError(
-            f"A budget of {show_size(budget)} is too small: this bundle needs at least {show_size(fixed + smallest * record, up=True)} "
-            f"with a context of {context} (backbone {show_size(backbone)}, state {show_size(state)}, workspace {show_size(workspace)}, "
-            f"{smallest} experts {show_size(smallest * record)}). State more memory or a shorter context."
+            f"A budget of {show_size(budget)} is too small: this bundle needs at least "
+            f"{show_size(fixed + smallest * record, up=True)} "
+            f"with a context of {context} (backbone {show_size(backbone)}, state "
+            f"{show_size(state)}, workspace {show_size(workspace)}, "
+            f"{smallest} experts {show_size(smallest * record)}). State more memory or a shorter "
+            f"context."
         )
     prefill = _prefill(manifest, context)
     if budget is not None:
@@ -148,8 +159,8 @@ def plan_memory(
 
 
 def _prefill(manifest: Manifest, context: int) -> int:
-    """What a prompt of `context` tokens keeps beyond its first chunk: residual, a mask, and what the experts of one layer
-    receive and give, by slot."""
+    """What a prompt of `context` tokens keeps beyond its first chunk: residual, a mask, and what
+    the experts of one layer receive and give, by slot."""
     tokens = max(0, min(context, PREFILL_CHUNKS * CHUNK) - chunk_tokens(manifest))
     return tokens * (
         4 * context + max(slot_bytes(layer) + 16 * layer.hidden for layer in manifest.layers)
@@ -157,22 +168,24 @@ def _prefill(manifest: Manifest, context: int) -> int:
 
 
 def slot_bytes(layer: Layer) -> int:
-    """What a token takes while a layer's experts run: what they receive, what every slot gives, and the sum."""
+    """What a token takes while a layer's experts run: what they receive, what every slot gives, and
+    the sum."""
     return 4 * layer.hidden * (layer.top_k + 2)
 
 
 def default_budget(whole: int, spare: int | None) -> int | None:
-    """What to allow where nothing is stated: None, all experts, if `whole` bytes leave a reserve of the `spare` ones that
-    the machine and its cgroup have; otherwise what is spare less that reserve."""
+    """What to allow where nothing is stated: None, all experts, if `whole` bytes leave a reserve of
+    the `spare` ones that the machine and its cgroup have; otherwise what is spare less that
+    reserve."""
     if spare is None or whole <= spare - spare // RESERVE:
         return None
     return spare - spare // RESERVE
 
 
 def _workspace(manifest: Manifest, context: int) -> int:
-    """Intermediate values of one chunk: a few copies of the hidden state and of every slot's output, the attention
-    scores of all heads and the mask, the logits of one token (of a chunk, where the graph gives all), and what the
-    kernels hold of the slots in one call."""
+    """Intermediate values of one chunk: a few copies of the hidden state and of every slot's
+    output, the attention scores of all heads and the mask, the logits of one token (of a chunk,
+    where the graph gives all), and what the kernels hold of the slots in one call."""
     widest = max(layer.hidden * (96 + 8 * layer.top_k) for layer in manifest.layers)
     fused = all(state.in_place for state in manifest.backbone.state)
     per_position = 4 * manifest.backbone.heads * (1 if fused else 3) + 16

@@ -168,9 +168,9 @@ def _record_bytes(bundle: Bundle) -> tuple[int, ...]:
 
 
 class ScriptedMisses:
-    """A chooser for one token: `missing` experts that have to be read up to `level`, and others that are resident at it,
-    `computed` in all: those that the router chose as far as there are such, so that caches are hit as often as they will
-    be, and any beside."""
+    """A chooser for one token: `missing` experts that have to be read up to `level`, and others
+    that are resident at it, `computed` in all: those that the router chose as far as there are
+    such, so that caches are hit as often as they will be, and any beside."""
 
     def __init__(self, computed: int):
         self.computed, self.missing, self.level = computed, 0, 0
@@ -217,8 +217,9 @@ def _engine(
 
 
 def _token_seconds(engine: Engine, script: ScriptedMisses, counts: np.ndarray) -> np.ndarray:
-    """The median of a decode step that reads so many experts of every layer, for each of `counts` float64. They take turns
-    of `TURN` steps; the first of these still find in the caches what the turn before left there."""
+    """The median of a decode step that reads so many experts of every layer, for each of `counts`
+    float64. They take turns of `TURN` steps; the first of these still find in the caches what the
+    turn before left there."""
     tokens = _tokens(engine.bundle)
     times: list[list[float]] = [[] for _ in counts]
     started = time.perf_counter()
@@ -244,7 +245,8 @@ def _tokens(bundle: Bundle) -> np.ndarray:
 
 
 def _storage(bundle: Bundle, io: str) -> tuple[float, float]:
-    """Latency, and bandwidth with as many readers as the engine has, of records that are not in the page cache."""
+    """Latency, and bandwidth with as many readers as the engine has, of records that are not in the
+    page cache."""
     shards, random = storage.Shards(bundle, io=io), np.random.default_rng(0)
     size = max(layout.nbytes for layout in bundle.layouts)
     frames = aligned(MANY, size)

@@ -1,9 +1,8 @@
 """The engine: opens a bundle within a memory budget, generates from it, and scores text.
 
-`Model.run` (model.py) is the page to read for what a token goes through; this one is what users call. Below are the
-backbone (`backbone`), the experts' cache (`cache/`), deciding (`choose/`), arithmetic (`kernels/`), text (`text`,
-`sampling`).
-"""
+`Model.run` (model.py) is the page to read for what a token goes through; this one is what users
+call. Below are the backbone (`backbone`), the experts' cache (`cache/`), deciding (`choose/`),
+arithmetic (`kernels/`), text (`text`, `sampling`)."""
 
 from __future__ import annotations
 
@@ -53,7 +52,8 @@ from smoe.runtime.text import StopWhen, Stream, Text
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token. `text` may be empty while a character or a stop string is undecided; joined it is the text."""
+    """A generated token. `text` may be empty while a character or a stop string is undecided;
+    joined it is the text."""
 
     id: int
     text: str
@@ -62,8 +62,8 @@ class Token:
 class Engine:
     """One bundle in memory. Use it from one thread at a time; close it, or use it in a `with`.
 
-    `bundle` is what was opened, `plan` what its memory is used for, `stats` what it counted, `text` its tokenizer.
-    """
+    `bundle` is what was opened, `plan` what its memory is used for, `stats` what it counted, `text`
+    its tokenizer."""
 
     def __init__(
         self,
@@ -135,17 +135,18 @@ class Engine:
         policies: Policies = DEFAULT,
         io: str | None = None,
     ) -> Engine:
-        """Open the bundle at `path` within `memory` (bytes, or text like "64MiB"; None: all experts resident, or as many
-        as this machine and its cgroup leave room for) for sequences of up to `context` tokens (None: 2048, or what the
-        model was made for if that is less). `threads` run the backbone (None: as many as pay, by the size of each
-        segment's weights) and the experts (None: all that this process may use). `level` is how many planes of every
-        expert are read (None: all; fewer is lossy). `policies` say what stays, what stands in and what is read ahead where
-        memory does not hold all experts; `io` is "direct" (past the page cache) or "buffered" (None: by a short
-        measurement).
+        """Open the bundle at `path` within `memory` (bytes, or text like "64MiB"; None: all experts
+        resident, or as many as this machine and its cgroup leave room for) for sequences of up to
+        `context` tokens (None: 2048, or what the model was made for if that is less). `threads` run
+        the backbone (None: as many as pay, by the size of each segment's weights) and the experts
+        (None: all that this process may use). `level` is how many planes of every expert are read
+        (None: all; fewer is lossy). `policies` say what stays, what stands in and what is read
+        ahead where memory does not hold all experts; `io` is "direct" (past the page cache) or
+        "buffered" (None: by a short measurement).
 
-        A damaged bundle, or one without such a level, is a `BundleError`, a budget that is too small an `EngineError`
-        that names the minimum, and so are policies that have no effect or cannot work.
-        """
+        A damaged bundle, or one without such a level, is a `BundleError`, a budget that is too
+        small an `EngineError` that names the minimum, and so are policies that have no effect or
+        cannot work."""
         bundle = open_bundle(path)
         tables = tables_bytes(policies, bundle)
         budget = None if memory is None else parse_size(memory)
@@ -168,8 +169,8 @@ class Engine:
         return engine
 
     def _fill(self) -> None:
-        """Before the first step: read all experts if there is room, else those that calibration used most, if the bundle
-        says which."""
+        """Before the first step: read all experts if there is room, else those that calibration
+        used most, if the bundle says which."""
         plan, layers = self.plan, self.manifest.layers
         keys = [(layer, e) for layer, spec in enumerate(layers) for e in range(spec.experts)]
         if plan.capacity < plan.experts:
@@ -191,7 +192,8 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Close the shards. The engine cannot be used afterwards: a generation that goes on is an `EngineError`."""
+        """Close the shards. The engine cannot be used afterwards: a generation that goes on is an
+        `EngineError`."""
         self._experts.close()
         self._shards.close()
 
@@ -205,9 +207,12 @@ class Engine:
         experts, model, level = self.manifest.experts, self.manifest.model, self._shards.level
         refused = [layer.routing_refusal for layer in self.manifest.layers if layer.routing is None]
         return [
-            f"model: {model.model_type}, {len(self.manifest.layers)} MoE layers, experts {experts.encoding}"
-            f"{self._level_line()}, backbone {self.manifest.backbone.precision}, context {self.context}",
-            f"kernels: {self._kernels.name} ({self._kernels.reason}), up to {self._kernels.threads} threads",
+            f"model: {model.model_type}, {len(self.manifest.layers)} MoE layers, experts "
+            f"{experts.encoding}"
+            f"{self._level_line()}, backbone {self.manifest.backbone.precision}, context "
+            f"{self.context}",
+            f"kernels: {self._kernels.name} ({self._kernels.reason}), up to "
+            f"{self._kernels.threads} threads",
             self._backbone.threads_line(),
             *self.plan.lines(self.policies.eviction),
             f"reads: {self.reading.io} ({self.reading.reason}){self._pinned}",
@@ -223,7 +228,8 @@ class Engine:
     # -- sequences and steps -----------------------------------------------------------------------
 
     def new_sequence(self) -> Sequence:
-        """A sequence that has consumed nothing, with a state of the context's length and a loss ledger of its own."""
+        """A sequence that has consumed nothing, with a state of the context's length and a loss
+        ledger of its own."""
         ledger = None if self._new_ledger is None else self._new_ledger()
         return Sequence(self._backbone.new_state(self.context), ledger)
 
@@ -235,7 +241,8 @@ class Engine:
     def prefill(
         self, sequence: Sequence, ids: np.ndarray, keep: int = 1, phase: Phase = Phase.PREFILL
     ) -> Prefill:
-        """A prompt int64 `[T]` on its way into `sequence`, with the logits of its last `keep` positions."""
+        """A prompt int64 `[T]` on its way into `sequence`, with the logits of its last `keep`
+        positions."""
         return Prefill(self._model, sequence, ids, self._group, keep, phase)
 
     @contextlib.contextmanager
@@ -243,7 +250,8 @@ class Engine:
         """One thread at a time, and in the process that opened the engine."""
         if os.getpid() != self._process:
             raise EngineError(
-                "This engine was opened in another process, whose reading threads are not here; open the bundle again in "
+                "This engine was opened in another process, whose reading threads are not here; "
+                "open the bundle again in "
                 "this one."
             )
         if self._shards.closed:
@@ -257,7 +265,7 @@ class Engine:
         finally:
             self._using.release()
 
-    # -- what users call -----------------------------------------------------------------------------
+    # -- what users call -----------------------------------------------------------------------
 
     def generate(
         self,
@@ -270,10 +278,11 @@ class Engine:
         stop: StopWhen | None = None,
         reuse: bool = False,
     ) -> Iterator[Token]:
-        """Tokens as they are made, up to `max_new_tokens`, an end token (which is yielded, without text) or `stop`.
+        """Tokens as they are made, up to `max_new_tokens`, an end token (which is yielded, without
+        text) or `stop`.
 
-        With `reuse`, what the prompt shares with the call before is not computed again: the turns of a conversation
-        keep their state. Leaving the loop early cancels; the engine stays usable.
+        With `reuse`, what the prompt shares with the call before is not computed again: the turns
+        of a conversation keep their state. Leaving the loop early cancels; the engine stays usable.
         """
         ids = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
         how = Sampling(temperature, top_k, top_p, seed)
@@ -313,8 +322,8 @@ class Engine:
             logits = self._decode(token, turn)
 
     def logits(self, ids: SequenceOf[int] | np.ndarray) -> np.ndarray:
-        """Logits at every position of `ids`, many at once: float32 `[T, vocabulary]`. For evaluation: what takes
-        shortcuts while decoding takes them here."""
+        """Logits at every position of `ids`, many at once: float32 `[T, vocabulary]`. For
+        evaluation: what takes shortcuts while decoding takes them here."""
         checked = self._checked_ids(ids)
         with self._used():
             self._turn += 1
@@ -324,8 +333,9 @@ class Engine:
     def score(
         self, ids: SequenceOf[int] | np.ndarray, prompt: int = 1, reuse: bool = False
     ) -> Iterator[np.ndarray]:
-        """The same token by token, through the decode path: logits float32 `[vocabulary]` after the first `prompt` ids,
-        which are read at once, and after each further one. `reuse` as in `generate`."""
+        """The same token by token, through the decode path: logits float32 `[vocabulary]` after the
+        first `prompt` ids, which are read at once, and after each further one. `reuse` as in
+        `generate`."""
         checked = self._checked_ids(ids)
         if not 1 <= prompt <= len(checked):
             raise EngineError(
@@ -339,7 +349,7 @@ class Engine:
         for token in ids[prompt:].tolist():
             yield self._decode(token, turn)
 
-    # -- the parts of a generation -------------------------------------------------------------------
+    # -- the parts of a generation -------------------------------------------------------------
 
     def _prefill(self, ids: np.ndarray, reuse: bool) -> np.ndarray:
         """Make the sequence hold `ids`; the logits float32 `[vocabulary]` at the last of them."""
@@ -355,7 +365,8 @@ class Engine:
         return logits[-1]
 
     def _decode(self, token: int, turn: int) -> np.ndarray:
-        """The logits float32 `[vocabulary]` after one more token, if nothing else used the sequence since `turn`."""
+        """The logits float32 `[vocabulary]` after one more token, if nothing else used the sequence
+        since `turn`."""
         started = time.perf_counter()
         with self._used():
             if self._turn != turn:
@@ -369,9 +380,11 @@ class Engine:
         return logits[0]
 
     def _checked_ids(self, ids: SequenceOf[int] | np.ndarray, more: int = 0) -> np.ndarray:
-        """`ids` as int64 `[T]`, if they and `more` new tokens fit the vocabulary and the context."""
+        """`ids` as int64 `[T]`, if they and `more` new tokens fit the vocabulary and the
+        context."""
         with self._used():
-            pass  # closed, another thread's or another process's: said now rather than at the first token
+            # closed, another thread's or another process's: said now rather than at the first token
+            pass
         try:
             array, vocabulary = np.asarray(ids), self.manifest.model.vocabulary
         except (ValueError, OverflowError) as error:
@@ -382,11 +395,13 @@ class Engine:
             raise EngineError("Token ids must be a flat sequence of integers.")
         if not (array.min() >= 0 and array.max() < vocabulary):
             raise EngineError(
-                f"Token ids go from {array.min()} to {array.max()}; this model has 0 to {vocabulary - 1}."
+                f"Token ids go from {array.min()} to {array.max()}; this model has 0 to "
+                f"{vocabulary - 1}."
             )
         if len(array) + more > self.context:
             raise EngineError(
-                f"{len(array)} prompt tokens and {more} new ones are more than the context of {self.context}; shorten "
+                f"{len(array)} prompt tokens and {more} new ones are more than the context of "
+                f"{self.context}; shorten "
                 f"the prompt, ask for fewer tokens, or open the bundle with a longer context "
                 f"(this model takes up to {self.manifest.model.context})."
             )

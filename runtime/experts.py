@@ -1,8 +1,8 @@
 """Somebody who computes a dispatch: the seam at which memory, nodes and accelerators meet.
 
-`Experts` is what the model asks for; `LocalExperts` answers with a cache in this process and the kernels of its processor.
-Outputs are kept by slot, so that neither the budget nor the order of arrival changes a bit of what they add up to.
-"""
+`Experts` is what the model asks for; `LocalExperts` answers with a cache in this process and the
+kernels of its processor. Outputs are kept by slot, so that neither the budget nor the order of
+arrival changes a bit of what they add up to."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Pending(Protocol):
     """A dispatch on its way."""
 
     def parts(self, idle: Callable[[], None] | None = None) -> Iterator[None]:
-        """Work, a few experts at a time: between two parts another step may run. `idle` is called once, when nothing is
-        left but to wait for reads. A read that fails is an `EngineError`."""
+        """Work, a few experts at a time: between two parts another step may run. `idle` is called
+        once, when nothing is left but to wait for reads. A read that fails is an `EngineError`."""
         ...
 
     def wait(self, idle: Callable[[], None] | None = None) -> None:
@@ -44,11 +44,13 @@ class Experts(Protocol):
         ...
 
     def expect(self, guesses: Iterable[Key]) -> None:
-        """These will be wanted soon, likeliest first: never blocks, never evicts before it reads."""
+        """These will be wanted soon, likeliest first: never blocks, never evicts before it
+        reads."""
         ...
 
     def start(self, layer: int, dispatch: Dispatch, x: np.ndarray, out: np.ndarray) -> Pending:
-        """Compute the slots of `dispatch` for `x` float32 `[T, H]` into `out` float32 `[T, k, H]`."""
+        """Compute the slots of `dispatch` for `x` float32 `[T, H]` into `out` float32 `[T, k,
+        H]`."""
         ...
 
     def close(self) -> None:
@@ -57,7 +59,8 @@ class Experts(Protocol):
 
 
 class LocalExperts:
-    """The experts that `cache` brings, computed by a kernel per layer; `full` is the level that is wanted."""
+    """The experts that `cache` brings, computed by a kernel per layer; `full` is the level that is
+    wanted."""
 
     def __init__(self, cache: ExpertCache, kernels: Sequence[LayerKernel], full: int):
         self.cache, self.kernels, self.full = cache, kernels, full
@@ -76,7 +79,8 @@ class LocalExperts:
         self.cache.expect(guesses)
 
     def start(self, layer: int, dispatch: Dispatch, x: np.ndarray, out: np.ndarray) -> Pending:
-        """What is missing is asked for now, so that a guess comes after it; what runs, runs in `parts` or `wait`."""
+        """What is missing is asked for now, so that a guess comes after it; what runs, runs in
+        `parts` or `wait`."""
         return _LocalPending(self, layer, dispatch, x, out)
 
     def close(self) -> None:

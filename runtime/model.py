@@ -1,9 +1,8 @@
 """One step through the model: the page to read first.
 
-`Model.run` names what happens to a step's tokens in every layer and does nothing else. Everything it calls is a seam:
-`backbone` (attention, routers, state), `choose` (what runs for which slot), `experts` (who computes it), `predict` (what
-will be wanted next).
-"""
+`Model.run` names what happens to a step's tokens in every layer and does nothing else. Everything
+it calls is a seam: `backbone` (attention, routers, state), `choose` (what runs for which slot),
+`experts` (who computes it), `predict` (what will be wanted next)."""
 
 from __future__ import annotations
 
@@ -45,15 +44,16 @@ class Model:
     layers: int
 
     def step(self, step: Step) -> list[np.ndarray]:
-        """Consume the tokens of `step`; each span's logits, float32 `[n, vocabulary]` for the n positions it keeps.
+        """Consume the tokens of `step`; each span's logits, float32 `[n, vocabulary]` for the n
+        positions it keeps.
 
-        Spans are no longer than `Prefill` makes them. A step that fails leaves its sequences as they were.
-        """
+        Spans are no longer than `Prefill` makes them. A step that fails leaves its sequences as
+        they were."""
         return finished(self.run(step))
 
     def run(self, step: Step) -> Run:
-        """The same in parts: between two of them other steps may run, of other sequences. Closed before its end, it leaves
-        its sequences as they were."""
+        """The same in parts: between two of them other steps may run, of other sequences. Closed
+        before its end, it leaves its sequences as they were."""
         flow = self.backbone.begin(step)
         for layer in range(self.layers):
             routed = self.backbone.route(layer, flow)
@@ -89,7 +89,8 @@ class Model:
     def _look_ahead(
         self, layer: int, flow: Flow, outputs: np.ndarray, assignment: Assignment
     ) -> None:
-        """While nothing is left but to wait: what the next layer would say of what is computed so far (SMoE, III-E)."""
+        """While nothing is left but to wait: what the next layer would say of what is computed so
+        far (SMoE, III-E)."""
         wanted = self.predict.looks_ahead and layer + 1 < self.layers
         if not wanted or not flow.step.decoding.all():
             return
@@ -109,12 +110,13 @@ def finished(run: Run) -> list[np.ndarray]:
 
 
 class Prefill:
-    """A prompt on its way, layer after layer: an expert is read once for all chunks that share the read.
+    """A prompt on its way, layer after layer: an expert is read once for all chunks that share the
+    read.
 
-    `group` tokens (a whole number of the backbone's chunks) go through the model together; how many follows from the
-    memory, and changes no bit. `advance` does a part and may be followed by steps of other sequences; `discard` leaves the
-    sequence as it was before. `logits` float32 `[n, vocabulary]` are those of the last `keep` positions, once `done`.
-    """
+    `group` tokens (a whole number of the backbone's chunks) go through the model together; how many
+    follows from the memory, and changes no bit. `advance` does a part and may be followed by steps
+    of other sequences; `discard` leaves the sequence as it was before. `logits` float32 `[n,
+    vocabulary]` are those of the last `keep` positions, once `done`."""
 
     def __init__(
         self, model: Model, sequence: Sequence, ids: np.ndarray, group: int, keep: int = 1,
@@ -145,7 +147,8 @@ class Prefill:
         return self.logits
 
     def advance(self) -> None:
-        """Some experts of one layer, for one group. After a failure the sequence is as it was before the prompt."""
+        """Some experts of one layer, for one group. After a failure the sequence is as it was
+        before the prompt."""
         try:
             if self._run is None:
                 self._run = self._model.run(Step((self._span(self._groups.pop(0)),)))

@@ -1,4 +1,5 @@
-"""What users may ask of a memory that does not hold all experts: policies by name, and what is made of them.
+"""What users may ask of a memory that does not hold all experts: policies by name, and what is made
+of them.
 
 Names are NAME or NAME:NUMBER, like smoe:0.35, as `Engine.open` and the commands take them.
 """
@@ -30,12 +31,12 @@ MOST_LOSS = 1.0  # nats per token: far beyond what leaves a text readable
 class Policies:
     """What the engine does with a budget that does not hold all experts.
 
-    eviction: which resident expert goes (`EVICTIONS`). shares: every layer has an equal part of the pool for itself.
-    warm: start with the experts that calibration used most, rather than with none. substitution: what stands in for a
-    missing expert while decoding (`SUBSTITUTIONS`, or a chooser of one's own; none is lossless). prefetch: what is read on
-    a guess (`PREFETCHES`). loss: nats per decoded token that the priced scheduler may spend on reading less (0: none,
-    lossless); the bundle must have prices.
-    """
+    eviction: which resident expert goes (`EVICTIONS`). shares: every layer has an equal part of the
+    pool for itself. warm: start with the experts that calibration used most, rather than with none.
+    substitution: what stands in for a missing expert while decoding (`SUBSTITUTIONS`, or a chooser
+    of one's own; none is lossless). prefetch: what is read on a guess (`PREFETCHES`). loss: nats
+    per decoded token that the priced scheduler may spend on reading less (0: none, lossless); the
+    bundle must have prices."""
 
     eviction: str = DEFAULT_EVICTION
     shares: bool = False
@@ -58,16 +59,19 @@ def check_policies(policies: Policies, plan: MemoryPlan, manifest: Manifest) -> 
     chooser = not isinstance(policies.substitution, str)
     if plan.capacity == plan.experts and policies != DEFAULT and not chooser:
         raise EngineError(
-            f"All {plan.experts} experts fit into memory, so that policies for missing ones have no effect; leave them "
+            f"All {plan.experts} experts fit into memory, so that policies for missing ones have "
+            f"no effect; leave them "
             f"out, or state less memory than {show_size(plan.total)}."
         )
     if not 0 <= policies.loss <= MOST_LOSS:
         raise EngineError(
-            f"A loss of {policies.loss} nats per token was asked for; it goes from 0 to {MOST_LOSS}."
+            f"A loss of {policies.loss} nats per token was asked for; it goes from 0 to "
+            f"{MOST_LOSS}."
         )
     if policies.loss and policies.substitution != "none":
         raise EngineError(
-            f"Substitution {policies.substitution} and a loss budget exclude each other: what stands in for a missing "
+            f"Substitution {policies.substitution} and a loss budget exclude each other: what "
+            f"stands in for a missing "
             "expert is decided by one of them. Leave one out."
         )
     most = max(layer.top_k for layer in manifest.layers)
@@ -75,8 +79,10 @@ def check_policies(policies: Policies, plan: MemoryPlan, manifest: Manifest) -> 
     if policies.shares and share < most:
         enough = plan.fixed + most * len(manifest.layers) * plan.record
         raise EngineError(
-            f"Shares by layer cannot work with {plan.capacity} resident experts: {share} for each of "
-            f"{len(manifest.layers)} layers, and a token uses {most}; leave them out, or state at least "
+            f"Shares by layer cannot work with {plan.capacity} resident experts: {share} for each "
+            f"of "
+            f"{len(manifest.layers)} layers, and a token uses {most}; leave them out, or state at "
+            f"least "
             f"{show_size(enough, up=True)}."
         )
 
@@ -96,7 +102,8 @@ def policy_lines(policies: Policies, plan: MemoryPlan, level: int, levels: int) 
     loses = "lossless" if policies.lossless else "lossy; prompts are not"
     loses = loses if level == levels else "lossy"
     return [
-        f"policies: eviction {policies.eviction}{shares}, {'warm' if policies.warm else 'cold'} start, "
+        f"policies: eviction {policies.eviction}{shares}, {'warm' if policies.warm else 'cold'} "
+        f"start, "
         f"prefetch {policies.prefetch}, {takes} ({loses})"
     ]
 
@@ -134,8 +141,9 @@ def make_eviction(text: str, manifest: Manifest) -> Eviction:
 def make_residency(
     plan: MemoryPlan, sizes: list[np.ndarray], eviction: Eviction, policies: Policies
 ) -> Residency:
-    """The frames of `plan`: as many as there are records where nothing is lost; otherwise counted in bytes, so that more
-    of them fit where records are resident in fewer planes. `sizes[l][j]` bytes of the first j planes, from j = 0."""
+    """The frames of `plan`: as many as there are records where nothing is lost; otherwise counted
+    in bytes, so that more of them fit where records are resident in fewer planes. `sizes[l][j]`
+    bytes of the first j planes, from j = 0."""
     experts, ends = eviction.experts, [layer[1:] for layer in sizes]
     capacity = plan.capacity * plan.record
     if policies.lossless:
@@ -167,8 +175,9 @@ def make_chooser(
     plan: MemoryPlan,
     eviction: Eviction,
 ) -> Choice:
-    """The chooser that `policies` ask for. An `EngineError` where the bundle lacks prices, or the model its router's rule.
-    With a loss budget `eviction` hears what planes are worth, where it can make use of that."""
+    """The chooser that `policies` ask for. An `EngineError` where the bundle lacks prices, or the
+    model its router's rule. With a loss budget `eviction` hears what planes are worth, where it can
+    make use of that."""
     if policies.loss:
         return _priced(policies.loss, manifest, tables, sizes, plan, eviction)
     if not isinstance(policies.substitution, str):
@@ -194,8 +203,8 @@ def substitution_named(text: str, column: Callable[[str], list[np.ndarray]]) -> 
 
 @dataclass(frozen=True)
 class Substitution:
-    """A chooser by name: what its number is, the default and the range of that, and how it is made of the number and of
-    tables by name."""
+    """A chooser by name: what its number is, the default and the range of that, and how it is made
+    of the number and of tables by name."""
 
     number: str
     default: float
@@ -251,8 +260,8 @@ def _priced(
 
 
 def usual_weights(counts: np.ndarray, mass: np.ndarray) -> np.ndarray:
-    """float64 `[E]`: the mean mixing weight of each expert's slots in calibration, from their `counts` and `mass`; where
-    an expert had none, that of the whole layer's."""
+    """float64 `[E]`: the mean mixing weight of each expert's slots in calibration, from their
+    `counts` and `mass`; where an expert had none, that of the whole layer's."""
     reached = counts > 0
     return np.where(reached, mass, mass.sum()) / np.where(reached, counts, max(1, counts.sum()))
 
@@ -289,8 +298,10 @@ def _predicted(text: str, distance: int, manifest: Manifest, tables: Tables) -> 
     learned = tables.layers(f"predict_{distance}", "predict_bias")
     if not any(f"predict_{distance}" in layer for layer in learned):
         raise EngineError(
-            f"Prefetch {text} is not possible: this bundle has no linear predictor at distance {distance}, because it was "
-            "built without --prices or because another predictor was better; use previous or transition."
+            f"Prefetch {text} is not possible: this bundle has no linear predictor at distance "
+            f"{distance}, because it was "
+            "built without --prices or because another predictor was better; use previous or "
+            "transition."
         )
     linear = [
         (

@@ -1,9 +1,9 @@
-"""What a router said, what runs for it, and on which expert: pure values, without I/O and without a clock.
+"""What a router said, what runs for it, and on which expert: pure values, without I/O and without a
+clock.
 
-`Routed` comes out of a segment; a `Chooser` makes an `Assignment` of it (the router's word, or shortcuts); `Dispatch` says
-which slots run on which expert at which level, and is what caches, kernels, nodes and devices take. Below them are the
-router's own rules (FORMAT.md, "Routing").
-"""
+`Routed` comes out of a segment; a `Chooser` makes an `Assignment` of it (the router's word, or
+shortcuts); `Dispatch` says which slots run on which expert at which level, and is what caches,
+kernels, nodes and devices take. Below them are the router's own rules (FORMAT.md, "Routing")."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from smoe.runtime.step import Step
 class Routed:
     """What a segment says of one layer's T tokens.
 
-    hidden float32 `[T, H]`, ids int64 (E: no expert) and mixing weights float32 `[T, k]`; selection `scores` and `raw`
-    weights float32 `[T, E]`, None with `rule` where it is not known how ids and weights follow from them.
-    """
+    hidden float32 `[T, H]`, ids int64 (E: no expert) and mixing weights float32 `[T, k]`; selection
+    `scores` and `raw` weights float32 `[T, E]`, None with `rule` where it is not known how ids and
+    weights follow from them."""
 
     layer: int
     step: Step
@@ -73,8 +73,9 @@ class Routed:
 
 @dataclass(frozen=True, eq=False)
 class Available:
-    """What a chooser may know of the world: `level` int `[E]` at which each expert is resident (0: not), the `full` level
-    that is wanted, and `seconds` float32 `[E, full + 1]` to have it at each level, None where reading is all there is."""
+    """What a chooser may know of the world: `level` int `[E]` at which each expert is resident (0:
+    not), the `full` level that is wanted, and `seconds` float32 `[E, full + 1]` to have it at each
+    level, None where reading is all there is."""
 
     level: np.ndarray
     full: int
@@ -88,8 +89,9 @@ class Available:
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """What runs: ids int64 (E: nothing) and mixing weights float32 `[T, k]`, the level of every slot int `[T, k]` (None:
-    the full one), and what each token's shortcuts should cost by their prices, float64 `[T]` in nats (None: nothing)."""
+    """What runs: ids int64 (E: nothing) and mixing weights float32 `[T, k]`, the level of every
+    slot int `[T, k]` (None: the full one), and what each token's shortcuts should cost by their
+    prices, float64 `[T]` in nats (None: nothing)."""
 
     ids: np.ndarray
     weights: np.ndarray
@@ -98,7 +100,8 @@ class Assignment:
 
 
 class Chooser(Protocol):
-    """Decides what runs for every slot of a layer. Whatever is assigned and not resident is loaded."""
+    """Decides what runs for every slot of a layer. Whatever is assigned and not resident is
+    loaded."""
 
     def __call__(self, routed: Routed, available: Available) -> Assignment:
         """`routed.owner` and the step's ledgers say who pays."""
@@ -131,9 +134,10 @@ def assign(chooser: Chooser, routed: Routed, available: Available) -> Assignment
 
 @dataclass(frozen=True, eq=False)
 class Dispatch:
-    """Which slots run on which expert at which level: group g is expert `experts[g]` at level `levels[g]` and has the
-    slots `starts[g]` to `starts[g + 1]`, of which slot s is `tokens[s]` and rank `ranks[s]`. All int64; groups rise by
-    (expert, level). Slots without an expert are in none."""
+    """Which slots run on which expert at which level: group g is expert `experts[g]` at level
+    `levels[g]` and has the slots `starts[g]` to `starts[g + 1]`, of which slot s is `tokens[s]` and
+    rank `ranks[s]`. All int64; groups rise by (expert, level). Slots without an expert are in
+    none."""
 
     experts: np.ndarray
     levels: np.ndarray
@@ -214,8 +218,8 @@ class Dispatch:
 
 
 def combine(outputs: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The sum over ranks of outputs `[T, k, H]` times weights `[T, k]`, float32 `[T, H]`, rank after rank: neither the
-    budget nor the order in which experts arrived changes a bit of it."""
+    """The sum over ranks of outputs `[T, k, H]` times weights `[T, k]`, float32 `[T, H]`, rank
+    after rank: neither the budget nor the order in which experts arrived changes a bit of it."""
     combined = outputs[:, 0] * weights[:, :1]
     for rank in range(1, weights.shape[1]):
         combined += outputs[:, rank] * weights[:, rank, None]
@@ -225,13 +229,15 @@ def combine(outputs: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def route(
     rule: Routing, scores: np.ndarray, raw: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids `[T, k]` int64, best first, and mixing weights `[T, k]` float32, from scores and raw weights `[T, E]`."""
+    """Ids `[T, k]` int64, best first, and mixing weights `[T, k]` float32, from scores and raw
+    weights `[T, E]`."""
     ids = np.argsort(-scores, axis=-1, kind="stable")[:, :k]
     return ids, weigh(rule, raw, ids)
 
 
 def weigh(rule: Routing, raw: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Mixing weights of any choice of ids `[T, k]`, from the raw weights `[T, E]`: float32 `[T, k]`."""
+    """Mixing weights of any choice of ids `[T, k]`, from the raw weights `[T, E]`: float32 `[T,
+    k]`."""
     w = np.take_along_axis(raw, ids, axis=-1).astype(np.float32)
     if rule.normaliser == "softmax":
         w = np.exp(w - w.max(-1, keepdims=True))
@@ -242,9 +248,9 @@ def weigh(rule: Routing, raw: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def gate_scores(rule: Routing, scores: np.ndarray) -> np.ndarray:
-    """What SMoE compares: a softmax or sigmoid over all experts, float32 `[T, E]`. Routers whose weights are a softmax
-    over the selected select by logits, which are brought to a softmax over all here; others' scores are taken as they
-    are (a masked one stays -inf)."""
+    """What SMoE compares: a softmax or sigmoid over all experts, float32 `[T, E]`. Routers whose
+    weights are a softmax over the selected select by logits, which are brought to a softmax over
+    all here; others' scores are taken as they are (a masked one stays -inf)."""
     if rule.normaliser != "softmax":
         return scores
     z = np.exp(scores - scores.max(-1, keepdims=True))

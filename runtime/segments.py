@@ -1,9 +1,10 @@
-"""The executor of the backbone's segments: one ONNX Runtime session each, their weights, and what they remember.
+"""The executor of the backbone's segments: one ONNX Runtime session each, their weights, and what
+they remember.
 
-Weights are read once into memory that this process owns and are shared by all segments: a file that shrinks under a
-running engine can then not kill it, and the bytes are counted exactly. State that grows in place is one buffer of the
-context's length, bound as input and output of its segment, so that a step appends without copying.
-"""
+Weights are read once into memory that this process owns and are shared by all segments: a file that
+shrinks under a running engine can then not kill it, and the bytes are counted exactly. State that
+grows in place is one buffer of the context's length, bound as input and output of its segment, so
+that a step appends without copying."""
 
 from __future__ import annotations
 
@@ -23,10 +24,17 @@ Values = dict[str, ort.OrtValue]
 
 # ONNX Runtime's exceptions have no base of their own.
 ORT_ERRORS = (
-    ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.InvalidProtobuf,
-    ort_errors.NoModel, ort_errors.NoSuchFile, ort_errors.NotImplemented, ort_errors.RuntimeException,
-    RuntimeError, ValueError,
-)  # fmt: skip
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoModel,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+    RuntimeError,
+    ValueError,
+)
 
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 LARGE = 8 << 20  # bytes of a weight from which on a second thread pays (bench/threads.py)
@@ -35,13 +43,15 @@ _arena_made = False
 
 
 def _share_arena() -> None:
-    """One arena for all segments of the process: with one each, every session keeps its own peak."""
+    """One arena for all segments of the process: with one each, every session keeps its own
+    peak."""
     global _arena_made
     if not _arena_made:
         info = ort.OrtMemoryInfo(
             "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
         )
-        # Strategy 0 grows in powers of two: requests that grow with the context then find what was freed before.
+        # Strategy 0 grows in powers of two: requests that grow with the context then find what was
+        # freed before.
         ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 0}))
         _arena_made = True
 
@@ -53,7 +63,8 @@ def session_options(threads: int, prepack: bool = False) -> ort.SessionOptions:
     # Idle workers that spin take the cores from the segment that runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.use_env_allocators", "1")
-    # A second copy of every weight, which MatMulNBits needs to be fast, and float products hardly gain from.
+    # A second copy of every weight, which MatMulNBits needs to be fast, and float products hardly
+    # gain from.
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     options.log_severity_level = 4  # what fails is raised
     return options
@@ -65,12 +76,12 @@ def ort_value(array: np.ndarray) -> ort.OrtValue:
 
 
 class SegmentState:
-    """What the segments remember of one sequence (`step.SequenceState`): ONNX Runtime's values by the name of the input
-    that receives them.
+    """What the segments remember of one sequence (`step.SequenceState`): ONNX Runtime's values by
+    the name of the input that receives them.
 
-    State that grows in place lies in one buffer of `context` tokens, and what is behind a sequence's length is overwritten
-    before it is read. Other state is replaced, never written to, so that an older one is kept by keeping its values.
-    """
+    State that grows in place lies in one buffer of `context` tokens, and what is behind a
+    sequence's length is overwritten before it is read. Other state is replaced, never written to,
+    so that an older one is kept by keeping its values."""
 
     def __init__(self, specs: tuple[State, ...], context: int):
         self._specs, self._context = specs, context
@@ -95,7 +106,8 @@ class SegmentState:
         return copy
 
     def snapshot(self) -> Values:
-        """The values themselves: those that are replaced are never written to, the others only behind the length."""
+        """The values themselves: those that are replaced are never written to, the others only
+        behind the length."""
         return dict(self.values)
 
     def restore(self, snapshot: object) -> None:
@@ -113,7 +125,8 @@ class SegmentState:
 
 
 def segment_threads(manifest: Manifest, threads: int | None) -> list[int]:
-    """How many threads run each segment: `threads`, or as many as pay by the size of its largest weight."""
+    """How many threads run each segment: `threads`, or as many as pay by the size of its largest
+    weight."""
     nbytes = {w.name: w.nbytes for w in manifest.backbone.initializers}
     segments = manifest.backbone.segments
     largest = [max((nbytes[name] for name in s.weights), default=0) for s in segments]
@@ -123,13 +136,13 @@ def segment_threads(manifest: Manifest, threads: int | None) -> list[int]:
 def open_sessions(
     path: Path, manifest: Manifest, threads: list[int]
 ) -> tuple[list[ort.InferenceSession], Values]:
-    """A session for every segment of the bundle at `path`, and the weights in their memory, which must live as long. An
-    `EngineError` if one does not load."""
+    """A session for every segment of the bundle at `path`, and the weights in their memory, which
+    must live as long. An `EngineError` if one does not load."""
     _share_arena()
     weights = _read_weights(path, manifest)
     # Weights come from memory alone. ONNX Runtime would map whatever file an untrusted graph names,
-    # and a mapped file that shrinks kills the process: so it is shown a folder where the weight file
-    # is empty.
+    # and a mapped file that shrinks kills the process: so it is shown a folder where the weight
+    # file is empty.
     with tempfile.TemporaryDirectory() as empty:
         (Path(empty) / Path(manifest.backbone.weights).name).touch()
         sessions = [

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 class Stats:
     """Counters since the engine was opened, or reset. Times are in seconds of wall clock.
 
-    Hits and misses count each expert once per layer and step: `wanted` ones as the router chose them, `hits` and `misses`
-    as they were after substitution, which is what was computed. A prompt is one step, however long.
-    """
+    Hits and misses count each expert once per layer and step: `wanted` ones as the router chose
+    them, `hits` and `misses` as they were after substitution, which is what was computed. A prompt
+    is one step, however long."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -30,7 +30,8 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_steps: int = 0
     decode_seconds: float = 0.0  # in the engine: what the caller does between tokens does not count
-    # Parts of both above: waiting for records with nothing left to compute, and computing what the next layer may want.
+    # Parts of both above: waiting for records with nothing left to compute, and computing what the
+    # next layer may want.
     stall_seconds: float = 0.0
     foresight_seconds: float = 0.0
     finish: str = ""  # of the last generation: length, end, stop or cancelled

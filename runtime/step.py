@@ -1,8 +1,7 @@
 """Who advances by which tokens: phase and owner are data, never inferred from a shape.
 
-A step is a set of spans, each a run of new tokens of one sequence. Nothing here knows an executor: what the segments
-remember of a sequence is theirs (`SequenceState`).
-"""
+A step is a set of spans, each a run of new tokens of one sequence. Nothing here knows an executor:
+what the segments remember of a sequence is theirs (`SequenceState`)."""
 
 from __future__ import annotations
 
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class Phase(enum.Enum):
-    """What a span's tokens are: a prompt, the next token of a generation, or given tokens whose logits are wanted.
+    """What a span's tokens are: a prompt, the next token of a generation, or given tokens whose
+    logits are wanted.
 
     A prompt takes no shortcuts and spends no nats; the other two are decoding.
     """
@@ -33,7 +33,8 @@ class SequenceState(Protocol):
     """What the segments remember of one sequence: the executor's own arrays."""
 
     def rewind(self, length: int) -> int:
-        """Forget all but the first `length` tokens; how many are left (0 where state cannot be shortened)."""
+        """Forget all but the first `length` tokens; how many are left (0 where state cannot be
+        shortened)."""
         ...
 
     def fork(self) -> SequenceState:
@@ -50,8 +51,8 @@ class SequenceState(Protocol):
 
 
 class Sequence:
-    """One request's past: the token `ids` it consumed, the `state` that the segments left, and its own loss `ledger`
-    (None: lossless)."""
+    """One request's past: the token `ids` it consumed, the `state` that the segments left, and its
+    own loss `ledger` (None: lossless)."""
 
     def __init__(self, state: SequenceState, ledger: LossLedger | None = None):
         self.ids: list[int] = []
@@ -64,8 +65,8 @@ class Sequence:
         return len(self.ids)
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens. State that cannot be shortened is rebuilt from nothing, so look at
-        `length` afterwards."""
+        """Forget all but the first `length` tokens. State that cannot be shortened is rebuilt from
+        nothing, so look at `length` afterwards."""
         if length < self.length:
             del self.ids[self.state.rewind(length) :]
 
@@ -78,8 +79,8 @@ class Sequence:
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """A run of new tokens of one sequence: `ids` int64 `[t]`, and `keep` int64 `[n]`, positions among them whose logits
-    are wanted."""
+    """A run of new tokens of one sequence: `ids` int64 `[t]`, and `keep` int64 `[n]`, positions
+    among them whose logits are wanted."""
 
     sequence: Sequence
     ids: np.ndarray

@@ -1,4 +1,5 @@
-"""What the operating system gives: memory on page boundaries, memory that stays, and how much of it is left."""
+"""What the operating system gives: memory on page boundaries, memory that stays, and how much of it
+is left."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ NO_RESERVE = (
 
 
 def aligned(rows: int, nbytes: int, reserve: bool = True) -> np.ndarray:
-    """uint8 `[rows, nbytes]` that starts on a page boundary, as reading past the page cache wants it; not touched yet.
-    Without `reserve` it may be more than the system has. A `MemoryError` if the system does not give it."""
+    """uint8 `[rows, nbytes]` that starts on a page boundary, as reading past the page cache wants
+    it; not touched yet. Without `reserve` it may be more than the system has. A `MemoryError` if
+    the system does not give it."""
     flags = {}
     if hasattr(mmap, "MAP_PRIVATE"):  # only pages of a private mapping can be given back
         flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0 if reserve else NO_RESERVE)}
@@ -48,8 +50,8 @@ def pin(array: np.ndarray) -> str:
 
 
 def spare_memory(budget: int) -> int | None:
-    """Bytes that this process could still get beside `budget`: of the machine, or of its memory cgroup if that is less.
-    None where the system does not say."""
+    """Bytes that this process could still get beside `budget`: of the machine, or of its memory
+    cgroup if that is less. None where the system does not say."""
     try:
         with open("/proc/meminfo") as lines:
             free = next(
@@ -61,7 +63,8 @@ def spare_memory(budget: int) -> int | None:
 
 
 def _cgroup_rooms() -> list[int]:
-    """What the memory cgroups above this process leave it: limit less what is used and cannot be reclaimed."""
+    """What the memory cgroups above this process leave it: limit less what is used and cannot be
+    reclaimed."""
     rooms = []
     try:
         with open("/proc/self/cgroup") as lines:
@@ -99,7 +102,8 @@ def _number(file: Path) -> int | None:
 
 
 def peak_memory() -> int | None:
-    """The most memory that this process has had resident at once, anonymous and mapped. None where Linux does not say."""
+    """The most memory that this process has had resident at once, anonymous and mapped. None where
+    Linux does not say."""
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:

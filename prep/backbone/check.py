@@ -1,4 +1,5 @@
-"""The exported backbone, run as the runtime runs it, against the model itself. Nothing is shipped that was not compared.
+"""The exported backbone, run as the runtime runs it, against the model itself. Nothing is shipped
+that was not compared.
 
 The experts are left to a stand-in on both sides, which any hidden state can go through.
 """
@@ -22,15 +23,16 @@ from smoe.runtime.budget import CHUNK
 from smoe.runtime.errors import EngineError
 from smoe.runtime.step import Phase, Sequence, Span, Step
 
-# A prompt of a whole chunk, a decode step, two continuations: what a graph does with 3 tokens it need not do with 70.
+# A prompt of a whole chunk, a decode step, two continuations: what a graph does with 3 tokens it
+# need not do with 70.
 PARTS = (CHUNK, 1, 43, 70)
 
 
 def check_backbone(
     checkpoint: Checkpoint, directory: Path, manifest: Manifest, nodes: tuple[ExpertsNode, ...]
 ) -> tuple[Manifest, str]:
-    """`manifest` completed by what running the segments shows (top_k, and which routing rules hold), and why they do not
-    do what the model does; '' if they do."""
+    """`manifest` completed by what running the segments shows (top_k, and which routing rules
+    hold), and why they do not do what the model does; '' if they do."""
     random = np.random.default_rng(0)
     ids = random.integers(0, manifest.model.vocabulary, min(sum(PARTS), manifest.model.context))
     try:
@@ -62,7 +64,8 @@ def check_backbone(
 def _run(
     directory: Path, manifest: Manifest, ids: np.ndarray, nodes: tuple[ExpertsNode, ...]
 ) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
-    """Logits `[T, vocabulary]` of the segments, and per layer ids, weights, scores and raw weights of all tokens."""
+    """Logits `[T, vocabulary]` of the segments, and per layer ids, weights, scores and raw weights
+    of all tokens."""
     backbone = Backbone(directory, manifest)
     sequence = Sequence(backbone.new_state(len(ids)))
     logits = []
@@ -101,5 +104,6 @@ def _original(checkpoint: Checkpoint, ids: np.ndarray) -> np.ndarray:
 
 
 def _stand_in(hidden, weights):
-    """Continuous in the weights, whichever experts they belong to: a near tie that falls the other way changes little."""
+    """Continuous in the weights, whichever experts they belong to: a near tie that falls the other
+    way changes little."""
     return hidden * (weights * weights).sum(-1)[:, None]

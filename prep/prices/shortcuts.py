@@ -1,9 +1,10 @@
-"""Shortcuts taken on purpose, at chosen slots, to measure what they cost beside what their prices say.
+"""Shortcuts taken on purpose, at chosen slots, to measure what they cost beside what their prices
+say.
 
-The bundle runs in the runtime's own engine, with a substitution that does as it is told. A row of text runs exactly
-once, which shows what every slot was; then once for every `Perturbation`, whose slots take their shortcut. Slots of a plan are places
-(layer, token, rank), so that two plans perturb as many although routers decide otherwise after a shortcut.
-"""
+The bundle runs in the runtime's own engine, with a substitution that does as it is told. A row of
+text runs exactly once, which shows what every slot was; then once for every `Perturbation`, whose
+slots take their shortcut. Slots of a plan are places (layer, token, rank), so that two plans
+perturb as many although routers decide otherwise after a shortcut."""
 
 from __future__ import annotations
 
@@ -39,8 +40,9 @@ Perturbation = Callable[[Seen, np.random.Generator], Kinds]
 
 @dataclass
 class Outcome:
-    """One perturbation's sums over all rows. `moments` and `roots` float64 `[KINDS]` are of p and sqrt(p) (`runtime.prices`),
-    `kl` is the measured divergence in nats, `square` the sum of the slots' squared mixing weights."""
+    """One perturbation's sums over all rows. `moments` and `roots` float64 `[KINDS]` are of p and
+    sqrt(p) (`runtime.prices`), `kl` is the measured divergence in nats, `square` the sum of the
+    slots' squared mixing weights."""
 
     tokens: int = 0
     kl: float = 0.0
@@ -62,7 +64,8 @@ class Outcome:
 
 
 class ScriptedShortcuts:
-    """A chooser that does as it is told. Between `begin`s every layer sees the tokens of one row in order."""
+    """A chooser that does as it is told. Between `begin`s every layer sees the tokens of one row in
+    order."""
 
     def __init__(self, prices: Prices):
         self._prices = prices
@@ -71,8 +74,8 @@ class ScriptedShortcuts:
     def begin(
         self, kinds: Kinds | None, outcome: Outcome | None, random: np.random.Generator
     ) -> None:
-        """A row starts: its slots take shortcuts of these `kinds`, which are added to `outcome`; None: they are exact, and
-        `seen` tells what they were."""
+        """A row starts: its slots take shortcuts of these `kinds`, which are added to `outcome`;
+        None: they are exact, and `seen` tells what they were."""
         layers = self._prices.layers
         self._kinds, self._outcome, self._random = kinds, outcome, random
         self._able = [
@@ -140,7 +143,8 @@ def outcomes(
     bundle: Path, prices: Prices, rows: Sequence[np.ndarray], perturbations: Sequence[Perturbation], seed: int,
     counted: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> list[Outcome]:  # fmt: skip
-    """What each of `perturbations` costs over `rows` of token ids, `prices` being those without a fit."""
+    """What each of `perturbations` costs over `rows` of token ids, `prices` being those without a
+    fit."""
     told, found = ScriptedShortcuts(prices), [Outcome() for _ in perturbations]
     opened = open_bundle(bundle)
     longest = max(len(row) for row in rows)
@@ -171,12 +175,12 @@ def _budget(bundle: Bundle, context: int) -> int | None:
     return None if most >= plan.experts else plan.fixed + most * plan.record
 
 
-# -- perturbations -----------------------------------------------------------------------------------------------------------
+# -- perturbations ---------------------------------------------------------------------------------
 
 
 def cheapest(kind: str, prices: Prices, nats: float) -> Perturbation:
-    """What a scheduler would do with one kind alone: of a random `ABLE` of all slots those of the lowest price, up to
-    `nats` per token."""
+    """What a scheduler would do with one kind alone: of a random `ABLE` of all slots those of the
+    lowest price, up to `nats` per token."""
 
     def perturbation(seen: Seen, random: np.random.Generator) -> Kinds:
         p = [_price(kind, prices, layer, ids, w) for layer, (ids, w) in enumerate(zip(seen.ids, seen.weights, strict=True))]  # fmt: skip
@@ -193,7 +197,8 @@ def cheapest(kind: str, prices: Prices, nats: float) -> Perturbation:
 
 
 def _price(kind: str, prices: Prices, layer: int, ids: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """p of every slot; for a stand-in that of nothing in its place, which bounds it; infinite for no expert."""
+    """p of every slot; for a stand-in that of nothing in its place, which bounds it; infinite for
+    no expert."""
     of = prices.layers[layer]
     e = np.minimum(ids, len(of.cross) - 1)
     p = of.at_level(e, w, 1) if kind == "level" else of.skip(e, w)
@@ -203,8 +208,9 @@ def _price(kind: str, prices: Prices, layer: int, ids: np.ndarray, w: np.ndarray
 def at_random(
     kinds: Sequence[str], share: float, tilt: float, layers: float, prefer: str, seed: int
 ) -> Perturbation:
-    """`share` of all slots, in a random part `layers` of the layers, each with one of `kinds`: slots of small (`tilt`
-    < 0) or large mixing weight, or of unlikely or likely `prefer` "experts", come first. The count is exact."""
+    """`share` of all slots, in a random part `layers` of the layers, each with one of `kinds`:
+    slots of small (`tilt` < 0) or large mixing weight, or of unlikely or likely `prefer` "experts",
+    come first. The count is exact."""
 
     def perturbation(seen: Seen, random: np.random.Generator) -> Kinds:
         fixed = np.random.default_rng(seed)  # the same layers and experts in every row

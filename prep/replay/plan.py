@@ -1,8 +1,9 @@
-"""What a device should do: budgets, levels and loss budgets, replayed over the bundle's trace with the device's figures.
+"""What a device should do: budgets, levels and loss budgets, replayed over the bundle's trace with
+the device's figures.
 
-Every candidate drives the runtime's own residency and policies over the trace of the calibration text, which gives what is
-computed and read at every step; `Device.step_seconds` makes time of that, and prices make nats of shortcuts.
-"""
+Every candidate drives the runtime's own residency and policies over the trace of the calibration
+text, which gives what is computed and read at every step; `Device.step_seconds` makes time of that,
+and prices make nats of shortcuts."""
 
 from __future__ import annotations
 
@@ -37,8 +38,9 @@ ALPHAS = (0.1, 0.25, 0.35, 0.6, 1.0, 1.5)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run, and what is expected of it: tokens per second, and the rise in KL divergence in nats per token,
-    None where the bundle has no prices. `memory` is the whole engine's; `level` counts planes."""
+    """One way to run, and what is expected of it: tokens per second, and the rise in KL divergence
+    in nats per token, None where the bundle has no prices. `memory` is the whole engine's; `level`
+    counts planes."""
 
     memory: int
     backbone: int
@@ -79,14 +81,16 @@ def plan(
     smoe: bool = False,
     over: Callable[[list], Iterable] = iter,
 ) -> list[Candidate]:
-    """Every candidate for each of `budgets` (bytes): lossless, with loss budgets, and all experts at a lower level; with `smoe`
-    instead SMoE's eviction and substitution at several alphas. A `PrepError` if the device was measured with another
-    bundle's experts, an `EngineError` if a budget is too small."""
+    """Every candidate for each of `budgets` (bytes): lossless, with loss budgets, and all experts
+    at a lower level; with `smoe` instead SMoE's eviction and substitution at several alphas. A
+    `PrepError` if the device was measured with another bundle's experts, an `EngineError` if a
+    budget is too small."""
     opened = open_bundle(bundle)
     manifest, levels, tables = opened.manifest, opened.levels, opened.tables
     if len(device.record_bytes) != levels:
         raise PrepError(
-            f"The device was measured with experts of {len(device.record_bytes)} levels, {bundle} has {levels}; run "
+            f"The device was measured with experts of {len(device.record_bytes)} levels, {bundle} "
+            f"has {levels}; run "
             "smoe bench --machine with this bundle."
         )
     needed = {"price_fit", "price_level"} if levels > 1 else {"price_fit"}
@@ -110,12 +114,13 @@ def plan(
 
 
 def choose(candidates: Sequence[Candidate], speed: float | None, loss: float | None) -> Candidate:
-    """The one of least loss that is as fast as `speed` (tokens per second), or the fastest within `loss` (nats per
-    token; None: lossless). Where none is, a `PrepError` says what there is."""
+    """The one of least loss that is as fast as `speed` (tokens per second), or the fastest within
+    `loss` (nats per token; None: lossless). Where none is, a `PrepError` says what there is."""
     known = [c for c in candidates if c.loss is not None]
     if not known:
         raise PrepError(
-            "This bundle has no prices, so that what these ways lose is not known; build it with --prices."
+            "This bundle has no prices, so that what these ways lose is not known; build it with "
+            "--prices."
         )
     if speed is not None:
         able = [c for c in known if c.tokens_per_second >= speed]
@@ -127,7 +132,8 @@ def choose(candidates: Sequence[Candidate], speed: float | None, loss: float | N
                 else ""
             )
             raise PrepError(
-                f"{speed:g} tokens per second are out of reach; the fastest way gives {best:.1f}{faster}. Allow more memory, "
+                f"{speed:g} tokens per second are out of reach; the fastest way gives "
+                f"{best:.1f}{faster}. Allow more memory, "
                 "or wish for less."
             )
         return min(able, key=lambda c: (c.loss, c.memory, -c.tokens_per_second))
@@ -192,8 +198,8 @@ def _candidate(
 
 
 class _Timed(Replay):
-    """A replay that notes of every step how many experts were computed, how many reads there were, their bytes, and what
-    its shortcuts cost by their prices (where there are any)."""
+    """A replay that notes of every step how many experts were computed, how many reads there were,
+    their bytes, and what its shortcuts cost by their prices (where there are any)."""
 
     def __init__(
         self,
@@ -270,19 +276,23 @@ def text_of(
     """For people."""
     lines = [
         f"device: backbone {device.backbone_seconds * 1e3:.2f} ms a token, an expert "
-        f"{device.expert_seconds[-1] * 1e3:.3f} ms, reads ({device.io}) {device.read_latency * 1e3:.2f} ms and "
+        f"{device.expert_seconds[-1] * 1e3:.3f} ms, reads ({device.io}) "
+        f"{device.read_latency * 1e3:.2f} ms and "
         f"{device.read_bandwidth / 1e9:.2f} GB/s",
-        f"{'memory':>12}  {'resident':>9}  {'tok/s':>7}  {'loss':>8}  {'hits':>6}  {'read/token':>10}  options",
+        f"{'memory':>12}  {'resident':>9}  {'tok/s':>7}  {'loss':>8}  {'hits':>6}  "
+        f"{'read/token':>10}  options",
     ]
     for c in candidates:
         loss = "not known" if c.loss is None else f"{c.loss:.4f}"
         lines.append(
-            f"{show_size(c.memory):>12}  {c.resident:>9}  {c.tokens_per_second:7.1f}  {loss:>8}  {c.hit_rate:6.1%}  "
+            f"{show_size(c.memory):>12}  {c.resident:>9}  {c.tokens_per_second:7.1f}  {loss:>8}  "
+            f"{c.hit_rate:6.1%}  "
             f"{show_size(int(c.bytes_per_token)):>10}  {c.options or 'lossless'}"
         )
     if chosen is not None:
         length = "" if context is None else f"--context {context} "
         lines.append(
-            f"smoe run {bundle} --memory {show_size(chosen.memory, up=True)} {length}{chosen.options}".rstrip()
+            f"smoe run {bundle} --memory {show_size(chosen.memory, up=True)} "
+            f"{length}{chosen.options}".rstrip()
         )
     return "\n".join(lines)

@@ -1,9 +1,10 @@
-"""Routing traces: which experts every step of a run was sent to, layer by layer, in the order of execution.
+"""Routing traces: which experts every step of a run was sent to, layer by layer, in the order of
+execution.
 
-Three sources: a bundle (its calibration text, with scores), BigMoeOnEdge's `.route.csv` (record sizes, a prompt and what
-followed it), and `.jsonl` of one token per line, `{"tok": 1, "layers": [[6, 8, …], …]}`. A trace is as untrusted as any
-file from elsewhere: what is wrong with it is a `PrepError` that names the line, the value and the limit.
-"""
+Three sources: a bundle (its calibration text, with scores), BigMoeOnEdge's `.route.csv` (record
+sizes, a prompt and what followed it), and `.jsonl` of one token per line, `{"tok": 1, "layers":
+[[6, 8, …], …]}`. A trace is as untrusted as any file from elsewhere: what is wrong with it is a
+`PrepError` that names the line, the value and the limit."""
 
 from __future__ import annotations
 
@@ -32,8 +33,9 @@ MOST_LAYERS, MOST_EXPERTS = (
 
 @dataclass(frozen=True)
 class TraceStep:
-    """One layer's part of a step: `ids` int64 `[T, k]` of its T tokens (the number of experts is no expert), mixing
-    `weights` `[T, k]` and selection `scores` `[T, experts]` where they are known. Steps of a prompt are not `decode`."""
+    """One layer's part of a step: `ids` int64 `[T, k]` of its T tokens (the number of experts is no
+    expert), mixing `weights` `[T, k]` and selection `scores` `[T, experts]` where they are known.
+    Steps of a prompt are not `decode`."""
 
     layer: int
     ids: np.ndarray
@@ -44,9 +46,9 @@ class TraceStep:
 
 @dataclass(frozen=True)
 class Trace:
-    """`experts` and `records` (bytes; 1 each where they are not known) are per layer. `share` float64 `[all experts]` is
-    what part of its layer's slots each got in calibration, `tables` those that substitutions use, by name, `rules` how
-    routers choose."""
+    """`experts` and `records` (bytes; 1 each where they are not known) are per layer. `share`
+    float64 `[all experts]` is what part of its layer's slots each got in calibration, `tables`
+    those that substitutions use, by name, `rules` how routers choose."""
 
     name: str
     experts: list[int]
@@ -72,7 +74,8 @@ class Trace:
 
     @property
     def token_cycle(self) -> int:
-        """What one token's experts take in all layers, in bytes or records: below it plain LRU never hits."""
+        """What one token's experts take in all layers, in bytes or records: below it plain LRU
+        never hits."""
         k = {step.layer: step.ids.shape[1] for step in self.steps}
         return sum(k.get(layer, 0) * size for layer, size in enumerate(self.records))
 
@@ -82,13 +85,15 @@ class Trace:
 
 
 def read_trace(path: Path, level: int | None = None, prompt: int = 0) -> Trace:
-    """The trace at `path`: a bundle, or a file whose name ends with .route.csv or .jsonl. Of a bundle, records are as long
-    as at `level`, and the first `prompt` tokens of every sequence are one prefill."""
+    """The trace at `path`: a bundle, or a file whose name ends with .route.csv or .jsonl. Of a
+    bundle, records are as long as at `level`, and the first `prompt` tokens of every sequence are
+    one prefill."""
     if path.is_dir():
         return bundle_trace(path, level, prompt)
     if level is not None or prompt:
         raise PrepError(
-            f"{path} is not a bundle: its records and prompts are what they are; leave out level and prompt."
+            f"{path} is not a bundle: its records and prompts are what they are; leave out level "
+            f"and prompt."
         )
     readers = {".route.csv": route_csv, ".jsonl": token_lines}
     reader = next(
@@ -109,18 +114,19 @@ def read_trace(path: Path, level: int | None = None, prompt: int = 0) -> Trace:
         raise PrepError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-# -- bundles -----------------------------------------------------------------------------------------------------------
+# -- bundles ---------------------------------------------------------------------------------------
 
 
 def bundle_trace(path: Path, level: int | None = None, prompt: int = 0) -> Trace:
-    """The routing of the first tokens of a bundle's calibration text, sequence after sequence, each after a prompt of
-    `prompt` tokens token by token."""
+    """The routing of the first tokens of a bundle's calibration text, sequence after sequence, each
+    after a prompt of `prompt` tokens token by token."""
     bundle = open_bundle(path)
     manifest = bundle.manifest
     trace = bundle.study("trace.safetensors")
     if trace is None:
         raise PrepError(
-            f"{path} has no trace: it was built without --calibration, or copied without its folder study/; build it "
+            f"{path} has no trace: it was built without --calibration, or copied without its "
+            f"folder study/; build it "
             "with one, or copy that too."
         )
     if prompt < 0:
@@ -130,7 +136,8 @@ def bundle_trace(path: Path, level: int | None = None, prompt: int = 0) -> Trace
         ids = loaded[key(layer, "ids")]
         if ids.size and not (ids.min() >= 0 and ids.max() <= spec.experts):
             raise PrepError(
-                f"{path}: layer {layer} of the trace has experts {ids.min()} to {ids.max()}, the layer 0 to "
+                f"{path}: layer {layer} of the trace has experts {ids.min()} to {ids.max()}, the "
+                f"layer 0 to "
                 f"{spec.experts - 1}; build the bundle again."
             )
     starts = np.flatnonzero(loaded["starts"]).tolist()
@@ -188,14 +195,15 @@ def _tables(bundle: Bundle) -> tuple[np.ndarray | None, dict[str, list[np.ndarra
     return share, {name: bundle.tables.column(name) for name in ("coactivation", "output_error")}
 
 
-# -- files of others ---------------------------------------------------------------------------------------------------
+# -- files of others -------------------------------------------------------------------------------
 
 COLUMNS = ("turn", "phase", "step", "layer", "slot", "expert")
 
 
 def route_csv(name: str, lines: Iterable[str]) -> Trace:
-    """BigMoeOnEdge's trace: comments that say each layer's record size and the number of experts, then a row per slot.
-    Phase 0 is a prompt, which ran as one batch layer by layer, phase 1 one token per step."""
+    """BigMoeOnEdge's trace: comments that say each layer's record size and the number of experts,
+    then a row per slot. Phase 0 is a prompt, which ran as one batch layer by layer, phase 1 one
+    token per step."""
     records: dict[int, int] = {}
     shape: dict[str, int] = {}
     groups: dict[tuple[int, int, int, int], dict[int, list[tuple[int, int]]]] = {}
@@ -244,7 +252,8 @@ def _shape(name: str, shape: dict[str, int], records: dict[int, int]) -> tuple[i
     layers, experts = shape["n_layer"], shape["n_expert"]
     if not (1 <= layers <= MOST_LAYERS and 1 <= experts <= MOST_EXPERTS):
         raise PrepError(
-            f"{name}: {layers} layers of {experts} experts; 1 to {MOST_LAYERS} of 1 to {MOST_EXPERTS} were wanted."
+            f"{name}: {layers} layers of {experts} experts; 1 to {MOST_LAYERS} of 1 to "
+            f"{MOST_EXPERTS} were wanted."
         )
     unsized = [layer for layer in range(layers) if not records.get(layer)]
     if unsized:
@@ -270,7 +279,8 @@ def _route_step(
 
 
 def token_lines(name: str, lines: Iterable[str]) -> Trace:
-    """One token per line: a list of experts per layer. Sizes are not known, so a record counts as one."""
+    """One token per line: a list of experts per layer. Sizes are not known, so a record counts as
+    one."""
     steps: list[TraceStep] = []
     layers = 0
     for number, line in enumerate(lines, 1):
@@ -297,7 +307,8 @@ def token_lines(name: str, lines: Iterable[str]) -> Trace:
             TraceStep(layer, _ids(f"{where}, layer {layer}", [ids], MOST_EXPERTS))
             for layer, ids in enumerate(chosen)
         ]
-    # The number of experts is not said either: as many as the highest number names, in all layers alike.
+    # The number of experts is not said either: as many as the highest number names, in all layers
+    # alike.
     experts = 1 + max((int(step.ids.max()) for step in steps), default=0)
     return _trace(name, [experts] * layers, [1] * layers, steps)
 
@@ -317,7 +328,8 @@ def _ids(where: str, tokens: list, experts: int) -> np.ndarray:
     for ids in tokens:
         if not isinstance(ids, list) or not ids or len(ids) != len(tokens[0]):
             raise PrepError(
-                f"{where}: {_many(tokens[0])} experts for every token were wanted, found {_many(ids)}."
+                f"{where}: {_many(tokens[0])} experts for every token were wanted, found "
+                f"{_many(ids)}."
             )
         wrong = [e for e in ids if type(e) is not int or not 0 <= e < experts]
         if wrong:

@@ -1,10 +1,10 @@
-"""Replays a routing trace over eviction policies and budgets: what a policy would have hit, before a device sees it.
+"""Replays a routing trace over eviction policies and budgets: what a policy would have hit, before
+a device sees it.
 
-Drives the runtime's own cache, with reads that are done at once; no I/O, no clock. A step uses each of its experts once:
-one lookup, however many tokens chose it. Experts of the step in progress are not evicted where there is room beside them.
-The bound is Belady's; where records differ in length it is not quite one, since it looks at when an expert is needed next
-and not at what it costs.
-"""
+Drives the runtime's own cache, with reads that are done at once; no I/O, no clock. A step uses each
+of its experts once: one lookup, however many tokens chose it. Experts of the step in progress are
+not evicted where there is room beside them. The bound is Belady's; where records differ in length
+it is not quite one, since it looks at when an expert is needed next and not at what it costs."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ PER_LAYER = "layer-"  # before a policy's name: every layer keeps to its share o
 
 @dataclass(frozen=True)
 class Row:
-    """One policy at one budget. Lookups and hits are of the experts that the router chose; `after_*` of those that a
-    substitution left, which are the same without one. `peak` was held at most, after a step."""
+    """One policy at one budget. Lookups and hits are of the experts that the router chose;
+    `after_*` of those that a substitution left, which are the same without one. `peak` was held at
+    most, after a step."""
 
     policy: str
     budget: int
@@ -87,11 +88,13 @@ def simulate(
     counting: str = "step",
     over: Callable[[list], Iterable] = iter,
 ) -> list[Row]:
-    """Every policy at every budget (bytes, or records where their sizes are not known), in this order.
+    """Every policy at every budget (bytes, or records where their sizes are not known), in this
+    order.
 
-    Policies are `runtime.cache.eviction.EVICTIONS` with their parameter (`decay:64`), `belady`, and any of these
-    after `layer-`. `substitution` is one of `runtime.options.SUBSTITUTIONS`, as for the engine; Belady is
-    without it. `warm` starts from the calibration's counts. `counting` is one of `COUNTINGS`. `over` may report progress over the list of runs."""
+    Policies are `runtime.cache.eviction.EVICTIONS` with their parameter (`decay:64`), `belady`, and
+    any of these after `layer-`. `substitution` is one of `runtime.options.SUBSTITUTIONS`, as for
+    the engine; Belady is without it. `warm` starts from the calibration's counts. `counting` is one
+    of `COUNTINGS`. `over` may report progress over the list of runs."""
     if counting not in COUNTINGS:
         raise PrepError(f"There is no counting {counting!r}; there are {', '.join(COUNTINGS)}.")
     if substitution is not None and counting == "slot":
@@ -122,7 +125,8 @@ def simulate(
 
 
 def with_bound(trace: Trace, policies: SequenceOf[str]) -> list[str]:
-    """What to replay: the bound, then what was asked for, or all that this trace allows if nothing was."""
+    """What to replay: the bound, then what was asked for, or all that this trace allows if nothing
+    was."""
     able = [n for n, kind in EVICTIONS.items() if trace.scored or not kind.needs_scores]
     return [
         BOUND,
@@ -131,8 +135,8 @@ def with_bound(trace: Trace, policies: SequenceOf[str]) -> list[str]:
 
 
 def report(trace: Trace, rows: SequenceOf[Row]) -> dict:
-    """What `--json` prints: the trace, and every row with its rates and how many points of hit rate it lies below
-    Belady's at the same budget, where that was replayed."""
+    """What `--json` prints: the trace, and every row with its rates and how many points of hit rate
+    it lies below Belady's at the same budget, where that was replayed."""
     bounds = {row.budget: row for row in rows if row.policy == BOUND}
     return {
         "trace": {
@@ -174,16 +178,17 @@ def _substitution(name: str, trace: Trace) -> Chooser:
     made = substitution_named(name, lambda table: trace.tables.get(table, []))
     if not trace.scored or any(not isinstance(rule, Routing) for rule in trace.rules or [None]):
         raise PrepError(
-            f"{trace.name} does not say scores and routing rules; substitution needs a bundle that has both."
+            f"{trace.name} does not say scores and routing rules; substitution needs a bundle that "
+            f"has both."
         )
     return made
 
 
 class Replay:
-    """One run as the engine does it: `cache` holds `trace`'s experts, `chooser` decides for the steps that decode, on
-    behalf of one sequence with `ledger`. `full` is the level of a whole record; `sizes[l][j]` are the bytes of the first
-    j planes, from j = 0 (None: records are what the trace says).
-    """
+    """One run as the engine does it: `cache` holds `trace`'s experts, `chooser` decides for the
+    steps that decode, on behalf of one sequence with `ledger`. `full` is the level of a whole
+    record; `sizes[l][j]` are the bytes of the first j planes, from j = 0 (None: records are what
+    the trace says)."""
 
     def __init__(
         self,
@@ -263,7 +268,8 @@ class Replay:
             ids=step.ids,
             weights=weights,
             scores=step.scores,
-            # The raw weights are not in a trace. They change what a stand-in counts for, never which one it is.
+            # The raw weights are not in a trace. They change what a stand-in counts for, never
+            # which one it is.
             raw=step.scores,
             rule=self.trace.rules[step.layer] if self.trace.rules else None,
         )
@@ -299,7 +305,8 @@ class SlotReplay(Replay):
 
 
 class WholeStepReplay(Replay):
-    """BigMoeOnEdge's: room is made when a step has ended, so that more than the budget may be held until then."""
+    """BigMoeOnEdge's: room is made when a step has ended, so that more than the budget may be held
+    until then."""
 
     residency: WholeSteps
 
@@ -329,7 +336,8 @@ class WholeSteps(Residency):
         return False
 
     def trim(self, layer: int, ids: np.ndarray) -> None:
-        """Evict down to the budget, or the layer's share of it, but none of `ids` `[T, k]`, which the step used."""
+        """Evict down to the budget, or the layer's share of it, but none of `ids` `[T, k]`, which
+        the step used."""
         pins = np.zeros(self.eviction.first[-1], np.int8)
         pins[self.eviction.first[layer] + ids[ids < self.eviction.experts[layer]]] = PINNED
         while self._over(layer):
@@ -352,24 +360,26 @@ COUNTINGS: dict[str, tuple[type[Replay], type[Residency]]] = {
 }
 
 
-# -- budgets ---------------------------------------------------------------------------------------------------------------
+# -- budgets ---------------------------------------------------------------------------------------
 
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)  # of all experts, where nothing is asked for
 
 
 def budgets_of(trace: Trace, memory: SequenceOf[str], residency: SequenceOf[float]) -> list[int]:
-    """Bytes for resident experts (records, where their sizes are not known) of what was asked for: sizes, or parts of all
-    experts; `SWEEP` if neither was."""
+    """Bytes for resident experts (records, where their sizes are not known) of what was asked for:
+    sizes, or parts of all experts; `SWEEP` if neither was."""
     if memory and residency:
         raise PrepError("Budgets are given either as memory or as residency, not as both.")
     wrong = [part for part in residency if not 0 < part <= 1]
     if wrong:
         raise PrepError(
-            f"A residency of {wrong[0]} was asked for; it is a part of all experts, above 0 and up to 1."
+            f"A residency of {wrong[0]} was asked for; it is a part of all experts, above 0 and up "
+            f"to 1."
         )
     if memory and not trace.sized and not all(text.strip().isdigit() for text in memory):
         raise PrepError(
-            f"{trace.name} does not say how large records are; give --memory as a number of records."
+            f"{trace.name} does not say how large records are; give --memory as a number of "
+            f"records."
         )
     asked = [parse_size(text) for text in memory] or [
         int(part * trace.total) for part in residency or SWEEP
@@ -378,6 +388,7 @@ def budgets_of(trace: Trace, memory: SequenceOf[str], residency: SequenceOf[floa
     for budget in asked:
         if budget < least:
             raise PrepError(
-                f"A budget of {trace.show(budget)} holds no record of {trace.show(least)}; give more."
+                f"A budget of {trace.show(budget)} holds no record of {trace.show(least)}; give "
+                f"more."
             )
     return asked

@@ -1,7 +1,8 @@
-"""The one owner of an expert's life: absent → reserved → reading → resident at a level → fewer planes → absent.
+"""The one owner of an expert's life: absent → reserved → reading → resident at a level → fewer
+planes → absent.
 
-`ExpertCache.bring` is the page to read: the loop that the engine and the simulator share. What stays is `residency`'s and
-`eviction`'s word, when something is read `reader`'s, how `storage`'s.
+`ExpertCache.bring` is the page to read: the loop that the engine and the simulator share. What
+stays is `residency`'s and `eviction`'s word, when something is read `reader`'s, how `storage`'s.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ READERS = 2  # threads that read (python -m bench reads)
 GUESSES = 2  # waiting or on their way at once
 STREAMS = 4  # demands on their way at once, where a step reads more than a token uses
 
-# Reads the planes of a record after the first `since`, up to `level`, into a frame: the bytes, or an exception.
+# Reads the planes of a record after the first `since`, up to `level`, into a frame: the bytes, or
+# an exception.
 Read = Callable[[int, int, np.ndarray, int, int], int]
 
 
 class ExpertCache:
     """Experts in the frames of one memory.
 
-    `residency` says who is there, `frames` hold the bytes (None: there are none, in a simulation), `read` fetches them on
-    `threads` threads (0: at once). `uses` is how many experts of a layer one token uses at most. Without `streams` a
-    step's experts are shielded however many they are, as replays of others do. Counts go to `stats`. `make_reader` is for
-    who wants to say in which order things happen.
-    """
+    `residency` says who is there, `frames` hold the bytes (None: there are none, in a simulation),
+    `read` fetches them on `threads` threads (0: at once). `uses` is how many experts of a layer one
+    token uses at most. Without `streams` a step's experts are shielded however many they are, as
+    replays of others do. Counts go to `stats`. `make_reader` is for who wants to say in which order
+    things happen."""
 
     def __init__(
         self,
@@ -88,8 +90,8 @@ class ExpertCache:
     # -- what a step says ------------------------------------------------------------------------
 
     def observe(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
-        """The router of `layer` chose `ids` int64 `[T, k]` (E: no expert), by `scores` `[T, E]` where they are known: what
-        eviction and the statistics go by, before any substitution."""
+        """The router of `layer` chose `ids` int64 `[T, k]` (E: no expert), by `scores` `[T, E]`
+        where they are known: what eviction and the statistics go by, before any substitution."""
         with self._reader.lock:
             levels = self._residency.levels(layer)
             used = np.zeros(len(levels) + 1, bool)
@@ -101,8 +103,9 @@ class ExpertCache:
             self.stats.guesses_used += self._residency.use(layer, wanted)
 
     def expect(self, guesses: Iterable[Key]) -> None:
-        """Read the likeliest of `guesses` (likeliest first) once nobody waits for a read. Guesses of before whose read has
-        not begun are forgotten. Nothing is evicted before a read begins, and nobody waits for one."""
+        """Read the likeliest of `guesses` (likeliest first) once nobody waits for a read. Guesses
+        of before whose read has not begun are forgotten. Nothing is evicted before a read begins,
+        and nobody waits for one."""
         experts = self._residency.eviction.experts
         wanted = [key for key in dict.fromkeys(guesses) if key[1] < experts[key[0]]]
         with self._reader.lock:
@@ -120,15 +123,15 @@ class ExpertCache:
     def bring(
         self, layer: int, experts: np.ndarray, levels: np.ndarray, tokens: np.ndarray
     ) -> Iterator[np.ndarray]:
-        """Indices int64 of distinct `experts` that are resident at their `levels`, some at a time until each was given
-        once; what is missing is read meanwhile, most `tokens` first. Whoever iterates computes what it was given before
-        it asks for more, and closes the iterator. An empty array, once, says that nothing is left but to wait.
+        """Indices int64 of distinct `experts` that are resident at their `levels`, some at a time
+        until each was given once; what is missing is read meanwhile, most `tokens` first. Whoever
+        iterates computes what it was given before it asks for more, and closes the iterator. An
+        empty array, once, says that nothing is left but to wait.
 
-        What the step still needs is not evicted once it is whole, and what it has used, or has in fewer planes than it
-        needs, only if nothing else can go (SMoE's shield). Where more is missing than may be on its way at once, as for a
-        prompt, experts stream: what was used may go at once, so that a few frames serve them all. A failed read is an
-        `EngineError`.
-        """
+        What the step still needs is not evicted once it is whole, and what it has used, or has in
+        fewer planes than it needs, only if nothing else can go (SMoE's shield). Where more is
+        missing than may be on its way at once, as for a prompt, experts stream: what was used may
+        go at once, so that a few frames serve them all. A failed read is an `EngineError`."""
         remaining = np.ones(len(experts), bool)
         loads: dict[int, Load] = {}
         run, first, idle = object(), True, False
@@ -163,8 +166,9 @@ class ExpertCache:
             self._residency.end(layer)
 
     def warm(self, counts: Sequence[np.ndarray], capacity: int, level: int) -> None:
-        """Before the first step: read the `capacity` experts that calibration used most, by `counts` `[E]` of every layer
-        (none: nothing is known, and nothing is read), each layer's within its share."""
+        """Before the first step: read the `capacity` experts that calibration used most, by
+        `counts` `[E]` of every layer (none: nothing is known, and nothing is read), each layer's
+        within its share."""
         if not counts:
             return
         share = np.concatenate([layer / max(1, layer.sum()) for layer in counts])
@@ -232,7 +236,8 @@ class ExpertCache:
         self.stats.stall_seconds += time.perf_counter() - started
         if not arrived:
             raise EngineError(
-                f"There is no room for {len(loads)} experts of layer {layer}; state more memory, or leave out shares."
+                f"There is no room for {len(loads)} experts of layer {layer}; state more memory, "
+                f"or leave out shares."
             )
 
     def _pin(self, run: object, layer: int, experts: np.ndarray, pins: np.ndarray) -> None:

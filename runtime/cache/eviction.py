@@ -1,8 +1,7 @@
 """Which resident expert goes when another needs its place.
 
-A policy keeps a number per expert; among those that may go, the one with the least goes. Experts have flat numbers here:
-`first[layer] + expert`.
-"""
+A policy keeps a number per expert; among those that may go, the one with the least goes. Experts
+have flat numbers here: `first[layer] + expert`."""
 
 from __future__ import annotations
 
@@ -32,8 +31,9 @@ class Eviction:
         self.last = np.zeros(self.first[-1])  # when each was used last, by that clock
 
     def observe(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
-        """The router of `layer` chose `ids` int64 `[T, k]` (E: no expert) for the tokens of a step, whether their experts
-        are resident or not; selection `scores` `[T, E]` where they are known."""
+        """The router of `layer` chose `ids` int64 `[T, k]` (E: no expert) for the tokens of a step,
+        whether their experts are resident or not; selection `scores` `[T, E]` where they are
+        known."""
         slots = ids.reshape(-1)
         used = slots < self.experts[layer]
         when = self.clock + np.arange(1, len(slots) + 1) / (len(slots) + 1)
@@ -45,7 +45,8 @@ class Eviction:
         """The same: what a policy keeps beside times."""
 
     def warm(self, share: np.ndarray) -> None:
-        """Before the first step: `share` float64 `[all experts]` of its layer's slots that each got in calibration."""
+        """Before the first step: `share` float64 `[all experts]` of its layer's slots that each got
+        in calibration."""
         self.last = share - 1  # before anything that is used
 
     def values(self, keys: np.ndarray) -> np.ndarray:
@@ -82,8 +83,8 @@ class LeastFrequentlyUsed(Eviction):
 
 
 class DecayedFrequency(Eviction):
-    """Uses, of which each counts half as much after `half_life` more tokens (LRFU of Lee et al. 2001, in tokens rather
-    than references, so that it means the same in every layer)."""
+    """Uses, of which each counts half as much after `half_life` more tokens (LRFU of Lee et al.
+    2001, in tokens rather than references, so that it means the same in every layer)."""
 
     def __init__(self, experts: Sequence[int], half_life: float = 32.0):
         super().__init__(experts)
@@ -111,8 +112,9 @@ class DecayedFrequency(Eviction):
 
 
 class GateScore(Eviction):
-    """SMoE: the mean gate score over the last `window` tokens, of experts that were not active too (paper III-D, Eq. 3;
-    its n is not given). The protection shield is the cache's, for every policy."""
+    """SMoE: the mean gate score over the last `window` tokens, of experts that were not active too
+    (paper III-D, Eq. 3; its n is not given). The protection shield is the cache's, for every
+    policy."""
 
     needs_scores = True
 
@@ -125,7 +127,8 @@ class GateScore(Eviction):
     def count(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
         if scores is None:
             raise EngineError(
-                "Eviction by gate scores needs the router's scores, which are not known here; use another."
+                "Eviction by gate scores needs the router's scores, which are not known here; use "
+                "another."
             )
         self.recent[layer] = np.concatenate([self.recent[layer], scores])[-self.window :]
         self.mean[self.first[layer] : self.first[layer + 1]] = self.recent[layer].mean(0)
@@ -141,21 +144,22 @@ class GateScore(Eviction):
 class NextUse(Eviction):
     """Belady's rule with an estimate: what is expected to be needed furthest in the future goes.
 
-    Every token passes every layer once, so an expert is next needed after the way to its layer, d of a token's way
-    through the model (0 < d <= 1), and as many more tokens as its layer does not choose it. If the layer chooses it with
-    probability p each time, that is d + (1 - p) / p tokens ahead on average. p is estimated as
+    Every token passes every layer once, so an expert is next needed after the way to its layer, d
+    of a token's way through the model (0 < d <= 1), and as many more tokens as its layer does not
+    choose it. If the layer chooses it with probability p each time, that is d + (1 - p) / p tokens
+    ahead on average. p is estimated as
 
-        (1 - again) * how often it was used, each token counting half as much after `half_life` more tokens
-        + again * (1 if the layer's last step used it, otherwise 0)
+        (1 - again) * how often it was used, each token counting half as much after `half_life` more
+        tokens + again * (1 if the layer's last step used it, otherwise 0)
 
-    The second term is what plain frequency lacks: 35 to 45 % of the experts of a token are used by the next one too.
-    d is what plain recency lacks, and why LRU, which lets go of the layers that come next, never hits below one token's
-    cycle. A chunk of more than `most` tokens, part of a prompt, counts as that many, since what is generated resembles
-    the prompt only so far. A start from calibration counts as the evidence of `warmth` tokens.
+    The second term is what plain frequency lacks: 35 to 45 % of the experts of a token are used by
+    the next one too. d is what plain recency lacks, and why LRU, which lets go of the layers that
+    come next, never hits below one token's cycle. A chunk of more than `most` tokens, part of a
+    prompt, counts as that many, since what is generated resembles the prompt only so far. A start
+    from calibration counts as the evidence of `warmth` tokens.
 
-    Where `plane_value` says what the highest plane of each record is good for at every use, the plane of least value per
-    token goes.
-    """
+    Where `plane_value` says what the highest plane of each record is good for at every use, the
+    plane of least value per token goes."""
 
     plane_value: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # of keys and levels
 
@@ -230,8 +234,9 @@ class NextUse(Eviction):
 
 
 class Belady(Eviction):
-    """The optimum where all records are as long: what is needed furthest in the future goes. For simulation only, since
-    it knows `future`: (layer, ids `[T, k]`) of every step to come, in order."""
+    """The optimum where all records are as long: what is needed furthest in the future goes. For
+    simulation only, since it knows `future`: (layer, ids `[T, k]`) of every step to come, in
+    order."""
 
     def __init__(self, experts: Sequence[int], future: Iterable[tuple[int, np.ndarray]]):
         super().__init__(experts)
@@ -268,7 +273,8 @@ DEFAULT_EVICTION = "next-use"
 
 
 def eviction_named(name: str, experts: Sequence[int]) -> Eviction:
-    """The policy of that name for layers of so many experts; `name:number` sets its one parameter (`decay:64`)."""
+    """The policy of that name for layers of so many experts; `name:number` sets its one parameter
+    (`decay:64`)."""
     kind, _, number = name.partition(":")
     if kind not in EVICTIONS:
         raise EngineError(f"There is no eviction {name[:40]!r}; there are {', '.join(EVICTIONS)}.")

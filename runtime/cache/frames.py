@@ -1,4 +1,5 @@
-"""The memory that records are read into: rows of one mapping, on page boundaries, given back as far as they are not used."""
+"""The memory that records are read into: rows of one mapping, on page boundaries, given back as far
+as they are not used."""
 
 from __future__ import annotations
 
@@ -14,9 +15,8 @@ from smoe.runtime.system import aligned
 class Frames:
     """`count` frames of `nbytes` each: `rows` uint8 `[count, nbytes]`.
 
-    If no more than `most` bytes of them are in use at once, they take memory only as far as they are, so there may be
-    more of them than fit.
-    """
+    If no more than `most` bytes of them are in use at once, they take memory only as far as they
+    are, so there may be more of them than fit."""
 
     def __init__(self, count: int, nbytes: int, most: int | None = None):
         if most is not None:
@@ -28,8 +28,8 @@ class Frames:
             self._advise(self.rows.ctypes.data, self.rows.nbytes, mmap.MADV_NOHUGEPAGE)
 
     def trim(self, nbytes: np.ndarray) -> None:
-        """Of each frame only so many bytes are in use now: give the others back to the system. What a frame will hold from
-        now on counts as used."""
+        """Of each frame only so many bytes are in use now: give the others back to the system. What
+        a frame will hold from now on counts as used."""
         if self._advise is None:
             return
         for frame in np.flatnonzero(self._used > nbytes).tolist():

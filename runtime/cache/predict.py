@@ -1,9 +1,10 @@
-"""Which experts to read before they are asked for: guesses, which are read only while nobody waits for a record.
+"""Which experts to read before they are asked for: guesses, which are read only while nobody waits
+for a record.
 
-A predictor gives (layer, expert) pairs, likeliest first. What comes true is known only when the router has spoken; a guess
-that has not begun by then is forgotten, and one that came too early or in vain is the first to be evicted. Predictors see
-the tokens of a step that are decoded: a prompt needs most experts of a layer, and there is nothing to guess.
-"""
+A predictor gives (layer, expert) pairs, likeliest first. What comes true is known only when the
+router has spoken; a guess that has not begun by then is forgotten, and one that came too early or
+in vain is the first to be evicted. Predictors see the tokens of a step that are decoded: a prompt
+needs most experts of a layer, and there is nothing to guess."""
 
 from __future__ import annotations
 
@@ -46,8 +47,9 @@ class Previous(Predictor):
 
 
 class Transition(Predictor):
-    """What follows the experts of this layer most often in calibration: sum over active p of P(e | p) (the table
-    `transition`). As many as the next layer uses; nothing is known of the next token's first layer."""
+    """What follows the experts of this layer most often in calibration: sum over active p of P(e |
+    p) (the table `transition`). As many as the next layer uses; nothing is known of the next
+    token's first layer."""
 
     def __init__(self, counts: list[np.ndarray | None], top_k: list[int]):
         """`counts[l]` `[experts of layer l - 1, experts of layer l]`, None for the first."""
@@ -67,8 +69,9 @@ class Transition(Predictor):
 
 
 class Predicted(Predictor):
-    """By the linear predictor of the tables: what the layer that is `distance` ahead will choose, from this layer's hidden
-    state. `linear[l]` are weights `[H, experts]` and bias `[experts]` for layer l, None where there are none."""
+    """By the linear predictor of the tables: what the layer that is `distance` ahead will choose,
+    from this layer's hidden state. `linear[l]` are weights `[H, experts]` and bias `[experts]` for
+    layer l, None where there are none."""
 
     def __init__(
         self, distance: int, linear: list[tuple[np.ndarray, np.ndarray] | None], top_k: list[int]
@@ -84,8 +87,9 @@ class Predicted(Predictor):
 
 
 class TopScore(Predictor):
-    """SMoE (paper III-E): shared experts and those that are resident give a hidden state, the next attention and router
-    run on it, and only experts whose score is at least (1 + alpha) S_{k+1} are read: the others may be substituted."""
+    """SMoE (paper III-E): shared experts and those that are resident give a hidden state, the next
+    attention and router run on it, and only experts whose score is at least (1 + alpha) S_{k+1} are
+    read: the others may be substituted."""
 
     looks_ahead = True
 
@@ -110,6 +114,7 @@ def _best(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def _guesses(layer: int, ids: np.ndarray) -> Guesses:
-    """Every token's first choice (a column of `ids` `[T, k]`), then every token's second, each expert once; -1 is none."""
+    """Every token's first choice (a column of `ids` `[T, k]`), then every token's second, each
+    expert once; -1 is none."""
     experts: Iterable[int] = dict.fromkeys(ids.T.reshape(-1).tolist())
     return [(layer, expert) for expert in experts if expert >= 0]

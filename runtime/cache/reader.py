@@ -1,9 +1,10 @@
-"""Reads that go on beside the computation, most urgent first: demands, and guesses only while nobody waits.
+"""Reads that go on beside the computation, most urgent first: demands, and guesses only while
+nobody waits.
 
-A few threads, which hold no lock of the interpreter while they read. All that happens to a frame happens in them, under
-one lock: it is claimed when its read begins and held or freed when it ends, so that an interrupt of the thread that
-computes can lose none. What fails comes back with the load, never from a thread.
-"""
+A few threads, which hold no lock of the interpreter while they read. All that happens to a frame
+happens in them, under one lock: it is claimed when its read begins and held or freed when it ends,
+so that an interrupt of the thread that computes can lose none. What fails comes back with the load,
+never from a thread."""
 
 from __future__ import annotations
 
@@ -33,11 +34,11 @@ ENDED = (State.DONE, State.WITHDRAWN)
 
 @dataclass(eq=False)
 class Load:
-    """The planes of an expert up to `level`, wanted by so many `tokens`; a `guess` is wanted by none yet.
+    """The planes of an expert up to `level`, wanted by so many `tokens`; a `guess` is wanted by
+    none yet.
 
-    When its read begins it gets the `frame` it goes into and the planes that are there already, `since`. When it is done
-    it has `nbytes`, or an `error`.
-    """
+    When its read begins it gets the `frame` it goes into and the planes that are there already,
+    `since`. When it is done it has `nbytes`, or an `error`."""
 
     key: Key
     level: int
@@ -50,17 +51,16 @@ class Load:
     error: Exception | None = None
 
     def urgency(self) -> tuple[bool, int, int]:
-        """The least is read first: demands before guesses, then what most tokens wait for, then the lower plane (D²MoE's
-        hottest-expert-bit-first)."""
+        """The least is read first: demands before guesses, then what most tokens wait for, then the
+        lower plane (D²MoE's hottest-expert-bit-first)."""
         return self.guess, -self.tokens, self.level
 
 
 class Reader:
     """Loads on `threads` threads (0: each at once, in the caller's, for simulations).
 
-    `begin(load)` claims a frame, or says that there is none now; `read(load)` gives the bytes read, or raises; `end(load)`
-    takes what came of it. `begin` and `end` are called under `lock`.
-    """
+    `begin(load)` claims a frame, or says that there is none now; `read(load)` gives the bytes read,
+    or raises; `end(load)` takes what came of it. `begin` and `end` are called under `lock`."""
 
     def __init__(
         self,
@@ -117,8 +117,9 @@ class Reader:
             self.serve()
 
     def wait(self, loads: Iterable[Load]) -> bool:
-        """Until one of `loads` has ended, or no frame can be had for any of them, nor will be when what is read has arrived:
-        whether one has ended. An `EngineError` if the reader was closed meanwhile."""
+        """Until one of `loads` has ended, or no frame can be had for any of them, nor will be when
+        what is read has arrived: whether one has ended. An `EngineError` if the reader was closed
+        meanwhile."""
         loads = list(loads)
         with self.lock:
             self.lock.wait_for(

@@ -1,4 +1,5 @@
-"""Which experts are resident: pure bookkeeping, no bytes and no clock, so that a simulator drives the same code."""
+"""Which experts are resident: pure bookkeeping, no bytes and no clock, so that a simulator drives
+the same code."""
 
 from __future__ import annotations
 
@@ -16,14 +17,14 @@ FREE, SHIELDED, PINNED = 0, 1, 2  # pins: may go, goes if nothing else may, neve
 class Residency:
     """A pool of frames over all layers.
 
-    A record of layer l that is resident up to level j (from 1) takes `sizes[l][j - 1]` of `capacity`; a number in place
-    of a list is a record of one level, and without `sizes` every record takes 1. What goes is `eviction`'s word: a whole
-    record, or its highest plane where the policy knows what planes are worth. With `shares` every layer keeps to its part
-    of the pool.
+    A record of layer l that is resident up to level j (from 1) takes `sizes[l][j - 1]` of
+    `capacity`; a number in place of a list is a record of one level, and without `sizes` every
+    record takes 1. What goes is `eviction`'s word: a whole record, or its highest plane where the
+    policy knows what planes are worth. With `shares` every layer keeps to its part of the pool.
 
-    A miss takes two calls with the read between them: until `commit`, nothing claims that the planes are there, so a read
-    that fails leaves no trace. A record that was read on a guess is the first to go once its layer has run without it.
-    """
+    A miss takes two calls with the read between them: until `commit`, nothing claims that the
+    planes are there, so a read that fails leaves no trace. A record that was read on a guess is the
+    first to go once its layer has run without it."""
 
     def __init__(
         self,
@@ -95,8 +96,8 @@ class Residency:
         return most // self._sizes[layer][-1]
 
     def use(self, layer: int, wanted: np.ndarray) -> int:
-        """A step uses these experts, bool `[E]`, resident or not; how many of them were read on a guess and are used for
-        the first time."""
+        """A step uses these experts, bool `[E]`, resident or not; how many of them were read on a
+        guess and are used for the first time."""
         if not self._guessed.any():
             return 0
         frames = self._frame[self._first[layer] + np.flatnonzero(wanted)]
@@ -111,9 +112,9 @@ class Residency:
             self._expired |= self._guessed & (self._layers == layer)
 
     def reserve(self, key: Key, level: int, pins: np.ndarray | None = None) -> int | None:
-        """A frame to fill with the planes of `key` up to `level`, the one where it is if it is resident, after whatever
-        had to go went. `pins` int8 `[all experts]` are `FREE`, `SHIELDED` or `PINNED`; None if there is no room beside
-        what is pinned."""
+        """A frame to fill with the planes of `key` up to `level`, the one where it is if it is
+        resident, after whatever had to go went. `pins` int8 `[all experts]` are `FREE`, `SHIELDED`
+        or `PINNED`; None if there is no room beside what is pinned."""
         layer, frame = key[0], self.find(key)
         size = self._sizes[layer][level]
         more = size - (0 if frame is None else int(self.frame_bytes[frame]))
@@ -152,8 +153,8 @@ class Residency:
         return self.total + size > self.capacity
 
     def victim(self, layer: int, size: int, key: Key | None, pins: np.ndarray | None) -> int | None:
-        """The frame whose record, or highest plane, is worth least, where `layer` is to take `size` more; never that of
-        `key`, nor one that is being read into."""
+        """The frame whose record, or highest plane, is worth least, where `layer` is to take `size`
+        more; never that of `key`, nor one that is being read into."""
         may_go = (self._keys >= 0) & ~self._reserved
         if self.share is not None and self.used[layer] + size > self.share:
             may_go &= self._layers == layer
@@ -173,7 +174,8 @@ class Residency:
         return int(frames[worth.argmin()])
 
     def shrink(self, frame: int) -> None:
-        """Evict the highest plane, where eviction goes by planes and it is not the only one; the record otherwise."""
+        """Evict the highest plane, where eviction goes by planes and it is not the only one; the
+        record otherwise."""
         if not self.eviction.by_planes or self._levels[frame] == 1:
             self.evict(frame)
             return

@@ -1,9 +1,9 @@
 """The expert shards on disk: one record, one read, into memory that the engine owns.
 
-Reads rather than mappings: the bytes count once, in the budget; and a shard that shrinks or fails under a running
-engine is an error code here, where a mapping would be a signal that kills the process. `bench/reads.py` compares the
-ways; `direct` reads past the page cache, `buffered` through it.
-"""
+Reads rather than mappings: the bytes count once, in the budget; and a shard that shrinks or fails
+under a running engine is an error code here, where a mapping would be a signal that kills the
+process. `bench/reads.py` compares the ways; `direct` reads past the page cache, `buffered` through
+it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ TRIED = 8 << 20  # bytes read each way to measure them
 
 
 class Shards:
-    """All shards of a bundle, open for reading up to `level` (None: all of a record). `layouts[l]` is the record layout
-    of layer l. `io` is one of `IO`."""
+    """All shards of a bundle, open for reading up to `level` (None: all of a record). `layouts[l]`
+    is the record layout of layer l. `io` is one of `IO`."""
 
     def __init__(self, bundle: Bundle, level: int | None = None, io: str = "buffered"):
         self.level = checked_level(encoding_named(bundle.manifest.experts.encoding), level)
@@ -47,8 +47,9 @@ class Shards:
     def read(
         self, layer: int, expert: int, into: np.ndarray, since: int = 0, level: int | None = None
     ) -> int:
-        """Fill `into` (uint8, long enough, on a page boundary) with the planes of a record after the first `since`, up to
-        `level` (None: the shards' own); returns the bytes read, or raises `EngineError`. Threads may read at once."""
+        """Fill `into` (uint8, long enough, on a page boundary) with the planes of a record after
+        the first `since`, up to `level` (None: the shards' own); returns the bytes read, or raises
+        `EngineError`. Threads may read at once."""
         path, file, start = self._files[layer]
         ends = (0, *self.layouts[layer].levels)
         first, size = ends[since], ends[self.level if level is None else level] - ends[since]
@@ -59,7 +60,8 @@ class Shards:
                 got = os.preadv(file, [view[done:]], at + done)
                 if not got:
                     raise EngineError(
-                        f"{path} ends inside expert {expert}: it became shorter; copy the bundle again."
+                        f"{path} ends inside expert {expert}: it became shorter; copy the bundle "
+                        f"again."
                     )
                 done += got
         except OSError as error:
@@ -80,7 +82,8 @@ class Shards:
                 )
 
     def forget(self, layer: int, expert: int) -> None:
-        """Take a record out of the page cache, so that the next read is one of the device, where the system can."""
+        """Take a record out of the page cache, so that the next read is one of the device, where
+        the system can."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
         _, file, start = self._files[layer]
@@ -106,9 +109,10 @@ class Choice:
 
 
 def choose(bundle: Bundle, level: int | None, wanted: str | None, plan: MemoryPlan) -> Choice:
-    """The way to read: `wanted`, or the better one by a measurement from the device. Reading past the page cache is right
-    where nothing else could hold the records; where the machine has memory to spare beside the budget, the page cache
-    holds some of them for nothing. An `EngineError` if `wanted` cannot be had."""
+    """The way to read: `wanted`, or the better one by a measurement from the device. Reading past
+    the page cache is right where nothing else could hold the records; where the machine has memory
+    to spare beside the budget, the page cache holds some of them for nothing. An `EngineError` if
+    `wanted` cannot be had."""
     if wanted is not None and wanted not in IO:
         raise EngineError(
             f"There is no way to read called {wanted!r}; there are {' and '.join(IO)}."

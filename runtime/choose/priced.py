@@ -1,13 +1,13 @@
-"""The priced scheduler: every missing expert's alternatives have a price in nats and a time, and a budget buys time.
+"""The priced scheduler: every missing expert's alternatives have a price in nats and a time, and a
+budget buys time.
 
 At a step an active expert that is not resident at its full level can be read, wholly or to a lower
 level; used at the level at which it is resident; or its slots can do without it, each with the
 cheapest of nothing and a resident stand-in at the best weight. The choice is the one of least
 `nats + nats_per_byte * bytes read`: a Lagrangian, so that a nat is spent where it saves most
-anywhere in the model, and not where it can be spent first. Each sequence's `LossLedger` sets its own
-multiplier, and is the hard limit. What is read may stay; `PlaneValue` tells eviction which planes
-are worth their frame.
-"""
+anywhere in the model, and not where it can be spent first. Each sequence's `LossLedger` sets its
+own multiplier, and is the hard limit. What is read may stay; `PlaneValue` tells eviction which
+planes are worth their frame."""
 
 from __future__ import annotations
 
@@ -175,8 +175,8 @@ class Priced:
     def _cheapest(
         self, costs: np.ndarray, saved: np.ndarray, payers: Sequence[_Payer]
     ) -> np.ndarray:
-        """For every expert the alternative of least cost that the ledgers can pay, int64 `[n]`, from
-        `costs` `[payers, n, full + 1]` in nats and `saved` `[n, full + 1]` in bytes.
+        """For every expert the alternative of least cost that the ledgers can pay, int64 `[n]`,
+        from `costs` `[payers, n, full + 1]` in nats and `saved` `[n, full + 1]` in bytes.
 
         A payer's nats count by what a byte is worth to it, so that one of a small budget is not
         outvoted.

@@ -1,14 +1,15 @@
-"""What a shortcut at one slot costs, in nats: pure functions of the bundle's price tables and of live mixing weights.
+"""What a shortcut at one slot costs, in nats: pure functions of the bundle's price tables and of
+live mixing weights.
 
-A change of what a slot adds to its layer's output costs p = E[(g . change)^2] / 2, which the tables' second moments
-give for any weights (FORMAT.md, "Prices"). That is not all: it also moves later routers, and now and then one of them
-chooses another expert. How often goes with the size of the change, not with its square; so the expected rise in KL
-divergence is
+A change of what a slot adds to its layer's output costs p = E[(g . change)^2] / 2, which the
+tables' second moments give for any weights (FORMAT.md, "Prices"). That is not all: it also moves
+later routers, and now and then one of them chooses another expert. How often goes with the size of
+the change, not with its square; so the expected rise in KL divergence is
 
     nats = fit[kind, 0] * p + fit[kind, 1] * sqrt(p)
 
-with coefficients that prep measured. Prices of different slots add up. NumPy only, no I/O, no clock.
-"""
+with coefficients that prep measured. Prices of different slots add up. NumPy only, no I/O, no
+clock."""
 
 from __future__ import annotations
 
@@ -26,10 +27,11 @@ AS_IT_IS = np.array([[1.0, 0.0]] * len(KINDS), np.float32)  # a fit that leaves 
 
 @dataclass(frozen=True)
 class LayerPrices:
-    """The price tables of one layer, of E experts with J levels (0 where there are no level prices).
+    """The price tables of one layer, of E experts with J levels (0 where there are no level
+    prices).
 
-    All methods broadcast: with experts and weights `[n, 1]` and stand-ins `[E]` they give `[n, E]`. Prices are float64,
-    in nats summed over all later positions of the sequence, and never negative.
+    All methods broadcast: with experts and weights `[n, 1]` and stand-ins `[E]` they give `[n, E]`.
+    Prices are float64, in nats summed over all later positions of the sequence, and never negative.
     """
 
     cross: np.ndarray  # [E, E]
@@ -49,20 +51,23 @@ class LayerPrices:
         return self._nats("standin", w_e * w_e * own - 2 * w_e * w_s * between + w_s * w_s * other)
 
     def best_weight(self, e: np.ndarray, w_e: np.ndarray, s: np.ndarray) -> np.ndarray:
-        """The weight at which `s` stands in for `e` at the lowest price; 0 where none is better than skipping."""
+        """The weight at which `s` stands in for `e` at the lowest price; 0 where none is better
+        than skipping."""
         other = self.standin[e, s]
         return w_e * np.divide(
             np.maximum(self.cross[e, s], 0), other, out=np.zeros(np.shape(other)), where=other > 0
         )
 
     def best_stand_in(self, e: np.ndarray, able: np.ndarray) -> np.ndarray:
-        """Which of experts `able` `[n]` stands in for each of `e` at the lowest price, each at its best weight."""
+        """Which of experts `able` `[n]` stands in for each of `e` at the lowest price, each at its
+        best weight."""
         between, other = np.maximum(self.cross[e[:, None], able], 0), self.standin[e[:, None], able]
         saved = np.divide(between * between, other, out=np.zeros_like(other), where=other > 0)
         return able[saved.argmax(1)]
 
     def at_level(self, e: np.ndarray, w: np.ndarray, level: np.ndarray | int) -> np.ndarray:
-        """Compute expert `e` from the first `level` (from 1) planes only; the full level costs nothing."""
+        """Compute expert `e` from the first `level` (from 1) planes only; the full level costs
+        nothing."""
         return self._nats("level", w * w * self.level[e, np.asarray(level) - 1])
 
     def _nats(self, kind: str, moment: np.ndarray) -> np.ndarray:
@@ -79,19 +84,21 @@ class Prices:
 
     @classmethod
     def of(cls, tables: Sequence[dict[str, np.ndarray]], fitted: bool = True) -> Prices:
-        """Prices from what `artifacts.tables.load_tables` gives; an `EngineError` if there are none. Without `fitted`
-        nats are p itself: what the fit is made from."""
+        """Prices from what `artifacts.tables.load_tables` gives; an `EngineError` if there are
+        none. Without `fitted` nats are p itself: what the fit is made from."""
         wanted = ["price_cross", "price_standin", *(["price_fit"] if fitted else [])]
         missing = [name for of in tables for name in wanted if name not in of]
         if missing or not tables:
             raise EngineError(
-                f"This bundle has no prices (its tables lack {', '.join(sorted(set(missing))) or 'all layers'}); build "
+                f"This bundle has no prices (its tables lack "
+                f"{', '.join(sorted(set(missing))) or 'all layers'}); build "
                 "it again with --prices, or run it without a loss budget."
             )
         for name, of in ((name, of) for of in tables for name in PRICE_TABLES if name in of):
             if not np.isfinite(of[name]).all() or (name != "price_cross" and (of[name] < 0).any()):
                 raise EngineError(
-                    f"This bundle's {name} holds values that are no prices; build it again, or run it without --loss."
+                    f"This bundle's {name} holds values that are no prices; build it again, or run "
+                    f"it without --loss."
                 )
         return cls(tuple(_layer(of, of["price_fit"] if fitted else AS_IT_IS) for of in tables))
 

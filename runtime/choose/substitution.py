@@ -1,8 +1,8 @@
-"""What stands in for a missing expert: other ids and weights for a layer's slots, chosen among what is resident.
+"""What stands in for a missing expert: other ids and weights for a layer's slots, chosen among what
+is resident.
 
-Each class is a `routing.Chooser`: an id that equals the number of experts is no expert, and adds nothing; whatever is left
-missing is loaded. All of them change the model's output.
-"""
+Each class is a `routing.Chooser`: an id that equals the number of experts is no expert, and adds
+nothing; whatever is left missing is loaded. All of them change the model's output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def missing_slots(routed: Routed, available: Available) -> np.ndarray:
 def free_experts(
     routed: Routed, available: Available, token: int, taken: np.ndarray | list[int]
 ) -> np.ndarray:
-    """Resident experts that are not in `taken`, best gate score of `token` first; masked experts never."""
+    """Resident experts that are not in `taken`, best gate score of `token` first; masked experts
+    never."""
     scores = _known(routed.scores)[token]
     able = available.resident & np.isfinite(scores)
     able[[e for e in taken if e < len(able)]] = False
@@ -31,11 +32,11 @@ def free_experts(
 class Smoe:
     """SMoE's Algorithm 1 (expert-cache router), for any number of tokens at once.
 
-    With S_{k+1} the best rejected gate score of a token, active experts of at least (1 + alpha) S_{k+1} are top-score
-    and always computed: C is their union over all tokens, and what is in C is as good as resident. A low-score active
-    expert that is neither there nor in C gives way to the best inactive one that is, if its score is at least
-    (1 - alpha) S_{k+1}; of several missing ones those of lowest score give way. A stand-in has its own score's weight.
-    """
+    With S_{k+1} the best rejected gate score of a token, active experts of at least (1 + alpha)
+    S_{k+1} are top-score and always computed: C is their union over all tokens, and what is in C is
+    as good as resident. A low-score active expert that is neither there nor in C gives way to the
+    best inactive one that is, if its score is at least (1 - alpha) S_{k+1}; of several missing ones
+    those of lowest score give way. A stand-in has its own score's weight."""
 
     def __init__(self, alpha: float):
         self.alpha = alpha
@@ -59,16 +60,18 @@ class Smoe:
             stand_ins = stand_ins[np.argsort(-score[t, stand_ins], kind="stable")]
             missing = np.flatnonzero(gives[t])
             missing = missing[np.argsort(score[t, missing], kind="stable")][: len(stand_ins)]
-            # The n that give way are those of lowest score; which stand-in takes whose place does not matter.
+            # The n that give way are those of lowest score; which stand-in takes whose place does
+            # not matter.
             for gone, new in zip(missing, stand_ins, strict=False):
                 ids[t, ids[t] == gone] = new
         return _weighed(routed, ids)
 
 
 class CachePrior:
-    """Mixture of Cache-Conditional Experts (arXiv 2412.00099, section 3): z + lambda * D * m decides, with z the router's
-    logits, D the running mean of their range in this layer, m = 1 for resident experts and for the best `always`.
-    Weights are those of the router for the experts chosen. Where scores are probabilities, z is their logarithm."""
+    """Mixture of Cache-Conditional Experts (arXiv 2412.00099, section 3): z + lambda * D * m
+    decides, with z the router's logits, D the running mean of their range in this layer, m = 1 for
+    resident experts and for the best `always`. Weights are those of the router for the experts
+    chosen. Where scores are probabilities, z is their logarithm."""
 
     def __init__(self, strength: float, always: int = 2):
         self.strength, self.always = strength, always
@@ -87,19 +90,21 @@ class CachePrior:
         top = np.argsort(-z, axis=1, kind="stable")[:, : min(self.always, routed.ids.shape[1])]
         np.put_along_axis(boosted, top, np.inf, axis=1)
         ids = np.argsort(-boosted, axis=1, kind="stable")[:, : routed.ids.shape[1]]
-        # Ranks stay where the experts stayed, and rows where nothing changed stay as they are, to the bit.
+        # Ranks stay where the experts stayed, and rows where nothing changed stay as they are, to
+        # the bit.
         ids = np.array([_in_place(old, new) for old, new in zip(routed.ids, ids, strict=True)])
         return _weighed(routed, ids)
 
 
 class Buddy:
-    """BuddyMoE (arXiv 2511.10054): who was active together with the missing expert takes its place and its weight.
+    """BuddyMoE (arXiv 2511.10054): who was active together with the missing expert takes its place
+    and its weight.
 
-    `coactivation[l]` are joint counts. A token whose active experts' weights are too unequal (entropy over log k at
-    most `entropy`) keeps its experts, and so does one of which at least a part of `most_missing` is missing. Buddies are the
-    fewest that hold `mass` of the joint counts, 16 at most; the one of largest q * (1 + eta * score) goes first; at
-    most `per_token` a token. (The paper's term for hops between devices has no meaning here.)
-    """
+    `coactivation[l]` are joint counts. A token whose active experts' weights are too unequal
+    (entropy over log k at most `entropy`) keeps its experts, and so does one of which at least a
+    part of `most_missing` is missing. Buddies are the fewest that hold `mass` of the joint counts,
+    16 at most; the one of largest q * (1 + eta * score) goes first; at most `per_token` a token.
+    (The paper's term for hops between devices has no meaning here.)"""
 
     def __init__(
         self,
@@ -148,12 +153,13 @@ def _buddies(counts: np.ndarray, mass: float) -> list[tuple[np.ndarray, np.ndarr
 
 
 class ThresholdControls:
-    """The controls: only slots whose mixing weight is less than `below` give way, each to what `pick` says.
+    """The controls: only slots whose mixing weight is less than `below` give way, each to what
+    `pick` says.
 
-    zero: nothing takes the place. live: the resident expert of best gate score, with its own weight, the others
-    keeping theirs. random: any resident expert, with the missing one's weight. similar: the resident expert of least
-    output error by the tables (`errors[l]` `[E, E]`), with the missing one's weight.
-    """
+    zero: nothing takes the place. live: the resident expert of best gate score, with its own
+    weight, the others keeping theirs. random: any resident expert, with the missing one's weight.
+    similar: the resident expert of least output error by the tables (`errors[l]` `[E, E]`), with
+    the missing one's weight."""
 
     def __init__(
         self, pick: str, below: float, errors: list[np.ndarray] | None = None, seed: int = 0
@@ -198,7 +204,8 @@ def _own_weight(routed: Routed, token: int, expert: int) -> np.float32:
 
 
 def _weighed(routed: Routed, ids: np.ndarray) -> Assignment:
-    """The router's weights for other ids; a token that keeps its ids keeps its weights to the bit."""
+    """The router's weights for other ids; a token that keeps its ids keeps its weights to the
+    bit."""
     changed = (ids != routed.ids).any(1)
     weights = routed.weights
     if changed.any():
