@@ -30,13 +30,9 @@ class ExpertCache:
     """Experts in the frames of one memory.
 
     `residency` says who is there, `frames` hold the bytes (None: there are none, in a simulation), `read` fetches them on
-<<<<<<< HEAD
-    `threads` threads (0: at once). `uses` is how many experts of a layer one token uses at most. Counts go to `stats`.
-    `make_reader` is for tests of every order.
-=======
     `threads` threads (0: at once). `uses` is how many experts of a layer one token uses at most. Without `streams` a
     step's experts are shielded however many they are, as replays of others do. Counts go to `stats`.
->>>>>>> core
+    `make_reader` is for tests of every order.
     """
 
     def __init__(
@@ -47,11 +43,8 @@ class ExpertCache:
         uses: int,
         stats: Stats,
         threads: int = READERS,
-<<<<<<< HEAD
-        make_reader: type[Reader] = Reader,
-=======
         streams: bool = True,
->>>>>>> core
+        make_reader: type[Reader] = Reader,
     ):
         self._residency, self._frames, self._read_planes, self.stats = (
             residency,
@@ -59,13 +52,8 @@ class ExpertCache:
             read,
             stats,
         )
-<<<<<<< HEAD
         self._reader = make_reader(self._begin, self._read, self._end, threads)
-        self._at_once = max(STREAMS, uses)
-=======
-        self._reader = Reader(self._begin, self._read, self._end, threads)
         self._at_once = max(STREAMS, uses) if streams else 1 << 62
->>>>>>> core
         self._pins = np.zeros(residency.eviction.first[-1], np.int8)
         self._active: object = None  # whose pins these are
 
@@ -137,8 +125,9 @@ class ExpertCache:
         it asks for more, and closes the iterator. An empty array, once, says that nothing is left but to wait.
 
         What the step still needs is not evicted once it is whole, and what it has used, or has in fewer planes than it
-        needs, only if nothing else can go (SMoE's shield). Where more is missing than may be on its way at once, as for a prompt, experts stream: what was used may go at once, so
-        that a few frames serve them all. A failed read is an `EngineError`.
+        needs, only if nothing else can go (SMoE's shield). Where more is missing than may be on its way at once, as for
+        a prompt, experts stream: what was used may go at once, so that a few frames serve them all. A failed read is an
+        `EngineError`.
         """
         remaining = np.ones(len(experts), bool)
         loads: dict[int, Load] = {}
