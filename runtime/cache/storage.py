@@ -8,6 +8,7 @@ ways; `direct` reads past the page cache, `buffered` through it.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,10 @@ class Shards:
         self.level = checked_level(encoding_named(bundle.manifest.experts.encoding), level)
         self.io = io
         self.layouts = bundle.layouts
+        self._seeking = threading.Lock()
         self._files: list[tuple[Path, int, int]] = []  # path, descriptor, start of record 0
-        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | (os.O_DIRECT if io == "direct" else 0)
+        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        flags |= os.O_DIRECT if io == "direct" else 0
         for layer, start in enumerate(bundle.starts):
             file = bundle.shard(layer)
             try:
@@ -56,7 +59,7 @@ class Shards:
         at = start + expert * self.layouts[layer].nbytes + first
         try:
             while done < size:
-                got = os.preadv(file, [view[done:]], at + done)
+                got = self._read_at(file, view[done:], at + done)
                 if not got:
                     raise EngineError(
                         f"{path} ends inside expert {expert}: it became shorter; copy the bundle again."
@@ -70,6 +73,19 @@ class Shards:
             self._check_floats(layer, expert, into)
         return size
 
+    def _read_at(self, file: int, into: memoryview, at: int) -> int:
+        """Bytes read at that place, 0 at the end; where the system lacks a way, the next best one."""
+        if hasattr(os, "preadv"):
+            return os.preadv(file, [into], at)
+        if hasattr(os, "pread"):
+            data = os.pread(file, len(into), at)
+        else:
+            with self._seeking:  # threads share the file's one position
+                os.lseek(file, at, os.SEEK_SET)
+                data = os.read(file, len(into))
+        into[: len(data)] = data
+        return len(data)
+
     def _check_floats(self, layer: int, expert: int, record: np.ndarray) -> None:
         """Scales, biases and norms must be finite. All of them lie in the base plane."""
         for field in float_fields(self.layouts[layer]):
@@ -80,7 +96,9 @@ class Shards:
                 )
 
     def forget(self, layer: int, expert: int) -> None:
-        """Take a record out of the page cache, so that the next read is one of the device."""
+        """Take a record out of the page cache, where the system can, so that the next read is one of the device."""
+        if not hasattr(os, "posix_fadvise"):
+            return
         _, file, start = self._files[layer]
         nbytes = self.layouts[layer].nbytes
         os.posix_fadvise(file, start + expert * nbytes, nbytes, os.POSIX_FADV_DONTNEED)
