@@ -8,6 +8,7 @@ it."""
 from __future__ import annotations
 
 import os
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,10 @@ class Shards:
         self.level = checked_level(encoding_named(bundle.manifest.experts.encoding), level)
         self.io = io
         self.layouts = bundle.layouts
+        self._seeking = threading.Lock()
         self._files: list[tuple[Path, int, int]] = []  # path, descriptor, start of record 0
-        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | (os.O_DIRECT if io == "direct" else 0)
+        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        flags |= os.O_DIRECT if io == "direct" else 0
         for layer, start in enumerate(bundle.starts):
             file = bundle.shard(layer)
             try:
@@ -57,7 +60,7 @@ class Shards:
         at = start + expert * self.layouts[layer].nbytes + first
         try:
             while done < size:
-                got = os.preadv(file, [view[done:]], at + done)
+                got = self._read_at(file, view[done:], at + done)
                 if not got:
                     raise EngineError(
                         f"{path} ends inside expert {expert}: it became shorter; copy the bundle "
@@ -71,6 +74,20 @@ class Shards:
         if not since:
             self._check_floats(layer, expert, into)
         return size
+
+    def _read_at(self, file: int, into: memoryview, at: int) -> int:
+        """Bytes read at that place, 0 at the end; where the system lacks a way, the next best
+        one."""
+        if hasattr(os, "preadv"):
+            return os.preadv(file, [into], at)
+        if hasattr(os, "pread"):
+            data = os.pread(file, len(into), at)
+        else:
+            with self._seeking:  # threads share the file's one position
+                os.lseek(file, at, os.SEEK_SET)
+                data = os.read(file, len(into))
+        into[: len(data)] = data
+        return len(data)
 
     def _check_floats(self, layer: int, expert: int, record: np.ndarray) -> None:
         """Scales, biases and norms must be finite. All of them lie in the base plane."""

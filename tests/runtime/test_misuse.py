@@ -1,0 +1,137 @@
+"""An engine used where it cannot be: closed, in a second thread, in a forked child, on a system that lacks a call."""
+
+import multiprocessing
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from smoe.artifacts import open_bundle
+from smoe.runtime import Engine, EngineError, Policies
+from smoe.runtime.budget import plan_memory
+from smoe.runtime.cache.storage import Shards
+from smoe.runtime.routing import as_routed
+from smoe.runtime.system import aligned
+
+PATIENCE = 10.0  # seconds until what should happen at once has not
+
+
+@pytest.fixture(scope="module")
+def budget(golden):
+    """Bytes that leave room for four experts of 14."""
+    plan = plan_memory(open_bundle(golden), None, 300)
+    return plan.total - (plan.capacity - 4) * plan.record
+
+
+def _said(call) -> str:
+    """The sentence of the `EngineError` that `call` raises in a thread of its own, in time."""
+    said: list[str] = []
+
+    def run() -> None:
+        try:
+            call()
+            said.append("nothing was raised")
+        except EngineError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert said, "it waits for ever"
+    return said[0]
+
+
+def test_a_generation_that_is_used_after_close_is_a_sentence(golden, budget):
+    with Engine.open(golden, budget, 300) as engine:
+        generation = engine.generate([1, 2, 3], max_new_tokens=20)
+        scores = engine.score([1, 2, 3, 4, 5])
+        prefill = engine.prefill(engine.new_sequence(), np.arange(9))
+        next(generation)
+    said = "This engine is closed; open the bundle again."
+    assert _said(lambda: next(generation)) == said
+    assert _said(lambda: next(scores)) == said
+    assert _said(prefill.finish) == said
+    assert _said(lambda: engine.generate([1])) == said
+    assert _said(lambda: engine.logits([1, 2])) == said
+
+
+def test_a_second_thread_in_a_running_engine_gets_a_sentence(golden):
+    second: list[str] = []
+
+    def choose(routed, available):
+        if not second:
+            second.append(_said(lambda: engine.generate([1, 2, 3])))
+            second.append(_said(lambda: engine.logits([1, 2, 3])))
+        return as_routed(routed, available)
+
+    with Engine.open(golden, policies=Policies(substitution=choose)) as engine:
+        tokens = [token.id for token in engine.generate([1, 2, 3], max_new_tokens=5)]
+        assert (
+            second
+            == ["Another thread is using this engine; take turns, or open a second engine."] * 2
+        )
+        assert tokens == [token.id for token in engine.generate([1, 2, 3], max_new_tokens=5)]
+
+
+def test_threads_may_take_turns(golden, budget):
+    with Engine.open(golden, budget, 300) as engine:
+        wanted = engine.logits([1, 2, 3])
+        turns: list[np.ndarray] = []
+        for _ in range(3):
+            thread = threading.Thread(target=lambda: turns.append(engine.logits([1, 2, 3])))
+            thread.start()
+            thread.join(PATIENCE)
+        assert len(turns) == 3 and all(np.array_equal(turn, wanted) for turn in turns)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_gets_a_sentence_and_the_parent_goes_on(golden, budget):
+    def child(engine: Engine, answer) -> None:
+        answer.send(_said(lambda: list(engine.generate([1, 2, 3], max_new_tokens=2))))
+
+    with Engine.open(golden, budget, 300) as engine:
+        wanted = [token.id for token in engine.generate([1, 2, 3], max_new_tokens=4)]
+        here, there = multiprocessing.Pipe()
+        process = multiprocessing.get_context("fork").Process(target=child, args=(engine, there))
+        process.start()
+        assert here.poll(PATIENCE)
+        assert "opened in another process" in here.recv()
+        process.join(PATIENCE)
+        assert [token.id for token in engine.generate([1, 2, 3], max_new_tokens=4)] == wanted
+
+
+@pytest.mark.parametrize("lacking", [("preadv",), ("preadv", "pread")])
+def test_a_system_without_positioned_reads_runs_all_the_same(golden, budget, monkeypatch, lacking):
+    with Engine.open(golden, budget, 300, io="buffered") as engine:
+        wanted = [token.id for token in engine.generate([1, 2, 3], max_new_tokens=8)]
+    for name in (*lacking, "posix_fadvise"):
+        monkeypatch.delattr(os, name)
+    with Engine.open(golden, budget, 300, io="buffered") as engine:
+        assert [token.id for token in engine.generate([1, 2, 3], max_new_tokens=8)] == wanted
+        assert engine.stats.bytes_read > 0
+
+
+def test_threads_read_records_apart_without_positioned_reads(golden, monkeypatch):
+    bundle = open_bundle(golden)
+    size = bundle.layouts[0].levels[-1]
+    shards = Shards(bundle)
+    wanted = aligned(7, size)
+    for expert in range(7):
+        shards.read(0, expert, wanted[expert])
+    for name in ("preadv", "pread"):
+        monkeypatch.delattr(os, name)
+    rows = aligned(7, size)
+
+    def read(expert: int) -> None:
+        for _ in range(20):
+            shards.read(0, expert, rows[expert])
+
+    threads = [threading.Thread(target=read, args=(expert,)) for expert in range(7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert np.array_equal(rows, wanted)
+    shards.close()
