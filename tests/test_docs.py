@@ -1,103 +1,171 @@
-"""The documents say what is there: the README's tree, its commands, the command reference, the log's commands."""
+"""The pages say what is there: links, the tree, the command reference, and commands that parse."""
 
 import re
+import runpy
+import shlex
 import subprocess
-import sys
 
+import click
 import pytest
 
-COMMANDS = {
-    "smoe.runtime": ("run", "chat", "bench", "info", "verify"),
-    "smoe.prep": ("build", "inspect", "profile", "pack", "export", "verify", "simulate", "plan"),
-}
+PAGES = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "docs/architecture.md",
+    "docs/families.md",
+    "docs/log.md",
+    "docs/results.md",
+    "docs/walkthrough.md",
+    "docs/wheels.md",
+)
+PROSE = tuple(page for page in PAGES if page != "docs/families.md")  # made by a bench, wide tables
+# Listed in the tree and not there yet: what the seams still bring. Must be empty in a release.
+PENDING: frozenset[str] = frozenset()
+
+# Names of `python -m bench` until bench/__main__.py says them itself.
+BENCHES = {
+    "policies", "prices", "prefetch", "plan", "kernels", "reads", "nested", "readme", "costs",
+    "large", "kills", "outofcore", "memory", "families", "opening", "prompt", "longprompt",
+    "sidebyside", "tables", "soak", "NAME",
+}  # fmt: skip
 
 
-def _tree(readme: str) -> list[tuple[str, str]]:
-    """(path, caption) of every line of the README's tree."""
-    block = readme.split("```tree\n")[1].split("```")[0]
-    found, folders = [], []
-    for line in block.splitlines():
-        indent, name, caption = re.match(r"( *)(\S+)\s+(.+)", line).groups()
-        folders = [*folders[: len(indent) // 2], name]
-        found.append(("".join(folders), caption))
+@pytest.fixture(params=PAGES)
+def page(request, root):
+    return root / request.param
+
+
+def _blocks(text: str) -> list[str]:
+    """The lines of all code blocks, continued lines joined."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    return "".join(blocks).replace("\\\n", " ").splitlines()
+
+
+def _commands(text: str, *names: str) -> list[list[str]]:
+    """Words of every command in the code blocks of `text` that starts with one of `names`."""
+    found = []
+    for line in _blocks(text):
+        bare = line.removeprefix("$ ").removeprefix("ssh device '").rstrip("'")
+        for part in re.split(r" && | \| ", bare):
+            if re.match(rf"({'|'.join(map(re.escape, names))}) ", part):
+                found.append(shlex.split(part, comments=True))
     return found
 
 
-def test_the_tree_is_the_disk(root):
-    tree = _tree((root / "README.md").read_text("utf-8"))
-    for path, caption in tree:
-        assert (root / path).exists(), path
-        assert (root / path).is_dir() == path.endswith("/"), path
+def test_every_link_leads_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_every_path_that_a_page_names_exists(page, root):
+    folders = "artifacts|prep|runtime|tests|bench|docs|examples"
+    text = page.read_text("utf-8")
+    for path in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", text):
+        assert (root / path).exists() or path in PENDING, path
+
+
+def test_every_make_target_that_a_page_names_exists(page, root):
+    targets = re.findall(r"^([\w-]+):", (root / "Makefile").read_text("utf-8"), re.M)
+    text = page.read_text("utf-8")
+    named = [words[1] for words in _commands(text, "make")]
+    assert {*named, *re.findall(r"`make ([\w-]+)`", text)} <= {*targets}
+
+
+@pytest.mark.parametrize("name", PROSE)
+def test_lines_are_at_most_100_characters(root, name):
+    text = (root / name).read_text("utf-8")
+    prose = re.sub(r"^```.*?^```|^\|.*?$", "", text, flags=re.M | re.S)
+    assert [line for line in prose.splitlines() if len(line) > 100] == []
+    assert [line for line in _blocks(text) if len(line) > 119] == []
+
+
+def test_the_readme_fits_150_lines(root):
+    assert len((root / "README.md").read_text("utf-8").splitlines()) <= 150
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def groups():
+    pytest.importorskip("torch")
+    from smoe.prep.cli import cli as prep
+    from smoe.runtime.cli import cli as runtime
+
+    return {"smoe": runtime, "smoe-prep": prep}
+
+
+def test_the_command_reference_is_what_help_prints(root, groups):
+    made = runpy.run_path(str(root / "docs" / "make_commands.py"))["page"]()
+    assert (root / "docs" / "commands.md").read_text("utf-8") == made, "run: make docs"
+
+
+def test_every_command_of_a_block_parses(page, groups):
+    for program, *arguments in _commands(page.read_text("utf-8"), *groups):
+        group = groups[program]
+        context = click.Context(group, info_name=program, **group.context_settings)
+        if arguments == ["--version"]:
+            continue
+        name, command, rest = group.resolve_command(context, arguments)
+        command.make_context(name, rest, parent=context)  # a UsageError says what is wrong
+
+
+def test_every_option_in_a_sentence_exists(page, groups):
+    for words in re.findall(r"`((?:smoe|smoe-prep) [a-z][^`]*)`", page.read_text("utf-8")):
+        program, name, *rest = words.split()
+        command = groups[program].commands[name]
+        options = {option for parameter in command.params for option in parameter.opts}
+        given = {word.split("=")[0] for word in rest if re.match("--?[a-z]", word)}
+        assert given <= options, words
+
+
+def test_every_bench_that_a_page_names_exists(page, root):
+    benches = {file.stem for file in (root / "bench").glob("*.py")}
+    text = page.read_text("utf-8")
+    assert {*re.findall(r"python -m bench ([\w-]+)", text)} <= benches | BENCHES
+    for script in re.findall(r"python ((?:bench|tests|docs)/\S+\.py)", text):
+        assert (root / script).is_file(), script
+
+
+# -- the tree --------------------------------------------------------------------------------------
+
+
+def _tree(text: str) -> dict[str, str]:
+    """Path to caption, of every line of the tree in docs/architecture.md."""
+    block = text.split("```tree\n")[1].split("```")[0]
+    captions, folders = {}, []
+    for line in block.splitlines():
+        indent, name, caption = re.match(r"( *)(\S+)\s+(.+)", line).groups()
+        folders = [*folders[: len(indent) // 2], name]
+        captions["".join(folders)] = caption
+    return captions
+
+
+def test_the_tree_is_what_git_tracks(root):
+    tree = _tree((root / "docs" / "architecture.md").read_text("utf-8"))
+    for path, caption in tree.items():
+        assert (root / path).exists() or path in PENDING, path
+        assert (root / path).is_dir() == path.endswith("/") or path in PENDING, path
         assert len(caption) > 10, path
-    listed = {path for path, _ in tree}
-    tracked = subprocess.run(
-        ["git", "-C", root, "ls-files"], capture_output=True, text=True
-    ).stdout.split()
-    if not tracked:
+    done = subprocess.run(["git", "-C", root, "ls-files"], capture_output=True, text=True)
+    if not done.stdout:
         pytest.skip("not a git checkout: what belongs to the project cannot be told")
-    tops = {t.split("/")[0] + ("/" if "/" in t else "") for t in tracked} - {
-        ".gitignore",
-        ".ci/",
-        "LICENSE",
-    }
-    assert tops <= listed, tops - listed
+    tracked = done.stdout.split()
+    tops = {path.split("/")[0] + "/" * ("/" in path) for path in tracked if path[0] != "."}
     modules = {
-        t
-        for t in tracked
-        if re.fullmatch(r"(artifacts|prep|runtime|bench)/\w+\.py", t) and "__" not in t
+        path for path in tracked if re.match(r"(artifacts|prep|runtime|bench)/.*\.py$", path)
     }
-    assert modules <= listed, modules - listed
+    assert tops <= tree.keys()
+    assert {path for path in modules if "/__" not in path} <= tree.keys()
 
 
-def _help(module: str, command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *([command] if command else []), "--help"],
-        capture_output=True, text=True, check=True, env={"COLUMNS": "100", "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
-    return done.stdout.rstrip()
+# -- words -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", COMMANDS)
-def test_the_command_reference_is_what_help_prints(root, module):
-    if module == "smoe.prep":
-        pytest.importorskip("torch")
-    written = (root / "docs" / "commands.md").read_text("utf-8")
-    for command in COMMANDS[module]:
-        assert f"```\n{_help(module, command)}\n```" in written, f"{module} {command}: make docs"
-    listed = re.findall(r"^  (\w+)  ", _help(module, "").split("Commands:")[1], re.M)
-    assert set(listed) == set(COMMANDS[module])
-
-
-DOCUMENTS = (
-    "README.md",
-    "docs/log.md",
-    "docs/walkthrough.md",
-    "docs/families.md",
-    "docs/wheels.md",
-)
-
-
-def test_every_link_leads_somewhere(root):
-    for document in DOCUMENTS:
-        text = re.sub(r"```.*?```", "", (root / document).read_text("utf-8"), flags=re.S)
-        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-            assert link.startswith("https://") or ((root / document).parent / link).exists(), (
-                document,
-                link,
-            )
-
-
-def test_every_command_that_the_documents_give_exists(root):
-    for document in DOCUMENTS:
-        text = (root / document).read_text("utf-8")
-        for script in re.findall(r"python ((?:bench|tests)/\S+\.py)", text):
-            assert (root / script).is_file(), script
-        for target in re.findall(r"\bmake ([\w-]+)", text):
-            if target not in ("it",):
-                assert re.search(rf"^{target}:", (root / "Makefile").read_text(), re.M), target
-
-
-def test_paths_in_the_log_exist(root):
-    text = (root / "docs" / "log.md").read_text("utf-8")
-    for path in re.findall(r"`((?:artifacts|prep|runtime|tests|bench|docs)/[\w./-]+\.\w+)`", text):
-        assert (root / path).exists(), path
+def test_no_page_speaks_of_how_the_work_was_parcelled_out(page):
+    words = r"\b(part \d|bars?\b|issue \d|task sheet|reviewer|second reader)"
+    text = page.read_text("utf-8")
+    assert not re.findall(words, text, re.I)
