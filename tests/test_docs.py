@@ -1,5 +1,6 @@
 """The pages say what is there: links, the tree, the command reference, and commands that parse."""
 
+import importlib
 import re
 import runpy
 import shlex
@@ -23,13 +24,6 @@ PAGES = (
 PROSE = tuple(page for page in PAGES if page != "docs/families.md")  # made by a bench, wide tables
 # Listed in the tree and not there yet: what the seams still bring. Must be empty in a release.
 PENDING: frozenset[str] = frozenset()
-
-# Names of `python -m bench` until bench/__main__.py says them itself.
-BENCHES = {
-    "policies", "prices", "prefetch", "plan", "kernels", "reads", "nested", "readme", "costs",
-    "large", "kills", "outofcore", "memory", "families", "opening", "prompt", "longprompt",
-    "sidebyside", "tables", "soak", "NAME",
-}  # fmt: skip
 
 
 @pytest.fixture(params=PAGES)
@@ -82,10 +76,6 @@ def test_lines_are_at_most_100_characters(root, name):
     assert [line for line in _blocks(text) if len(line) > 119] == []
 
 
-def test_the_readme_fits_150_lines(root):
-    assert len((root / "README.md").read_text("utf-8").splitlines()) <= 150
-
-
 # -- commands --------------------------------------------------------------------------------------
 
 
@@ -122,12 +112,50 @@ def test_every_option_in_a_sentence_exists(page, groups):
         assert given <= options, words
 
 
-def test_every_bench_that_a_page_names_exists(page, root):
-    benches = {file.stem for file in (root / "bench").glob("*.py")}
-    text = page.read_text("utf-8")
-    assert {*re.findall(r"python -m bench ([\w-]+)", text)} <= benches | BENCHES
-    for script in re.findall(r"python ((?:bench|tests|docs)/\S+\.py)", text):
+def test_every_bench_of_a_page_exists_and_takes_its_options(page):
+    pytest.importorskip("bench.harness")
+    from bench.__main__ import MODULES
+    from bench.harness import BENCHES
+
+    for module in MODULES:
+        importlib.import_module(f"bench.{module}")
+    for words in re.findall(r"python -m bench ([^`#\n]+)", page.read_text("utf-8")):
+        soak, (name, *rest) = words.startswith("soak "), words.removeprefix("soak ").split()
+        if name in ("NAME", "tables"):
+            continue
+        assert BENCHES[name].soak == soak, words
+        flags = {"--json", *(flag for option in BENCHES[name].options for flag in option.flags)}
+        assert {word for word in rest if word.startswith("--")} <= flags, words
+
+
+def test_every_script_that_a_page_runs_exists(page, root):
+    for script in re.findall(r"python ((?:bench|tests|docs)/\S+\.py)", page.read_text("utf-8")):
         assert (root / script).is_file(), script
+
+
+# -- the README ------------------------------------------------------------------------------------
+
+
+def test_the_readme_fits_150_lines(root):
+    assert len((root / "README.md").read_text("utf-8").splitlines()) <= 150
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results(root):
+    rows = [
+        line for line in (root / "README.md").read_text("utf-8").splitlines() if " MB (" in line
+    ]
+    results = (root / "docs" / "results.md").read_text("utf-8").splitlines()
+    assert len(rows) == 3 and {*rows} <= {*results}
+
+
+def test_the_python_of_the_readme_runs(root, capsys):
+    code = re.search(
+        r"^```python\n(.*?)^```", (root / "README.md").read_text("utf-8"), re.M | re.S
+    )[1]
+    bundle = root / "tests" / "golden" / "v3.smoe"
+    code = code.replace('"model.smoe"', repr(str(bundle))).replace("context=2048", "context=128")
+    exec(compile(code, "<README>", "exec"), {})
+    assert "model: " in capsys.readouterr().out
 
 
 # -- the tree --------------------------------------------------------------------------------------
