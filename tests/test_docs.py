@@ -41,7 +41,7 @@ def _commands(text: str, *names: str) -> list[list[str]]:
     """Words of every command in the code blocks of `text` that starts with one of `names`."""
     found = []
     for line in _blocks(text):
-        bare = line.removeprefix("$ ").removeprefix("ssh device '").rstrip("'")
+        bare = re.sub(r"^(\$ |ssh device '|\.venv/bin/)|'$", "", line)
         for part in re.split(r" && | \| ", bare):
             if re.match(rf"({'|'.join(map(re.escape, names))}) ", part):
                 found.append(shlex.split(part, comments=True))
