@@ -1,27 +1,28 @@
-"""Writes docs/commands.md from what the commands print:  make docs"""
+"""Writes docs/commands.md, the help of every command that click knows:  make docs"""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-COMMANDS = {
-    "smoe.prep": ("smoe-prep", "build inspect profile pack export verify simulate plan"),
-    "smoe.runtime": ("smoe", "run chat bench info verify"),
-}
+import click
+
+from smoe.prep.cli import cli as prep
+from smoe.runtime.cli import cli as runtime
+
+PROGRAMS = {"smoe-prep": prep, "smoe": runtime}
+WIDTH = 78  # what click uses on a terminal of 80 columns
 
 
-def main() -> None:
+def page() -> str:
+    """docs/commands.md: what `--help` prints for each command, on a terminal of 80 columns."""
     parts = ["# Commands\n\nWhat `--help` prints; `make docs` writes this page.\n"]
-    for module, (name, commands) in COMMANDS.items():
-        for command in commands.split():
-            done = subprocess.run(
-                [sys.executable, "-m", module, command, "--help"],
-                capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "100"},
-            )  # fmt: skip
-            parts.append(f"## {name} {command}\n\n```\n{done.stdout.rstrip()}\n```\n")
-    (Path(__file__).parent / "commands.md").write_text("\n".join(parts), "utf-8")
+    for program, group in PROGRAMS.items():
+        parent = click.Context(
+            group, info_name=program, terminal_width=WIDTH, **group.context_settings
+        )
+        for name, command in group.commands.items():
+            context = click.Context(command, info_name=name, parent=parent)
+            parts.append(f"## {program} {name}\n\n```\n{command.get_help(context)}\n```\n")
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":
-    main()
+    (Path(__file__).parent / "commands.md").write_text(page(), "utf-8")
