@@ -1,6 +1,4 @@
-"""One engine over a text, in a process of its own; outofcore.py starts it inside a memory cgroup.
-
-    python bench/engines.py '{"engine": "smoe", "model": "model.smoe", "ids": [5, 17, 9], "limit": 500000000}'
+"""One engine over a text, in a process of its own; `outofcore` starts it inside a memory cgroup.
 
 Every engine is a generator that opens its model, yields once, and then yields the logits after each of the ids, which
 it reads one at a time. `run` times it from outside, so that all are timed alike. Settings:
@@ -12,13 +10,12 @@ it reads one at a time. `run` times it from outside, so that all are timed alike
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -158,6 +155,7 @@ def _left(ask: Request) -> int | None:
     return ask.limit - held - RESERVE
 
 
-if __name__ == "__main__":
-    found = run(Request(**json.loads(sys.argv[1])))
-    print(json.dumps(asdict(found) | {"rate": found.rate}))
+def run_request(**request: Any) -> dict[str, Any]:
+    """`run` for plain values, as a process of its own is asked and answers."""
+    done = run(Request(**request))
+    return asdict(done) | {"rate": done.rate}

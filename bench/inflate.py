@@ -1,7 +1,5 @@
 """The example model padded to a realistic size: the same function and the same routing, heavy weights.
 
-    python bench/inflate.py OUT [--model examples/reference] [--hidden 2048] [--width 1536] [--seed 0]
-
 A checkpoint that a test can carry has experts of kilobytes, and moving those shows nothing. This one adds channels to
 the hidden state and to the experts' inner activations that carry exactly zero, so that logits and routing stay what
 they were while every expert becomes megabytes:
@@ -22,7 +20,6 @@ be avoided: a norm sees every channel, so an added one cannot carry anything, ho
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import re
@@ -34,12 +31,13 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
+from bench.harness import EXAMPLES
 from smoe.artifacts import safetensors_file
 from smoe.artifacts.bfloat16 import to_bf16
 from smoe.artifacts.safetensors_file import TensorSpec
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "reference"
-GROUP = 128  # columns that may share a scale: the widest group of the nested encodings, and a multiple of Q4_0's 32
+EXAMPLE = EXAMPLES / "reference"
+GROUP = 128  # columns that may share a scale: the widest of the nested encodings, times Q4_0's 32
 
 
 @dataclass(frozen=True)
@@ -234,24 +232,3 @@ def _matrix(
     mixed = min(shape[1], -(-columns // GROUP) * GROUP)  # columns of the groups that have real ones
     large[rows:, :mixed] = 0
     return large, (shape[0] - rows) * mixed
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, help="the checkpoint directory to write")
-    parser.add_argument("--model", type=Path, default=EXAMPLE)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--width", type=int, default=1536)
-    parser.add_argument("--seed", type=int, default=0)
-    chosen = parser.parse_args()
-    try:
-        done = inflate(chosen.model, chosen.out, chosen.hidden, chosen.width, chosen.seed)
-    except ValueError as error:
-        parser.error(str(error))
-    print("\n".join(done.lines()))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,12 @@
 """A qwen3_moe checkpoint as a GGUF file for llama.cpp.
 
-    python bench/to_gguf.py CHECKPOINT OUT.gguf [--experts q4_0] [--backbone q8_0]
-
-Experts and the rest have a type each, so that a file can be made that is as precise as a bundle is: `--backbone f32` beside
-a bundle's float backbone, `q8_0` beside `int8`. Routers and norms are float32 always, as in llama.cpp's own converter.
-One tensor is in memory at a time. Needs `pip install gguf`.
+Experts and the rest have a type each, so that a file can be made that is as precise as a bundle is: f32 beside a
+bundle's float backbone, q8_0 beside int8. Routers and norms are float32 always, as in llama.cpp's own converter. One
+tensor is in memory at a time. Needs `pip install gguf`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,20 +161,3 @@ def _tensors(source: Checkpoint, config: dict, experts: Type, backbone: Type) ->
         ]
         out += [stacked(layer, part) for part in EXPERTS]
     return out
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--experts", choices=TYPES, default="q4_0")
-    parser.add_argument("--backbone", choices=TYPES, default="q8_0")
-    chosen = parser.parse_args()
-    size = to_gguf(chosen.checkpoint, chosen.out, chosen.experts, chosen.backbone)
-    print(f"{chosen.out}: {size / 1e6:.1f} MB")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,11 @@
 """A padded model is the same function, and what need not be zero is noise."""
 
-import inflate
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from bench import inflate
 from smoe.artifacts import nested
 
 HIDDEN, WIDTH = 96, 56  # pico has 64 and 40

@@ -1,5 +1,5 @@
-"""A damaged bundle behaves or is refused with a sentence: a few hundred of bench/mutate.py's mutations (10,000 are run by
-hand, in processes of their own)."""
+"""A damaged bundle behaves or is refused with a sentence: a few hundred mutations (`python -m bench soak mutations` runs
+10,000, in processes of their own)."""
 
 import os
 import shutil
