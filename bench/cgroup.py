@@ -4,13 +4,14 @@
         outcome = group.run([sys.executable, "child.py"])
         print(outcome.seconds, outcome.peak, outcome.killed)
 
-Version 2 wants a group in which no process is, to make others in. The root of the hierarchy is one, for root; anyone
-else starts the bench with
+Version 2 wants a group in which no process is, to make others in. The root of the hierarchy is one,
+for root; anyone else starts the bench with
 
     systemd-run --user --scope -p Delegate=yes python -m bench NAME ...
 
-and it moves itself into a group beside those it makes. What cannot be had is said by `unavailable`. A kernel gives its
-memory controller to one of the two versions only, so a machine runs one half of this page.
+and it moves itself into a group beside those it makes. What cannot be had is said by `unavailable`.
+A kernel gives its memory controller to one of the two versions only, so a machine runs one half of
+this page.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ NO_LIMIT = "max"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a process. `peak` is the most bytes that were counted at once, `full` how often the limit was
-    met (mostly: pages of files gave way), `faults` how many page faults waited for a disk; `killed` because there was
-    no memory left."""
+    """What became of a process. `peak` is the most bytes that were counted at once, `full` how
+    often the limit was met (mostly: pages of files gave way), `faults` how many page faults waited
+    for a disk; `killed` because there was no memory left."""
 
     code: int
     out: str
@@ -61,7 +62,8 @@ class Version1:
         _write(group / "memory.limit_in_bytes", limit)
 
     def start_over(self, group: Path) -> None:
-        """Give up the pages of a run before, which the next one would find for nothing, and count from zero."""
+        """Give up the pages of a run before, which the next one would find for nothing, and count
+        from zero."""
         _write(group / "memory.force_empty", 0)
         _write(group / "memory.max_usage_in_bytes", 0)
 
@@ -175,8 +177,8 @@ class Group:
     def run(
         self, command: list[str], timeout: float | None = None, env: dict[str, str] | None = None
     ) -> Outcome:
-        """Run a command that is inside from its first instruction on. After `timeout` seconds it is killed, and the
-        exit code is -9 without `killed`."""
+        """Run a command that is inside from its first instruction on. After `timeout` seconds it is
+        killed, and the exit code is -9 without `killed`."""
         self.version.start_over(self.path)
         full, kills = self.version.full(self.path), self.version.kills(self.path)
         faults, started = _faults(), time.monotonic()

@@ -1,11 +1,15 @@
 """One engine over a text, in a process of its own; `outofcore` starts it inside a memory cgroup.
 
-Every engine is a generator that opens its model, yields once, and then yields the logits after each of the ids, which
-it reads one at a time. `run` times it from outside, so that all are timed alike. Settings:
+Every engine is a generator that opens its model, yields once, and then yields the logits after each
+of the ids, which it reads one at a time. `run` times it from outside, so that all are timed alike.
+Settings:
 
-* smoe: the budget is `limit` less what the interpreter and the imports hold, less RESERVE for the kernel;
-* llama.cpp: mapped file, no locking, no repacked copy of the weights (`use_extra_bufts`), batches of one token;
-* transformers: bfloat16; under a limit everything is left to accelerate's disk offload, which holds least.
+* smoe: the budget is `limit` less what the interpreter and the imports hold, less RESERVE for the
+  kernel;
+* llama.cpp: mapped file, no locking, no repacked copy of the weights (`use_extra_bufts`), batches
+  of one token;
+* transformers: bfloat16; under a limit everything is left to accelerate's disk offload, which holds
+  least.
 """
 
 from __future__ import annotations
@@ -26,8 +30,9 @@ RESERVE = (
 
 @dataclass(frozen=True)
 class Request:
-    """`warm` ids are read before the clock starts, or as many as `seconds` allows; then all others, or as many as
-    `seconds` allows again. `limit` is that of the cgroup in bytes, None where there is none; `scratch` a directory."""
+    """`warm` ids are read before the clock starts, or as many as `seconds` allows; then all others,
+    or as many as `seconds` allows again. `limit` is that of the cgroup in bytes, None where there
+    is none; `scratch` a directory."""
 
     engine: str
     model: str
@@ -42,8 +47,8 @@ class Request:
 
 @dataclass
 class Run:
-    """`nats` is the negative log-likelihood of each id after the first, as far as was read; `about` what an engine
-    says of itself."""
+    """`nats` is the negative log-likelihood of each id after the first, as far as was read; `about`
+    what an engine says of itself."""
 
     opened: float = 0.0
     warm: int = 0

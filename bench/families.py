@@ -1,4 +1,5 @@
-"""Every family on transformers' experts interface: a pico model, the whole path, compared with transformers."""
+"""Every family on transformers' experts interface: a pico model, the whole path, compared with
+transformers."""
 
 from __future__ import annotations
 
@@ -11,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import (
-    Rows, Run, Table, bench, child_command, child_environment, child_result, note, option,
+    Rows,
+    Run,
+    Table,
+    bench,
+    child_command,
+    child_environment,
+    child_result,
+    note,
+    option,
 )  # fmt: skip
 
 LIMIT = 600  # seconds of one family
 TOKENS = 211  # of a pico vocabulary
 COLUMNS = {
-    "family": "{}", "result": "{}", "tokens of 48": "{:.0f}", "logit error": "{:.0e}", "state": "{}",
-    "routing rule": "{}", "why not": "{}",
+    "family": "{}", "result": "{}", "tokens of 48": "{:.0f}", "logit error": "{:.0e}",
+    "state": "{}", "routing rule": "{}", "why not": "{}",
 }  # fmt: skip
 
 
@@ -88,7 +97,8 @@ def one(family: str) -> dict[str, Any]:
 
 
 def _built(config_name: str, folder: Path, text: Path) -> dict[str, Any]:
-    """Build model.smoe of a pico model; the kinds of its state, and whether a routing rule was found."""
+    """Build model.smoe of a pico model; the kinds of its state, and whether a routing rule was
+    found."""
     from smoe.prep.build import build
     from smoe.prep.checkpoint.checkpoint import open_checkpoint
     from smoe.prep.checkpoint.families import text_class

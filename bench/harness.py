@@ -5,8 +5,8 @@
         "What a loss budget buys."
         yield Table("prices", {"--loss": "{}", "tok/s": "{:.1f}"}, [[0.01, 52.3]])
 
-A table carries its numbers as they were measured and says how each column is printed, so that the Markdown on the
-screen and in the documents come from the same record.
+A table carries its numbers as they were measured and says how each column is printed, so that the
+Markdown on the screen and in the documents come from the same record.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Run(argparse.Namespace):
 
 @dataclass(frozen=True)
 class Table:
-    """`columns` gives each column's name and how `str.format` prints its values: a value that is a list fills several
-    fields of one format, a text stands as it is, and None is an empty cell."""
+    """`columns` gives each column's name and how `str.format` prints its values: a value that is a
+    list fills several fields of one format, a text stands as it is, and None is an empty cell."""
 
     name: str
     columns: dict[str, str]
@@ -63,7 +63,7 @@ def cell(template: str, value: Any) -> str:
     return template.format(*value) if isinstance(value, list | tuple) else template.format(value)
 
 
-# -- declaring a bench ---------------------------------------------------------------------------------------------
+# -- declaring a bench -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -78,39 +78,10 @@ def option(*flags: str, **settings: Any) -> Option:
     return Option(flags, settings)
 
 
-def rounds(default: int) -> Option:
-    return option(
-        "--rounds", type=int, default=default, help="turns of all alternatives; medians are printed"
-    )
-
-
-def tokens(default: int) -> Option:
-    return option("--tokens", type=int, default=default, help="of the text")
-
-
-def residency(*default: float) -> Option:
-    return option(
-        "--residency", type=float, nargs="+", default=list(default),
-        help="shares of the experts that are in memory",
-    )  # fmt: skip
-
-
-def io(default: str | None) -> Option:
-    return option(
-        "--io", choices=["direct", "buffered"], default=default,
-        help="direct reads past the page cache",
-    )  # fmt: skip
-
-
-BUNDLE = option("--bundle", type=Path, required=True, help="the bundle to run")
-TEXT = option(
-    "--text", type=Path, default=EXAMPLES / "heldout.jsonl", help="JSON lines with a text each"
-)
-
-
 @dataclass(frozen=True)
 class Bench:
-    """A bench by name: the function, its options, and whether it is a long check (`python -m bench soak NAME`)."""
+    """A bench by name: the function, its options, and whether it is a long check (`python -m bench
+    soak NAME`)."""
 
     name: str
     run: Callable[[Run], Rows]
@@ -139,11 +110,12 @@ def bench(
     return register
 
 
-# -- measuring -----------------------------------------------------------------------------------------------------
+# -- measuring -------------------------------------------------------------------------
 
 
 def interleave(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
-    """What each way returned in each round. Every round starts with another way, so that none is always first."""
+    """What each way returned in each round. Every round starts with another way, so that none is
+    always first."""
     results: dict[str, list[Any]] = {name: [] for name in ways}
     names = list(ways)
     for turn in range(rounds):
@@ -191,16 +163,15 @@ def child_result(out: str) -> Any:
 
 
 def child(function: str, site: Path | None = None, **arguments: Any) -> Any:
-    """What "module:function" returns in a fresh process; plain values only. A failure is a `RuntimeError` with the
-    last lines that the process wrote."""
+    """What "module:function" of this folder returns in a fresh process, with the smoe of `site`.
+    Plain values only. A process that fails ends the bench, after what it wrote."""
     done = subprocess.run(
         child_command(function, arguments),
         capture_output=True, text=True, env=child_environment(site),
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(
-            f"{function} ended with {done.returncode}: {done.stderr.strip()[-2000:]}"
-        )
+        note(done.stderr)
+        raise SystemExit(f"{function} ended with {done.returncode}; above is what it said.")
     return child_result(done.stdout)
 
 
@@ -209,7 +180,7 @@ def note(*lines: str) -> None:
     print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
-# -- the record of a run -------------------------------------------------------------------------------------------
+# -- the record of a run ---------------------------------------------------------------
 
 
 @dataclass
@@ -255,7 +226,8 @@ def new_record(bench: str, arguments: Sequence[str]) -> Record:
 
 
 def commit() -> str:
-    """The commit of this checkout, with a plus where files differ from it; "" where there is no checkout."""
+    """The commit of this checkout, with a plus where files differ from it; "" where there is no
+    checkout."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)

@@ -1,14 +1,23 @@
-"""Does the engine keep its memory promise? Peak memory against the budget, without a limit and inside a cgroup."""
+"""Does the engine keep its memory promise? Peak memory against the budget, without a limit and
+inside a cgroup."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from bench import cgroup, page_cache
-from bench.harness import (
-    BUNDLE, Rows, Run, Table, bench, child, child_command, child_environment, note, option,
-)  # fmt: skip
+from bench import cgroup, options, page_cache
+from bench.harness import (  # fmt: skip
+    Rows,
+    Run,
+    Table,
+    bench,
+    child,
+    child_command,
+    child_environment,
+    note,
+    option,
+)
 
 MIB = 1 << 20
 PROMPTS = (1, 130, 500, 1500)
@@ -17,17 +26,19 @@ LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "smoe.runtime")
 
 
 @bench(
-    BUNDLE,
+    options.BUNDLE,
     option("--context", type=int, default=1536),
     option("--loss", type=float, default=0.0, help="nats per token"),
     option("--prompts", type=int, nargs="+", default=PROMPTS, help="lengths in tokens"),
 )
 def memory(run: Run) -> Rows:
-    """Peak memory against the budget, over six budgets and several prompts; then inside a cgroup of that size.
+    """Peak memory against the budget, over six budgets and several prompts; then inside a cgroup of
+    that size.
 
-    Each run is a fresh process. First without any limit set, since a process that reclaims under pressure proves
-    nothing: the peak of resident memory (anonymous and mapped) above what the imports hold, against the budget. Then,
-    where memory cgroups can be had, with the budget and the imports as the limit and all files out of the page cache.
+    Each run is a fresh process. First without any limit set, since a process that reclaims under
+    pressure proves nothing: the peak of resident memory (anonymous and mapped) above what the
+    imports hold, against the budget. Then, where memory cgroups can be had, with the budget and the
+    imports as the limit and all files out of the page cache.
     """
     budgets = _budgets(run.bundle, run.context, run.loss)
     cases = [(budget, prompt) for budget in budgets for prompt in run.prompts]
@@ -69,8 +80,8 @@ def _limited(cases: list[tuple[int, int]], imports: int, settings: dict[str, Any
             command = child_command("memory:peak_once", arguments)
             done = group.run(command, env=child_environment())
         result = "killed" if done.killed else "ran" if done.code == 0 else done.err.strip()[-200:]
-        lines.append([budget / MIB, prompt, (budget + imports) / MIB, result, done.faults, done.full,
-                      left / MIB])  # fmt: skip
+        lines.append([budget / MIB, prompt, (budget + imports) / MIB, result, done.faults,
+                      done.full, left / MIB])  # fmt: skip
     columns = {
         "budget MiB": "{:.1f}", "prompt": "{}", "limit": "{:.1f}", "result": "{}", "faults": "{}",
         "limit met": "{}", "left in cache": "{:.1f}",
@@ -80,8 +91,8 @@ def _limited(cases: list[tuple[int, int]], imports: int, settings: dict[str, Any
 
 
 def _budgets(bundle: Path, context: int, loss: float) -> list[int]:
-    """From the least that will do to all experts, or with a loss budget nearly all (there is nothing to spend it on with
-    all of them), in six steps."""
+    """From the least that will do to all experts, or with a loss budget nearly all (there is
+    nothing to spend it on with all of them), in six steps."""
     import numpy as np
 
     from smoe.artifacts import open_bundle

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import mmap
-import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from typing import Any
 
 import numpy as np
 
-from bench import onnx_models
-from bench.harness import (
-    BUNDLE, Rows, Run, Table, bench, child, interleave, option, rounds, spread, timed,
-)  # fmt: skip
+from bench import onnx_models, options
+from bench.harness import (  # fmt: skip
+    Rows,
+    Run,
+    Table,
+    bench,
+    child,
+    interleave,
+    option,
+    spread,
+    timed,
+)
 from smoe.artifacts import Bundle, open_bundle, record_layout
 from smoe.artifacts.layout import ExpertShape
 from smoe.artifacts.manifest import Gate
@@ -29,7 +37,7 @@ from smoe.runtime.system import aligned
 POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14; not yet in mmap
 READERS = 2  # threads that read in the engine
 
-# -- reads ---------------------------------------------------------------------------------------------------------
+# -- reads -----------------------------------------------------------------------------
 
 READS: dict[str, tuple[str, int | None]] = {
     **{f"{io}, {n} threads": (io, n) for io in ("buffered", "direct") for n in (1, 2, 4)},
@@ -40,12 +48,16 @@ READS: dict[str, tuple[str, int | None]] = {
 }
 
 
-@bench(BUNDLE, rounds(3), option("--megabytes", type=int, default=200, help="read in a round"))
+@bench(
+    options.BUNDLE,
+    options.rounds(3),
+    option("--megabytes", type=int, default=200, help="read in a round"),
+)
 def reads(run: Run) -> Rows:
     """Ways to bring records from the device into memory: owned frames or mappings, threads, advice.
 
-    All ways read records in a random order; their pages are dropped from the page cache before. Mapped ways touch every
-    page, as a kernel would. cpu: processor time per second of wall clock.
+    All ways read records in a random order; their pages are dropped from the page cache before.
+    Mapped ways touch every page, as a kernel would. cpu: processor time per second of wall clock.
     """
     opened = open_bundle(run.bundle)
     record = opened.layouts[0].levels[-1]
@@ -107,7 +119,8 @@ def _owned(shards: Shards, keys: list[tuple[int, int]], frames: np.ndarray, thre
 
 
 def _mapped(bundle: Bundle, keys: list[tuple[int, int]], advice: int | None) -> None:
-    """A mapping of every shard, with `advice` for each record, of which every page is then touched."""
+    """A mapping of every shard, with `advice` for each record, of which every page is then
+    touched."""
     maps = []
     for layer in range(len(bundle.layouts)):
         with open(bundle.shard(layer), "rb") as file:
@@ -120,10 +133,10 @@ def _mapped(bundle: Bundle, keys: list[tuple[int, int]], advice: int | None) -> 
         np.frombuffer(maps[layer], np.uint8, size, start)[:: mmap.PAGESIZE].sum()
 
 
-# -- the backbone ----------------------------------------------------------------------------------------------------
+# -- the backbone ----------------------------------------------------------------------
 
 
-@bench(rounds(25))
+@bench(options.rounds(25))
 def threads(run: Run) -> Rows:
     """From which size on do two threads pay for one product?"""
     lines = []
@@ -131,14 +144,9 @@ def threads(run: Run) -> Rows:
         sessions = {n: onnx_models.products(size, threads=n) for n in (1, 2)}
         for tokens in (1, 128):
             feeds = {"x": np.random.default_rng(0).standard_normal((tokens, size), np.float32)}
-            times = interleave(
-                {
-                    str(n): lambda s=session: timed(lambda: s.run(None, feeds)) * 1e6
-                    for n, session in sessions.items()
-                },
-                run.rounds,
-            )
-            one, two = (spread(values).median for values in times.values())
+            calls = {str(n): partial(s.run, None, feeds) for n, s in sessions.items()}
+            times = interleave({n: partial(timed, call) for n, call in calls.items()}, run.rounds)
+            one, two = (spread(values).median * 1e6 for values in times.values())
             lines.append([size * size * 4 / 2**20, tokens, one, two, one / two])
     columns = {
         "MiB per matrix": "{:.2f}", "tokens": "{}", "us, 1 thread": "{:.0f}",
@@ -147,12 +155,12 @@ def threads(run: Run) -> Rows:
     yield Table("threads", columns, lines, "Four products in a session, idle workers that wait")
 
 
-@bench(BUNDLE, rounds(7))
+@bench(options.BUNDLE, options.rounds(7))
 def segments(run: Run) -> Rows:
-    """What the backbone's threads cost: decode steps, prompts of 500 tokens, and who is busy meanwhile.
+    """What the backbone's threads give: decode steps, prompts of 500 tokens, busy cores.
 
-    In processes of their own. cores busy: processor seconds per second over the decode steps; more than what the
-    threads do together would be spinning.
+    In processes of their own. cores busy: processor seconds per second over the decode steps; more
+    than what the threads do together would be spinning.
     """
     results = interleave(
         {
@@ -194,13 +202,14 @@ def segments_once(bundle: str, threads: int | None) -> list[float]:
 def batching(run: Run) -> Rows:
     """Is one GroupQueryAttention over sequences of several lengths what single calls give?
 
-    Shown on buffers bound as past and present at once: the largest difference of outputs and of what was appended.
+    Shown on buffers bound as past and present at once: the largest difference of outputs and of
+    what was appended.
     """
     difference = onnx_models.lengths_per_sequence()
     yield Table("batching", {"largest difference": "{:.1e}"}, [[difference]], "One call for three")
 
 
-# -- kernels -----------------------------------------------------------------------------------------------------------
+# -- kernels ---------------------------------------------------------------------------
 
 ENCODING = "nested:2+1+1:128"
 SHAPES = ((2048, 768), (2048, 1024))  # hidden, width
@@ -219,8 +228,8 @@ Call = Callable[[int], Any]
 def kernels(run: Run) -> Rows:
     """Expert kernels per level beside ONNX Runtime's MatMulNBits and a plain sum over memory.
 
-    MatMulNBits has 4 bits, blocks of 32, int8 activations, and the same experts in one graph. Every call takes other
-    experts, so that weights come from memory. Medians of turns.
+    MatMulNBits has 4 bits, blocks of 32, int8 activations, and the same experts in one graph. Every
+    call takes other experts, so that weights come from memory. Medians of turns.
     """
     chosen = expert_kernels.choose(threads=run.threads)
     columns = {
@@ -259,7 +268,8 @@ def _kernel_rows(
 def _ours(
     hidden: int, width: int, tokens: int, level: int, threads: int, experts: int
 ) -> tuple[Call, int]:
-    """A function whose call i computes `experts` experts on the same tokens, and the bytes it reads."""
+    """A function whose call i computes `experts` experts on the same tokens, and the bytes it
+    reads."""
     shape = ExpertShape(hidden, width)
     layout = record_layout(shape, ENCODING, 16384)
     size = layout.levels[level - 1]
@@ -317,12 +327,12 @@ def _turns(calls: dict[str, tuple[Call, int]], seconds: float) -> dict[str, floa
     return {name: spread(values[1:]).median for name, values in times.items()}
 
 
-# -- imports -----------------------------------------------------------------------------------------------------------
+# -- imports ---------------------------------------------------------------------------
 
 IMPORTS = {"numpy, onnxruntime": "import numpy, onnxruntime", "smoe.runtime": "import smoe.runtime"}
 
 
-@bench(rounds(21))
+@bench(options.rounds(21))
 def imports(run: Run) -> Rows:
     """What importing smoe.runtime costs over what it is made of, in fresh processes."""
 

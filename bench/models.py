@@ -1,4 +1,5 @@
-"""Models that benches run: the example, the example padded to real sizes, and random ones of any shape.
+"""Models that benches run: the example, the example padded to real sizes, and random ones of any
+shape.
 
 Building takes minutes and is never timed, so whatever is there already is used as it is.
 """
@@ -28,12 +29,12 @@ FIRST_ID = 3  # of a random text: what lies before are special tokens
 HEAD_SIZE = 64
 NORM = 0x3F80  # 1 in bfloat16
 
-# -- the example, and the example padded -------------------------------------------------------------------------------
+# -- the example, and the example padded -----------------------------------------------
 
 
 @bench(option("--directory", type=Path, required=True, help="where models are, or are made"))
 def models(run: Run) -> Rows:
-    """Build what other benches take: the example bundle, and the padded one with prices and predictors."""
+    """Build the bundles that other benches take: the example, and the padded one."""
     paths = {"example.smoe": example(run.directory), "padded.smoe": padded(run.directory)}
     lines = [[name, size(path) / 1e6] for name, path in paths.items()]
     yield Table("models", {"bundle": "{}", "MB": "{:.1f}"}, lines)
@@ -46,10 +47,11 @@ def example(directory: Path) -> Path:
 
 
 def padded(directory: Path) -> Path:
-    """The example model with hidden 2048 and experts of 4.9 MB in 4 bits, and what calibration says of the example.
+    """The example model with hidden 2048 and experts of 4.9 MB in 4 bits, and what calibration says
+    of the example.
 
-    `inflate` keeps the function, so that statistics, prices and predictors of the example hold for it too; 65,536
-    tokens through the padded model would take hours and say the same. See `graft`.
+    `inflate` keeps the function, so that statistics, prices and predictors of the example hold for
+    it too; 65,536 tokens through the padded model would take hours and say the same. See `graft`.
     """
     bundle = directory / "padded.smoe"
     if bundle.exists():
@@ -73,11 +75,13 @@ def padded_checkpoint(directory: Path) -> Path:
 
 
 def graft(bundle: Path, small: Path) -> None:
-    """Give the padded `bundle` the tables and the trace of `small`, the example model in the same encoding.
+    """Give the padded `bundle` the tables and the trace of `small`, the example model in the same
+    encoding.
 
-    Both compute the same function with the same codes: an added channel carries zero wherever something reads it. So
-    routing, outputs and gradients are those of the example, and a linear predictor is the example's with rows of zero
-    for the added channels. Not the same are the backbones' bits: the example's statistics are of float32.
+    Both compute the same function with the same codes: an added channel carries zero wherever
+    something reads it. So routing, outputs and gradients are those of the example, and a linear
+    predictor is the example's with rows of zero for the added channels. Not the same are the
+    backbones' bits: the example's statistics are of float32.
     """
     manifest = open_bundle(bundle).manifest
     layers = open_bundle(small).tables.layers()
@@ -111,7 +115,7 @@ def build(model: Path, bundle: Path, text: Path, *options: str) -> Path:
     return bundle
 
 
-# -- random models -----------------------------------------------------------------------------------------------------
+# -- random models ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,8 @@ class Shape:
 
 
 def random_checkpoint(path: Path, shape: Shape) -> Path:
-    """A checkpoint of random bfloat16 weights, one tensor per expert matrix and one file per layer, as published."""
+    """A checkpoint of random bfloat16 weights, one tensor per expert matrix and one file per layer,
+    as published."""
     if path.exists():
         return path
     path.mkdir(parents=True)

@@ -1,4 +1,5 @@
-"""Small ONNX graphs that `micro` compares with. Imports onnx where one is made, since only prep installs it."""
+"""Small ONNX graphs that `micro` compares with. Imports onnx where one is made, since only prep
+installs it."""
 
 from __future__ import annotations
 
@@ -88,12 +89,12 @@ def _raw(name: str, dtype: int, array: np.ndarray) -> Any:
     return helper.make_tensor(name, dtype, array.shape, array.tobytes(), raw=True)
 
 
-# -- attention over several sequences --------------------------------------------------------------------------------
+# -- attention over several sequences --------------------------------------------------
 
 
 def lengths_per_sequence() -> float:
-    """Largest difference between one GroupQueryAttention over sequences of 5, 17 and 30 tokens and a call for each,
-    in what comes out and in what was appended to the buffers."""
+    """Largest difference between one GroupQueryAttention over sequences of 5, 17 and 30 tokens and
+    a call for each, in what comes out and in what was appended to the buffers."""
     session, random = _attention(), np.random.default_rng(0)
     lengths = np.array([5, 17, 30], np.int32)
     new = {
@@ -120,7 +121,8 @@ def _attention() -> onnxruntime.InferenceSession:
 
     names = ["query", "key", "value", "past_key", "past_value", "seqlens", "total"]
     node = helper.make_node("GroupQueryAttention", names, ["out", "present_key", "present_value"],
-                            domain="com.microsoft", num_heads=HEADS, kv_num_heads=KV_HEADS)  # fmt: skip
+                            domain="com.microsoft", num_heads=HEADS,
+                            kv_num_heads=KV_HEADS)  # fmt: skip
     types = [TensorProto.FLOAT] * 5 + [TensorProto.INT32] * 2
     ranks = [3, 3, 3, 4, 4, 1, 0]
     inputs = [
@@ -138,7 +140,8 @@ def _attend(
     buffers: Arrays,
     total: int,
 ) -> np.ndarray:
-    """The output, float32 `[sequences, 1, heads * size]`; `buffers` are past and present at once."""
+    """The output, float32 `[sequences, 1, heads * size]`; `buffers` are past and present at
+    once."""
     binding = session.io_binding()
     feeds = new | {"seqlens": lengths, "total": np.array(total, np.int32)}
     for name, array in feeds.items():

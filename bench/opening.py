@@ -8,16 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.harness import (
-    Rows, Run, Table, bench, child, interleave, option, rounds, spread,
-)  # fmt: skip
+from bench import options
+from bench.harness import Rows, Run, Table, bench, child, interleave, option, spread
 
 CONTEXT = 512
 TABLES = ("counts", "transition")  # what policies without prices and predictors read
 
 
 @bench(
-    rounds(5),
+    options.rounds(5),
     option("--bundle", type=Path, help="instead of a random one"),
     option("--directory", type=Path, help="where the random bundle is, or is made"),
     option("--layers", type=int, default=48),
@@ -30,8 +29,9 @@ TABLES = ("counts", "transition")  # what policies without prices and predictors
 def opening(run: Run) -> Rows:
     """Seconds of each part of opening a bundle of many layers and experts, with warm files.
 
-    Parts are timed one after another by themselves, sessions by ONNX Runtime alone; the whole is Engine.open in a
-    process of its own, from before the import of smoe is counted on. The rest is what the parts do not explain.
+    Parts are timed one after another by themselves, sessions by ONNX Runtime alone; the whole is
+    Engine.open in a process of its own, from before the import of smoe is counted on. The rest is
+    what the parts do not explain.
     """
     with tempfile.TemporaryDirectory() as scratch:
         bundle = run.bundle or _bundle(run, run.directory or Path(scratch))
@@ -74,7 +74,7 @@ def whole(bundle: str, share: float) -> dict[str, float]:
     from bench.sidebyside import budget
     from smoe.runtime import Engine
 
-    memory = budget(bundle, share)
+    memory = budget(bundle, share, CONTEXT)
     started = time.perf_counter()
     with Engine.open(bundle, memory, CONTEXT, io="buffered"):
         return {"open": time.perf_counter() - started}

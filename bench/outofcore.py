@@ -1,9 +1,11 @@
-"""A model that does not fit: tokens per second inside shrinking memory, beside llama.cpp and accelerate's disk offload.
+"""A model that does not fit: tokens per second inside shrinking memory, beside llama.cpp and
+accelerate's disk offload.
 
-Every engine reads the same text one token at a time (`engines`), each run a fresh process that is in a memory cgroup
-from its first instruction on; the limits are shares of the bundle's size, the same bytes for everyone. Before each
-limited run the model's files and the engines' libraries are dropped from the page cache, and what stayed is counted;
-before one without a limit the model is read into it.
+Every engine reads the same text one token at a time (`engines`), each run a fresh process that is
+in a memory cgroup from its first instruction on; the limits are shares of the bundle's size, the
+same bytes for everyone. Before each limited run the model's files and the engines' libraries are
+dropped from the page cache, and what stayed is counted; before one without a limit the model is
+read into it.
 """
 
 from __future__ import annotations
@@ -22,12 +24,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import cgroup, page_cache
+from bench import cgroup, options, page_cache
 from bench.engines import Request
-from bench.harness import (
-    ROOT, TEXT, Record, Rows, Run, Table, bench, child_command, child_environment, child_result,
-    note, option, read_record, rounds, tokens,
-)  # fmt: skip
+from bench.harness import (  # fmt: skip
+    ROOT,
+    Record,
+    Rows,
+    Run,
+    Table,
+    bench,
+    child_command,
+    child_environment,
+    child_result,
+    note,
+    option,
+    read_record,
+)
 
 SHARES = (0, 100, 75, 55, 40, 25)  # per cent of the bundle; 0 is no limit
 MODULES = {
@@ -46,8 +58,8 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One run: what `engines.Run` says, or why there is none; and what the cgroup saw. `share` is 0 without a limit;
-    `cached` are the bytes of the model that were in the page cache before."""
+    """One run: what `engines.Run` says, or why there is none; and what the cgroup saw. `share` is 0
+    without a limit; `cached` are the bytes of the model that were in the page cache before."""
 
     engine: str
     share: int
@@ -61,7 +73,7 @@ class Row:
 
 
 @bench(
-    TEXT, tokens(256), rounds(3),
+    options.TEXT, options.tokens(256), options.rounds(3),
     option("--directory", type=Path, required=True, help="where models are, or are made"),
     option("--bundle", type=Path, help="instead of the padded example model"),
     option("--gguf", type=Path, help="for llama.cpp, instead of one made of the checkpoint"),
@@ -76,10 +88,11 @@ class Row:
 def outofcore(run: Run) -> Rows:
     """Tokens per second in shrinking memory, beside llama.cpp and accelerate's disk offload.
 
-    Makes what is missing in the directory: the example model padded to real sizes, its bundle, and a GGUF file with Q4_0
-    experts and the rest in the type that is nearest to the bundle's backbone. Needs memory cgroups and, for the other
-    sides, pip install llama-cpp-python gguf accelerate. nats off: by how much the log-likelihood of any token differs
-    from what the same engine gave without a limit, since a wrong answer is fast.
+    Makes what is missing in the directory: the example model padded to real sizes, its bundle, and
+    a GGUF file with Q4_0 experts and the rest in the type that is nearest to the bundle's backbone.
+    Needs memory cgroups and, for the other sides, pip install llama-cpp-python gguf accelerate.
+    nats off: by how much the log-likelihood of any token differs from what the same engine gave
+    without a limit, since a wrong answer is fast.
     """
     if reason := cgroup.unavailable():
         raise SystemExit(f"Nothing can be shown here: {reason}")
@@ -191,7 +204,8 @@ def tokens_of(bundle: Path, text: Path, count: int) -> list[int]:
 
 
 def disk(bundle: Path) -> str:
-    """What the disk gives to one reader that asks it directly, and what the kernel reads around a page fault."""
+    """What the disk gives to one reader that asks it directly, and what the kernel reads around a
+    page fault."""
     file = max(page_cache.files_under(bundle), key=lambda f: f.stat().st_size)
     piece, buffer = 4 << 20, mmap.mmap(-1, 4 << 20)
     places = random.Random(0).sample(range(file.stat().st_size // piece), 32)
@@ -206,7 +220,7 @@ def disk(bundle: Path) -> str:
     return f"disk: {rate / 1e6:.0f} MB/s in direct reads of 4 MiB, read-ahead {ahead} KiB"
 
 
-# -- what the runs say ---------------------------------------------------------------------------------------------
+# -- what the runs say -----------------------------------------------------------------
 
 
 def summary(rows: list[Row]) -> Table:
@@ -243,7 +257,8 @@ def perplexities(rows: list[Row]) -> Table:
 
 
 def _off(rows: list[Row], some: list[Row]) -> float | None:
-    """The largest difference of `some` runs' log-likelihoods from those of the same engine without a limit."""
+    """The largest difference of `some` runs' log-likelihoods from those of the same engine without
+    a limit."""
     engine = some[0].engine
     free = [row.run["nats"] for row in rows if row.run and (row.engine, row.share) == (engine, 0)]
     pairs = [zip(free[0], row.run["nats"], strict=False) for row in some if row.run and free]
@@ -262,7 +277,7 @@ def _rate(rows: list[Row], engine: str, share: int) -> float | None:
     return statistics.median(rates) if rates else None
 
 
-# -- the picture ---------------------------------------------------------------------------------------------------
+# -- the picture -----------------------------------------------------------------------
 
 
 @bench(
@@ -276,7 +291,8 @@ def picture(run: Run) -> Rows:
 
 
 def series(record: Record) -> tuple[list[str], dict[str, list[float | None]]]:
-    """The limits, most memory first, and each engine's tokens per second at them; None where it did not run."""
+    """The limits, most memory first, and each engine's tokens per second at them; None where it did
+    not run."""
     table = record.table("outofcore")
     limit, engine, rate = (list(table.columns).index(n) for n in ("limit", "engine", "tokens/s"))
     places = list(dict.fromkeys(row[limit] for row in table.rows))

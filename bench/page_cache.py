@@ -1,7 +1,7 @@
 """Files that are really in the page cache, or really not.
 
-A memory cgroup counts a page of a file where it was touched first, so what another process holds is free inside. Drop
-the files of a run before it, those of its libraries too (`libraries`).
+A memory cgroup counts a page of a file where it was touched first, so what another process holds is
+free inside. Drop the files of a run before it, those of its libraries too (`libraries`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def libraries(*modules: str) -> list[Path]:
 
 
 def drop(files: Iterable[Path]) -> int:
-    """Take files out of the page cache, after writing what was not yet on disk; the bytes that stayed, because another
-    process has them mapped."""
+    """Take files out of the page cache, after writing what was not yet on disk; the bytes that
+    stayed, because another process has them mapped."""
     files = list(files)
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
@@ -58,7 +58,8 @@ def fetch(path: Path) -> int:
 
 
 def read_ahead(file: Path) -> int:
-    """Bytes that the kernel reads around a page fault in a file, at most; 0 where it does not say."""
+    """Bytes that the kernel reads around a page fault in a file, at most; 0 where it does not
+    say."""
     device = file.stat().st_dev
     setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
     return int(setting.read_text()) * 1024 if setting.exists() else 0

@@ -1,7 +1,9 @@
-"""What policies, prices and predictions buy: one text, teacher-forced token by token, against the lossless run on it.
+"""What policies, prices and predictions buy: one text, teacher-forced token by token, against the
+lossless run on it.
 
-`policies` and its two companions compare at equal residency, at equal bytes and at equal loss; `prices` and `prefetch`
-measure time past the page cache; `plan` holds what is expected against what is measured.
+`policies` and its two companions compare at equal residency, at equal bytes and at equal loss;
+`prices` and `prefetch` measure time past the page cache; `plan` holds what is expected against what
+is measured.
 """
 
 from __future__ import annotations
@@ -9,15 +11,14 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.harness import (
-    BUNDLE, TEXT, Rows, Run, Table, bench, interleave, io, note, option, residency, rounds, spread,
-    tokens,
-)  # fmt: skip
+from bench import options
+from bench.harness import Rows, Run, Table, bench, interleave, note, option, spread
 from smoe.artifacts import open_bundle
 from smoe.artifacts.tables import DISTANCES, PREDICTORS
 from smoe.runtime import Engine, Policies
@@ -97,8 +98,8 @@ class Subject:
             return measure(engine, self.short, PROMPT, self.exact[: self.positions])
 
     def number_for(self, name: str, goal: float, share: float, quantity: str) -> float:
-        """The policy's number at which `quantity` of a short run is `goal`, by bisection. With a larger number bytes
-        fall and kl rises, or the other way round where `NUMBERS` says so."""
+        """The policy's number at which `quantity` of a short run is `goal`, by bisection. With a
+        larger number bytes fall and kl rises, or the other way round where `NUMBERS` says so."""
         low, high, falls = NUMBERS[name]
         for _ in range(7):
             middle = _middle(low, high)
@@ -129,11 +130,12 @@ def _bytes(result: dict[str, Any]) -> float:
     return float(result["bytes_read"] / result["tokens"] / 1e3)
 
 
-# -- at equal residency, equal bytes, equal loss ---------------------------------------------------------------------
+# -- at equal residency, equal bytes, equal loss ---------------------------------------
 
 
 @bench(
-    BUNDLE, TEXT, tokens(1536), residency(0.25, 0.4, 0.6), rounds(1), io(None), CHOICES,
+    options.BUNDLE, options.TEXT, options.tokens(1536),
+    options.residency(0.25, 0.4, 0.6), options.rounds(1), options.io(None), CHOICES,
     option("--alphas", type=float, nargs="*", default=ALPHAS, help="of SMoE's substitution"),
 )  # fmt: skip
 def policies(run: Run) -> Rows:
@@ -147,21 +149,20 @@ def policies(run: Run) -> Rows:
     }  # fmt: skip
     with subject(run, run.choices) as on:
         for share in run.residency:
-            results = interleave(
-                {name: lambda p=p: on.run(p, share, run.io) for name, p in ways.items()},
-                run.rounds,
-            )
+            calls = {name: partial(on.run, p, share, run.io) for name, p in ways.items()}
+            results = interleave(calls, run.rounds)
             times = {n: spread([r["tpot"] for r in rs]).median for n, rs in results.items()}
             lines = [
                 [name, times[name] * 1e3, times[name] / times["lru"], r["stall_share"],
                  r["hit_rate_before"], r["hit_rate_after"], r["substituted_share"], *_quality(r)]
                 for name, (r, *_) in results.items()
             ]  # fmt: skip
-            yield Table(f"residency-{share:.0%}", columns, lines, _title(share))
+            yield Table(_name(share), columns, lines, _title(share))
 
 
 @bench(
-    BUNDLE, TEXT, tokens(1536), residency(0.25, 0.4, 0.6), CHOICES,
+    options.BUNDLE, options.TEXT, options.tokens(1536),
+    options.residency(0.25, 0.4, 0.6), CHOICES,
     option("--policies", nargs="+", choices=NUMBERS, default=list(NUMBERS), help="to compare"),
     option("--parts", type=float, nargs="+", default=[0.75, 0.5], help="of the lossless bytes"),
 )  # fmt: skip
@@ -182,17 +183,19 @@ def equalbytes(run: Run) -> Rows:
                     r = on.run(named(name, number), share)
                     lines.append([part, name, number, _bytes(r), r["loaded_share"],
                                   r["substituted_share"], *_quality(r)])  # fmt: skip
-            yield Table(f"residency-{share:.0%}", columns, lines, _title(share))
+            yield Table(_name(share), columns, lines, _title(share))
 
 
 @bench(
-    BUNDLE, TEXT, tokens(1536), residency(0.25, 0.4, 0.6),
+    options.BUNDLE, options.TEXT, options.tokens(1536),
+    options.residency(0.25, 0.4, 0.6),
     option("--alphas", type=float, nargs="+", default=[0.35, 1.0], help="of SMoE's substitution"),
 )  # fmt: skip
 def equalloss(run: Run) -> Rows:
     """The loss budget that gives SMoE's KL, and how many bytes fewer it reads."""
     columns = {
-        "SMoE": "{}", "KL": "{:.4f}", "kB / token": "{:.0f}", "--loss": "{:g}", "KL at --loss": "{:.4f}",
+        "SMoE": "{}", "KL": "{:.4f}", "kB / token": "{:.0f}", "--loss": "{:g}",
+        "KL at --loss": "{:.4f}",
         "kB / token at --loss": "{:.0f}", "fewer bytes": PERCENT,
     }  # fmt: skip
     with subject(run) as on:
@@ -207,15 +210,16 @@ def equalloss(run: Run) -> Rows:
                 )
                 lines.append([alpha, theirs["kl"], _bytes(theirs), loss, ours["kl"], _bytes(ours),
                               1 - _bytes(ours) / _bytes(theirs)])  # fmt: skip
-            yield Table(f"residency-{share:.0%}", columns, lines, _title(share))
+            yield Table(_name(share), columns, lines, _title(share))
 
 
-# -- in wall time ------------------------------------------------------------------------------------------------------
+# -- in wall time ----------------------------------------------------------------------
 
 
 @bench(
-    BUNDLE, TEXT, tokens(256), residency(0.4), rounds(3), io("direct"),
-    option("--losses", type=float, nargs="+", default=[0, 0.003, 0.01, 0.03], help="nats per token"),
+    options.BUNDLE, options.TEXT, options.tokens(256),
+    options.residency(0.4), options.rounds(3), options.io("direct"),
+    option("--losses", type=float, nargs="+", default=[0, 0.003, 0.01, 0.03], help="in nats"),
 )  # fmt: skip
 def prices(run: Run) -> Rows:
     """What a loss budget buys in time, and whether what is spent is what is lost."""
@@ -223,7 +227,8 @@ def prices(run: Run) -> Rows:
 
 
 @bench(
-    BUNDLE, TEXT, tokens(256), residency(0.25, 0.4, 0.55), rounds(3), io("direct"),
+    options.BUNDLE, options.TEXT, options.tokens(256),
+    options.residency(0.25, 0.4, 0.55), options.rounds(3), options.io("direct"),
     option("--guesses", nargs="+", default=GUESSES, help="predictors, as --prefetch takes them"),
 )  # fmt: skip
 def prefetch(run: Run) -> Rows:
@@ -238,31 +243,37 @@ def prefetch(run: Run) -> Rows:
 
 
 def _speeds(run: Run, ways: dict[str, Policies]) -> Rows:
-    """One row a way: its median speed beside that of the first, and what it read, spent and lost."""
+    """One row a way: its median speed beside that of the first, and what it read, spent and
+    lost."""
     columns = {
-        "": "{}", "tok/s": "{:.1f} ({:.1f} to {:.1f})", "of the first": "{:.2f}", "MB / token": "{:.2f}",
+        "": "{}", "tok/s": "{:.1f} ({:.1f} to {:.1f})", "of the first": "{:.2f}",
+        "MB / token": "{:.2f}",
         "stall": PERCENT, "guesses used / read": "{} / {}", "spent": "{:.4f}", "KL": LOSS,
         "same best": SHARE,
     }  # fmt: skip
     with subject(run) as on:
         for share in run.residency:
-            results = interleave(
-                {name: lambda p=p: on.run(p, share, run.io) for name, p in ways.items()},
-                run.rounds,
-            )
+            calls = {name: partial(on.run, p, share, run.io) for name, p in ways.items()}
+            results = interleave(calls, run.rounds)
             speeds = {n: spread([r["tokens_per_second"] for r in rs]) for n, rs in results.items()}
             base = next(iter(speeds.values())).median
             lines = [
-                [name, [s.median, s.low, s.high], s.median / base, _bytes(r) / 1e3, r["stall_share"],
-                 [r["guesses_used"], r["guesses_read"]], r["nats_spent"], *_quality(r)[:2]]
+                [name, [s.median, s.low, s.high], s.median / base, _bytes(r) / 1e3,
+                 r["stall_share"], [r["guesses_used"], r["guesses_read"]], r["nats_spent"],
+                 *_quality(r)[:2]]
                 for (name, (r, *_)), s in zip(results.items(), speeds.values(), strict=True)
             ]  # fmt: skip
-            yield Table(
-                f"residency-{share:.0%}", columns, lines, _title(share) + f", {run.io} reads"
-            )
+            title = f"{_title(share)}, {run.io} reads"
+            yield Table(_name(share), columns, lines, title)
 
 
-@bench(BUNDLE, TEXT, tokens(256), residency(0.25, 0.4, 0.55, 0.7, 0.85), io("direct"))
+@bench(
+    options.BUNDLE,
+    options.TEXT,
+    options.tokens(256),
+    options.residency(0.25, 0.4, 0.55, 0.7, 0.85),
+    options.io("direct"),
+)
 def plan(run: Run) -> Rows:
     """What smoe-prep plan expects of a budget beside what is measured there."""
     from smoe.prep.replay.plan import plan as expected
@@ -271,7 +282,8 @@ def plan(run: Run) -> Rows:
     device = measure_device(run.bundle, run.io)
     columns = {
         "resident": PERCENT, "options": "{}", "tok/s expected": "{:.1f}", "measured": "{:.1f}",
-        "ratio": "{:.2f}", "loss expected": "{:.4f}", "loss measured": "{:.4f}", "loss ratio": "{:.2f}",
+        "ratio": "{:.2f}", "loss expected": "{:.4f}", "loss measured": "{:.4f}",
+        "loss ratio": "{:.2f}",
     }  # fmt: skip
     with subject(run) as on:
         lines = []
@@ -283,8 +295,13 @@ def plan(run: Run) -> Rows:
                 speed = result["tokens_per_second"]
                 ratio = way.loss / result["kl"] if way.policies.loss else None
                 lines.append([share, way.options or "lossless", way.tokens_per_second, speed,
-                              way.tokens_per_second / speed, way.loss, result["kl"], ratio])  # fmt: skip
+                              way.tokens_per_second / speed, way.loss, result["kl"],
+                              ratio])  # fmt: skip
     yield Table("plan", columns, lines, "Expected and measured")
+
+
+def _name(share: float) -> str:
+    return f"resident-{share * 100:.0f}"
 
 
 def _title(share: float) -> str:

@@ -1,4 +1,5 @@
-"""What preparing gives and costs: quality by encoding and level, time of a profile and of prices, memory of a build."""
+"""What preparing gives and costs: quality by encoding and level, time of a profile and of prices,
+memory of a build."""
 
 from __future__ import annotations
 
@@ -12,9 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import (
-    TEXT, Rows, Run, Table, bench, interleave, note, option, rounds, spread, timed, tokens,
-)  # fmt: skip
+from bench import options
+from bench.harness import (  # fmt: skip
+    Rows,
+    Run,
+    Table,
+    bench,
+    interleave,
+    note,
+    option,
+    spread,
+    timed,
+)
 from bench.models import CALIBRATION, EXAMPLE, Shape, build, random_checkpoint, random_text
 from bench.page_cache import size
 from smoe.artifacts import nested
@@ -31,7 +41,7 @@ def _prep(*arguments: object) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@bench(TEXT, tokens(4096))
+@bench(options.TEXT, options.tokens(4096))
 def encodings(run: Run) -> Rows:
     """The example model in every encoding: bytes, and how far it is from the original."""
     columns = {
@@ -54,14 +64,15 @@ def encodings(run: Run) -> Rows:
 
 
 @bench(
-    TEXT, tokens(8192),
+    options.TEXT, options.tokens(8192),
     option("--encodings", nargs="+", default=NESTED, help="nested encodings"),
     option("--calibration-tokens", type=int, default=65536),
 )  # fmt: skip
 def levels(run: Run) -> Rows:
     """What each level of nested planes costs, with calibrated codes and with plain rounding.
 
-    The rise of perplexity has the 95 % interval of the paired difference. Bits count codes and scales.
+    The rise of perplexity has the 95 % interval of the paired difference. Bits count codes and
+    scales.
     """
     columns = {
         "encoding": "{}", "level": "{}", "bits per weight": "{:.3f}",
@@ -93,7 +104,7 @@ def levels(run: Run) -> Rows:
 
 
 @bench(
-    rounds(3), tokens(65536),
+    options.rounds(3), options.tokens(65536),
     option("--model", type=Path, default=EXAMPLE, help="a checkpoint"),
     option("--calibration", type=Path, default=CALIBRATION),
     option("--prices", type=int, default=8192, help="tokens that prices are from"),
@@ -102,8 +113,8 @@ def levels(run: Run) -> Rows:
 def costs(run: Run) -> Rows:
     """What a profile and prices cost beside a plain pass of transformers over the same text.
 
-    The plain pass runs in batches of as many tokens. Prices, predictors and their fit are a build with them less one
-    without.
+    The plain pass runs in batches of as many tokens. Prices, predictors and their fit are a build
+    with them less one without.
     """
     import torch
     import transformers
@@ -158,18 +169,18 @@ def _batches(rows: list[np.ndarray], tokens: int = 8192) -> list[Any]:
     ]
 
 
-# -- models larger than memory may be ---------------------------------------------------------------------------------
+# -- models larger than memory may be --------------------------------------------------
 
 
 @bench(
-    tokens(4096),
+    options.tokens(4096),
     option("--gigabytes", type=float, default=4.0, help="of experts"),
     option("--encoding", default="bf16"),
     option("--prices", type=int, default=8192, help="tokens that prices are from; 0: none"),
     option("--keep", type=Path, help="a folder for the checkpoint and the bundle"),
 )
 def large(run: Run) -> Rows:
-    """How much of a large checkpoint a build holds, and how long it takes, beside what inspect said before.
+    """Memory and time of building a large checkpoint, beside what inspect said before.
 
     Memory is the peak of all resident pages, mapped files included.
     """

@@ -1,4 +1,5 @@
-"""What a prompt costs where the experts do not fit: bytes read, time, and what it leaves for decoding."""
+"""What a prompt costs where the experts do not fit: bytes read, time, and what it leaves for
+decoding."""
 
 from __future__ import annotations
 
@@ -9,9 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.harness import (
-    BUNDLE, TEXT, Rows, Run, Table, bench, child, interleave, io, option, rounds, spread,
-)  # fmt: skip
+from bench import options
+from bench.harness import Rows, Run, Table, bench, child, interleave, option, spread
 
 MIB = 1 << 20
 EARLY, LATE = (0, 32), (199, 231)  # decode steps after the prompt
@@ -19,15 +19,15 @@ SHARE = option("--share", type=float, default=0.4, help="of the experts that is 
 
 
 @bench(
-    BUNDLE, TEXT, rounds(3), io("direct"), SHARE,
+    options.BUNDLE, options.TEXT, options.rounds(3), options.io("direct"), SHARE,
     option("--length", type=int, default=1500, help="tokens of the prompt"),
     option("--context", type=int, default=2048),
 )  # fmt: skip
 def prompt(run: Run) -> Rows:
     """A prompt with a share of the experts in memory: bytes, time, and the first tokens after it.
 
-    Beside it the same prompt with everything in memory, and one read of as many records as are missing. Early tokens
-    are the first 32 after the prompt, late ones the 200th to 232nd.
+    Beside it the same prompt with everything in memory, and one read of as many records as are
+    missing. Early tokens are the first 32 after the prompt, late ones the 200th to 232nd.
     """
     settings = {
         "bundle": run.bundle,
@@ -39,7 +39,9 @@ def prompt(run: Run) -> Rows:
         {
             "limited": lambda: child("prompts:prompt_once", share=run.share, io=run.io, **settings),
             "resident": lambda: child("prompts:prompt_once", share=None, io=None, **settings),
-            "read": lambda: child("prompts:read_missing", bundle=run.bundle, share=run.share, io=run.io),
+            "read": lambda: child(
+                "prompts:read_missing", bundle=run.bundle, share=run.share, io=run.io
+            ),
         },
         run.rounds,
     )  # fmt: skip
@@ -108,12 +110,12 @@ def read_missing(bundle: str, share: float, io: str) -> dict[str, float]:
     return {"seconds": len(missing) * opened.layouts[0].levels[-1] / rate / 1e9}
 
 
-# -- a long one ----------------------------------------------------------------------------------------------------
+# -- a long one ------------------------------------------------------------------------
 
 
 @bench(
     SHARE,
-    io(None),
+    options.io(None),
     option("--directory", type=Path, help="where the random bundle is, or is made"),
     option("--length", type=int, default=16384, help="tokens of the prompt"),
     option("--memory", help="budget, instead of what holds the share of the experts"),
@@ -124,7 +126,8 @@ def read_missing(bundle: str, share: float, io: str) -> dict[str, float]:
     option("--encoding", default="nested:2+1+1:128"),
 )
 def longprompt(run: Run) -> Rows:
-    """A long prompt on a random bundle: peak memory against the budget, bytes read, what the engine chose."""
+    """A long prompt on a random bundle: peak memory against the budget, bytes read, what the engine
+    chose."""
     from bench.models import Shape, random_bundle
 
     with tempfile.TemporaryDirectory() as scratch:

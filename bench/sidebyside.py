@@ -1,8 +1,8 @@
 """One commit beside another: decode speed of the same bundles, run by run in turns.
 
-The old commit is a folder that `pip install --no-deps --target DIR CHECKOUT` made; a process whose path begins there
-runs it. It runs twice in every round, as two alternatives: what these two differ by is the noise that a ratio has to
-be judged by. Bundles are opened by both.
+The old commit is a folder that `pip install --no-deps --target DIR CHECKOUT` made; a process whose
+path begins there runs it. It runs twice in every round, as two alternatives: what these two differ
+by is the noise that a ratio has to be judged by. Bundles are opened by both.
 """
 
 from __future__ import annotations
@@ -13,10 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.harness import (
-    BUNDLE, TEXT, Rows, Run, Table, bench, child, interleave, io, note, option, rounds, spread,
-    tokens,
-)  # fmt: skip
+from bench import options
+from bench.harness import (  # fmt: skip
+    Rows,
+    Run,
+    Table,
+    bench,
+    child,
+    interleave,
+    note,
+    option,
+    spread,
+)
 
 CONTEXT = 512
 WARM = 32  # tokens before the clock starts
@@ -34,7 +42,7 @@ class Case:
 
 
 @bench(
-    BUNDLE, TEXT, tokens(256), rounds(5), io("buffered"),
+    options.BUNDLE, options.TEXT, options.tokens(256), options.rounds(5), options.io("buffered"),
     option("--old", type=Path, required=True, help="site folder of the old commit"),
     option("--bundle2", type=Path, help="the padded model, with prices"),
     option("--share", type=float, default=0.4, help="of the experts, in the limited rows"),
@@ -46,7 +54,8 @@ def sidebyside(run: Run) -> Rows:
     kept: the median ratio new / old is at least .98, or lies within the ratios of old to old.
     """
     columns = {
-        "": "{}", "old tok/s": "{:.1f}", "new tok/s": "{:.1f}", "new / old": "{:.3f} ({:.3f} to {:.3f})",
+        "": "{}", "old tok/s": "{:.1f}", "new tok/s": "{:.1f}",
+        "new / old": "{:.3f} ({:.3f} to {:.3f})",
         "old / old": "{:.3f} ({:.3f} to {:.3f})", "kept": "{}", "same logits": "{}",
     }  # fmt: skip
     lines = [_line(case, run) for case in _cases(run)]
@@ -95,24 +104,30 @@ def _decoding(case: Case, run: Run, side: str) -> Callable[[], dict[str, Any]]:
     site = None if side == "new" else run.old
     settings = {"bundle": case.bundle, "share": case.share, "loss": case.loss, "io": run.io}
     return lambda: child(
-        "sidebyside:decode", site=site, text=run.text, tokens=run.tokens, **settings
+        "sidebyside:decode",
+        site=site,
+        text=run.text,
+        tokens=run.tokens,
+        context=CONTEXT,
+        **settings,
     )
 
 
 def decode(
-    bundle: str, share: float | None, loss: float, io: str, text: str, tokens: int
+    bundle: str, share: float | None, loss: float, io: str, text: str, tokens: int, context: int
 ) -> dict[str, Any]:
     """Tokens per second of reading a text one token at a time, and a digest of all logits.
 
-    Uses only what both commits have. The engine's own clock counts decode steps without what is done with the logits.
+    Uses only what both commits have. The engine's own clock counts decode steps without what is
+    done with the logits.
     """
     import hashlib
 
     from smoe.runtime import Engine, Policies
 
-    memory = None if share is None else budget(bundle, share)
+    memory = None if share is None else budget(bundle, share, context)
     how = {"io": io} if share is not None else {}
-    with Engine.open(bundle, memory, CONTEXT, policies=Policies(loss=loss), **how) as engine:
+    with Engine.open(bundle, memory, context, policies=Policies(loss=loss), **how) as engine:
         ids = engine.text.encode(_text(Path(text)))[:tokens]
         stream, digest = engine.score(ids), hashlib.sha256()
         for position, logits in enumerate(stream, 1):
@@ -127,16 +142,16 @@ def decode(
         }
 
 
-def budget(bundle: str, share: float) -> int:
-    """Bytes in which a share of the experts fits, by the plan of the smoe that runs here. Both commits have it, in
-    another place."""
+def budget(bundle: str, share: float, context: int) -> int:
+    """Bytes in which a share of the experts fits, by the plan of the smoe that runs here. Both
+    commits have it, in another place."""
     from smoe.artifacts import open_bundle
 
     try:
         from smoe.runtime.budget import plan_memory
     except ImportError:
         from smoe.runtime.memory import plan as plan_memory  # type: ignore[no-redef,import-not-found]
-    plan = plan_memory(open_bundle(bundle), None, CONTEXT)
+    plan = plan_memory(open_bundle(bundle), None, context)
     return int(plan.fixed + int(plan.experts * share) * plan.record)
 
 

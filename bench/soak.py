@@ -33,8 +33,9 @@ def mutations(run: Run) -> Rows:
 def kills(run: Run) -> Rows:
     """Builds killed at random moments and started again give the same bytes.
 
-    The example model is built once in peace. Then builds are killed (SIGKILL) at moments drawn evenly over the time that
-    took; every bundle that is finished on the way is compared with the first.
+    The example model is built once in peace. Then builds are killed (SIGKILL) at moments drawn
+    evenly over the time that took; every bundle that is finished on the way is compared with the
+    first.
     """
     chance = random.Random(run.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +69,8 @@ def _build(output: Path) -> list[str]:
 
 
 def _build_killed(output: Path, seconds: float | None) -> bool:
-    """Build, killed after so many seconds; whether it was. A build that fails by itself ends the bench."""
+    """Build, killed after so many seconds; whether it was. A build that fails by itself ends the
+    bench."""
     process = subprocess.Popen(
         _build(output), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

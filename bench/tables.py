@@ -4,7 +4,8 @@
     <!-- source: FILE -->          the command, machine, commit and date that gave it, as one line
     <!-- end -->
 
-Whatever stands between a marker and its end is replaced; `python -m bench tables` rewrites, and a test compares.
+Whatever stands between a marker and its end is replaced; `python -m bench tables` rewrites, and a
+test compares.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def documents() -> list[Path]:
 
 
 def rewritten(text: str, figures: Path = FIGURES) -> str:
-    """The text with every marked block made anew. A `ValueError` names the marker that cannot be followed."""
+    """The text with every marked block made anew. A `ValueError` names the marker that cannot be
+    followed."""
 
     def block(match: re.Match[str]) -> str:
         start, kind, words, _, end = match.groups()

@@ -1,10 +1,11 @@
 """Does a damaged bundle ever do more than say so?
 
-Random mutations of the golden bundles, in child processes: fields of the manifest replaced, absurd sizes, versions from
-the future, paths that lead outside, files cut, flipped or replaced by links, headers of safetensors files rewritten, and
-ONNX graphs whose weights lie elsewhere. Each is opened and generated from, and behaves or is refused with a sentence.
-Wrong is: another exception, a crash, more than 20 seconds, more than 512 MiB of memory, or a read outside the bundle (of
-a pipe there, which would block). The tests run some; `python -m bench soak mutations` runs 10,000.
+Random mutations of the golden bundles, in child processes: fields of the manifest replaced, absurd
+sizes, versions from the future, paths that lead outside, files cut, flipped or replaced by links,
+headers of safetensors files rewritten, and ONNX graphs whose weights lie elsewhere. Each is opened
+and generated from, and behaves or is refused with a sentence. Wrong is: another exception, a crash,
+more than 20 seconds, more than 512 MiB of memory, or a read outside the bundle (of a pipe there,
+which would block). The tests run some; `python -m bench soak mutations` runs 10,000.
 """
 
 from __future__ import annotations
@@ -273,7 +274,8 @@ MUTATIONS: list[Callable[[Path, Random], str]] = [
 
 
 def batch(count: int, seed: int, note: Path) -> None:
-    """Run `count` mutations in this process; a line of JSON per outcome that is not good, and one of counts."""
+    """Run `count` mutations in this process; a line of JSON per outcome that is not good, and one
+    of counts."""
     random = Random(seed)
     counts = {BEHAVED: 0, REFUSED: 0}
     with tempfile.TemporaryDirectory() as scratch:
@@ -305,8 +307,8 @@ def _peak() -> int:
 
 
 def many(count: int, seed: int) -> tuple[dict[str, int], list[str]]:
-    """Run `count` mutations in batches, each in a process of its own: how many behaved and were refused, and a line for
-    each that did neither."""
+    """Run `count` mutations in batches, each in a process of its own: how many behaved and were
+    refused, and a line for each that did neither."""
     totals, wrong = {BEHAVED: 0, REFUSED: 0}, []
     with tempfile.TemporaryDirectory() as scratch:
         note = Path(scratch) / "note"
