@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench.harness import BENCHES, Bench, Run, new_record
 from bench.tables import rewrite
+from smoe.artifacts import SmoeError
 
 MODULES = (
     "policies", "micro", "prep", "memory", "outofcore", "families",
@@ -29,7 +30,10 @@ def main(arguments: list[str]) -> int:
     if not names or names[0] not in known:
         print(listing())
         return 0 if not names or names[0] in ("-h", "--help") else 2
-    run_bench(known[names[0]], names[1:], arguments)
+    try:
+        run_bench(known[names[0]], names[1:], arguments)
+    except SmoeError as error:
+        raise SystemExit(f"Error: {error}") from error
     return 0
 
 

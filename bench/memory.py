@@ -32,13 +32,12 @@ LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "smoe.runtime")
     option("--prompts", type=int, nargs="+", default=PROMPTS, help="lengths in tokens"),
 )
 def memory(run: Run) -> Rows:
-    """Peak memory against the budget, over six budgets and several prompts; then inside a cgroup of
-    that size.
+    """Peak memory against the budget, without any limit and inside a cgroup of that size.
 
-    Each run is a fresh process. First without any limit set, since a process that reclaims under
-    pressure proves nothing: the peak of resident memory (anonymous and mapped) above what the
-    imports hold, against the budget. Then, where memory cgroups can be had, with the budget and the
-    imports as the limit and all files out of the page cache.
+    Six budgets and several prompts, each in a fresh process. First without any limit set, since a
+    process that reclaims under pressure proves nothing: the peak of resident memory (anonymous and
+    mapped) above what the imports hold, against the budget. Then, where memory cgroups can be had,
+    with the budget and the imports as the limit and all files out of the page cache.
     """
     budgets = _budgets(run.bundle, run.context, run.loss)
     cases = [(budget, prompt) for budget in budgets for prompt in run.prompts]

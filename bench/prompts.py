@@ -126,8 +126,7 @@ def read_missing(bundle: str, share: float, io: str) -> dict[str, float]:
     option("--encoding", default="nested:2+1+1:128"),
 )
 def longprompt(run: Run) -> Rows:
-    """A long prompt on a random bundle: peak memory against the budget, bytes read, what the engine
-    chose."""
+    """A long prompt on a random bundle: peak memory against the budget, and bytes read."""
     from bench.models import Shape, random_bundle
 
     with tempfile.TemporaryDirectory() as scratch:
