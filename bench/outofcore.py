@@ -47,10 +47,11 @@ MODULES = {
     "llama.cpp": ("llama_cpp", "numpy"),
     "transformers": ("accelerate", "transformers", "torch", "safetensors", "numpy"),
 }
+UNIT = ", tokens per second"  # in the table that the documents show
 LOOSE = 200  # per cent; for disk offload alone, which holds a whole layer's experts
 SLOW = {"warm": 2, "seconds": 60.0}  # for transformers, which takes seconds for a token
 GGUF_TYPES = {"f32": "f32", "int8": "q8_0", "int4": "q4_0"}  # nearest to a bundle's backbone
-COLUMNS = {
+DETAILS = {
     "limit": "{}", "MB": "{:.0f}", "engine": "{}", "tokens/s": "{:.3g}", "x llama.cpp": "{:.2f}",
     "nats off": "{:.1g}", "opened": "{:.1f} s", "peak MB": "{:.0f}", "major faults": "{:.0f}",
 }  # fmt: skip
@@ -108,7 +109,8 @@ def outofcore(run: Run) -> Rows:
         note(f"round {turn + 1}, {share or 'no limit'}, {engine}: {got}; {row.cached} bytes cached")
     sizes = [[engine, page_cache.size(models[engine]) / 1e6] for engine in engines]
     yield Table("sizes", {"engine": "{}", "MB on disk": "{:.0f}"}, sizes, disk(models["smoe"]))
-    yield summary(rows)
+    yield speeds(rows)
+    yield details(rows)
     yield perplexities(rows)
     runs = [[json.dumps(asdict(row))] for row in rows]
     yield Table("runs", {"run": "{}"}, runs, "Every run")
@@ -223,8 +225,24 @@ def disk(bundle: Path) -> str:
 # -- what the runs say -----------------------------------------------------------------
 
 
-def summary(rows: list[Row]) -> Table:
-    """Medians over the rounds."""
+def speeds(rows: list[Row]) -> Table:
+    """Median tokens per second of each engine at each limit, and smoe's over llama.cpp's."""
+    engines = [engine for engine in MODULES if any(row.engine == engine for row in rows)]
+    columns = {"memory of the process": "{}"}
+    columns |= {f"{engine}{UNIT if engine == 'smoe' else ''}": "{:.3g}" for engine in engines}
+    columns |= {"ratio": "{:.2g}"}
+    lines: list[list[Any]] = []
+    for share in dict.fromkeys(row.share for row in sorted(rows, key=_place)):
+        limit = next(row.limit for row in rows if row.share == share)
+        place = f"{limit / 1e6:.0f} MB ({share} %)" if limit else "no limit"
+        smoe, other = _rate(rows, "smoe", share), _rate(rows, "llama.cpp", share)
+        ratio = smoe / other if smoe and other else None
+        lines.append([place, *(_rate(rows, engine, share) for engine in engines), ratio])
+    return Table("outofcore", columns, lines, "Tokens per second")
+
+
+def details(rows: list[Row]) -> Table:
+    """Medians over the rounds, and why a run gave none."""
     lines: list[list[Any]] = []
     keys = dict.fromkeys((row.engine, row.share) for row in sorted(rows, key=_place))
     for engine, share in keys:
@@ -244,7 +262,7 @@ def summary(rows: list[Row]) -> Table:
             statistics.median(row.peak for row in ran) / 1e6,
             statistics.median(row.faults for row in ran),
         ])  # fmt: skip
-    return Table("outofcore", COLUMNS, lines, "Medians")
+    return Table("details", DETAILS, lines, "Medians")
 
 
 def perplexities(rows: list[Row]) -> Table:
@@ -291,19 +309,12 @@ def picture(run: Run) -> Rows:
 
 
 def series(record: Record) -> tuple[list[str], dict[str, list[float | None]]]:
-    """The limits, most memory first, and each engine's tokens per second at them; None where it did
-    not run."""
+    """The limits, most memory first, and each engine's tokens per second at them; None where it
+    did not run."""
     table = record.table("outofcore")
-    limit, engine, rate = (list(table.columns).index(n) for n in ("limit", "engine", "tokens/s"))
-    places = list(dict.fromkeys(row[limit] for row in table.rows))
-    rates = {(row[engine], row[limit]): row[rate] for row in table.rows}
-    engines = [name for name in MODULES if any(row[engine] == name for row in table.rows)]
-
-    def number(name: str, place: str) -> float | None:
-        value = rates.get((name, place))
-        return None if value is None or isinstance(value, str) else float(value)
-
-    return places, {name: [number(name, place) for place in places] for name in engines}
+    engines = [name.removesuffix(UNIT) for name in table.columns][1:-1]
+    places, *rates = zip(*(row[:-1] for row in table.rows), strict=True)
+    return list(places), {name: list(rate) for name, rate in zip(engines, rates, strict=True)}
 
 
 def draw(record: Record, out: Path) -> None:

@@ -172,6 +172,7 @@ def equalbytes(run: Run) -> Rows:
         "bytes, of lossless": PERCENT, "policy": "{}", "number": "{:g}", "kB / token": "{:.0f}",
         "loaded": SHARE, "substituted": SHARE, **QUALITY,
     }  # fmt: skip
+    kls: dict[float, list[float]] = {}
     with subject(run, run.choices) as on:
         for share in run.residency:
             lossless = on.short_run(Policies(), share)["bytes_read"]
@@ -184,6 +185,20 @@ def equalbytes(run: Run) -> Rows:
                     lines.append([part, name, number, _bytes(r), r["loaded_share"],
                                   r["substituted_share"], *_quality(r)])  # fmt: skip
             yield Table(_name(share), columns, lines, _title(share))
+            kls[share] = [line[6][0] for line in lines]
+    yield _kl_at_equal_bytes(run, kls)
+
+
+def _kl_at_equal_bytes(run: Run, kls: dict[float, list[float]]) -> Table:
+    """Policies by residency and part of the bytes."""
+    columns = {"in memory: bytes, of lossless": "{}"}
+    columns |= {f"{s:.0%}: {part:.0%}": "{:.4f}" for s in run.residency for part in run.parts}
+    step = len(run.policies)  # `kls` go through the policies once a part
+    lines = [
+        [name, *(kl for column in kls.values() for kl in column[i::step])]
+        for i, name in enumerate(run.policies)
+    ]
+    return Table("bytes", columns, lines, "KL at equal bytes")
 
 
 @bench(
@@ -223,7 +238,23 @@ def equalloss(run: Run) -> Rows:
 )  # fmt: skip
 def prices(run: Run) -> Rows:
     """What a loss budget buys in time, and whether what is spent is what is lost."""
-    yield from _speeds(run, {f"--loss {loss:g}": Policies(loss=loss) for loss in run.losses})
+    tables = []
+    for table in _speeds(run, {f"--loss {loss:g}": Policies(loss=loss) for loss in run.losses}):
+        tables.append(table)
+        yield table
+    yield _by_loss(run, "loss", tables, "KL", "{:.4f}")
+    yield _by_loss(run, "speed", tables, "tok/s", "{:.1f}")
+
+
+def _by_loss(run: Run, name: str, tables: list[Table], column: str, template: str) -> Table:
+    """The first number of one column of `_speeds`, by residency and loss."""
+    columns = {"`--loss`, nats per token": "{}"} | {f"{loss:g}": template for loss in run.losses}
+    at = list(tables[0].columns).index(column)
+    lines = [
+        [f"{column}, {share:.0%} in memory", *(row[at][0] for row in table.rows)]
+        for share, table in zip(run.residency, tables, strict=True)
+    ]
+    return Table(name, columns, lines, f"{column} by loss")
 
 
 @bench(

@@ -75,8 +75,8 @@ def levels(run: Run) -> Rows:
     scales.
     """
     columns = {
-        "encoding": "{}", "level": "{}", "bits per weight": "{:.3f}",
-        "calibrated": "{:+.2f} % ± {:.2f}", "KL": "{:.4f}",
+        "encoding": "{}", "level": "{}", "bits per weight, with scales": "{:.3f}",
+        "calibrated": "{:+.2f} % ± {:.2f}", "KL, calibrated": "{:.4f}",
         "rounded": "{:+.2f} % ± {:.2f}", "KL, rounded": "{:.4f}",
     }  # fmt: skip
     lines = []
@@ -100,7 +100,7 @@ def levels(run: Run) -> Rows:
                     rise = [found["perplexity_rise_percent"], found["perplexity_rise_interval"]]
                     line += [rise, found["kl_nats_per_token"]]
                 lines.append(line)
-    yield Table("levels", columns, lines, f"{run.tokens} tokens of {run.text.name}")
+    yield Table("nested", columns, lines, f"{run.tokens} tokens of {run.text.name}")
 
 
 @bench(

@@ -257,8 +257,11 @@ ROWS = [
 ]
 
 
-def test_the_summary_has_medians_ratios_and_failures():
-    lines = outofcore.summary(ROWS).markdown().splitlines()
+def test_the_tables_have_medians_ratios_and_failures():
+    lines = outofcore.speeds(ROWS).markdown().splitlines()
+    assert lines[0] == "| memory of the process | smoe, tokens per second | llama.cpp | ratio |"
+    assert lines[2:] == ["| no limit | 110 | 100 | 1.1 |", "| 26 MB (25 %) | 80 |  |  |"]
+    lines = outofcore.details(ROWS).markdown().splitlines()
     assert lines[2].startswith("| none |  | smoe | 110 | 1.10 | 3 | 1.5 s | 52 | 7 |")
     assert lines[3].startswith("| none |  | llama.cpp | 100 | 1.00 |")
     assert lines[4].startswith("| 25 % | 26 | smoe | 80 |  | 0.1 |")
@@ -268,9 +271,9 @@ def test_the_summary_has_medians_ratios_and_failures():
 
 
 def test_the_picture_has_a_place_for_each_limit_and_a_gap_where_nothing_ran():
-    record = Record("outofcore", "", "", "", {}, {}, [outofcore.summary(ROWS)])
+    record = Record("outofcore", "", "", "", {}, {}, [outofcore.speeds(ROWS)])
     places, rates = outofcore.series(json_round_trip(record))
-    assert places == ["none", "25 %"]
+    assert places == ["no limit", "26 MB (25 %)"]
     assert rates == {"smoe": [110, 80], "llama.cpp": [100, None]}
 
 
@@ -281,7 +284,7 @@ def json_round_trip(record):
 
 def test_the_picture_is_svg(tmp_path):
     pytest.importorskip("matplotlib")
-    record = Record("outofcore", "", "", "", {}, {}, [outofcore.summary(ROWS)])
+    record = Record("outofcore", "", "", "", {}, {}, [outofcore.speeds(ROWS)])
     outofcore.draw(record, tmp_path / "p.svg")
     assert "Tokens per second" in (tmp_path / "p.svg").read_text()
 
