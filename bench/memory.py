@@ -94,16 +94,17 @@ def _budgets(bundle: Path, context: int, loss: float) -> list[int]:
     nothing to spend it on with all of them), in six steps."""
     import numpy as np
 
+    from bench.budgets import budget_for_count, planner
     from smoe.artifacts import open_bundle
     from smoe.runtime import Policies
-    from smoe.runtime.budget import plan_memory
     from smoe.runtime.options import tables_bytes
 
     opened = open_bundle(bundle)
-    plan = plan_memory(opened, None, context, tables=tables_bytes(Policies(loss=loss), opened))
-    most = plan.experts - 1 if loss else plan.experts
-    counts = [plan.smallest, *np.linspace(plan.token_cycle, most, 5).astype(int).tolist()]
-    return [plan.fixed + count * plan.record for count in counts]
+    plan = planner(bundle, context, tables_bytes(Policies(loss=loss), opened))
+    whole = plan(None)
+    most = whole.experts - 1 if loss else whole.experts
+    counts = [whole.smallest, *np.linspace(whole.token_cycle, most, 5).astype(int).tolist()]
+    return [budget_for_count(plan, count) for count in counts]
 
 
 def peak_once(bundle: str, budget: int, context: int, prompt: int, loss: float) -> dict[str, Any]:

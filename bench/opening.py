@@ -71,10 +71,10 @@ def _bundle(run: Run, directory: Path) -> Path:
 
 def whole(bundle: str, share: float) -> dict[str, float]:
     """Seconds of Engine.open, of any commit."""
-    from bench.sidebyside import budget
+    from bench.budgets import budget_for_share
     from smoe.runtime import Engine
 
-    memory = budget(bundle, share, CONTEXT)
+    memory = budget_for_share(bundle, share, CONTEXT)
     started = time.perf_counter()
     with Engine.open(bundle, memory, CONTEXT, io="buffered"):
         return {"open": time.perf_counter() - started}

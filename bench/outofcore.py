@@ -326,18 +326,16 @@ def draw(record: Record, out: Path) -> None:
     from matplotlib import pyplot
 
     places, rates = series(record)
+    places = [place.replace(" (", "\n(") for place in places]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name, values in rates.items():
         axes.plot(places, [math.nan if v is None else v for v in values], marker="o", label=name)
-        for place, value in zip(places, values, strict=True):
-            if value is not None:
-                axes.annotate(f"{value:.3g}", (place, value), (0, 7), textcoords="offset points",
-                              ha="center", fontsize=9)  # fmt: skip
-    axes.set(
-        yscale="log",
-        title="Tokens per second",
-        xlabel="memory of the whole process, of the bundle's size",
-    )
+        points = [(p, v) for p, v in zip(places, values, strict=True) if v is not None]
+        for point in points:
+            above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{point[1]:.3g}", point, fontsize=9, **above)
+    axes.set(yscale="log", title="Tokens per second", xlabel="memory (of the bundle's size)")
+    axes.margins(y=0.12)
     axes.grid(axis="y", color="#dddddd")
     axes.legend(frameon=False)
-    figure.savefig(out, metadata={"Date": None})
+    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)

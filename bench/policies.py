@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from bench import options
+from bench.budgets import budget_for_share
 from bench.harness import Rows, Run, Table, bench, interleave, note, option, spread
 from smoe.artifacts import open_bundle
 from smoe.artifacts.tables import DISTANCES, PREDICTORS
 from smoe.runtime import Engine, Policies
-from smoe.runtime.budget import plan_memory
 from smoe.runtime.evaluate import choose, exact, graded, items, measure, read_documents, rows
 
 CONTEXT, LENGTH, PROMPT = 512, 256, 32
@@ -68,7 +68,6 @@ class Subject:
 
     def __init__(self, bundle: Path, text: Path, tokens: int, choices: int, scratch: Path):
         self.bundle = bundle
-        self.plan = plan_memory(open_bundle(bundle), None, CONTEXT)
         documents = read_documents(text)
         with Engine.open(bundle, self.budget(0.25), CONTEXT) as engine:
             self.texts = rows(engine, documents, tokens, LENGTH)
@@ -80,7 +79,7 @@ class Subject:
 
     def budget(self, share: float) -> int:
         """Bytes in which a share of the experts fits; tables of prices come off them."""
-        return self.plan.fixed + int(self.plan.experts * share) * self.plan.record
+        return budget_for_share(self.bundle, share, CONTEXT)
 
     def run(self, policies: Policies, share: float, io: str | None = None) -> dict[str, Any]:
         """`measure` and the choice task, after one row to settle."""

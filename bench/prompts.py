@@ -71,12 +71,10 @@ def prompt_once(
     bundle: str, text: str, length: int, context: int, share: float | None, io: str | None
 ) -> dict[str, Any]:
     """Read a prompt, then the text that follows, one token at a time."""
-    from smoe.artifacts import open_bundle
+    from bench.budgets import budget_for_share
     from smoe.runtime import Engine
-    from smoe.runtime.budget import plan_memory
 
-    plan = plan_memory(open_bundle(bundle), None, context)
-    memory = None if share is None else plan.fixed + int(plan.experts * share) * plan.record
+    memory = None if share is None else budget_for_share(bundle, share, context)
     with Engine.open(bundle, memory, context, io=io) as engine:
         lines = Path(text).read_text("utf-8").splitlines()
         words = "\n".join(json.loads(line)["text"] for line in lines[:64])
@@ -94,7 +92,8 @@ def prompt_once(
         name: (stop - start) / sum(steps[start:stop])
         for name, (start, stop) in (("early", EARLY), ("late", LATE))
     }
-    return stats | rates | {"experts": plan.experts * plan.record, "logits": digest.hexdigest()}
+    experts = engine.plan.experts * engine.plan.record
+    return stats | rates | {"experts": experts, "logits": digest.hexdigest()}
 
 
 def read_missing(bundle: str, share: float, io: str) -> dict[str, float]:
@@ -170,14 +169,14 @@ def long_once(
     import numpy as np
     import onnxruntime  # noqa: F401  held before opening, wherever the runtime would load it
 
+    from bench.budgets import budget_for_share
     from smoe.artifacts import open_bundle
     from smoe.runtime import Engine
-    from smoe.runtime.budget import parse_size, plan_memory
+    from smoe.runtime.budget import parse_size
     from smoe.runtime.system import peak_memory, reset_peak_memory
 
     opened = open_bundle(bundle)
-    plan = plan_memory(opened, None, context)
-    budget = parse_size(memory) if memory else plan.fixed + int(plan.experts * share) * plan.record
+    budget = parse_size(memory) if memory else budget_for_share(bundle, share, context)
     ids = np.random.default_rng(0).integers(3, opened.manifest.model.vocabulary, length)
     reset_peak_memory()
     before = peak_memory()
@@ -188,7 +187,7 @@ def long_once(
             "before": before,
             "peak": peak_memory(),
             "bytes_read": engine.stats.bytes_read,
-            "experts": plan.experts * plan.record,
+            "experts": engine.plan.experts * engine.plan.record,
             "seconds": engine.stats.prefill_seconds,
             "mode": engine.mode_lines(),
         }

@@ -56,7 +56,8 @@ def sidebyside(run: Run) -> Rows:
     columns = {
         "": "{}", "old tok/s": "{:.1f}", "new tok/s": "{:.1f}",
         "new / old": "{:.3f} ({:.3f} to {:.3f})",
-        "old / old": "{:.3f} ({:.3f} to {:.3f})", "kept": "{}", "same logits": "{}",
+        "old / old": "{:.3f} ({:.3f} to {:.3f})", "kept": "{}",
+        "same logits": "{}", "experts, old / new": "{} / {}",
     }  # fmt: skip
     lines = [_line(case, run) for case in _cases(run)]
     yield Table("sidebyside", columns, lines, f"{run.rounds} rounds, {run.tokens} tokens each")
@@ -96,6 +97,7 @@ def _line(case: Case, run: Run) -> list[Any]:
         [noise.median, noise.low, noise.high],
         "yes" if kept else "no",
         "yes" if len(digests) == 1 else "no",
+        [results[side][0]["experts"] for side in ("old", "new")],
     ]
 
 
@@ -123,9 +125,10 @@ def decode(
     """
     import hashlib
 
+    from bench.budgets import budget_for_share
     from smoe.runtime import Engine, Policies
 
-    memory = None if share is None else budget(bundle, share, context)
+    memory = None if share is None else budget_for_share(bundle, share, context)
     how = {"io": io} if share is not None else {}
     with Engine.open(bundle, memory, context, policies=Policies(loss=loss), **how) as engine:
         ids = engine.text.encode(_text(Path(text)))[:tokens]
@@ -138,21 +141,9 @@ def decode(
         return {
             "rate": stats.decode_steps / stats.decode_seconds,
             "bytes_read": stats.bytes_read,
+            "experts": engine.plan.capacity,
             "logits": digest.hexdigest(),
         }
-
-
-def budget(bundle: str, share: float, context: int) -> int:
-    """Bytes in which a share of the experts fits, by the plan of the smoe that runs here. Both
-    commits have it, in another place."""
-    from smoe.artifacts import open_bundle
-
-    try:
-        from smoe.runtime.budget import plan_memory
-    except ImportError:
-        from smoe.runtime.memory import plan as plan_memory  # type: ignore[no-redef,import-not-found]
-    plan = plan_memory(open_bundle(bundle), None, context)
-    return int(plan.fixed + int(plan.experts * share) * plan.record)
 
 
 def _text(path: Path) -> str:

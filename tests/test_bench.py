@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bench import cgroup, engines, harness, outofcore, page_cache, tables
+from bench import budgets, cgroup, engines, harness, outofcore, page_cache, tables
 from bench.__main__ import main
 from bench.harness import Record, Table
 
@@ -95,7 +95,8 @@ MARKDOWN = """\
 
 def test_marked_blocks_are_made_from_the_record_and_nothing_else_changes(tmp_path):
     RECORD.write(tmp_path / "f.json")
-    page = "before\n<!-- table: one f.json -->\n{}\n<!-- end -->\n<!-- source: f.json -->\n{}\n<!-- end -->\nafter"
+    blocks = ("<!-- table: one f.json -->", "<!-- source: f.json -->")
+    page = "a\n" + "\nb\n".join(f"{block}\n{{}}\n<!-- end -->" for block in blocks)
     source = "`python -m bench b`, 2 cores of A chip, commit abc, 2026-01-02, one run."
     assert tables.rewritten(page.format("old", "old"), tmp_path) == page.format(MARKDOWN, source)
     again = page.format(MARKDOWN, source)
@@ -302,3 +303,10 @@ def test_a_side_by_side_run_of_the_same_code_gives_the_same_logits(golden, tmp_p
     )
     assert all_in["logits"] == some["logits"]
     assert all_in["bytes_read"] == 0 < some["bytes_read"]
+
+
+def test_a_budget_holds_the_share_and_a_byte_less_does_not(golden):
+    plan = budgets.planner(golden, 64)
+    budget = budgets.budget_for_share(golden, 0.5, 64)
+    half = plan(None).experts // 2
+    assert plan(budget).capacity == half > plan(budget - 1).capacity
