@@ -88,12 +88,12 @@ def one(family: str) -> dict[str, Any]:
         text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
         try:
             result |= _built(result["config"], Path(folder), text)
-            found = agreement(Path(folder) / "model.smoe", Path(folder) / "model")
+            agreed = agreement(Path(folder) / "model.smoe", Path(folder) / "model")
         except SmoeError as error:
             return result | {"result": "refused", "cause": str(error)}
-    cause = "" if found.good else "the logits differ too much" if found.same else "other tokens"
-    outcome = {"result": "same" if found.good else "differs", "cause": cause}
-    return result | found.as_dict() | outcome
+    cause = "" if agreed.good else "the logits differ too much" if agreed.same else "other tokens"
+    outcome = {"result": "same" if agreed.good else "differs", "cause": cause}
+    return result | agreed.as_dict() | outcome
 
 
 def _built(config_name: str, folder: Path, text: Path) -> dict[str, Any]:

@@ -42,10 +42,10 @@ def memory(run: Run) -> Rows:
     budgets = _budgets(run.bundle, run.context, run.loss)
     cases = [(budget, prompt) for budget in budgets for prompt in run.prompts]
     settings = {"bundle": run.bundle, "context": run.context, "loss": run.loss}
-    found = []
+    results = []
     for budget, prompt in cases:
         note(f"budget {budget / MIB:.1f} MiB, prompt {prompt}")
-        found.append(child("memory:peak_once", budget=budget, prompt=prompt, **settings))
+        results.append(child("memory:peak_once", budget=budget, prompt=prompt, **settings))
     lines = [
         [
             budget / MIB,
@@ -55,7 +55,7 @@ def memory(run: Run) -> Rows:
             f["peak"] / MIB,
             f["peak"] / budget,
         ]
-        for (budget, prompt), f in zip(cases, found, strict=True)
+        for (budget, prompt), f in zip(cases, results, strict=True)
     ]
     columns = {"budget MiB": "{:.1f}", "prompt": "{}", "experts": "{}", "opened": "{:.1f}",
                "peak": "{:.1f}", "peak / budget": "{:.3f}"}  # fmt: skip
@@ -64,7 +64,7 @@ def memory(run: Run) -> Rows:
     if reason := cgroup.unavailable():
         note(f"SKIPPED the part inside a memory cgroup: {reason}")
         return
-    imports = max(f["import"] for f in found)
+    imports = max(f["import"] for f in results)
     yield _limited(cases, imports, settings)
 
 

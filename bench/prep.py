@@ -55,11 +55,11 @@ def encodings(run: Run) -> Rows:
         for encoding in ENCODINGS:
             bundle = Path(scratch) / f"{encoding}.smoe"
             _prep("build", EXAMPLE, "-o", bundle, "--profile", profiled, "--encoding", encoding)
-            found = _prep("verify", bundle, EXAMPLE, "--text", run.text, "--tokens", run.tokens)
+            verified = _prep("verify", bundle, EXAMPLE, "--text", run.text, "--tokens", run.tokens)
             if not lines:
-                lines.append(["original", None, found["perplexity_original"], None, None])
-            lines.append([encoding, size(bundle) / 1e6, found["perplexity_bundle"],
-                          found["kl_nats_per_token"], found["top1_agreement"]])  # fmt: skip
+                lines.append(["original", None, verified["perplexity_original"], None, None])
+            lines.append([encoding, size(bundle) / 1e6, verified["perplexity_bundle"],
+                          verified["kl_nats_per_token"], verified["top1_agreement"]])  # fmt: skip
     yield Table("encodings", columns, lines, f"{run.tokens} tokens of {run.text.name}")
 
 
@@ -95,10 +95,13 @@ def levels(run: Run) -> Rows:
                 bits = encoding.split.bits(level) + 16 / encoding.group
                 line: list[Any] = [name, level, bits]
                 for bundle in bundles:
-                    found = _prep("verify", bundle, EXAMPLE, "--text", run.text,
+                    verified = _prep("verify", bundle, EXAMPLE, "--text", run.text,
                                   "--tokens", run.tokens, "--level", level)  # fmt: skip
-                    rise = [found["perplexity_rise_percent"], found["perplexity_rise_interval"]]
-                    line += [rise, found["kl_nats_per_token"]]
+                    rise = [
+                        verified["perplexity_rise_percent"],
+                        verified["perplexity_rise_interval"],
+                    ]
+                    line += [rise, verified["kl_nats_per_token"]]
                 lines.append(line)
     yield Table("nested", columns, lines, f"{run.tokens} tokens of {run.text.name}")
 
@@ -193,15 +196,15 @@ def large(run: Run) -> Rows:
         note(f"experts: {shape.expert_bytes / GIGABYTE:.2f} GB in bfloat16")
         text = random_text(folder / "ids.jsonl", run.tokens, shape.vocabulary)
         about = [model, "--tokens", run.tokens, "--encoding", run.encoding, "--prices", run.prices]
-        said, output = _prep("inspect", *about), folder / "model.smoe"
+        inspected, output = _prep("inspect", *about), folder / "model.smoe"
         peak, seconds = _peak(
             [sys.executable, "-m", "smoe.prep", "build", *map(str, about),
              "--calibration", str(text), "-o", str(output)]
         )  # fmt: skip
         lines = [
-            ["memory, GB", said["memory"] / GIGABYTE, peak / GIGABYTE],
-            ["bundle, GB", said["bundle"] / GIGABYTE, size(output) / GIGABYTE],
-            ["seconds", said["seconds"], seconds],
+            ["memory, GB", inspected["memory"] / GIGABYTE, peak / GIGABYTE],
+            ["bundle, GB", inspected["bundle"] / GIGABYTE, size(output) / GIGABYTE],
+            ["seconds", inspected["seconds"], seconds],
         ]
     columns = {"": "{}", "said before": "{:.2f}", "measured": "{:.2f}"}
     yield Table("large", columns, lines, f"{shape.expert_bytes / GIGABYTE:.2f} GB of experts")
