@@ -8,6 +8,7 @@ number of experts E.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,16 @@ TRACE: dict[str, Table] = {
 
 # Once per trace, not per layer: the token ids, and 1 where a sequence starts.
 TRACE_TOKENS = {"tokens": "I32", "starts": "U8"}
+
+
+def nbytes(tables: Mapping[str, Table], sizes: Mapping[str, int]) -> int:
+    """Bytes of all `tables` of one layer, the optional ones too; `sizes` are those of the letters
+    of `Table.shape`."""
+    total = 0
+    for table in tables.values():
+        shape = [sizes.get(part) or int(part) for part in table.shape.split(",")]
+        total += math.prod(shape) * safetensors_file.DTYPES[table.dtype].itemsize
+    return total
 
 
 def key(layer: int, name: str) -> str:

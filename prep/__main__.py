@@ -9,10 +9,18 @@ from smoe.artifacts import SmoeError
 from smoe.artifacts.errors import printable
 
 NEEDED = (
-    "torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "datasets", "sklearn",
+    "torch",
+    "transformers",
+    "huggingface_hub",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+    "safetensors",
+    "datasets",
+    "sklearn",
     "scipy",
-    "huggingface_hub", "greenlet", "threadpoolctl",
-)  # fmt: skip
+    "threadpoolctl",
+)
 
 
 def main() -> None:

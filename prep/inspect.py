@@ -1,4 +1,5 @@
-"""What a model is, whether it can be prepared, and what that takes: from its config and the headers of its weights.
+"""What a model is, whether it can be prepared, and what that takes: from its config and the headers
+of its weights.
 
 Nothing large is read or computed, so it works before the weights are downloaded.
 """
@@ -17,6 +18,8 @@ from transformers import CONFIG_MAPPING
 
 from smoe.artifacts.encodings import encoding_named, record_layout
 from smoe.artifacts.layout import ExpertShape
+from smoe.artifacts.tables import TABLES, nbytes
+from smoe.artifacts.tables import TRACE as TRACE_TABLES
 from smoe.prep.checkpoint.checkpoint import read_config
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam, text_class
 from smoe.prep.checkpoint.seam import expert_geometry, experts_modules, probe_gate
@@ -26,12 +29,16 @@ from smoe.prep.options import PRICE_TOKENS
 from smoe.prep.pack.pack import PAGE
 from smoe.prep.prices.calibrate import AT_RANDOM, SIZES
 from smoe.prep.prices.calibrate import TOKENS as FIT_TOKENS
-from smoe.prep.prices.price import DRAWS, GRAPH
+from smoe.prep.prices.price import DRAWS
+from smoe.prep.progress import duration
 from smoe.prep.statistics.profile import SAMPLE, TRACE
+from smoe.prep.statistics.sums import MAX_RANKS
+from smoe.prep.sweep.gradients import IN_MEMORY
 from smoe.runtime.budget import RUNTIME, SESSION
 from smoe.runtime.choose.prices import KINDS
 
-# Measured with python -m bench large (docs/log.md, 2026-11-22); all of them are about, and say so where they are shown.
+# Measured with bench/large.py (docs/log.md, 2026-11-22); all of them are about, and say so where
+# they are shown.
 PROCESS = (
     1.0e9  # bytes: Python, torch and transformers, and what an export takes besides the weights
 )
@@ -39,17 +46,13 @@ READ = 0.2e9  # bytes of experts per second: read, merged, checked
 PACK = 0.11e9  # the same, encoded and written as well
 QUANTISE = 0.35e6  # weights per second, where nested codes are calibrated (docs/log.md, 2026-11-25)
 EXPORT = 5.5  # seconds per MoE layer
-TABLES, PREDICTORS = (
-    48,
-    6,
-)  # bytes by the format, of a pair of experts, and of a hidden value and an expert
 SMALL = 2.0  # how much longer many small products on widened weights take than one large one
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Sizes in bytes, counts of parameters, time in seconds. `refusal` says why the model cannot be prepared, `weights`
-    what is wrong with its weights; both are empty if nothing is."""
+    """Sizes in bytes, counts of parameters, time in seconds. `refusal` says why the model cannot be
+    prepared, `weights` what is wrong with its weights; both are empty if nothing is."""
 
     family: str
     architecture: str
@@ -71,14 +74,69 @@ class Inspection:
         int, int
     ]  # memory of the runtime besides its KV cache: at least, and with all experts resident
     seconds: float | None
+    encoding: str
+    tokens: int
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[str]:
+        used = "" if self.top_k is None else f", {self.top_k} used per token"
+        active = ""
+        if self.active_parameters is not None:
+            active = f", {self.active_parameters / 1e9:.2f} billion used per token"
+        hours = ""
+        if self.seconds is not None:
+            hours = f"; about {duration(self.seconds)} on this machine"
+        verdict = f"cannot be prepared: {self.refusal}" if self.refusal else "can be prepared"
+        return [
+            f"{self.family} ({self.architecture}): {verdict}",
+            f"{self.layers} MoE layers of {self.experts} experts{used}; hidden {self.hidden}, "
+            f"width {self.width}",
+            f"{self.parameters / 1e9:.2f} billion parameters, "
+            f"{self.expert_parameters / 1e9:.2f} in experts{active}",
+            f"weights: {self.weights or f'all there, {_size(self.download)}'}",
+            f"bundle: about {_size(self.bundle)} with experts in {self.encoding}",
+            f"device: from {_size(self.device[0])} to {_size(self.device[1])} with all experts in "
+            "memory, and the KV cache",
+            f"build: about {_size(self.disk)} of disk, {_size(self.memory)} of memory for "
+            f"{self.tokens} tokens{hours}",
+        ]
+
+
+@dataclass(frozen=True)
+class Families:
+    """Every family of the installed `transformers` that offers the experts interface: name, how its
+    experts lie in memory, and the class that generates text, or "" if there is none."""
+
+    transformers: str
+    families: list[dict[str, str]]
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[str]:
+        lines = [
+            f"{len(self.families)} families of transformers {self.transformers} offer the experts "
+            "interface:"
+        ]
+        for family in self.families:
+            text = family["text"] or "no model generates text"
+            lines.append(f"  {family['family']:22} {family['experts']:24} {text}")
+        return lines
+
+
+def _size(nbytes: int | None) -> str:
+    size = nbytes or 0
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def inspect(
     path: str | Path, encoding: str = "bf16", tokens: int = 65536, prices: int = PRICE_TOKENS
 ) -> Inspection:
-    """Look at the checkpoint directory `path`, which needs a config.json and no more, for a build in `encoding` with so
-    many calibration `tokens`, of which so many for `prices`. A config that cannot be read, or is of a family that cannot be
-    run, is a `PrepError`."""
+    """Look at the checkpoint directory `path`, which needs a config.json and no more, for a build
+    in `encoding` with so many calibration `tokens`, of which so many for `prices`. A config that
+    cannot be read, or is of a family that cannot be run, is a `PrepError`."""
     path = Path(path)
     model = empty_model(read_config(path), path)
     refuse_without_seam(model, path)
@@ -86,34 +144,48 @@ def inspect(
     download, wrong = _weights(path, model)
     config = model.config.get_text_config()
     return Inspection(
-        model.config.model_type, type(model).__name__, _refusal(model), wrong,
-        len(sizes.layers), max(count for count, _, _ in sizes.layers), sizes.top_k,
-        config.hidden_size, sizes.layers[0][2],
-        sizes.backbone + sizes.in_experts, sizes.in_experts, sizes.active,
-        download, sizes.bundle, sizes.disk, sizes.memory, sizes.device, _seconds(sizes, encoding, tokens, prices),
-    )  # fmt: skip
+        family=model.config.model_type,
+        architecture=type(model).__name__,
+        refusal=_refusal(model),
+        weights=wrong,
+        layers=len(sizes.layers),
+        experts=max(count for count, _, _ in sizes.layers),
+        top_k=sizes.top_k,
+        hidden=config.hidden_size,
+        width=sizes.layers[0][2],
+        parameters=sizes.backbone + sizes.in_experts,
+        expert_parameters=sizes.in_experts,
+        active_parameters=sizes.active,
+        download=download,
+        bundle=sizes.bundle,
+        disk=sizes.disk,
+        memory=sizes.memory,
+        device=sizes.device,
+        seconds=_seconds(sizes, encoding, tokens, prices),
+        encoding=encoding,
+        tokens=tokens,
+    )
 
 
 def disk_needed(model: transformers.PreTrainedModel, encoding: str, tokens: int) -> int:
-    """About how many bytes a build has on disk at its largest: the bundle, or before it what profiling `tokens` keeps."""
+    """About how many bytes a build has on disk at its largest: the bundle, or before it what
+    profiling `tokens` keeps."""
     return _Sizes.of(model, encoding, tokens, 0, _shape(model)).disk
 
 
-def families() -> list[dict[str, str]]:
-    """Every family of the installed `transformers` that offers the experts interface: name, how its experts lie in
-    memory, and the class that generates text, or what is missing."""
+def families() -> Families:
+    """The families that can be prepared, and those that offer no text."""
     root = Path(transformers.__file__).parent / "models"
-    found = []
+    rows = []
     for file in sorted(root.glob("*/modeling_*.py")):
         layouts = re.findall(
             r"^@use_experts_implementation(?:\(([^)]*)\))?$", file.read_text("utf-8"), re.MULTILINE
         )
         if layouts:
             name = file.parent.name
-            found.append(
-                {"family": name, "experts": _layout(layouts[0]), "text": _text_class(name)}
-            )
-    return found
+            layout, text = _layout(layouts[0]), _text_class(name)
+            rows.append({"family": name, "experts": layout, "text": text})
+    return Families(transformers=transformers.__version__, families=rows)
 
 
 def _layout(flags: str) -> str:
@@ -128,7 +200,8 @@ def _layout(flags: str) -> str:
 
 
 def _text_class(family: str) -> str:
-    """The class that generates text: of the text decoder, where a family has more parts than one."""
+    """The class that generates text: of the text decoder, where a family has more parts than "
+    "one."""
     for name in (f"{family}_text", family, f"{family}_mm_model"):
         found = text_class(CONFIG_MAPPING[name]) if name in CONFIG_MAPPING else None
         if found:
@@ -203,25 +276,39 @@ class _Sizes:
         top_k = getattr(config, "num_experts_per_tok", None)
         shards = sum(count * record for (count, _, _), record in zip(layers, records, strict=True))
         tables = sum(
-            TABLES * count * count
-            + PREDICTORS * hidden * count
-            + min(tokens, TRACE) * (2 * count + 6 * (top_k or count))
-            for count, hidden, _ in layers
+            _table_bytes(experts, hidden, top_k or experts, min(tokens, TRACE))
+            for experts, hidden, _ in layers
         )
         fixed = 4 * backbone + RUNTIME + SESSION * (len(layers) + 1)
-        activations = 3 * tokens * config.hidden_size * 4
+        activations = 4 * tokens * config.hidden_size * 4  # residual, received, all of it, outputs
+        held = max(4 * backbone, IN_MEMORY if prices else 0)  # by the export, or for the way back
+        active = None
+        if top_k:
+            used = (n * top_k // e for n, (e, _, _) in zip(per_layer, layers, strict=True))
+            active = backbone + sum(used)
         return cls(
-            layers, top_k, backbone, sum(per_layer),
-            backbone + sum(n * top_k // count for n, (count, _, _) in zip(per_layer, layers, strict=True)) if top_k else None,
-            shards + 4 * backbone + tables + (32 << 20),
-            sum(tokens * hidden * 4 for _, hidden, _ in layers),
-            int(PROCESS + max(8 * backbone, 4 * backbone + (GRAPH if prices else 0)) + 2 * 2 * max(per_layer) + activations),
-            (fixed + (top_k or 1) * max(records), fixed + shards),
-        )  # fmt: skip
+            layers=layers,
+            top_k=top_k,
+            backbone=backbone,
+            in_experts=sum(per_layer),
+            active=active,
+            bundle=shards + 4 * backbone + tables + (32 << 20),
+            outputs=sum(tokens * hidden * 4 for _, hidden, _ in layers),
+            memory=int(PROCESS + 4 * backbone + held + 2 * 2 * max(per_layer) + activations),
+            device=(fixed + (top_k or 1) * max(records), fixed + shards),
+        )
+
+
+def _table_bytes(experts: int, hidden: int, top_k: int, traced: int) -> int:
+    """Of one layer, with its part of the trace."""
+    ranks, levels = min(MAX_RANKS, experts), 8  # of a nested encoding: small beside the rest
+    sizes = {"E": experts, "P": experts, "H": hidden, "R": ranks, "J": levels}
+    return nbytes(TABLES, sizes) + nbytes(TRACE_TABLES, {"T": traced, "K": top_k, "E": experts})
 
 
 def _seconds(sizes: _Sizes, encoding: str, tokens: int, prices: int) -> float | None:
-    """About how long a build takes on this machine: products at the speed that is measured now, the rest by rates."""
+    """About how long a build takes on this machine: products at the speed that is measured now, the
+    rest by rates."""
     if sizes.active is None:
         return None
     sampled = min(tokens, SAMPLE) * sizes.in_experts
@@ -237,8 +324,8 @@ def _seconds(sizes: _Sizes, encoding: str, tokens: int, prices: int) -> float | 
 
 
 def _priced(sizes: _Sizes, tokens: int) -> int:
-    """Multiplications for prices: two sweeps, in each of them forward and, for every draw, back; all experts on every
-    token; and the runs that prices are fitted to."""
+    """Multiplications for prices: two sweeps, in each of them forward and, for every draw, back;
+    all experts on every token; and the runs that prices are fitted to."""
     assert sizes.active is not None
     if not tokens:
         return 0

@@ -1,4 +1,5 @@
-"""How a bundle is to be built: what its user chooses. Nothing heavy is loaded here, so that the commands answer at once."""
+"""How a bundle is to be built: what its user chooses. Nothing heavy is loaded here, so that the
+commands answer at once."""
 
 from __future__ import annotations
 
@@ -22,12 +23,13 @@ class Recipe:
     encoding: str = "bf16"
     backbone: str = "f32"
     quantiser: str | None = None  # of nested encodings: one of `QUANTISERS`; None is the first
-    prices: int | None = (
-        None  # tokens that prices come from; None: `PRICE_TOKENS` where there is text; 0: no prices
-    )
+    # Tokens that prices come from; None: `PRICE_TOKENS` where there is text; 0: no prices.
+    prices: int | None = None
+    device: str = "cpu"  # what the sweep runs on, as torch names it
 
     def price_tokens(self, calibration: Calibration | None) -> int:
-        """How many tokens prices come from; 0 for none. A `PrepError` if there is no text for them."""
+        """How many tokens prices come from; 0 for none. A `PrepError` if there is no text for
+        them."""
         if self.prices is not None and self.prices < 0:
             raise PrepError(f"--prices is {self.prices}; 0 (none) or more tokens are wanted.")
         if self.prices and calibration is None:
@@ -42,7 +44,8 @@ class Recipe:
 def chosen_quantiser(
     encoding: str, asked: str | None, calibration: Calibration | None
 ) -> str | None:
-    """How a nested encoding's codes are found, None for the others; a `PrepError` if that cannot be."""
+    """How a nested encoding's codes are found, None for the others; a `PrepError` if that cannot
+    be."""
     name = encoding_named(encoding).name
     if asked is not None and asked not in QUANTISERS:
         raise PrepError(f"There is no quantiser {asked!r}; there are {' and '.join(QUANTISERS)}.")
@@ -55,7 +58,8 @@ def chosen_quantiser(
     quantiser = asked or QUANTISERS[0]
     if quantiser == "calibrated" and calibration is None:
         raise PrepError(
-            f"{name} is quantised on calibration text; give --calibration FILE, or --quantiser nearest for plain rounding."
+            f"{name} is quantised on calibration text; give --calibration FILE, or --quantiser "
+            "nearest for plain rounding."
         )
     return quantiser
 

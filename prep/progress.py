@@ -1,4 +1,5 @@
-"""Progress on stderr: one line that counts, with the time that is left. Silent where stderr is not a terminal."""
+"""Progress on stderr: one line that counts, with the time that is left. Silent where stderr is not
+a terminal."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ class Progress:
 
 
 class Counter:
-    """How many of `total` are done, and how long the rest takes at the pace of those that were worked on: what an
-    earlier run finished takes no time and says nothing about the rest."""
+    """How many of `total` are done, and how long the rest takes at the pace of those that were
+    worked on: what an earlier run finished takes no time and says nothing about the rest."""
 
     def __init__(self, progress: Progress, stage: str, unit: str, total: int):
         self._progress, self._stage, self._unit, self._total = progress, stage, unit, total
@@ -55,7 +56,9 @@ class Counter:
         self._last = now
         if count < self._total:
             left = (
-                f", {duration(sorted(self._paces)[len(self._paces) // 2] * (self._total - count))} left"
+                ", "
+                f"{duration(sorted(self._paces)[len(self._paces) // 2] * (self._total - count))} "
+                "left"
                 if self._paces
                 else ""
             )

@@ -1,18 +1,18 @@
-"""What an interrupted run leaves, so that the next one goes on: a directory beside the output, finished layers in it.
+"""What an interrupted run leaves, so that the next one goes on: a directory beside the output,
+finished layers in it.
 
-Everything is written under another name and renamed when it is whole, so that whatever carries its final name can be
-trusted after a kill at any moment.
+Everything is written under another name and renamed when it is whole, so that whatever carries its
+final name can be trusted after a kill at any moment.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,14 +22,12 @@ import torch
 from smoe.artifacts import safetensors_file
 from smoe.prep.errors import PrepError
 from smoe.prep.progress import Progress
-from smoe.prep.statistics.sums import LayerSums
 from smoe.runtime.system import aligned
 
-# In a directory that is being written: it is ours, held by the process that writes, and says with which settings.
+# In a directory that is being written: it is ours, held by the process that writes, and says with
+# which settings.
 MARKER = "smoe-prep.lock"
-FINISHED = (
-    "finished"  # what later stages or runs need of those that are done, and the output does not
-)
+FINISHED = "finished"  # a folder for what later stages or runs need, and the output does not
 BLOCK = 4 << 20  # bytes written at once
 
 
@@ -37,8 +35,8 @@ BLOCK = 4 << 20  # bytes written at once
 def beside(output: Path, settings: dict[str, str], progress: Progress) -> Iterator[Path]:
     """A directory to write into that becomes `output` when the block ends well.
 
-    If it does not, what is finished stays for the next run with the same `settings`; with others that is a `PrepError`
-    which names both. `output` itself is never overwritten.
+    If it does not, what is finished stays for the next run with the same `settings`; with others
+    that is a `PrepError` which names both. `output` itself is never overwritten.
     """
     partial = _partial(output)
     with open(partial / MARKER, "a+", encoding="utf-8") as marker:
@@ -101,91 +99,92 @@ def _same_settings(marker, partial: Path, settings: dict[str, str]) -> None:
     for name in sorted({*begun, *settings}):
         if begun.get(name) != settings.get(name):
             raise PrepError(
-                f"{partial} was begun with {name} {begun.get(name)}, now it is {settings.get(name)}; run it with the "
+                f"{partial} was begun with {name} {begun.get(name)}, now it is "
+                f"{settings.get(name)}; run it with the "
                 "same settings to go on, or remove that directory to start again."
             )
 
 
 def refuse_full_disk(partial: Path, needed: int) -> None:
-    """A `PrepError` if what is still to be written of `needed` bytes does not fit on the disk of `partial`."""
+    """A `PrepError` if what is still to be written of `needed` bytes does not fit on the disk of
+    `partial`."""
     there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     free = shutil.disk_usage(partial).free
     if needed - there > free:
         raise PrepError(
-            f"{partial.parent} has {free / 1e6:.0f} MB free, about {(needed - there) / 1e6:.0f} MB are needed; make "
+            f"{partial.parent} has {free / 1e6:.0f} MB free, about {(needed - there) / 1e6:.0f} "
+            "MB are needed; make "
             "room, or give another -o."
         )
 
 
-class Finished:
-    """Layers whose profile is done, in `directory`: their sums, and their experts' outputs, which later layers need."""
+class FinishedLayers:
+    """Layers that a sweep is done with, in `directory`: what its observers leave of each, and the
+    experts' outputs, which later layers need."""
 
     def __init__(self, directory: Path):
-        self._directory = directory / FINISHED / "profile"
+        self._directory = directory / FINISHED / "sweep"
         self._directory.mkdir(parents=True, exist_ok=True)
         self._writer = ThreadPoolExecutor(1)  # waits for the disk while the next layer is computed
         self._written: dict[int, Future] = {}  # by layer
 
-    def __enter__(self) -> Finished:
+    def __enter__(self) -> FinishedLayers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._writer.shutdown()  # what is being written gets finished, also where what came after it failed
+        self._writer.shutdown()  # what is being written gets finished, whatever failed after it
 
-    def sums(self, layer: int, like: LayerSums) -> LayerSums | None:
-        """The sums of `layer`, or None if it is not finished."""
+    def known(self, layer: int) -> dict[str, np.ndarray] | None:
+        """What `keep` was given of a layer, or None if it is not finished."""
         self._settle(layer)
-        file = self._directory / f"{layer:02d}.sums"
+        file = self._directory / f"{layer:02d}.known"
         if not file.exists():
             return None
-        loaded = safetensors_file.load(file)
-        fields = {f.name: loaded[f.name] for f in dataclasses.fields(like)}
-        return LayerSums(
-            **{name: int(a) if a.ndim == 0 else a.copy() for name, a in fields.items()}
-        )
+        return {name: array.copy() for name, array in safetensors_file.load(file).items()}
 
-    def outputs(self, layer: int, like: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The experts' outputs of a finished layer, float32 and shaped as `like`, one pass after another."""
+    def outputs(self, layer: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The experts' outputs of a finished layer, float32, shaped and placed as `like`."""
         with open(self._directory / f"{layer:02d}.outputs", "rb") as file:
-            for hidden in like:
-                output = np.empty(hidden.shape, np.float32)
-                if file.readinto(output.reshape(-1).view(np.uint8).data) != output.nbytes:
-                    raise PrepError(
-                        f"{file.name} is too short; remove {self._directory.parent.parent} and start again."
-                    )
-                yield torch.from_numpy(output)
+            return [self._output(file, hidden) for hidden in like]
 
-    def keeping(
-        self, layer: int, outputs: Iterator[torch.Tensor], sums: LayerSums
-    ) -> Iterator[torch.Tensor]:
-        """Pass `outputs` on and keep them; at the end keep `sums`, which says that the layer is finished."""
+    def _output(self, file, hidden: torch.Tensor) -> torch.Tensor:
+        output = np.empty(hidden.shape, np.float32)
+        if file.readinto(output.reshape(-1).view(np.uint8).data) != output.nbytes:
+            partial = self._directory.parent.parent
+            raise PrepError(f"{file.name} is too short; remove {partial} and start again.")
+        return torch.from_numpy(output).to(hidden.device)
+
+    def keep(
+        self, layer: int, outputs: Sequence[torch.Tensor], known: dict[str, np.ndarray]
+    ) -> None:
+        """Keep a layer. That it is finished is on the disk after all else, and soon."""
         file = self._directory / f"{layer:02d}.outputs"
         with _Direct(file) as opened:
             for output in outputs:
-                opened.write(output.contiguous().numpy().reshape(-1).view(np.uint8))
-                yield output
+                opened.write(output.cpu().float().contiguous().numpy().reshape(-1).view(np.uint8))
         self._settle(layer - 1)
-        self._written[layer] = self._writer.submit(self._finish, layer, file, sums)
+        self._written[layer] = self._writer.submit(self._finish, layer, file, known)
 
-    def _finish(self, layer: int, outputs: Path, sums: LayerSums) -> None:
+    def _finish(self, layer: int, outputs: Path, known: dict[str, np.ndarray]) -> None:
         with open(outputs, "rb") as opened:
             os.fsync(opened.fileno())
-        arrays = {f.name: np.asarray(getattr(sums, f.name)) for f in dataclasses.fields(sums)}
-        safetensors_file.save(self._directory / f"{layer:02d}.sums", arrays)
+        safetensors_file.save(self._directory / f"{layer:02d}.known", known)
 
     def _settle(self, layer: int) -> None:
-        """Wait until `layer` is written; what went wrong there is said here."""
+        """Wait until `layer` is written; what went wrong there is said now."""
         if layer in self._written:
             self._written.pop(layer).result()
 
     def clear(self) -> None:
+        """The sweep's results are written; its layers are needed no more."""
         for layer in list(self._written):
             self._settle(layer)
-        shutil.rmtree(self._directory)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 class _Direct:
-    """A file that is written past the page cache where that can be: emptying it takes the processors from the model."""
+    """A file that is written past the page cache where that can be: emptying it takes the
+    processors from the model."""
 
     def __init__(self, path: Path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC

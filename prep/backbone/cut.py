@@ -1,8 +1,8 @@
 """Cutting a graph at its experts nodes into plain ONNX segments.
 
-A node's stage is the highest of its inputs' stages; an experts node's output starts the next stage. Segment s holds
-the nodes of stage s, and takes what earlier segments gave. Each cut also gives up the router's selection scores and
-raw weights, found by `router_pattern.py`.
+A node's stage is the highest of its inputs' stages; an experts node's output starts the next stage.
+Segment s holds the nodes of stage s, and takes what earlier segments gave. Each cut also gives up
+the router's selection scores and raw weights, found by `router_pattern.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ LOGITS = "logits"
 
 @dataclass(frozen=True)
 class ExpertsNode:
-    """What one layer's experts take and give, by value name. `found` is None where no pattern of routing fits."""
+    """What one layer's experts take and give, by value name. `found` is None where no pattern of
+    routing fits."""
 
     layer: int
     hidden: str
@@ -41,12 +42,14 @@ class Pieces:
 
 
 def cut(graph: ir.Graph) -> Pieces:
-    """Cut `graph` at its experts nodes. A graph whose experts do not follow one another is a `PrepError`."""
+    """Cut `graph` at its experts nodes. A graph whose experts do not follow one another is a
+    `PrepError`."""
     stages = _stages(graph)
     experts = sorted((n for n in stages if n.op_type == "Experts"), key=lambda n: stages[n])
     if [stages[n] for n in experts] != list(range(len(experts))) or not experts:
         raise PrepError(
-            f"The exported graph has {len(experts)} experts nodes at stages {[stages[n] for n in experts]}; they must "
+            f"The exported graph has {len(experts)} experts nodes at stages "
+            f"{[stages[n] for n in experts]}; they must "
             "follow one another, one per layer."
         )
     nodes = [_experts_node(layer, node) for layer, node in enumerate(experts)]
@@ -129,8 +132,8 @@ def _node(node: ir.Node) -> onnx.NodeProto:
     proto = ir.to_proto(node)
     del proto.metadata_props[:]  # traces of the author's source tree
     proto.doc_string = ""
-    # ONNX Runtime's private name for what the standard has since opset 23, in the standard's domain: the checker
-    # refuses it. Same arithmetic, same bits (tried).
+    # ONNX Runtime's private name for what the standard has since opset 23, in the standard's
+    # domain: the checker refuses it. Same arithmetic, same bits (tried).
     if proto.op_type == "SimplifiedLayerNormalization":
         proto.op_type = "RMSNormalization"
     return proto

@@ -1,8 +1,9 @@
-"""The backbone: everything but the experts, exported to ONNX and cut at the experts into plain segments.
+"""The backbone: everything but the experts, exported to ONNX and cut at the experts into plain
+segments.
 
-The experts run as one custom node per layer while `transformers`' own exporter traces the model (`experts.symbolic`),
-so no modelling code is repeated here. `cut.py` turns the graph into segments; this file makes the graph, decides what
-is state, and puts weights and segments on disk.
+The experts run as one custom node per layer while `transformers`' own exporter traces the model
+(`experts.symbolic`), so no modelling code is repeated here. `cut.py` turns the graph into segments;
+this file makes the graph, decides what is state, and puts weights and segments on disk.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Exported:
 def export(checkpoint: Checkpoint, directory: Path, one_at_a_time: bool = False) -> Exported:
     """Export the backbone in float32 into `directory`/backbone and say what is there.
 
-    Every segment is a plain ONNX model that passes `onnx.checker`; they share one weight file. With `one_at_a_time` they
-    take exactly one token per call.
+    Every segment is a plain ONNX model that passes `onnx.checker`; they share one weight file. With
+    `one_at_a_time` they take exactly one token per call.
     """
     sample = tracing.sample(checkpoint, one_at_a_time)
     graph = tracing.trace(checkpoint, sample)
@@ -80,8 +81,8 @@ def export(checkpoint: Checkpoint, directory: Path, one_at_a_time: bool = False)
 def _state(graph: ir.Graph, sample: Sample) -> list[State]:
     """Pair the graph's state inputs with its outputs, as their names do (`input.X`, `output.X`).
 
-    State is updated in place where one GroupQueryAttention alone reads the input and writes the output: bound to one
-    buffer it appends without copying.
+    State is updated in place where one GroupQueryAttention alone reads the input and writes the
+    output: bound to one buffer it appends without copying.
     """
     outputs = {value.name: value for value in graph.outputs}
     found = []
@@ -101,7 +102,8 @@ def _state(graph: ir.Graph, sample: Sample) -> list[State]:
 
 
 def _lengths_from_input(graph: ir.Graph, state: list[State]) -> None:
-    """Every length that the graph takes from its state's shape becomes the input `past_length`, int64 `[1]`.
+    """Every length that the graph takes from its state's shape becomes the input `past_length`,
+    int64 `[1]`.
 
     Then a buffer longer than what it holds can be bound as state.
     """
@@ -133,11 +135,12 @@ def _lengths_from_input(graph: ir.Graph, state: list[State]) -> None:
 
 
 def _keep_positions(graph: ir.Graph) -> None:
-    """Compute logits only at the positions of the new input `logits_to_keep`, int64 `[n]`: over a long prompt all of
-    them would be most of the work and the memory.
+    """Compute logits only at the positions of the new input `logits_to_keep`, int64 `[n]`: over a
+    long prompt all of them would be most of the work and the memory.
 
-    The hidden state is gathered before the last product, which is found by walking back over elementwise operations.
-    (`transformers`' own argument of this name exports to a product that ONNX Runtime 1.31 refuses.)
+    The hidden state is gathered before the last product, which is found by walking back over
+    elementwise operations. (`transformers`' own argument of this name exports to a product that
+    ONNX Runtime 1.31 refuses.)
     """
     value = next(v for v in graph.outputs if v.name == cut.LOGITS)
     node = value.producer()
@@ -171,7 +174,8 @@ def _constant(graph: ir.Graph, value: int) -> ir.Value:
 def write_weights(
     path: Path, weights: dict[str, ir.TensorProtocol] | dict[str, np.ndarray]
 ) -> dict[str, Initializer]:
-    """All weights one after another, aligned, each once; what is too small to matter stays in the segments."""
+    """All weights one after another, aligned, each once; what is too small to matter stays in the
+    segments."""
     placed: dict[str, Initializer] = {}
     offset = 0
     with open(path, "wb") as file:

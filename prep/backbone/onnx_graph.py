@@ -1,7 +1,8 @@
-"""Tracing the backbone with `transformers`' exporter: what to trace it with, and the graph that comes out.
+"""Tracing the backbone with `transformers`' exporter: what to trace it with, and the graph that
+comes out.
 
-The model is traced in the middle of a sequence: with a cache, and a few tokens after it. What its cache is made of is
-read off a real run, so no kind of state needs to be known.
+The model is traced in the middle of a sequence: with a cache, and a few tokens after it. What its
+cache is made of is read off a real run, so no kind of state needs to be known.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from smoe.prep.errors import PrepError
 
 # Two lengths that no other dimension of a sample has a reason to follow.
 PAST, NEW = 5, 3
-CLOSE = 1e-3  # of the largest logit: what two orders of the same arithmetic may differ by, with a margin
+# Of the largest logit: what two orders of the same arithmetic may differ by, with a margin.
+CLOSE = 1e-3
 
 
 @dataclass
 class Sample:
-    """Inputs to trace with: a cache of `PAST` tokens and some after it. `leaves` are the cache's tensors, and `growing`
-    says along which axis each grows (-1: it does not)."""
+    """Inputs to trace with: a cache of `PAST` tokens and some after it. `leaves` are the cache's
+    tensors, and `growing` says along which axis each grows (-1: it does not)."""
 
     inputs: dict[str, object]
     shapes: dict[str, object]
@@ -70,14 +72,16 @@ def _growing(short: torch.Size, long: torch.Size) -> int:
     axes = [axis for axis, (a, b) in enumerate(zip(short, long, strict=True)) if a != b]
     if len(axes) > 1 or any(long[axis] - short[axis] != NEW for axis in axes):
         raise PrepError(
-            f"The model's state goes from {tuple(short)} to {tuple(long)} in {NEW} tokens; this version "
+            f"The model's state goes from {tuple(short)} to {tuple(long)} in {NEW} tokens; this "
+            "version "
             "keeps state that grows along one axis by one per token, or not at all."
         )
     return axes[0] if axes else -1
 
 
 def trace(checkpoint: Checkpoint, sample: Sample) -> ir.Graph:
-    """The graph of the backbone, one `smoe::Experts` node per layer; a `PrepError` if the exporter cannot make it."""
+    """The graph of the backbone, one `smoe::Experts` node per layer; a `PrepError` if the exporter
+    cannot make it."""
     config = OnnxConfig(dynamic_shapes=sample.shapes, ort_fusions="cpu")
     with experts_run_by(checkpoint.model, checkpoint.layers, symbolic), _quiet():
         try:
@@ -87,7 +91,8 @@ def trace(checkpoint: Checkpoint, sample: Sample) -> ir.Graph:
         ) as error:  # the exporter is experimental: whatever it raises means the same to the user
             reason = (str(error).strip().splitlines() or [""])[0][:200]
             raise PrepError(
-                f"{checkpoint.path}: transformers' exporter does not trace this family: {type(error).__name__}: {reason}"
+                f"{checkpoint.path}: transformers' exporter does not trace this family: "
+                f"{type(error).__name__}: {reason}"
             ) from error
         LiftConstantsToInitializersPass()(model_ir)
         ShapeInferencePass()(model_ir)  # the exporter's fusions leave values without a type
@@ -96,8 +101,8 @@ def trace(checkpoint: Checkpoint, sample: Sample) -> ir.Graph:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's progress, its warnings about optional packages and what its passes leave undone say nothing to our
-    user: what matters is raised, or found by `check.py`."""
+    """The exporter's progress, its warnings about optional packages and what its passes leave
+    undone say nothing to our user: what matters is raised, or found by `check.py`."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -114,9 +119,11 @@ def _quiet() -> Iterator[None]:
 
 @torch.no_grad()
 def continues(checkpoint: Checkpoint, run: Run = zeros) -> bool:
-    """Whether the model goes on from its cache with several tokens at once as it would with all of them.
+    """Whether the model goes on from its cache with several tokens at once as it would with all of
+    them.
 
-    Many models with recurrent state do not: they start afresh unless a single token comes. Theirs is traced for one.
+    Many models with recurrent state do not: they start afresh unless a single token comes. Theirs
+    is traced for one.
     """
     model = checkpoint.model
     vocabulary = model.config.get_text_config().vocab_size

@@ -1,8 +1,10 @@
-"""The backbone in fewer bits: products with constant matrices become MatMulNBits, the embedding GatherBlockQuantized.
+"""The backbone in fewer bits: products with constant matrices become MatMulNBits, the embedding
+GatherBlockQuantized.
 
-Both are ONNX Runtime's own, with blocks of 32 weights and one float32 scale each. A last pass over segments that were
-exported in float32 and compared with the model as such. The products that lead to a router's choice stay in float32:
-they are small, and an expert that is chosen wrongly costs more than all the others' rounding.
+Both are ONNX Runtime's own, with blocks of 32 weights and one float32 scale each. A last pass over
+segments that were exported in float32 and compared with the model as such. The products that lead
+to a router's choice stay in float32: they are small, and an expert that is chosen wrongly costs
+more than all the others' rounding.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ def check_precision(precision: str) -> None:
 def reduce(
     directory: Path, backbone: Backbone, layers: tuple[Layer, ...], precision: str
 ) -> tuple[Backbone, str]:
-    """Rewrite the segments of `directory` with weights in `precision`; the new manifest part, and a line for people that
-    says how much was rewritten. A `PrepError` if nothing could be."""
+    """Rewrite the segments of `directory` with weights in `precision`; the new manifest part, and a
+    line for people that says how much was rewritten. A `PrepError` if nothing could be."""
     models = [onnx.load(str(directory / segment.file)) for segment in backbone.segments]
     done = total = 0
     for model, layer in zip(models, [*layers, None], strict=True):
@@ -44,7 +46,8 @@ def reduce(
         done, total = done + rewritten, total + candidates
     if not done:
         raise PrepError(
-            f"No product of this backbone has a constant matrix with rows of {BLOCK} or more that {precision} could hold; "
+            f"No product of this backbone has a constant matrix with rows of {BLOCK} or more that "
+            f"{precision} could hold; "
             "use --backbone f32."
         )
     weights = {
@@ -65,8 +68,9 @@ def reduce(
 
 
 def block_codes(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes uint8 `[n, blocks, 32]` and scales float32 `[n, blocks]` of `rows` float32 `[n, k]`, zeros behind the last:
-    value = (code - 2^(bits-1)) * scale. The largest magnitude of a block gets the lowest code, so that none is lost."""
+    """Codes uint8 `[n, blocks, 32]` and scales float32 `[n, blocks]` of `rows` float32 `[n, k]`,
+    zeros behind the last: value = (code - 2^(bits-1)) * scale. The largest magnitude of a block
+    gets the lowest code, so that none is lost."""
     n, k = rows.shape
     blocks = -(-k // BLOCK)
     padded = np.pad(rows, ((0, 0), (0, blocks * BLOCK - k))).reshape(n, blocks, BLOCK)
@@ -122,7 +126,8 @@ def _rewrite(graph: onnx.GraphProto, kept: set[str], bits: int) -> tuple[int, in
 
 
 def _matrix(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> np.ndarray | None:
-    """The constant matrix of a product as `[n_out, n_in]`, or of a lookup as `[rows, columns]`; None if there is none."""
+    """The constant matrix of a product as `[n_out, n_in]`, or of a lookup as `[rows, columns]`;
+    None if there is none."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     place = 0 if node.op_type == "Gather" else 1
     if (
@@ -146,7 +151,8 @@ def _matrix(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> np.ndarr
 
 
 def _is_row(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> bool:
-    """Whether a product's third input, if it has one (a Gemm's), is a vector that is added to every row."""
+    """Whether a product's third input, if it has one (a Gemm's), is a vector that is added to every
+    row."""
     return len(node.input) < 3 or (
         node.input[2] in constants and len(constants[node.input[2]].dims) == 1
     )
@@ -159,9 +165,17 @@ def _product(
     names = _add(added, f"{node.input[1]}.{bits}", _packed(codes, bits), scale.reshape(-1))
     bias = ["", "", node.input[2]] if node.op_type == "Gemm" and len(node.input) > 2 else []
     return helper.make_node(
-        "MatMulNBits", [node.input[0], *names, *bias], node.output, node.name, domain="com.microsoft",
-        N=rows.shape[0], K=rows.shape[1], bits=bits, block_size=BLOCK, accuracy_level=INT8_ACTIVATIONS,
-    )  # fmt: skip
+        "MatMulNBits",
+        [node.input[0], *names, *bias],
+        node.output,
+        node.name,
+        domain="com.microsoft",
+        N=rows.shape[0],
+        K=rows.shape[1],
+        bits=bits,
+        block_size=BLOCK,
+        accuracy_level=INT8_ACTIVATIONS,
+    )
 
 
 def _embedding(
@@ -172,9 +186,16 @@ def _embedding(
         added, f"{node.input[0]}.rows{bits}", _packed(codes, bits).reshape(len(rows), -1), scale
     )
     return helper.make_node(
-        "GatherBlockQuantized", [names[0], node.input[1], names[1]], node.output, node.name, domain="com.microsoft",
-        gather_axis=0, quantize_axis=1, block_size=BLOCK, bits=bits,
-    )  # fmt: skip
+        "GatherBlockQuantized",
+        [names[0], node.input[1], names[1]],
+        node.output,
+        node.name,
+        domain="com.microsoft",
+        gather_axis=0,
+        quantize_axis=1,
+        block_size=BLOCK,
+        bits=bits,
+    )
 
 
 def _add(

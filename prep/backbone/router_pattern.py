@@ -1,8 +1,10 @@
-"""How a router chose: found by walking back from the ids and weights that reach the experts. Op patterns, no families.
+"""How a router chose: found by walking back from the ids and weights that reach the experts. Op
+patterns, no families.
 
-ids are TopK's second output, so TopK's input is the selection score. Weights are TopK's values or a gather of raw
-weights at ids, then nothing, a division by their sum, or a softmax over them, then perhaps a scale. `check` replays
-the rule on real values; a rule that does not reproduce ids and weights is not used.
+ids are TopK's second output, so TopK's input is the selection score. Weights are TopK's values or a
+gather of raw weights at ids, then nothing, a division by their sum, or a softmax over them, then
+perhaps a scale. `check` replays the rule on real values; a rule that does not reproduce ids and
+weights is not used.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from smoe.runtime.routing import route
 
 @dataclass(frozen=True)
 class Found:
-    """`scores` and `raw` name values `[T, E]` of the graph; `rule` is how ids and weights follow from them."""
+    """`scores` and `raw` name values `[T, E]` of the graph; `rule` is how ids and weights follow
+    from them."""
 
     scores: str
     raw: str
@@ -56,7 +59,8 @@ def find(ids: ir.Value, weights: ir.Value) -> Found | None:
 def check(
     found: Found, scores: np.ndarray, raw: np.ndarray, ids: np.ndarray, weights: np.ndarray
 ) -> str:
-    """Why the rule does not reproduce `ids` and `weights` `[T, k]` from `scores` and `raw` `[T, E]`; '' if it does."""
+    """Why the rule does not reproduce `ids` and `weights` `[T, k]` from `scores` and `raw` `[T,
+    E]`; '' if it does."""
     k = ids.shape[-1]
     again, mixed = route(found.rule, scores, raw, k)
     if not np.array_equal(np.sort(again, -1), np.sort(ids, -1)):

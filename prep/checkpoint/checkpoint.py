@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint on disk: opened, or refused with the reason.
 
-The backbone is loaded in float32. Experts stay on disk: `Checkpoint.experts` reads one layer's, in the dtype they are
-stored in, and lets them go.
+The backbone is loaded in float32. Experts stay on disk: `Checkpoint.experts` reads one layer's, in
+the dtype they are stored in, and lets them go.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.metadata
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +39,8 @@ PIECE = 256 << 10  # bytes read at a time
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`model` has its backbone in memory and its experts on the meta device; `layers` are those that text reaches, in
-    the order in which they run."""
+    """`model` has its backbone in memory and its experts on the meta device; `layers` are those
+    that text reaches, in the order in which they run."""
 
     path: Path
     model: transformers.PreTrainedModel
@@ -57,8 +59,9 @@ class Checkpoint:
         return [self.path / name for name in TEXT_FILES if (self.path / name).is_file()]
 
     def fingerprint(self) -> str:
-        """SHA-256 that tells one checkpoint from another: of the config, and of each weight file's name, size and bytes.
-        Of a file above 256 MiB, 1024 pieces spread evenly, so that 60 GB take a second."""
+        """SHA-256 that tells one checkpoint from another: of the config, and of each weight file's
+        name, size and bytes. Of a file above 256 MiB, 1024 pieces spread evenly, so that 60 GB take
+        a second."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for file in self.weights.files:
             size = file.stat().st_size
@@ -70,23 +73,47 @@ class Checkpoint:
                     digest.update(opened.read(PIECE))
         return digest.hexdigest()
 
+    def identity(self) -> dict[str, str]:
+        """What every result depends on: the checkpoint's fingerprint, its tokenizer and generation
+        config, and the versions of what reads and writes."""
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in self.text_files()))
+        text = digest.hexdigest()[:12]
+        model = self.fingerprint()[:12]
+        return {"model": model, "tokenizer and generation config": text} | versions()
+
+    def move_backbone(self, device: str) -> None:
+        """Move all that is in memory to `device`, as torch names it; experts go there when read."""
+        for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
+            if not tensor.is_meta and tensor.device != torch.device(device):
+                tensor.data = tensor.data.to(device)
+
     @contextlib.contextmanager
-    def experts(self, layer: int) -> Iterator[torch.nn.Module]:
-        """The module of one layer's experts with its weights read, for the length of the block.
+    def experts(self, layer: int, device: str = "cpu") -> Iterator[torch.nn.Module]:
+        """The module of one layer's experts with its weights read to `device`, for the length of
+        the block.
 
         Weights that are not finite are a `PrepError` that names them.
         """
         name, module = self.layers[layer]
         try:
-            # One parameter at a time, the largest first: what is read and what is made from it exist at once.
+            # One parameter at a time, the largest first: what is read and what is made from it
+            # exist at once.
             for names in sorted(
                 self.sources[layer].values(), key=self.weights.nbytes, reverse=True
             ):
                 self.weights.load(self.model, names)
             _refuse_infinite(self.path, name, module)
+            if device != "cpu":
+                module.to(device)
             yield module
         finally:
             _forget(module)
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that read and write."""
+    packages = ("smoe", "torch", "transformers", "onnxruntime")
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -100,11 +127,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     weights = open_weights(path)
     if not (path / "tokenizer.json").is_file() and list(path.glob("tokenizer*.model")):
         raise PrepError(
-            f"{path} has a tokenizer that only Python code reads (no tokenizer.json); convert it with "
+            f"{path} has a tokenizer that only Python code reads (no tokenizer.json); convert it "
+            "with "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
         )
     end_ids = _end_ids(path, model.config.get_text_config())
     _load_backbone(path, model, weights)
+    model.requires_grad_(False)  # only values are ever differentiated
     layers = layers_used(model)
     targets = weights.targets(model)
     sources: list[dict[str, list[str]]] = [{} for _ in layers]
@@ -119,11 +148,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def read_config(path: Path) -> transformers.PreTrainedConfig:
-    """config.json of a checkpoint; a `PrepError` if it is none, or one of a quantised checkpoint."""
+    """config.json of a checkpoint; a `PrepError` if it is none, or one of a quantised "
+    "checkpoint."""
     if not (path / "config.json").is_file():
         what = "has no config.json" if path.is_dir() else "is not a directory"
         raise PrepError(
-            f"{path} {what}; give the directory of a Hugging Face checkpoint, as `hf download MODEL --local-dir DIR` "
+            f"{path} {what}; give the directory of a Hugging Face checkpoint, as `hf download "
+            "MODEL --local-dir DIR` "
             "or `save_pretrained` leaves it."
         )
     try:
@@ -137,7 +168,8 @@ def read_config(path: Path) -> transformers.PreTrainedConfig:
         StrictDataclassError,
     ) as error:
         raise PrepError(
-            f"{path}/config.json is not one that transformers {transformers.__version__} reads: {first_line(error)}"
+            f"{path}/config.json is not one that transformers {transformers.__version__} reads: "
+            f"{first_line(error)}"
         ) from error
     quantised = getattr(config, "quantization_config", None)
     if quantised:
@@ -145,7 +177,8 @@ def read_config(path: Path) -> transformers.PreTrainedConfig:
             quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         )
         raise PrepError(
-            f"{path} is quantised ({method}); smoe quantises from the original weights: give the bf16 checkpoint."
+            f"{path} is quantised ({method}); smoe quantises from the original weights: give the "
+            "bf16 checkpoint."
         )
     return config
 
@@ -174,7 +207,8 @@ def _load_backbone(path: Path, model: transformers.PreTrainedModel, weights: Wei
     )
     if any(name.startswith(experts) for name in tied):
         raise PrepError(
-            f"{path}: {min(tied)} is shared with another module; smoe cannot take such experts apart."
+            f"{path}: {min(tied)} is shared with another module; smoe cannot take such experts "
+            "apart."
         )
     weights.load(
         model,
@@ -196,12 +230,14 @@ def _load_backbone(path: Path, model: transformers.PreTrainedModel, weights: Wei
 def _refuse_missing(path: Path, names: set[str]) -> None:
     if names:
         raise PrepError(
-            f"{path}: {len(names)} weights are missing, {min(names)} first; download the checkpoint again."
+            f"{path}: {len(names)} weights are missing, {min(names)} first; download the "
+            "checkpoint again."
         )
 
 
 def _keep_stored_dtype(module: torch.nn.Module, stored: list[torch.dtype]) -> None:
-    """Let the experts' parameters have the dtype that they are stored in: half the memory of float32 for bfloat16."""
+    """Let the experts' parameters have the dtype that they are stored in: half the memory of
+    float32 for bfloat16."""
     floating = {dtype for dtype in stored if dtype.is_floating_point}
     if len(floating) == 1:
         module.to(floating.pop())
@@ -212,14 +248,15 @@ def _refuse_infinite(path: Path, layer: str, module: torch.nn.Module) -> None:
         for expert, part in enumerate(weight):  # one at a time: isfinite makes copies
             if not torch.isfinite(part).all():
                 raise PrepError(
-                    f"{path}: {layer}.{name} of expert {expert} holds values that are not finite; the checkpoint is "
+                    f"{path}: {layer}.{name} of expert {expert} holds values that are not finite; "
+                    "the checkpoint is "
                     "damaged. Download it again."
                 )
 
 
 def _forget(module: torch.nn.Module) -> None:
-    """Back to the meta device, which frees the memory; and glibc is told to give it back: pieces of a layer that it
-    keeps for later were 0.4 GB of 1.5 (docs/log.md, 2026-11-22)."""
+    """Back to the meta device, which frees the memory; and glibc is told to give it back: pieces of
+    a layer that it keeps for later were 0.4 GB of 1.5 (docs/log.md, 2026-11-22)."""
     for owner in module.modules():
         for name, weight in list(owner.named_parameters(recurse=False)):
             setattr(

@@ -1,4 +1,5 @@
-"""Model families: which class runs a config, and whether its experts are on the seam. No family is named here."""
+"""Model families: which class runs a config, and whether its experts are on the seam. No family is
+named here."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from transformers.models.auto.modeling_auto import (
 from smoe.prep.checkpoint.seam import experts_modules
 from smoe.prep.errors import PrepError
 
-# The text decoder alone where there is a class for it; else the whole model, of which text reaches the decoder only.
+# The text decoder alone where there is a class for it; else the whole model, of which text reaches
+# the decoder only.
 MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
 
 
@@ -28,11 +30,13 @@ def text_class(config: type) -> type[transformers.PreTrainedModel] | None:
 def empty_model(
     config: transformers.PreTrainedConfig, name: str | Path
 ) -> transformers.PreTrainedModel:
-    """The model of `config` on the meta device: its modules without their weights. `name` is for the `PrepError`."""
+    """The model of `config` on the meta device: its modules without their weights. `name` is for
+    the `PrepError`."""
     cls = text_class(type(config))
     if cls is None:
         raise PrepError(
-            f"{name}: transformers has no model that generates text for the family {config.model_type}."
+            f"{name}: transformers has no model that generates text for the family "
+            f"{config.model_type}."
         )
     config = copy.deepcopy(config)
     if cls.config_class is config.sub_configs.get("text_config"):
@@ -51,6 +55,8 @@ def refuse_without_seam(model: transformers.PreTrainedModel, name: str | Path) -
     """A `PrepError` with the reason if the model's experts are not run through the seam."""
     if not experts_modules(model):
         raise PrepError(
-            f"{name} is a {model.config.model_type} model without experts on transformers' experts interface: either "
-            "it is dense, or its family does not offer the interface. smoe prepares mixture-of-experts models that do."
+            f"{name} is a {model.config.model_type} model without experts on transformers' "
+            "experts interface: either "
+            "it is dense, or its family does not offer the interface. smoe prepares "
+            "mixture-of-experts models that do."
         )

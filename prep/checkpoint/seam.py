@@ -1,8 +1,8 @@
 """The seam: how experts are found, run and read without any code per model family.
 
-`transformers` runs the experts of every supported family through `ALL_EXPERTS_FUNCTIONS`. A module on that seam says
-of itself whether it is gated, biased, transposed or interleaved; everything below follows from those flags and from
-probing its activation numerically.
+`transformers` runs the experts of every supported family through `ALL_EXPERTS_FUNCTIONS`. A module
+on that seam says of itself whether it is gated, biased, transposed or interleaved; everything below
+follows from those flags and from probing its activation numerically.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def experts_modules(model: torch.nn.Module) -> list[ExpertsLayer]:
 
 @torch.no_grad()
 def layers_used(model: torch.nn.Module) -> list[ExpertsLayer]:
-    """The modules on the seam that text reaches, in the order in which they run: seen by running a few tokens.
+    """The modules on the seam that text reaches, in the order in which they run: seen by running a
+    few tokens.
 
     A multimodal model may have experts for pictures besides. The experts themselves are left out.
     """
@@ -49,17 +50,19 @@ def layers_used(model: torch.nn.Module) -> list[ExpertsLayer]:
             Exception
         ) as error:  # a family's own code: whatever it raises means the same to the user
             raise PrepError(
-                f"{type(model).__name__} does not run on text alone ({type(error).__name__}: {error}); it cannot be prepared."
+                f"{type(model).__name__} does not run on text alone ({type(error).__name__}: "
+                f"{error}); it cannot be prepared."
             ) from error
     return [found[layer] for layer in seen]
 
 
 @contextmanager
 def experts_run_by(model: torch.nn.Module, modules: list[ExpertsLayer], run: Run) -> Iterator[None]:
-    """Within the block the model's experts are `run(layer, module, hidden, ids, weights)`, layer being the place in
-    `modules`.
+    """Within the block the model's experts are `run(layer, module, hidden, ids, weights)`, layer
+    being the place in `modules`.
 
-    hidden float `[T, H]`, ids int64 `[T, k]`, weights float `[T, k]`; `run` returns the weighted sum, shaped as hidden.
+    hidden float `[T, H]`, ids int64 `[T, k]`, weights float `[T, k]`; `run` returns the weighted
+    sum, shaped as hidden.
     """
     layers = {id(module): layer for layer, (_, module) in enumerate(modules)}
 
@@ -97,7 +100,8 @@ def zeros(layer, module, hidden, ids, weights):
 
 
 def expert_outputs(module: torch.nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
-    """The output of one expert on `x` `[n, H]`, before its mixing weight, as the module itself defines it."""
+    """The output of one expert on `x` `[n, H]`, before its mixing weight, as the module itself
+    defines it."""
     y = _linear(module, "down_proj", expert, expert_inner(module, expert, x))
     return module.post_expert_norm(y) if module.has_post_expert_norm else y
 
@@ -118,7 +122,8 @@ def _linear(module: torch.nn.Module, name: str, expert: int, x: torch.Tensor) ->
 def mixed_outputs(
     module: torch.nn.Module, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weighted sum of the chosen experts' outputs `[T, H]`, and the norm of each output `[T, k]`.
+    """The weighted sum of the chosen experts' outputs `[T, H]`, and the norm of each output `[T,
+    k]`.
 
     On the seam an id that is the number of experts means no expert.
     """
@@ -131,7 +136,8 @@ def mixed_outputs(
 
 
 def slots_of(ids: torch.Tensor, experts: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Every expert that `ids` int64 `[T, k]` name, with its tokens and its places in the flattened ids, in order."""
+    """Every expert that `ids` int64 `[T, k]` name, with its tokens and its places in the flattened
+    ids, in order."""
     flat = ids.reshape(-1)
     of = flat.argsort(stable=True).split(flat.bincount(minlength=experts + 1).tolist())
     for expert, its in enumerate(of[:experts]):
@@ -140,7 +146,8 @@ def slots_of(ids: torch.Tensor, experts: int) -> Iterator[tuple[int, torch.Tenso
 
 
 def expert_weights(module: torch.nn.Module, expert: int) -> dict[str, np.ndarray]:
-    """One expert's float32 matrices `[n_out, n_in]` and biases, named as in `artifacts.layout.ExpertShape`."""
+    """One expert's float32 matrices `[n_out, n_in]` and biases, named as in
+    `artifacts.layout.ExpertShape`."""
 
     def rows(name: str) -> torch.Tensor:
         w = getattr(module, name)[expert]
@@ -162,7 +169,7 @@ def expert_weights(module: torch.nn.Module, expert: int) -> dict[str, np.ndarray
             tensors["up_bias"] = module.up_proj_bias[expert]
     if module.has_post_expert_norm:
         tensors["norm"] = probe_norm(module)
-    return {name: t.detach().float().contiguous().numpy() for name, t in tensors.items()}
+    return {name: t.detach().float().cpu().contiguous().numpy() for name, t in tensors.items()}
 
 
 def expert_geometry(module: torch.nn.Module) -> tuple[int, int, int]:
@@ -176,10 +183,12 @@ def expert_geometry(module: torch.nn.Module) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def probe_gate(module: torch.nn.Module) -> ExpertActivation:
-    """Which known function the module's gate is, found by comparing values; a `PrepError` if none fits.
+    """Which known function the module's gate is, found by comparing values; a `PrepError` if none
+    fits.
 
-    For gated modules `_apply_gate` receives gate and up in the module's own order; the known functions are those of
-    `smoe.runtime.kernels.activations`, so what is recognised here can be run there.
+    For gated modules `_apply_gate` receives gate and up in the module's own order; the known
+    functions are those of `smoe.runtime.kernels.activations`, so what is recognised here can be run
+    there.
     """
     # Far out too: a clamp that calibration never reaches is still part of the function.
     far = torch.tensor([-1e4, -300.0, -100.0, -20.0, 20.0, 100.0, 300.0, 1e4])
@@ -207,7 +216,8 @@ def probe_gate(module: torch.nn.Module) -> ExpertActivation:
         if np.all(np.abs(wanted - found) <= 1e-5 * np.abs(found) + rounding):
             return candidate
     raise PrepError(
-        f"The experts' activation in {type(module).__name__} is none of the {len(candidates)} functions that the "
+        f"The experts' activation in {type(module).__name__} is none of the {len(candidates)} "
+        "functions that the "
         "runtime knows; this model cannot be prepared. Please report its name."
     )
 
@@ -215,9 +225,10 @@ def probe_gate(module: torch.nn.Module) -> ExpertActivation:
 def _limited_candidates(module: torch.nn.Module) -> list[ExpertActivation]:
     """Gates with limits, the limits read off the function itself.
 
-    With up = 0 the clamped gate is g * sigmoid(alpha * g) below its limit, and limit * sigmoid(alpha * limit) far above.
-    The others are 0 there. Far out in gate and up the bounded one is limit^2 (for an activation that becomes the
-    identity), the softcapped one limit * alpha; with one of them far out and the other small the limits come apart.
+    With up = 0 the clamped gate is g * sigmoid(alpha * g) below its limit, and limit *
+    sigmoid(alpha * limit) far above. The others are 0 there. Far out in gate and up the bounded one
+    is limit^2 (for an activation that becomes the identity), the softcapped one limit * alpha; with
+    one of them far out and the other small the limits come apart.
     """
 
     def at(g: float, u: float) -> float:
@@ -248,10 +259,11 @@ def _limited_candidates(module: torch.nn.Module) -> list[ExpertActivation]:
 
 @torch.no_grad()
 def probe_norm(module: torch.nn.Module) -> torch.Tensor:
-    """The scale `[H]` with which `reference.normalise` is the module's norm of an expert's output, found by comparing
-    values; a `PrepError` if there is none.
+    """The scale `[H]` with which `reference.normalise` is the module's norm of an expert's output,
+    found by comparing values; a `PrepError` if there is none.
 
-    On a large constant the norm is the scale divided by its root mean square; on a tiny one its epsilon shows.
+    On a large constant the norm is the scale divided by its root mean square; on a tiny one its
+    epsilon shows.
     """
     hidden = expert_geometry(module)[1]
     shape = module.post_expert_norm(torch.full((1, hidden), 1e4))[0]
@@ -268,7 +280,8 @@ def probe_norm(module: torch.nn.Module) -> torch.Tensor:
         torch.from_numpy(reference.normalise(y.numpy(), scale.numpy())), wanted, 1e-4, 1e-6
     ):
         raise PrepError(
-            f"The norm of the experts' outputs in {type(module).__name__} is not one that the runtime knows (a scale, "
+            f"The norm of the experts' outputs in {type(module).__name__} is not one that the "
+            "runtime knows (a scale, "
             "then a root mean square); this model cannot be prepared. Please report its name."
         )
     return scale

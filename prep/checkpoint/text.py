@@ -1,7 +1,8 @@
-"""Calibration text: where it comes from, and how it becomes sequences of token ids. Seeded, so that a run repeats.
+"""Calibration text: where it comes from, and how it becomes sequences of token ids. Seeded, so that
+a run repeats.
 
-Documents are shuffled, tokenised one by one and joined end to end; the stream is cut into rows of `length`. The last
-row may be shorter and is run as it is, so there is no padding anywhere.
+Documents are shuffled, tokenised one by one and joined end to end; the stream is cut into rows of
+`length`. The last row may be shorter and is run as it is, so there is no padding anywhere.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
 
 MINIMUM = 128  # tokens: below this the statistics would be of nothing
 DEFAULT_TOKENS = 128 * 512
+DOCUMENTS = 1024  # in memory at once
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """`source` is a .txt or .jsonl file (`text` or `input_ids` a line), a dataset directory, or a `datasets` name
-    `name[subset](split):n`. `tokens` None takes 128 x 512, or all there are if that is less."""
+    """`source` is a .txt or .jsonl file (`text` or `input_ids` a line), a dataset directory, or a
+    `datasets` name `name[subset](split):n`. `tokens` None takes 128 x 512, or all there are if that
+    is less."""
 
     source: str
     tokens: int | None = None
@@ -38,17 +41,18 @@ class Calibration:
     length: int = 512
 
     def rows(self, checkpoint: Checkpoint) -> list[np.ndarray]:
-        """Sequences of token ids, int64 `[length]` each but the last; a `PrepError` if there is too little text."""
+        """Sequences of token ids, int64 `[length]` each but the last; a `PrepError` if there is too
+        little text."""
         wanted = DEFAULT_TOKENS if self.tokens is None else self.tokens
         if wanted < MINIMUM:
             raise PrepError(f"--tokens is {wanted}; at least {MINIMUM} are needed for statistics.")
         if self.length < 2 or self.seed < 0:
             raise PrepError(
-                f"length is {self.length} and seed {self.seed}; 2 and more, and 0 and more, are wanted."
+                f"length is {self.length} and seed {self.seed}; 2 and more, and 0 and more, are "
+                "wanted."
             )
-        documents = list(read_documents(self.source))
-        np.random.default_rng(self.seed).shuffle(documents)
         pieces, total = [], 0
+        documents = _shuffled(self.source, self.seed)
         for ids in _encode(documents, checkpoint, self.source):
             pieces.append(ids)
             total += len(ids)
@@ -57,7 +61,8 @@ class Calibration:
         stream = np.concatenate(pieces)[:wanted] if pieces else np.zeros(0, np.int64)
         if len(stream) < MINIMUM:
             raise PrepError(
-                f"{self.source} holds {len(stream)} tokens; at least {MINIMUM} are needed, {DEFAULT_TOKENS} are usual. "
+                f"{self.source} holds {len(stream)} tokens; at least {MINIMUM} are needed, "
+                f"{DEFAULT_TOKENS} are usual. "
                 "Give more text."
             )
         if self.tokens is not None and len(stream) < wanted:
@@ -69,17 +74,34 @@ class Calibration:
 
     def settings(self, rows: list[np.ndarray]) -> dict[str, str]:
         """What `rows` depend on, and a digest of them."""
-        digest = hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest()[:12]
         tokens = "all there are" if self.tokens is None else str(self.tokens)
         return {
-            "--calibration": f"{Path(self.source).name} ({digest})",
+            "--calibration": f"{Path(self.source).name} ({self.digest(rows)[:12]})",
             "--tokens": tokens,
             "--seed": str(self.seed),
         }
 
+    @staticmethod
+    def digest(rows: list[np.ndarray]) -> str:
+        """SHA-256 of the token ids."""
+        return hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest()
+
+
+def _shuffled(source: str, seed: int) -> Iterator[str | list[int]]:
+    """The documents of a source in an order drawn with `seed`; a few are in memory at once, so the
+    source is read once to count them, and again for every so many."""
+    order = list(range(sum(1 for _ in read_documents(source))))
+    np.random.default_rng(seed).shuffle(order)
+    for start in range(0, len(order), DOCUMENTS):
+        picked = order[start : start + DOCUMENTS]
+        needed = set(picked)
+        documents = {i: text for i, text in enumerate(read_documents(source)) if i in needed}
+        for index in picked:
+            yield documents.pop(index)
+
 
 def read_documents(source: str) -> Iterator[str | list[int]]:
-    """The documents of a source, as text or as token ids."""
+    """The documents of a source, one after another, as text or as token ids."""
     path = Path(source)
     if path.suffix == ".txt" and path.is_file():
         yield _utf8(path)
@@ -90,7 +112,8 @@ def read_documents(source: str) -> Iterator[str | list[int]]:
     elif path.suffix in (".txt", ".jsonl") or path.exists():
         what = "is not a .txt or .jsonl file" if path.exists() else "does not exist"
         raise PrepError(
-            f"{source} {what}; give calibration text as .txt, .jsonl, a dataset directory or a datasets name."
+            f"{source} {what}; give calibration text as .txt, .jsonl, a dataset directory or a "
+            "datasets name."
         )
     else:
         match = re.fullmatch(r"([\w./-]+)(?:\[([\w.-]+)\])?(?:\(([\w.-]+)\))?(?::(\d+))?", source)
@@ -109,14 +132,22 @@ def _utf8(path: Path) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[str | list[int]]:
-    for number, line in enumerate(_utf8(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise PrepError(f"{path}, line {number} is not JSON: {error}.") from error
-        yield _document(record, f"{path}, line {number}")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _document(_record(path, number, line), f"{path}, line {number}")
+
+
+def _record(path: Path, number: int, line: bytes) -> object:
+    """The JSON of one line."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise PrepError(
+            f"{path}, line {number} is not UTF-8 at its byte {error.start}; convert it first."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise PrepError(f"{path}, line {number} is not JSON: {error}.") from error
 
 
 def _document(record: object, where: str) -> str | list[int]:
@@ -155,7 +186,7 @@ def _read_dataset(
 
 
 def _encode(
-    documents: list[str | list[int]], checkpoint: Checkpoint, source: str
+    documents: Iterable[str | list[int]], checkpoint: Checkpoint, source: str
 ) -> Iterator[np.ndarray]:
     file, vocabulary = checkpoint.path / "tokenizer.json", checkpoint.config.vocab_size
     tokenizer = _tokenizer(file) if file.is_file() else None
@@ -163,7 +194,8 @@ def _encode(
         if isinstance(document, str):
             if tokenizer is None:
                 raise PrepError(
-                    f"{checkpoint.path} has no tokenizer.json, so text cannot be used; give a .jsonl file "
+                    f"{checkpoint.path} has no tokenizer.json, so text cannot be used; give a "
+                    ".jsonl file "
                     "with `input_ids`."
                 )
             document = tokenizer.encode(document).ids

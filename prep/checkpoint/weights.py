@@ -1,8 +1,10 @@
-"""The weights of a checkpoint on disk: which tensors there are, and a few of them at a time into a model.
+"""The weights of a checkpoint on disk: which tensors there are, and a few of them at a time into a
+model.
 
-`transformers`' own conversion turns what is stored (a tensor per expert or one for all, old names or new) into what the
-model has. Here it runs on parts: once on the headers alone, on the meta device, where nothing is read and everything
-that is missing or has another shape shows; then for real, on the backbone's tensors or on those of one layer's experts.
+`transformers`' own conversion turns what is stored (a tensor per expert or one for all, old names
+or new) into what the model has. Here it runs on parts: once on the headers alone, on the meta
+device, where nothing is read and everything that is missing or has another shape shows; then for
+real, on the backbone's tensors or on those of one layer's experts.
 """
 
 from __future__ import annotations
@@ -30,10 +32,19 @@ from smoe.prep.errors import PrepError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 @dataclass(frozen=True)
@@ -66,8 +77,9 @@ class Weights:
     def check(self, model: transformers.PreTrainedModel) -> LoadStateDictInfo:
         """Convert the headers into `model`, which must be on the meta device and stays there.
 
-        What is of another shape or cannot be converted is a `PrepError`. What is missing is in the result: only when
-        the model is completed is it known whether it matters (tied weights do not).
+        What is of another shape or cannot be converted is a `PrepError`. What is missing is in the
+        result: only when the model is completed is it known whether it matters (tied weights do
+        not).
         """
         empty = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
@@ -79,13 +91,15 @@ class Weights:
         )
         if wrong:
             raise PrepError(
-                f"{self.path}: {len(wrong)} weights are missing in part or have another shape than config.json says, "
+                f"{self.path}: {len(wrong)} weights are missing in part or have another shape "
+                "than config.json says, "
                 f"{wrong[0]} first; download the checkpoint again."
             )
         return info
 
     def targets(self, model: transformers.PreTrainedModel) -> dict[str, str]:
-        """For every stored tensor the name of the model's (first) parameter that is made from it."""
+        """For every stored tensor the name of the model's (first) parameter that is made from "
+        "it."""
         mapping = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -101,7 +115,8 @@ class Weights:
         return found
 
     def load(self, model: transformers.PreTrainedModel, names: Iterable[str]) -> None:
-        """Read the tensors `names` and put what they make into `model`, in the dtype its parameters have there.
+        """Read the tensors `names` and put what they make into `model`, in the dtype its parameters
+        have there.
 
         A file that cannot be read is a `PrepError`.
         """
@@ -130,8 +145,8 @@ class Weights:
 
     @staticmethod
     def complete(model: transformers.PreTrainedModel, info: LoadStateDictInfo) -> None:
-        """Once everything of `model` but its experts is loaded: tie weights, fill what no checkpoint holds. Afterwards
-        `info.missing_keys` names what is really missing."""
+        """Once everything of `model` but its experts is loaded: tie weights, fill what no
+        checkpoint holds. Afterwards `info.missing_keys` names what is really missing."""
         with _quiet():
             model._finalize_model_loading(
                 model, LoadStateDictConfig(device_map={"": "cpu"}, dtype=torch.float32), info
@@ -148,7 +163,8 @@ class Weights:
 
 
 def open_weights(path: Path) -> Weights:
-    """The tensors of the checkpoint directory `path`; a `PrepError` for one that is not there or not whole."""
+    """The tensors of the checkpoint directory `path`; a `PrepError` for one that is not there or
+    not whole."""
     listed: dict[str, str] | None = None
     if (path / INDEX).is_file():
         listed = _index(path / INDEX)
@@ -161,12 +177,14 @@ def open_weights(path: Path) -> Weights:
         )
     if not names:
         raise PrepError(
-            f"{path} has no .safetensors files; download the weights, or convert them with save_pretrained."
+            f"{path} has no .safetensors files; download the weights, or convert them with "
+            "save_pretrained."
         )
     gone = [name for name in names if not (path / name).is_file()]
     if gone:
         raise PrepError(
-            f"{path}: {len(gone)} of {len(names)} weight files are not there, {gone[0]} first; the download is not "
+            f"{path}: {len(gone)} of {len(names)} weight files are not there, {gone[0]} first; "
+            "the download is not "
             "complete. Run it again, it goes on where it stopped."
         )
     stored: dict[str, Stored] = {}
@@ -198,7 +216,7 @@ def _index(file: Path) -> dict[str, str]:
 
 def _headers(file: Path) -> Iterator[tuple[str, Stored]]:
     with _opened(file) as handle:
-        for name in handle.keys():
+        for name in handle.keys():  # noqa: SIM118  a handle is no dict
             tensor = handle.get_slice(name)
             dtype = DTYPES.get(str(tensor.get_dtype()))
             if dtype is None:
@@ -214,7 +232,8 @@ def _opened(file: Path) -> Iterator[safe_open]:
         handle = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise PrepError(
-            f"{file} is not whole ({error}); the download stopped half-way or the file is damaged. Download it again."
+            f"{file} is not whole ({error}); the download stopped half-way or the file is "
+            "damaged. Download it again."
         ) from error
     with handle:
         yield handle

@@ -1,14 +1,13 @@
 """Experts to shards: one layer at a time, one record at a time.
 
-Encodings of one plane are a function of the weights. Nested ones are quantised on calibration text, which runs through
-the model in lockstep as in profiling: when it reaches a layer, the layer's experts are in memory, and so is what they
-receive. Rounding to nearest is there as the control (`quantiser` "nearest").
+Encodings of one plane are a function of the weights. Nested ones are quantised on calibration text:
+when a sweep reaches a layer, its experts are in memory, and so is what they receive. Rounding to
+nearest is there as the control (`quantiser` "nearest").
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +29,70 @@ from smoe.prep.checkpoint.seam import expert_geometry, expert_inner, expert_weig
 from smoe.prep.errors import PrepError
 from smoe.prep.pack.quantise import Quantised, quantise, second_moment
 from smoe.prep.progress import Progress
-from smoe.prep.statistics.profile import batches, run
-from smoe.prep.sweep.forward import Arrived, lockstep, outputs
+from smoe.prep.sweep.forward import Arrays, AtExperts, sweep
 
 PAGE = 16384  # bytes: some aarch64 kernels use pages of this size
-COMMON = 256  # tokens of the layer at large, spread over the text, that every expert's second moment sees
+COMMON = 256  # tokens of the layer at large, spread over the text, in every second moment
 AT_ONCE = 256 << 20  # bytes of second moments in memory
+
+
+class Packing:
+    """An observer of a sweep that writes each layer's shard, if it is not there."""
+
+    name = "packing"
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        directory: Path,
+        experts: Experts,
+        calibrated: bool,
+        progress: Progress,
+    ):
+        """Shards go to `directory`/experts; `calibrated` quantises on what arrives."""
+        (directory / "experts").mkdir(parents=True, exist_ok=True)
+        self._checkpoint, self._directory, self._experts = checkpoint, directory, experts
+        self._calibrated, self._progress = calibrated, progress
+
+    def missing(self) -> list[int]:
+        """The layers without a shard. What is there is whole: shards are renamed when they are."""
+        layers = range(len(self._checkpoint.layers))
+        return [layer for layer in layers if not self._shard(layer).exists()]
+
+    def visit(self, at: AtExperts) -> Arrays:
+        if not self._shard(at.layer).exists() and self._calibrated:
+            quantiser = _Calibrated(
+                at, nested.parse(self._experts.encoding), self._layout(at.module)
+            )
+            self._write(at.layer, at.module, quantiser.records())
+            name = self._checkpoint.layers[at.layer][0]
+            self._progress.say(f"pack: {name}: {quantiser.report()}")
+        elif not self._shard(at.layer).exists():
+            self.round(at.layer, at.module)
+        return {}
+
+    def resume(self, at: AtExperts, known: Arrays) -> None:
+        pass
+
+    def finish(self) -> list[Arrays]:
+        return []
+
+    def round(self, layer: int, module: torch.nn.Module) -> None:
+        """Write a layer's shard without calibration; `module` has its weights."""
+        layout, encoding = self._layout(module), self._experts.encoding
+        experts = range(expert_geometry(module)[0])
+        records = (encode_expert(layout, encoding, expert_weights(module, e)) for e in experts)
+        self._write(layer, module, records)
+
+    def _shard(self, layer: int) -> Path:
+        return self._directory / Manifest.shard(layer)
+
+    def _write(self, layer: int, module: torch.nn.Module, records: Iterator[np.ndarray]) -> None:
+        count = expert_geometry(module)[0]
+        write_shard(self._shard(layer), self._layout(module), PAGE, records, count)
+
+    def _layout(self, module: torch.nn.Module) -> RecordLayout:
+        return _layout(self._experts, module)
 
 
 def pack(
@@ -44,46 +101,39 @@ def pack(
     encoding: str,
     progress: Progress,
     rows: list[np.ndarray] | None = None,
+    device: str = "cpu",
 ) -> Experts:
-    """Write every layer's experts to `directory`/experts in `encoding`; returns what all shards have in common.
+    """Write every layer's experts to `directory`/experts in `encoding`; returns what all shards
+    have in common.
 
-    With `rows` of token ids a nested encoding is calibrated on them; without, and in any other encoding, weights are
-    rounded. A shard that an interrupted run left there is whole, and kept.
+    With `rows` of token ids a nested encoding is calibrated on them, on `device`; without, and in
+    any other encoding, weights are rounded. A shard that an interrupted run left is kept.
     """
     experts = unpacked(checkpoint, encoding)
-    (directory / "experts").mkdir(parents=True, exist_ok=True)
-    files = [directory / Manifest.shard(layer) for layer in range(len(checkpoint.layers))]
-    count = progress.counter("pack", "layers", len(files))
-    finished = [file.exists() for file in files]  # whole: shards are written beside and renamed
-    if experts.encoding.startswith("nested") and rows is not None and not all(finished):
-        visit = partial(_visit, checkpoint, experts, files, count, progress)
-        passes = [partial(run, checkpoint.model, batch) for batch in batches(rows)]
-        for _ in lockstep(checkpoint, passes, visit):
-            pass
+    calibrated = experts.encoding.startswith("nested") and rows is not None
+    packing = Packing(checkpoint, directory, experts, calibrated, progress)
+    missing = packing.missing()
+    if calibrated and missing:
+        sweep(checkpoint, rows or [], [packing], device, progress=progress)
         return experts
-    for layer, file in enumerate(files):
-        if not finished[layer]:
+    count = progress.counter("pack", "layers", len(checkpoint.layers))
+    for layer in range(len(checkpoint.layers)):
+        if layer in missing:
             with checkpoint.experts(layer) as module:
-                layout = _layout(experts, module)
-                write_shard(
-                    file,
-                    layout,
-                    PAGE,
-                    _rounded(module, layout, experts.encoding),
-                    expert_geometry(module)[0],
-                )
-        count.done(layer + 1, worked=not finished[layer])
+                packing.round(layer, module)
+        count.done(layer + 1, worked=layer in missing)
     return experts
 
 
 def unpacked(checkpoint: Checkpoint, encoding: str) -> Experts:
-    """What all shards in `encoding` will have in common; a `PrepError` if the layers' experts differ in kind."""
+    """What all shards in `encoding` will have in common; a `PrepError` if the layers' experts
+    differ in kind."""
     return Experts(encoding_named(encoding).name, PAGE, *common_kind(checkpoint))
 
 
 def common_kind(checkpoint: Checkpoint) -> tuple[ExpertActivation, bool, bool]:
-    """The gate of all experts, whether their matrices have biases, and whether their outputs are normalised; a
-    `PrepError` if layers differ."""
+    """The gate of all experts, whether their matrices have biases, and whether their outputs are
+    normalised; a `PrepError` if layers differ."""
     kinds = {
         (probe_gate(m), bool(m.has_bias), bool(m.has_post_expert_norm))
         for _, m in checkpoint.layers
@@ -101,58 +151,15 @@ def _layout(experts: Experts, module: torch.nn.Module) -> RecordLayout:
     return record_layout(shape, experts.encoding, PAGE)
 
 
-def _rounded(module: torch.nn.Module, layout: RecordLayout, encoding: str) -> Iterator[np.ndarray]:
-    for expert in range(expert_geometry(module)[0]):
-        yield encode_expert(layout, encoding, expert_weights(module, expert))
-
-
-def _visit(
-    checkpoint: Checkpoint,
-    experts: Experts,
-    files: list[Path],
-    count,
-    progress: Progress,
-    layer: int,
-    arrived: list[Arrived],
-) -> Iterator[torch.Tensor]:
-    """Pack one layer, as `lockstep` reaches it, and compute what the model would."""
-    work = not files[layer].exists()
-    with checkpoint.experts(layer) as module:
-        if work:
-            calibrated = _Calibrated(
-                module, nested.parse(experts.encoding), _layout(experts, module), arrived
-            )
-            write_shard(
-                files[layer],
-                calibrated.layout,
-                PAGE,
-                calibrated.records(),
-                expert_geometry(module)[0],
-            )
-            progress.say(f"pack: {checkpoint.layers[layer][0]}: {calibrated.report()}")
-        count.done(layer + 1, worked=work)
-        yield from outputs(module, arrived)
-
-
 class _Calibrated:
     """Quantises the experts of one layer, a few at a time, on what arrives there."""
 
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        encoding: nested.Nested,
-        layout: RecordLayout,
-        arrived: list[Arrived],
-    ):
-        self.layout = layout
-        self._module, self._encoding, self._arrived = module, encoding, arrived
+    def __init__(self, at: AtExperts, encoding: nested.Nested, layout: RecordLayout):
+        self._at, self._module, self._encoding, self._layout = at, at.module, encoding, layout
         self._lost: dict[str, list[np.ndarray]] = {}
-        total = sum(len(slots.ids) for slots in arrived)
-        every = max(1, total // COMMON)
-        self._common = torch.cat(
-            [slots.tokens[:: min(every, len(slots.ids))] for slots in arrived]
-        )[:COMMON]
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        stride = max(1, len(at.ids) // COMMON)
+        passes = [at.hidden[tokens] for tokens in at.passes()]
+        self._common = torch.cat([part[:: min(stride, len(part))] for part in passes])[:COMMON]
 
     def records(self) -> Iterator[np.ndarray]:
         count, hidden, width = expert_geometry(self._module)
@@ -177,38 +184,38 @@ class _Calibrated:
         codes |= self._quantised(["down"], weights, [m[1] for m in moments])
         for i, w in enumerate(weights):
             tensors = {name: vector for name, vector in w.items() if is_bias_or_norm(name)}
-            for name, found in codes.items():
-                tensors |= nested.pack_matrix(self._encoding, name, found.codes[i], found.scale[i])
-            yield fill_record(self.layout, tensors)
+            for name, matrix in codes.items():
+                tensors |= nested.pack_matrix(
+                    self._encoding, name, matrix.codes[i], matrix.scale[i]
+                )
+            yield fill_record(self._layout, tensors)
 
     def _quantised(
         self, names: list[str], weights: list[dict], moments: list[torch.Tensor]
     ) -> dict[str, Quantised]:
         """Matrices with the same inputs, at once."""
-        w = torch.stack(
-            [torch.cat([torch.from_numpy(of[name]) for name in names]) for of in weights]
+        stacked = torch.stack(
+            [torch.cat([torch.from_numpy(w[name]) for name in names]) for w in weights]
         )
         split = self._encoding.of(names[0])
-        found = quantise(w.to(self._device), torch.stack(moments), split, self._encoding.group)
-        self._lost.setdefault("+".join(names), []).append(found.error)
+        stacked = stacked.to(self._common.device)
+        result = quantise(stacked, torch.stack(moments), split, self._encoding.group)
+        self._lost.setdefault("+".join(names), []).append(result.error)
         parts = zip(
             names,
-            np.split(found.codes, len(names), 1),
-            np.split(found.scale, len(names), 1),
+            np.split(result.codes, len(names), 1),
+            np.split(result.scale, len(names), 1),
             strict=True,
         )
-        return {name: Quantised(codes, scale, found.error) for name, codes, scale in parts}
+        return {name: Quantised(codes, scale, result.error) for name, codes, scale in parts}
 
     def _moments(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Second moments of what the first matrices and the last one of an expert receive."""
-        x, weights = [], []
-        for slots in self._arrived:
-            tokens, ranks = torch.where(slots.ids == expert)
-            x.append(slots.tokens[tokens])
-            weights.append(slots.weights[tokens, ranks].float())
-        own, common, w = torch.cat(x), self._common, torch.cat(weights)
-        inner = [expert_inner(self._module, expert, part) for part in (own, common)]
-        return tuple(
-            second_moment(a.to(self._device), w.to(self._device), b.to(self._device))
-            for a, b in ((own, common), tuple(inner))
+        tokens, ranks = torch.where(self._at.ids == expert)
+        own, w = self._at.hidden[tokens], self._at.weights[tokens, ranks].float()
+        own_inner = expert_inner(self._module, expert, own)
+        common_inner = expert_inner(self._module, expert, self._common)
+        return (
+            second_moment(own, w, self._common),
+            second_moment(own_inner, w, common_inner),
         )

@@ -1,11 +1,13 @@
-"""Codes for the nested encoding that keep the experts' outputs, at every level, on calibration text.
+"""Codes for the nested encoding that keep the experts' outputs, at every level, on calibration
+text.
 
-What is minimised is |X (W - W_n)^T|^2 over the tokens routed to an expert, weighted by their mixing weights, for every
-level n at once. Columns are decided one after another, and each column's error is made up for by the columns that are
-still free (OBQ and GPTQ: arXiv 2208.11580 and 2210.17323). Two things are new here: every level has an error of its own
-to make up for, so each keeps its own running copy of W; and a code, which fixes a value at every level, is chosen for
-all of them together, weighing the levels by `BASE` and `FULL`. D2MoE's MWQ (FIELD 2.2) compensates per block and fits each plane
-to what the planes before left over.
+What is minimised is |X (W - W_n)^T|^2 over the tokens routed to an expert, weighted by their mixing
+weights, for every level n at once. Columns are decided one after another, and each column's error
+is made up for by the columns that are still free (OBQ and GPTQ: arXiv 2208.11580 and 2210.17323).
+Two things are new here: every level has an error of its own to make up for, so each keeps its own
+running copy of W; and a code, which fixes a value at every level, is chosen for all of them
+together, weighing the levels by `BASE` and `FULL`. D2MoE's MWQ (Wang et al., MobiCom 2025)
+compensates per block and fits each plane to what the planes before left over.
 """
 
 from __future__ import annotations
@@ -17,20 +19,23 @@ import torch
 
 from smoe.artifacts.nested import Split, level_weight
 
-DAMPING = 0.1  # of the mean diagonal, added to it: what was not seen in calibration must not be thought free
+# Of the mean diagonal, added to it: what was not seen in calibration must not be thought free.
+DAMPING = 0.1
 BASE, FULL = (
     4.0,
     2.0,
 )  # how much more the base level and the full one weigh than those between (docs/log.md)
-OWN = 64  # tokens of the layer at large that every expert sees besides its own, however many those are
+# Tokens of the layer at large that every expert sees besides its own, however many those are.
+OWN = 64
 PASSES = 4  # over all columns, once each has a code
 CANDIDATES = 9  # scales tried for a group
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """codes uint8 `[E, n_out, n_in]`, scale float32 `[E, n_out, groups]` (values of bfloat16), error float `[levels]`:
-    the share of the output's second moment that is lost at each level, on the calibration tokens."""
+    """codes uint8 `[E, n_out, n_in]`, scale float32 `[E, n_out, groups]` (values of bfloat16),
+    error float `[levels]`: the share of the output's second moment that is lost at each level, on
+    the calibration tokens."""
 
     codes: np.ndarray
     scale: np.ndarray
@@ -38,9 +43,9 @@ class Quantised:
 
 
 def second_moment(x: torch.Tensor, weights: torch.Tensor, common: torch.Tensor) -> torch.Tensor:
-    """E[w^2 x x^T] over an expert's tokens `x` `[n, k]` with mixing weights `[n]`, blended with `common` `[m, k]`, tokens
-    of the layer at large that count as `OWN` tokens of mean weight: an expert that few or no tokens reached still gets
-    a moment of full rank. Float32 `[k, k]`."""
+    """E[w^2 x x^T] over an expert's tokens `x` `[n, k]` with mixing weights `[n]`, blended with
+    `common` `[m, k]`, tokens of the layer at large that count as `OWN` tokens of mean weight: an
+    expert that few or no tokens reached still gets a moment of full rank. Float32 `[k, k]`."""
     own = x * weights[:, None]
     mean = weights.square().mean() if len(weights) else torch.ones((), device=x.device)
     total = own.T @ own + common.T @ common * (mean * OWN / max(1, len(common)))
@@ -48,9 +53,11 @@ def second_moment(x: torch.Tensor, weights: torch.Tensor, common: torch.Tensor) 
 
 
 def quantise(w: torch.Tensor, moment: torch.Tensor, split: Split, group: int) -> Quantised:
-    """Codes and scales of `w` float32 `[E, n_out, n_in]` for second moments of its inputs `[E, n_in, n_in]`.
+    """Codes and scales of `w` float32 `[E, n_out, n_in]` for second moments of its inputs `[E,
+    n_in, n_in]`.
 
-    Runs where its arguments are. E matrices are done at once, so that short loops in Python do not dominate.
+    Runs where its arguments are. E matrices are done at once, so that short loops in Python do not
+    dominate.
     """
     levels, (experts, n_out, n_in) = len(split.planes), w.shape
     seen, moment = moment, moment + _damping(moment)
@@ -92,8 +99,9 @@ def _again(
     scale: torch.Tensor,
     group: int,
 ) -> None:
-    """Choose every column's codes again, in place, now that all the others are known (coordinate descent, as QuantEase:
-    arXiv 2309.01885): what a column has to make up for is then exact and not a forecast."""
+    """Choose every column's codes again, in place, now that all the others are known (coordinate
+    descent, as QuantEase: arXiv 2309.01885): what a column has to make up for is then exact and not
+    a forecast."""
     wide = scale.repeat_interleave(group, -1)[..., : w.shape[-1]]
     pull = (
         w - grid.look_up(codes) * wide
@@ -114,7 +122,8 @@ def _fitted_scale(
     scale: torch.Tensor,
     group: int,
 ) -> torch.Tensor:
-    """The scales with the least cost for these codes, all groups of a row together: least squares, values of bfloat16."""
+    """The scales with the least cost for these codes, all groups of a row together: least squares,
+    values of bfloat16."""
     values = grid.look_up(codes)  # [levels, E, n_out, n_in]
     weights = torch.tensor(grid.weights, device=w.device)[:, None, None, None]
     groups = scale.shape[-1]
@@ -143,7 +152,8 @@ def _damping(moment: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse_factor(moment: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor U of the inverse, U^T U: row j says how column j's error is made up for by later ones."""
+    """The upper Cholesky factor U of the inverse, U^T U: row j says how column j's error is made up
+    for by later ones."""
     lower = torch.linalg.cholesky(moment.double())
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
 
@@ -175,8 +185,9 @@ class _Grid:
         )
 
     def choose(self, x: torch.Tensor) -> torch.Tensor:
-        """The best of a few full codes for `x` `[levels, ..]`, which wants each level somewhere else: the nearest at the
-        full level, and the nearest to it among those that are right for a lower one."""
+        """The best of a few full codes for `x` `[levels, ..]`, which wants each level somewhere
+        else: the nearest at the full level, and the nearest to it among those that are right for a
+        lower one."""
         nearest = [torch.bucketize(x[n].contiguous(), edges) for n, edges in enumerate(self.edges)]
         total, codes = self.bits[-1], [nearest[-1]]
         for bits, prefix in zip(self.bits[:-1], nearest[:-1], strict=True):
@@ -191,7 +202,8 @@ class _Grid:
 
 
 def _best_scale(grid: _Grid, rest: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """Scales `[E, n_out]` of a group `rest` `[levels, E, n_out, k]`: of a few, that with the least cost at all levels."""
+    """Scales `[E, n_out]` of a group `rest` `[levels, E, n_out, k]`: of a few, that with the least
+    cost at all levels."""
     full, total = rest[-1], grid.bits[-1]
     if total <= 4:
         middle, around = full.square().mean(-1).sqrt(), np.linspace(1.8, 3.0, CANDIDATES)
@@ -217,7 +229,8 @@ def _lost(
     moment: torch.Tensor,
     group: int,
 ) -> np.ndarray:
-    """Per level, the second moment of the output's error over that of the output: float64 `[levels]`."""
+    """Per level, the second moment of the output's error over that of the output: float64
+    `[levels]`."""
     wide = scale.repeat_interleave(group, -1)[..., : w.shape[-1]]
 
     def energy(v: torch.Tensor) -> float:

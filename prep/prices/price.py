@@ -1,9 +1,10 @@
-"""Prices: what leaving an expert out, standing in for it, or reading less of it costs in nats, as second moments.
+"""Prices: what leaving an expert out, standing in for it, or reading less of it costs in nats, as
+second moments.
 
-A sample of the calibration text goes through the model forward and back (`fisher`); at every layer all its experts run
-on all sampled tokens, and what is kept of them is their product with the gradients. Where the experts are packed
-already, the errors of their levels are taken from the shards, computed by the kernels of the device. What the moments
-leave out, `fit` measures once the bundle can run.
+A sample of the calibration text goes through the model forward and back (`sweep.gradients`); at
+every layer all its experts run on all sampled tokens, and what is kept of them is their product
+with the gradients. The errors of levels are taken from the shards, computed by the kernels of the
+device. What the moments leave out, `calibrate` measures once the bundle can run.
 """
 
 from __future__ import annotations
@@ -14,29 +15,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from smoe.artifacts import safetensors_file
 from smoe.artifacts.encodings import encoding_named, record_layout
 from smoe.artifacts.layout import ExpertShape
 from smoe.artifacts.manifest import Experts, Manifest
 from smoe.artifacts.shard import shard_start
-from smoe.artifacts.tables import load_tables, save_tables
 from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.seam import expert_geometry, expert_outputs
-from smoe.prep.errors import PrepError
 from smoe.prep.prices.sums import PriceSums
-from smoe.prep.progress import Progress
 from smoe.prep.statistics.sums import activity
-from smoe.prep.sweep.gradients import AtExperts, row_bytes, sweep_gradients
+from smoe.prep.sweep.forward import Arrays, AtExperts
 from smoe.runtime import kernels
 
 DRAWS = 4  # of labels per position: more draws are cheaper than more tokens, up to about here
-TOGETHER = 4096  # tokens whose graph is in memory at once; a larger sample takes two sweeps for each so many,
-GRAPH = 800_000_000  # or fewer, so that it takes no more bytes than this, if one row does not
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Shards that `pack` wrote: `experts` is what they have in common, `directory` holds experts/layer-NN.safetensors."""
+    """Shards that `pack` wrote: `experts` is what they have in common, `directory` holds
+    experts/layer-NN.safetensors."""
 
     experts: Experts
     directory: Path
@@ -46,95 +42,80 @@ class Packed:
         return encoding_named(self.experts.encoding).levels
 
 
-def sampled(rows: list[np.ndarray], tokens: int, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Rows `[n, length]` for the prices, drawn with `seed` until they have `tokens` tokens, at most three quarters of all
-    there are, and all others."""
+def sampled(
+    rows: list[np.ndarray], tokens: int, seed: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Which tokens of a text, whose rows lie one after another, prices come from, and which are
+    left to be measured on: int64 positions, one array for each row.
+
+    Whole rows are drawn with `seed` until they have `tokens` tokens, at most three quarters of all
+    there are. Where the text has one whole row, its first three quarters are drawn.
+    """
+    ends = np.cumsum([len(row) for row in rows])
+    positions = [np.arange(end - len(row), end) for row, end in zip(rows, ends, strict=True)]
     whole = [i for i, row in enumerate(rows) if len(row) == len(rows[0])]
-    wanted = max(1, min(-(-tokens // len(rows[0])), len(whole) * 3 // 4))
-    drawn = np.sort(np.random.default_rng([seed, 1]).permutation(whole)[:wanted])
-    return np.stack([rows[i] for i in drawn]), [
-        row for i, row in enumerate(rows) if i not in set(drawn.tolist())
-    ]
+    if len(whole) == 1:
+        cut = len(rows[0]) * 3 // 4
+        return [positions[0][:cut]], [positions[0][cut:], *positions[1:]]
+    count = max(1, min(-(-tokens // len(rows[0])), len(whole) * 3 // 4))
+    drawn = set(np.random.default_rng([seed, 1]).permutation(whole)[:count].tolist())
+    return (
+        [part for i, part in enumerate(positions) if i in drawn],
+        [part for i, part in enumerate(positions) if i not in drawn],
+    )
 
 
-def add_prices(
-    checkpoint: Checkpoint,
-    directory: Path,
-    rows: np.ndarray,
-    seed: int,
-    packed: Packed,
-    progress: Progress,
-) -> str:
-    """Put the price tables of `rows` beside the others in `directory`, once. Returns "" or, where the model has none,
-    why; a bundle does without."""
-    file = directory / "tables.safetensors"
-    experts = [expert_geometry(module)[0] for _, module in checkpoint.layers]
-    tables = load_tables(file, experts)
-    if all("price_cross" in of for of in tables):
-        progress.say("price: kept from an earlier run")
-        return ""
-    try:
-        sums = price(checkpoint, rows, seed, packed, progress)
-    except PrepError as error:
-        return str(error)
-    merged = [of | found.tables() for of, found in zip(tables, sums, strict=True)]
-    save_tables(file, merged, safetensors_file.read_header(file).metadata)
-    return ""
+class Prices:
+    """An observer of the way back: adds up the moments that prices are made of."""
 
+    name = "prices"
 
-def price(
-    checkpoint: Checkpoint, rows: np.ndarray, seed: int, packed: Packed | None, progress: Progress
-) -> list[PriceSums]:
-    """The sums of every layer over `rows` of token ids int64 `[n, length]`."""
-    levels = packed.levels if packed else 0
-    sums = [PriceSums.zeros(expert_geometry(module)[0], levels) for _, module in checkpoint.layers]
-    at_once = max(1, min(TOGETHER // rows.shape[1], GRAPH // row_bytes(checkpoint, rows[0], DRAWS)))
-    groups = np.split(rows, range(at_once, len(rows), at_once))
-    count = progress.counter("price", "layers", len(groups) * len(sums))
-    done = 0
+    def __init__(self, checkpoint: Checkpoint, packed: Packed | None):
+        """With `packed` the errors of its levels too: a layer's shard must be there by then."""
+        levels = packed.levels if packed else 0
+        sizes = [expert_geometry(module)[0] for _, module in checkpoint.layers]
+        self.sums = [PriceSums.zeros(experts, levels) for experts in sizes]
+        self._packed = packed
 
-    def visit(layer: int, module: torch.nn.Module, at: AtExperts) -> None:
-        nonlocal done
-        active = activity(at.ids.numpy(), len(sums[layer].sampled))
-        sums[layer].add(products(module, at), active)
-        if packed is not None:
-            _add_levels(sums[layer], packed, layer, module, at, active)
-        done += 1
-        count.done(done)
+    def visit(self, at: AtExperts) -> Arrays:
+        sums = self.sums[at.layer]
+        active = activity(at.ids.cpu().numpy(), len(sums.sampled))
+        sums.add(products(at), active)
+        if self._packed is not None:
+            _add_levels(sums, self._packed, at, active)
+        return {}
 
-    for number, group in enumerate(groups):
-        sweep_gradients(checkpoint, group, DRAWS, seed + number, visit)
-    return sums
+    def resume(self, at: AtExperts, known: Arrays) -> None:
+        raise NotImplementedError("the way back is walked as a whole")
+
+    def finish(self) -> list[Arrays]:
+        return [sums.tables() for sums in self.sums]
 
 
 @torch.no_grad()
-def products(module: torch.nn.Module, at: AtExperts) -> np.ndarray:
+def products(at: AtExperts) -> np.ndarray:
     """g times the output of every expert, for every draw and token: float32 `[draws, T, E]`."""
-    experts = expert_geometry(module)[0]
-    found = np.empty((*at.gradients.shape[:2], experts), np.float32)
+    assert at.gradients is not None
+    experts = expert_geometry(at.module)[0]
+    result = np.empty((*at.gradients.shape[:2], experts), np.float32)
     for expert in range(experts):
-        y = expert_outputs(module, expert, at.tokens)
+        y = expert_outputs(at.module, expert, at.hidden)
         for draw, g in enumerate(at.gradients):
-            found[draw, :, expert] = (g * y).sum(-1).numpy()
-    return found
+            result[draw, :, expert] = (g * y).sum(-1).cpu().numpy()
+    return result
 
 
 @torch.no_grad()
-def _add_levels(
-    sums: PriceSums,
-    packed: Packed,
-    layer: int,
-    module: torch.nn.Module,
-    at: AtExperts,
-    active: np.ndarray,
-) -> None:
+def _add_levels(sums: PriceSums, packed: Packed, at: AtExperts, active: np.ndarray) -> None:
     """The errors of each level of each expert, on the tokens routed to it."""
-    outputs = _PackedExperts(packed, layer, module)
+    assert at.gradients is not None
+    outputs = _PackedExperts(packed, at.layer, at.module)
     for expert in np.flatnonzero(active.any(0)):
         tokens = torch.from_numpy(np.flatnonzero(active[:, expert]))
-        x, g = at.tokens[tokens], at.gradients[:, tokens].numpy()
-        by_level = outputs(expert, x.numpy())
-        exact = expert_outputs(module, int(expert), x).numpy()
+        x = at.hidden[tokens.to(at.hidden.device)]
+        g = at.gradients[:, tokens.to(at.gradients.device)].cpu().numpy()
+        by_level = outputs(expert, x.cpu().numpy())
+        exact = expert_outputs(at.module, int(expert), x).cpu().numpy()
         errors = np.einsum("dnh,jnh->dnj", g, by_level - by_level[-1])
         sums.add_levels(int(expert), errors, np.einsum("dnh,nh->dn", g, by_level[-1] - exact))
 

@@ -1,12 +1,16 @@
-"""Whether the bundle's prices can be trusted: predicted against measured, on text that nothing was fitted to.
+"""Whether the bundle's prices can be trusted: predicted against measured, on text that nothing was
+fitted to.
 
-Random sets of shortcuts, several groups of which have the same number of slots: there a price has to rank by more than
-how many there are. Sets differ in kinds, layers, experts and in how large the slots' mixing weights are.
+Random sets of shortcuts, several groups of which have the same number of slots: there a price has
+to rank by more than how many there are. Sets differ in kinds, layers, experts and in how large the
+slots' mixing weights are.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,48 +27,88 @@ SHARES = (0.002, 0.006, 0.02)  # of all slots, one for each group
 SETS = 24  # of a group
 
 
+@dataclass(frozen=True)
+class PriceCheck:
+    """What was predicted and measured, in nats per token.
+
+    `groups` are of sets with the same number of slots: Spearman's rank correlation with the
+    measured of the price, and of the sum of squared mixing weights beside it. `slot_count_spearman`
+    is that of the slot count over all sets, `predicted_over_measured` per kind the ratio of the
+    sums.
+    """
+
+    tokens: int
+    fit: dict[str, list[float]]
+    groups: list[dict]
+    slot_count_spearman: float
+    predicted_over_measured: dict[str, float]
+    sets: list[dict]
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[str]:
+        lines = [f"prices, on {self.tokens} tokens, {len(self.sets)} random sets of shortcuts"]
+        for group in self.groups:
+            low, high = group["measured"]
+            lines.append(
+                f"  {group['slots'][0]} slots each, {low:.2g} to {high:.2g} nats per token: rank "
+                f"correlation {group['price_spearman']} (sum of squared weights: "
+                f"{group['square_spearman']})"
+            )
+        lines.append(f"  slot count over all sets: {self.slot_count_spearman}")
+        ratios = self.predicted_over_measured.items()
+        shown = ", ".join(f"{kind} {ratio}" for kind, ratio in ratios)
+        return [*lines, f"  predicted / measured: {shown}", "", *_drawing(self.sets)]
+
+
 def verify_prices(
     bundle: Path, checkpoint: Checkpoint, text: Calibration, progress: Progress
-) -> dict:
-    """Per set what was predicted and measured in nats per token; per group Spearman's rank correlation with the measured
-    of the price, and of the sum of squared mixing weights beside it; over all sets that of the slot count; per kind the
-    sum of predicted over the sum of measured. An `EngineError` if the bundle has no prices."""
-    opened = open_bundle(bundle)
-    tables = opened.tables.layers()
+) -> PriceCheck:
+    """Run random sets of shortcuts on `text`. An `EngineError` if the bundle has no prices."""
+    tables = open_bundle(bundle).tables.layers()
     fit = Prices.of(tables).layers[0].fit
     prices = Prices.of(tables, fitted=False)
     kinds = [kind for kind in KINDS if kind != "level" or prices.layers[0].level.shape[1] > 1]
-    named = _sets(kinds, text.seed)
-    rows = [
+    plans = _sets(kinds, text.seed)
+    pieces = [
         row[i : i + LENGTH] for row in text.rows(checkpoint) for i in range(0, len(row), LENGTH)
     ]
-    rows = [row for row in rows if len(row) > 1]
-    found = outcomes(
-        bundle, prices, rows, [plan for _, _, plan in named], text.seed,
-        lambda over: progress.over(over, "verify prices", "rows", len(rows)),
-    )  # fmt: skip
+    rows = [piece for piece in pieces if len(piece) > 1]
+    measured = outcomes(
+        bundle,
+        prices,
+        rows,
+        [plan for _, _, plan in plans],
+        text.seed,
+        lambda runs: progress.over(runs, "verify prices", "rows", len(rows)),
+    )
     sets = [
-        _about(share, kind, outcome, fit)
-        for (share, kind, _), outcome in zip(named, found, strict=True)
+        _set(share, kind, outcome, fit)
+        for (share, kind, _), outcome in zip(plans, measured, strict=True)
     ]
-    return {
-        "tokens": found[0].tokens,
-        "fit": {kind: [float(x) for x in fit[KINDS.index(kind)]] for kind in kinds},
-        "groups": [_group(share, [of for of in sets if of["share"] == share]) for share in SHARES],
-        "slot_count_spearman": _rank([of["slots"] for of in sets], [of["measured"] for of in sets]),
-        "predicted_over_measured": {
-            kind: round(sum(of["predicted"] for of in sets if of["kind"] == kind)
-                        / sum(of["measured"] for of in sets if of["kind"] == kind), 3)
-            for kind in sorted({of["kind"] for of in sets})
-        },
-        "sets": sets,
-    }  # fmt: skip
+    return PriceCheck(
+        tokens=measured[0].tokens,
+        fit={kind: [float(x) for x in fit[KINDS.index(kind)]] for kind in kinds},
+        groups=[_group(share, [s for s in sets if s["share"] == share]) for share in SHARES],
+        slot_count_spearman=_rank([s["slots"] for s in sets], [s["measured"] for s in sets]),
+        predicted_over_measured=_ratios(sets),
+        sets=sets,
+    )
+
+
+def _ratios(sets: list[dict]) -> dict[str, float]:
+    ratios = {}
+    for kind in sorted({s["kind"] for s in sets}):
+        predicted = sum(s["predicted"] for s in sets if s["kind"] == kind)
+        ratios[kind] = round(predicted / sum(s["measured"] for s in sets if s["kind"] == kind), 3)
+    return ratios
 
 
 def _sets(kinds: list[str], seed: int) -> list[tuple[float, str, Perturbation]]:
     """(share, kind, plan) of every set."""
     random = np.random.default_rng([seed, 2])
-    found = []
+    sets = []
     for share in SHARES:
         for number in range(SETS):
             which = number % (len(kinds) + 1)
@@ -78,29 +122,29 @@ def _sets(kinds: list[str], seed: int) -> list[tuple[float, str, Perturbation]]:
                 prefer,
                 int(random.integers(2**31)),
             )
-            found.append((share, used[0] if len(used) == 1 else "mixed", plan))
-    return found
+            sets.append((share, used[0] if len(used) == 1 else "mixed", plan))
+    return sets
 
 
-def _about(share: float, kind: str, of: Outcome, fit: np.ndarray) -> dict:
+def _set(share: float, kind: str, outcome: Outcome, fit: np.ndarray) -> dict:
     return {
         "share": share,
         "kind": kind,
-        "slots": of.slots,
-        "predicted": float(f"{of.predicted(fit):.4g}"),
-        "measured": float(f"{of.measured:.4g}"),
-        "square": float(f"{of.square / max(1, of.tokens):.4g}"),
+        "slots": outcome.slots,
+        "predicted": float(f"{outcome.predicted(fit):.4g}"),
+        "measured": float(f"{outcome.measured:.4g}"),
+        "square": float(f"{outcome.square / max(1, outcome.tokens):.4g}"),
     }
 
 
 def _group(share: float, sets: list[dict]) -> dict:
-    measured = [of["measured"] for of in sets]
+    measured = [s["measured"] for s in sets]
     return {
         "share": share,
-        "slots": [min(of["slots"] for of in sets), max(of["slots"] for of in sets)],
+        "slots": [min(s["slots"] for s in sets), max(s["slots"] for s in sets)],
         "measured": [min(measured), max(measured)],
-        "price_spearman": _rank([of["predicted"] for of in sets], measured),
-        "square_spearman": _rank([of["square"] for of in sets], measured),
+        "price_spearman": _rank([s["predicted"] for s in sets], measured),
+        "square_spearman": _rank([s["square"] for s in sets], measured),
     }
 
 
@@ -108,41 +152,24 @@ def _rank(a: list[float], b: list[float]) -> float:
     return round(float(spearmanr(a, b).statistic), 3)
 
 
-def text_of(found: dict) -> str:
-    """For people: the figures, and a drawing."""
-    lines = [f"prices, on {found['tokens']} tokens, {len(found['sets'])} random sets of shortcuts"]
-    for group in found["groups"]:
-        low, high = group["measured"]
-        lines.append(
-            f"  {group['slots'][0]} slots each, {low:.2g} to {high:.2g} nats per token: rank correlation {group['price_spearman']} "
-            f"(sum of squared weights: {group['square_spearman']})"
-        )
-    lines.append(f"  slot count over all sets: {found['slot_count_spearman']}")
-    ratios = ", ".join(
-        f"{kind} {ratio}" for kind, ratio in found["predicted_over_measured"].items()
-    )
-    return "\n".join([*lines, f"  predicted / measured: {ratios}", "", *_drawing(found["sets"])])
-
-
 def _drawing(sets: list[dict], width: int = 64, height: int = 20) -> list[str]:
     """Predicted (across) against measured (up), both logarithmic; where they agree is dotted."""
     marks = {"skip": "o", "standin": "s", "level": "l", "mixed": "m"}
-    values = [max(of[name], 1e-9) for of in sets for name in ("predicted", "measured")]
+    values = [max(s[name], 1e-9) for s in sets for name in ("predicted", "measured")]
     low, high = math.log10(min(values)), math.log10(max(values))
     span = max(high - low, 1e-9)
     canvas = [[" "] * width for _ in range(height)]
     for x in range(width):
         canvas[round(x / (width - 1) * (height - 1))][x] = "."
-    for of in sets:
-        x, y = (
-            (math.log10(max(of[name], 1e-9)) - low) / span for name in ("predicted", "measured")
-        )
-        canvas[round(y * (height - 1))][round(x * (width - 1))] = marks[of["kind"]]
+    for s in sets:
+        x, y = ((math.log10(max(s[name], 1e-9)) - low) / span for name in ("predicted", "measured"))
+        canvas[round(y * (height - 1))][round(x * (width - 1))] = marks[s["kind"]]
     legend = ", ".join(
-        f"{mark} {kind}" for kind, mark in marks.items() if any(of["kind"] == kind for of in sets)
+        f"{mark} {kind}" for kind, mark in marks.items() if any(s["kind"] == kind for s in sets)
     )
     return [
-        f"  measured (up) against predicted (across), {10**low:.1e} to {10**high:.1e} nats per token; {legend}",
+        f"  measured (up) against predicted (across), {10**low:.1e} to {10**high:.1e} nats per "
+        f"token; {legend}",
         *("  |" + "".join(row).rstrip() for row in reversed(canvas)),
         "  +" + "-" * width,
     ]

@@ -1,6 +1,8 @@
-"""The sums behind the tables of one MoE layer. Sums merge, so that runs can be split and added up; `tables` divides.
+"""The sums behind the tables of one MoE layer. Sums merge, so that runs can be split and added up;
+`tables` divides.
 
-Nothing here knows torch or models: arrays come in, arrays go out. The formulas are those of `artifacts/tables.py`.
+Nothing here knows torch or models: arrays come in, arrays go out. The formulas are those of
+`artifacts/tables.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ MAX_RANKS = 32  # stand-ins listed per expert
 
 @dataclass
 class LayerSums:
-    """Sums over tokens, float64 or int64. E experts here, P in the previous MoE layer (0: there is none)."""
+    """Sums over tokens, float64 or int64. E experts here, P in the previous MoE layer (0: there is
+    none)."""
 
     counts: np.ndarray  # [E]
     gate_mass: np.ndarray  # [E]
@@ -38,13 +41,27 @@ class LayerSums:
 
     @classmethod
     def zeros(cls, experts: int, previous: int) -> LayerSums:
+        """Nothing added yet, for so many experts, and so many in the previous MoE layer."""
         e, ee = (experts,), (experts, experts)
         return cls(
-            np.zeros(e, np.int64), np.zeros(e), np.zeros(e), np.zeros(e), np.zeros(ee, np.int64),
-            np.zeros((previous, experts), np.int64), np.zeros(e), np.zeros(ee), 0,
-            np.zeros(e, np.int64), np.zeros(ee), np.zeros(ee), np.zeros(e),
-            0, np.zeros(ee), np.zeros(ee), np.zeros(e),
-        )  # fmt: skip
+            counts=np.zeros(e, np.int64),
+            gate_mass=np.zeros(e),
+            weighted_norm=np.zeros(e),
+            norm=np.zeros(e),
+            together=np.zeros(ee, np.int64),
+            transition=np.zeros((previous, experts), np.int64),
+            score=np.zeros(e),
+            score_product=np.zeros(ee),
+            scored=0,
+            sampled=np.zeros(e, np.int64),
+            cosine=np.zeros(ee),
+            error=np.zeros(ee),
+            energy=np.zeros(e),
+            any_sampled=0,
+            any_cosine=np.zeros(ee),
+            any_error=np.zeros(ee),
+            any_energy=np.zeros(e),
+        )
 
     def merge(self, other: LayerSums) -> LayerSums:
         """The sums of both runs."""
@@ -54,8 +71,8 @@ class LayerSums:
     def add_routing(
         self, ids: np.ndarray, weights: np.ndarray, norms: np.ndarray, before: np.ndarray | None
     ) -> np.ndarray:
-        """Add a batch: ids, mixing weights and output norms `[T, k]`, and `before`, the activity of the previous
-        layer. Returns this layer's activity, bool `[T, E]`."""
+        """Add a batch: ids, mixing weights and output norms `[T, k]`, and `before`, the activity of
+        the previous layer. Returns this layer's activity, bool `[T, E]`."""
         active = activity(ids, len(self.counts))
         real = ids < len(self.counts)
         ids, weights, norms = ids[real], weights[real], norms[real]
@@ -73,7 +90,8 @@ class LayerSums:
         return active
 
     def add_scores(self, scores: np.ndarray) -> None:
-        """Add selection scores `[T, E]`. A masked score (not finite) counts as the row's lowest finite one."""
+        """Add selection scores `[T, E]`. A masked score (not finite) counts as the row's lowest
+        finite one."""
         s = scores.astype(np.float64)
         finite = np.isfinite(s)
         lowest = np.where(finite, s, np.inf).min(1, keepdims=True)
@@ -83,10 +101,10 @@ class LayerSums:
         self.scored += len(s)
 
     def add_outputs(self, outputs: np.ndarray, active: np.ndarray) -> None:
-        """Add sampled tokens: `outputs` float `[n, E, H]` of every expert, `active` bool `[n, E]`."""
-        outputs = outputs.astype(
-            np.float64, copy=False
-        )  # the error of near twins is a difference of large numbers
+        """Add sampled tokens: `outputs` float `[n, E, H]` of every expert, `active` bool
+        `[n, E]`."""
+        # float64: the error of near twins is a difference of large numbers
+        outputs = outputs.astype(np.float64, copy=False)
         gram = outputs @ outputs.transpose(0, 2, 1)  # [n, E, E]
         energy = np.einsum("nee->ne", gram).astype(np.float64)
         norms = np.sqrt(energy)
@@ -106,8 +124,8 @@ class LayerSums:
     def tables(self) -> dict[str, np.ndarray]:
         """The tables of this layer, names and dtypes as in `artifacts.tables.TABLES`.
 
-        An expert that no token reached gets the layer's mean saliency and norm; one that no sampled token reached gets
-        similarity and error over all sampled tokens.
+        An expert that no token reached gets the layer's mean saliency and norm; one that no sampled
+        token reached gets similarity and error over all sampled tokens.
         """
         reached, sampled = self.counts > 0, self.sampled > 0
         all_slots = max(1, int(self.counts.sum()))
@@ -119,7 +137,7 @@ class LayerSums:
             summed_error, energy, out=np.full_like(summed_error, np.inf), where=energy > 0
         )
         ids, errors = _rank(error)
-        found = {
+        tables = {
             "counts": self.counts,
             "gate_mass": self.gate_mass,
             "saliency": np.where(
@@ -136,14 +154,15 @@ class LayerSums:
             "standin_error": errors,
         }
         if len(self.transition):
-            found["transition"] = self.transition
+            tables["transition"] = self.transition
         if self.scored:
-            found["score_similarity"] = _correlation(self.score, self.score_product, self.scored)
-        return found
+            tables["score_similarity"] = _correlation(self.score, self.score_product, self.scored)
+        return tables
 
 
 def activity(ids: np.ndarray, experts: int) -> np.ndarray:
-    """Which experts each token uses, bool `[T, experts]`, from ids `[T, k]`; the id `experts` is no expert."""
+    """Which experts each token uses, bool `[T, experts]`, from ids `[T, k]`; the id `experts` is no
+    expert."""
     active = np.zeros((len(ids), experts + 1), bool)
     np.put_along_axis(active, ids, True, axis=1)
     return active[:, :experts]
@@ -154,13 +173,14 @@ def _correlation(total: np.ndarray, product: np.ndarray, n: int) -> np.ndarray:
     covariance = product / n - np.outer(mean, mean)
     deviation = np.sqrt(np.maximum(np.diag(covariance), 0))
     scale = np.outer(deviation, deviation)
-    found = np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
-    np.fill_diagonal(found, 1)
-    return np.clip(found, -1, 1).astype(np.float32)
+    correlation = np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
+    np.fill_diagonal(correlation, 1)
+    return np.clip(correlation, -1, 1).astype(np.float32)
 
 
 def _rank(error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Stand-ins of each expert, best first: ids int16 and errors float32 `[E, R]`. An expert is not its own."""
+    """Stand-ins of each expert, best first: ids int16 and errors float32 `[E, R]`. An expert is
+    not its own."""
     others = error.copy()
     np.fill_diagonal(others, np.nan)
     ranks = min(MAX_RANKS, max(1, len(error) - 1))

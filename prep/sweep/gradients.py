@@ -1,276 +1,281 @@
-"""How strongly the model's own predictions depend on the outputs of its experts: gradients at every layer's experts.
+"""How strongly the model's own predictions depend on the outputs of its experts: the gradient at
+every layer's experts.
 
-At every position labels are drawn from the model's own distribution, independently; g is the gradient of the sum of
-their log-likelihoods at the experts' output. A small perturbation d of that output then costs E[(g . d)^2] / 2 nats of
-KL divergence, summed over all positions that it reaches (Fisher).
+At every position labels are drawn from the model's own distribution, independently; g is the
+gradient of the sum of their log-likelihoods at the experts' output. A small perturbation d of that
+output then costs E[(g . d)^2] / 2 nats of KL divergence, summed over all positions that it reaches
+(Fisher information).
 
-Two sweeps, each layer's experts read once in each. Forward, the backbone is under autograd and the experts are one
-node of its graph. Backward, one thread per draw walks that graph, and all draws meet where they reach a layer's
-experts: there g is complete, the experts are in memory, and go back through them too. One thread runs at a time.
+The rows go forward with all other text of a sweep, the backbone under autograd and a layer's
+experts one node of its graph. Then every draw walks back, and all of them meet at each layer's
+experts, which are read for the second time: there g is complete, and goes back through them too.
+What autograd saves for the way back lies in a file, but for the first of it, so that memory does
+not grow with the text.
 """
 
 from __future__ import annotations
 
 import contextlib
-import queue
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+import dataclasses
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from smoe.prep.checkpoint.checkpoint import Checkpoint
-from smoe.prep.checkpoint.seam import (
-    expert_geometry,
-    expert_outputs,
-    experts_run_by,
-    mixed_outputs,
-    slots_of,
-)
-from smoe.prep.errors import PrepError
+from smoe.prep.checkpoint.seam import expert_geometry, expert_outputs, slots_of
+from smoe.prep.errors import NotDifferentiableError
+from smoe.prep.progress import Progress
+from smoe.prep.sweep.forward import BATCH, AtExperts, Observer, Pass, batches_of
+
+IN_MEMORY = 128 << 20  # bytes that are saved for the way back and not in the file
+SMALL = 64 << 10  # bytes of a tensor that is never worth the file
+LOGITS = 64 << 20  # bytes of the logits of one pass, if one row does not have more
 
 
-@dataclass(frozen=True)
-class AtExperts:
-    """What one layer's experts received for T tokens, and how the draws' log-likelihoods depend on what they gave.
+class Backward:
+    """Rows of token ids int64 `[n, length]` that a sweep takes forward and then `draws` times back;
+    `observers` visit each layer on that way, last first, with `gradients`.
 
-    tokens float32 `[T, H]`, ids int64 and mixing weights float32 `[T, k]`, gradients float32 `[draws, T, H]`.
+    `refusal` is why the model cannot be differentiated, if it cannot. Files lie in `directory`.
     """
 
-    tokens: torch.Tensor
-    ids: torch.Tensor
-    weights: torch.Tensor
-    gradients: torch.Tensor
-
-
-Visit = Callable[[int, torch.nn.Module, AtExperts], None]
-
-
-def sweep_gradients(
-    checkpoint: Checkpoint, rows: np.ndarray, draws: int, seed: int, visit: Visit
-) -> None:
-    """Run `rows` of token ids int64 `[n, length]` forward and `draws` times back, and call
-    `visit(layer, module, at)` for every layer, last first, while its experts are in memory.
-
-    Memory holds the backbone's graph of all tokens (`row_bytes`). A model that cannot be differentiated is a `PrepError`.
-    """
-    sweeps = _Sweeps(checkpoint, draws, seed)
-    with _only_values(checkpoint.model):
-        with (
-            torch.enable_grad(),
-            experts_run_by(checkpoint.model, checkpoint.layers, sweeps.forward),
-        ):
-            logits = checkpoint.model(input_ids=torch.from_numpy(rows), use_cache=False).logits
-            score = _OwnScore.apply(sweeps, logits)
-        del logits
-        sweeps.back(score, visit)
-
-
-def row_bytes(checkpoint: Checkpoint, row: np.ndarray, draws: int) -> int:
-    """About what `sweep_gradients` holds for one row of token ids int64 `[length]`: its graph and the draws' gradients, and
-    as much again for what comes and goes (peaks were 1.2 and 2.3 times the former; docs/log.md, 2026-11-25)."""
-    weights = {
-        p.untyped_storage().data_ptr() for p in checkpoint.model.parameters() if not p.is_meta
-    }
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def nothing(layer, module, hidden, ids, mixing):
-        return (
-            torch.zeros_like(hidden, requires_grad=True) * 1
-        )  # no leaf: a model may add to it in place
-
-    with (
-        _only_values(checkpoint.model),
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        experts_run_by(checkpoint.model, checkpoint.layers, nothing),
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        rows: np.ndarray,
+        draws: int,
+        seed: int,
+        observers: Sequence[Observer],
+        directory: Path | None = None,
     ):
-        logits = checkpoint.model(input_ids=torch.from_numpy(row[None]), use_cache=False).logits
-    hidden = max(expert_geometry(module)[1] for _, module in checkpoint.layers)
-    gradients = 3 * draws * len(row) * hidden * 4  # arrived, going on, and at one layer's experts
-    return 2 * (sum(kept.values()) + 3 * logits.nbytes + gradients)
+        self.refusal = ""
+        self._checkpoint, self._rows, self._observers = checkpoint, rows, observers
+        self._draws, self._seed, self._directory = draws, seed, directory
+        self._graphs: list[_Graph] = []
+        self._saved: SavedTensors | None = None
 
+    def passes(self, device: str) -> list[Pass]:
+        """The passes forward."""
+        self._saved = SavedTensors(self._checkpoint.model, self._directory)
+        row = self._rows.shape[1] * self._checkpoint.config.vocab_size * 4
+        batches = batches_of(list(self._rows), max(1, min(BATCH, LOGITS // row)))
+        self._graphs = [_Graph(self._checkpoint, b, device, self._saved) for b in batches]
+        return list(self._graphs)
 
-@contextlib.contextmanager
-def _only_values(model: torch.nn.Module) -> Iterator[None]:
-    """Parameters are not differentiated: only values are, and experts come and go."""
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
-    for parameter, _ in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, wants in wanted:
-            parameter.requires_grad_(wants)
+    def walk_back(self, device: str, progress: Progress) -> None:
+        """All draws of all passes back, meeting at every layer's experts."""
+        assert self._saved is not None
+        generators = [_generator(device, self._seed, draw) for draw in range(self._draws)]
+        running = [[_Back(graph, g) for g in generators] for graph in self._graphs]
+        try:
+            self._meet(running, device, progress)
+        except NotDifferentiableError as error:
+            self.refusal = str(error)
+        finally:
+            for back in (back for draws in running for back in draws):
+                back.abandon()
+            self._graphs.clear()
+            self._saved.close()
 
-
-class _Sweeps:
-    """Both sweeps over all layers."""
-
-    def __init__(self, checkpoint: Checkpoint, draws: int, seed: int):
-        self._checkpoint, self._seed, self._draws = checkpoint, seed, draws
-        self._anchor = torch.zeros(
-            0, requires_grad=True
-        )  # what the first layer has to require a gradient for
-        self._received: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        self.current: _Back | None = None
-
-    def forward(self, layer, module, hidden, ids, weights):
-        if layer != len(self._received):
-            raise PrepError(
-                f"{self._checkpoint.path}: the model does not run its layers in order; it has no prices."
-            )
-        return _Experts.apply(self, layer, self._anchor, hidden, ids, weights)
-
-    def mixed(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """The experts' output, shaped as `hidden`."""
-        x = hidden.reshape(-1, hidden.shape[-1])
-        self._received[layer] = (x.detach(), ids, weights.detach())
-        with self._checkpoint.experts(layer) as module:
-            return mixed_outputs(module, x, ids, weights)[0].reshape(hidden.shape)
-
-    def back(self, score: torch.Tensor, visit: Visit) -> None:
-        """All draws backward from `score`, meeting at every layer's experts."""
-        with ThreadPoolExecutor(self._draws) as pool:
-            running = [_Back(pool, d, score, self._anchor) for d in range(self._draws)]
-            try:
-                self._meet(running, visit)
-            finally:
-                for back in running:
-                    back.abandon()
-
-    def _meet(self, running: list[_Back], visit: Visit) -> None:
-        arrived = [self._run(back, None) for back in running]
-        for layer in reversed(range(len(self._checkpoint.layers))):
-            if any(at is None or at[0] != layer for at in arrived):
-                raise PrepError(
-                    f"{self._checkpoint.path}: layer {layer} does not reach the logits; no prices."
-                )
-            tokens, ids, weights = self._received.pop(layer)
-            gradients = torch.stack([at[1].reshape(tokens.shape) for at in arrived])
-            with self._checkpoint.experts(layer) as module:
-                visit(layer, module, AtExperts(tokens, ids, weights, gradients))
-                answers = _through_experts(module, tokens, ids, weights, gradients)
-            del gradients
+    def _meet(self, running: list[list[_Back]], device: str, progress: Progress) -> None:
+        layers = len(self._checkpoint.layers)
+        count = progress.counter("gradients", "layers", layers)
+        arrived = [[back.go() for back in draws] for draws in running]
+        for done, layer in enumerate(reversed(range(layers)), 1):
+            self._refuse_unreached(layer, arrived)
+            received = [graph.received(layer) for graph in self._graphs]
+            with self._checkpoint.experts(layer, device) as module:
+                at = _together(layer, module, received, arrived)
+                for observer in self._observers:
+                    observer.visit(at)
+                at_hidden, at_weights = _through_experts(at)
             arrived = [
-                self._run(back, answer) for back, answer in zip(running, answers, strict=True)
+                [
+                    back.go((at_hidden[draw, tokens], at_weights[draw, tokens]))
+                    for draw, back in enumerate(draws)
+                ]
+                for draws, tokens in zip(running, at.passes(), strict=True)
             ]
+            count.done(done)
 
-    def _run(self, back: _Back, answer) -> tuple[int, torch.Tensor] | None:
-        self.current = back
-        return back.until_experts(answer)
-
-    def own_gradient(self, logits: torch.Tensor, draw: int) -> torch.Tensor:
-        """The gradient at `logits` `[n, length, V]` of the log-likelihood of labels drawn from them."""
-        generator = torch.Generator().manual_seed(self._seed * 1009 + draw)
-        gradient = torch.empty_like(logits)
-        for row, found in zip(
-            logits, gradient, strict=True
-        ):  # one at a time: these are the largest tensors there are
-            p = row.float().softmax(-1)
-            labels = torch.multinomial(p, 1, generator=generator)
-            found.copy_(p.neg_().scatter_add_(-1, labels, torch.ones_like(labels, dtype=p.dtype)))
-        return gradient
+    def _refuse_unreached(self, layer: int, arrived: list[list[tuple | None]]) -> None:
+        if any(word is None or word[0] != layer for draws in arrived for word in draws):
+            name = self._checkpoint.layers[layer][0]
+            raise NotDifferentiableError(f"the gradient of the logits does not reach {name}")
 
 
-def _through_experts(
+def _generator(device: str, seed: int, draw: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed * 1009 + draw)
+
+
+def _together(
+    layer: int,
     module: torch.nn.Module,
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    gradients: torch.Tensor,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per draw, gradients `[T, H]` at what the experts received and `[T, k]` at the mixing weights."""
-    at_x, at_weights = torch.zeros_like(gradients), torch.zeros(len(gradients), *weights.shape)
-    for expert, tokens, its in slots_of(ids, expert_geometry(module)[0]):
+    received: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    arrived: list[list[tuple[int, torch.Tensor]]],
+) -> AtExperts:
+    """All passes' tokens at a layer. Empties `arrived`: gradients are the largest there is."""
+    hidden, ids, weights = (torch.cat(parts) for parts in zip(*received, strict=True))
+    at = AtExperts(
+        layer=layer,
+        module=module,
+        starts=(0, *np.cumsum([len(part[1]) for part in received]).tolist()),
+        hidden=hidden,
+        ids=ids,
+        weights=weights,
+    )
+    gradients = hidden.new_empty(len(arrived[0]), *hidden.shape)
+    for draws, tokens in zip(arrived, at.passes(), strict=True):
+        for draw in range(len(draws)):
+            gradients[draw, tokens] = draws[draw][1].reshape(-1, hidden.shape[-1])
+            draws[draw] = (layer, gradients)
+    return dataclasses.replace(at, gradients=gradients)
+
+
+def _through_experts(at: AtExperts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per draw, gradients at what the experts received `[draws, T, H]` and at the mixing weights
+    `[draws, T, k]`."""
+    assert at.gradients is not None
+    at_hidden = torch.zeros_like(at.gradients)
+    at_weights = at.weights.new_zeros(len(at.gradients), *at.weights.shape, dtype=torch.float32)
+    for expert, tokens, slots in slots_of(at.ids, expert_geometry(at.module)[0]):
         with torch.enable_grad():
-            received = x[tokens].detach().requires_grad_()
-            y = expert_outputs(module, expert, received)
-        w = weights.reshape(-1)[its, None].float()
-        for draw, g in enumerate(gradients):
-            at_weights[draw].view(-1)[its] = (g[tokens] * y.detach()).sum(-1)
-            (found,) = torch.autograd.grad(y, received, w * g[tokens], retain_graph=True)
-            at_x[draw].index_add_(0, tokens, found)
-    return list(zip(at_x, at_weights, strict=True))
+            x = at.hidden[tokens].detach().requires_grad_()
+            y = expert_outputs(at.module, expert, x)
+        w = at.weights.reshape(-1)[slots, None].float()
+        for draw, g in enumerate(at.gradients):
+            at_weights[draw].view(-1)[slots] = (g[tokens] * y.detach()).sum(-1)
+            (at_x,) = torch.autograd.grad(y, x, w * g[tokens], retain_graph=True)
+            at_hidden[draw].index_add_(0, tokens, at_x)
+    return at_hidden, at_weights
+
+
+class SavedTensors:
+    """Where autograd keeps what it needs on the way back: the first `IN_MEMORY` bytes in memory,
+    the rest in a file without a name in `directory`. The model's own weights stay where they are.
+    """
+
+    def __init__(self, model: torch.nn.Module, directory: Path | None):
+        tensors = [*model.parameters(), *model.buffers()]
+        self._weights = {t.untyped_storage().data_ptr() for t in tensors if not t.is_meta}
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  see `close`
+        self._held = 0
+
+    def put(self, tensor: torch.Tensor):
+        """Keep a tensor as it is now; `get` takes what this returns."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in self._weights or storage.nbytes() < tensor.nbytes:
+            return tensor.detach()
+        if tensor.nbytes < SMALL or self._held + tensor.nbytes <= IN_MEMORY:
+            self._held += tensor.nbytes
+            return tensor.detach().clone()
+        start, copy = self._file.seek(0, 2), tensor.detach().cpu().clone()  # dense
+        flat = copy.as_strided((copy.numel(),), (1,)).view(torch.uint8).numpy()
+        self._file.write(flat.data)
+        return start, copy.shape, copy.stride(), copy.dtype, tensor.device
+
+    def get(self, kept) -> torch.Tensor:
+        """The tensor again."""
+        if isinstance(kept, torch.Tensor):
+            return kept
+        start, shape, strides, dtype, device = kept
+        flat = torch.empty(math.prod(shape), dtype=dtype)
+        self._file.seek(start)
+        self._file.readinto(flat.view(torch.uint8).numpy().data)
+        return flat.as_strided(shape, strides).to(device)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Graph(Pass):
+    """A pass forward under autograd; `result` is what `_OwnScore` gives."""
+
+    def __init__(self, checkpoint: Checkpoint, batch: np.ndarray, device: str, saved: SavedTensors):
+        super().__init__(partial(self._forward, checkpoint.model, batch, device))
+        self.anchor = torch.zeros(0, requires_grad=True, device=device)
+        self._saved = saved
+        self._received: list[tuple] = []
+
+    def _forward(self, model: torch.nn.Module, batch: np.ndarray, device: str) -> torch.Tensor:
+        saving = torch.autograd.graph.saved_tensors_hooks(self._saved.put, self._saved.get)
+        with torch.enable_grad(), saving, _refusing():
+            logits = model(input_ids=torch.from_numpy(batch).to(device), use_cache=False).logits
+            return _OwnScore.apply(logits)
+
+    def experts(self, layer, hidden, ids, weights):
+        x = hidden.detach().reshape(-1, hidden.shape[-1])
+        self._received.append((self._saved.put(x), ids, weights.detach()))
+        return _Experts.apply(super().experts, layer, self.anchor, hidden, ids, weights)
+
+    def received(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a layer's experts received: hidden `[T, H]`, ids and weights `[T, k]`."""
+        hidden, ids, weights = self._received[layer]
+        self._received[layer] = (None, None, None)
+        return self._saved.get(hidden), ids, weights
+
+
+class _Back(Pass):
+    """One draw's way back through the graph of a pass; pauses with (layer, gradient)."""
+
+    def __init__(self, graph: _Graph, generator: torch.Generator):
+        super().__init__(partial(self._walk, graph))
+        self._generator = generator
+
+    def _walk(self, graph: _Graph) -> None:
+        with _refusing():
+            torch.autograd.grad(graph.result, graph.anchor, retain_graph=True)
+
+    def own_gradient(self, logits: torch.Tensor) -> torch.Tensor:
+        """The gradient at `logits` `[n, length, V]` of the log-likelihood of labels drawn from
+        them."""
+        gradient = torch.empty_like(logits)
+        for row, filled in zip(logits, gradient, strict=True):  # these are large: one at a time
+            p = row.float().softmax(-1)
+            labels = torch.multinomial(p, 1, generator=self._generator)
+            filled.copy_(p.neg_().scatter_add_(-1, labels, torch.ones_like(labels, dtype=p.dtype)))
+        return gradient
 
 
 class _Experts(torch.autograd.Function):
     """One layer's experts as a node of the backbone's graph."""
 
     @staticmethod
-    def forward(ctx, sweeps, layer, anchor, hidden, ids, weights):
-        ctx.sweeps, ctx.layer, ctx.shape = sweeps, layer, hidden.shape
-        return sweeps.mixed(layer, hidden, ids, weights)
+    def forward(ctx, run, layer, anchor, hidden, ids, weights):
+        ctx.layer, ctx.shape = layer, hidden.shape
+        return run(layer, hidden.detach(), ids, weights.detach())
 
     @staticmethod
     def backward(ctx, gradient):
-        at_x, at_weights = ctx.sweeps.current.pause(ctx.layer, gradient)
-        return None, None, torch.zeros(0), at_x.reshape(ctx.shape), None, at_weights
+        at_hidden, at_weights = Pass.current().pause((ctx.layer, gradient))
+        anchor = gradient.new_zeros(0)
+        return None, None, anchor, at_hidden.reshape(ctx.shape), None, at_weights
 
 
 class _OwnScore(torch.autograd.Function):
-    """Stands for the log-likelihood of drawn labels; its value is of no use, its gradient is drawn anew each time."""
+    """Stands for the log-likelihood of drawn labels; its value is of no use, its gradient is drawn
+    anew each time."""
 
     @staticmethod
-    def forward(ctx, sweeps, logits):
-        ctx.sweeps = sweeps
+    def forward(ctx, logits):
         ctx.save_for_backward(logits)
         return logits.new_zeros(())
 
     @staticmethod
     def backward(ctx, gradient):
         (logits,) = ctx.saved_tensors
-        return None, ctx.sweeps.own_gradient(logits, ctx.sweeps.current.draw)
+        return Pass.current().own_gradient(logits)
 
 
-class _Back:
-    """One draw's way back: a thread, because autograd cannot be left half-way otherwise. It runs only while
-    `until_experts` waits for it."""
-
-    def __init__(self, pool: Executor, draw: int, score: torch.Tensor, anchor: torch.Tensor):
-        self.draw = draw
-        self._said: queue.Queue = (
-            queue.Queue()
-        )  # by the thread: (layer, gradient), or None when it ended
-        self._answers: queue.Queue = queue.Queue()  # to the thread; None gives it up
-        self._pool, self._between = pool, (score, anchor)
-        self._walk: Future | None = None
-
-    def until_experts(
-        self, answer: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> tuple[int, torch.Tensor] | None:
-        """Go on with the experts' `answer` to the next layer's experts: (layer, gradient), or None at the end."""
-        if self._walk is None:
-            self._walk = self._pool.submit(torch.autograd.grad, *self._between, retain_graph=True)
-            self._walk.add_done_callback(lambda _: self._said.put(None))
-        else:
-            self._answers.put(answer)
-        said = self._said.get()
-        if said is None:
-            self._walk.result()  # raises what went wrong
-        return said
-
-    def pause(self, layer: int, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """In the thread: say where it is, and wait for what comes back through the experts."""
-        self._said.put((layer, gradient))
-        answer = self._answers.get()
-        if answer is None:
-            raise _AbandonedError
-        return answer
-
-    def abandon(self) -> None:
-        """Let the thread end, wherever it is."""
-        self._answers.put(None)
-
-
-class _AbandonedError(Exception):
-    """The sweep was given up."""
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Autograd's own word for a model that cannot be differentiated becomes ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise NotDifferentiableError(str(error).strip().split("\n")[0]) from error

@@ -27,8 +27,9 @@ from smoe.prep.__main__ import main
 
 @pytest.fixture(scope="session")
 def smoe_prep():
-    """smoe_prep(*arguments) -> what the command does as a user types it: exit status, stdout, stderr. It runs in this process,
-    since loading torch takes longer than what most tests ask for; an exception that the command lets out fails the test."""
+    """smoe_prep(*arguments) -> what the command does as a user types it: exit status, stdout,
+    stderr. It runs in this process, since loading torch takes longer than what most tests ask for;
+    an exception that the command lets out fails the test."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess:
         out, err = io.StringIO(), io.StringIO()

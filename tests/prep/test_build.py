@@ -92,9 +92,11 @@ def test_profile_and_text_may_both_be_given_if_they_agree(checkpoints, ids_file,
     assert (tmp_path / "b" / "tables.safetensors").read_bytes() == (
         tmp_path / "p" / "tables.safetensors"
     ).read_bytes()
-    for other, said in ((Calibration("other.txt"), "made with source 'ids.jsonl', asked for is 'other.txt'"),
-                        (Calibration(str(ids_file), seed=3), "seed 0, asked for is 3"),
-                        (Calibration(str(ids_file), tokens=300), "tokens 200, asked for is 300")):  # fmt: skip
+    for other, said in (
+        (Calibration("other.txt"), "made with source 'ids.jsonl', asked for is 'other.txt'"),
+        (Calibration(str(ids_file), seed=3), "seed 0, asked for is 3"),
+        (Calibration(str(ids_file), tokens=300), "tokens 200, asked for is 300"),
+    ):
         with pytest.raises(PrepError, match=said):
             build(source, tmp_path / "c", other, Recipe("bf16"), tmp_path / "p", QUIET)
 
@@ -135,17 +137,44 @@ def test_verify_finds_no_difference_in_f32_and_refuses_another_model(
     assert done.returncode == 1 and "fingerprints differ" in done.stderr
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (("build", "/no/such", "-o", "{tmp}/b", "--calibration", "{ids}"), "/no/such is not a directory"),
-    (("build", "{model}", "-o", "{tmp}/b"), "no calibration text; give --calibration FILE, or --profile"),
-    (("build", "{model}", "-o", "{tmp}/b", "--calibration", "{ids}", "--encoding", "int3"), "no encoding 'int3'"),
-    (("build", "{model}", "-o", "{tmp}/b", "--calibration", "{ids}", "--backbone", "int3"), "no --backbone int3"),
-    (("build", "{model}", "-o", "{tmp}/b", "--calibration", "{ids}", "--seed", "-1"), "seed -1"),
-    (("build", "{model}", "-o", "{tmp}/no/b", "--calibration", "{ids}"), "is not a directory; make it first"),
-    (("build", "{model}", "-o", "{tmp}/b", "--profile", "{tmp}"), "has no tables.safetensors"),
-    (("profile", "{model}", "-o", "{tmp}/p", "--calibration", "{tmp}/none.txt"), "none.txt does not exist"),
-    (("profile", "{model}", "-o", "{tmp}", "--calibration", "{ids}"), "exists; smoe does not overwrite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (
+            ("build", "/no/such", "-o", "{tmp}/b", "--calibration", "{ids}"),
+            "/no/such is not a directory",
+        ),
+        (
+            ("build", "{model}", "-o", "{tmp}/b"),
+            "no calibration text; give --calibration FILE, or --profile",
+        ),
+        (
+            ("build", "{model}", "-o", "{tmp}/b", "--calibration", "{ids}", "--encoding", "int3"),
+            "no encoding 'int3'",
+        ),
+        (
+            ("build", "{model}", "-o", "{tmp}/b", "--calibration", "{ids}", "--backbone", "int3"),
+            "no --backbone int3",
+        ),
+        (
+            ("build", "{model}", "-o", "{tmp}/b", "--calibration", "{ids}", "--seed", "-1"),
+            "seed -1",
+        ),
+        (
+            ("build", "{model}", "-o", "{tmp}/no/b", "--calibration", "{ids}"),
+            "is not a directory; make it first",
+        ),
+        (("build", "{model}", "-o", "{tmp}/b", "--profile", "{tmp}"), "has no tables.safetensors"),
+        (
+            ("profile", "{model}", "-o", "{tmp}/p", "--calibration", "{tmp}/none.txt"),
+            "none.txt does not exist",
+        ),
+        (
+            ("profile", "{model}", "-o", "{tmp}", "--calibration", "{ids}"),
+            "exists; smoe does not overwrite",
+        ),
+    ],
+)
 def test_mistakes_are_one_sentence_and_leave_no_output(
     smoe_prep, checkpoints, ids_file, tmp_path, arguments, said
 ):
@@ -156,10 +185,15 @@ def test_mistakes_are_one_sentence_and_leave_no_output(
     assert list((tmp_path / "t").iterdir()) == []
 
 
-@pytest.mark.parametrize("recipe, source, said", [
-    (Recipe("int3"), "ids", "no encoding 'int3'"), (Recipe("f32", "int3"), "ids", "no --backbone int3"), (Recipe("nested:2+2"), "ids", "base of 2 to 5 bits"),
-    (Recipe(), "none.txt", "none.txt does not exist"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe, source, said",
+    [
+        (Recipe("int3"), "ids", "no encoding 'int3'"),
+        (Recipe("f32", "int3"), "ids", "no --backbone int3"),
+        (Recipe("nested:2+2"), "ids", "base of 2 to 5 bits"),
+        (Recipe(), "none.txt", "none.txt does not exist"),
+    ],
+)
 def test_mistakes_are_found_before_the_long_part(
     checkpoints, ids_file, tmp_path, monkeypatch, recipe, source, said
 ):

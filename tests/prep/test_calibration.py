@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import datasets
 import numpy as np
@@ -62,22 +63,35 @@ def test_the_seed_orders_documents(pico, tmp_path):
     assert stream(1) == stream(1) != stream(2) and sorted(stream(1)) == sorted(stream(2))
 
 
-@pytest.mark.parametrize("name, content, options, said", [
-    ("none.txt", None, {}, "none.txt does not exist"),
-    ("a.pdf", "x", {}, "a.pdf is not a .txt or .jsonl file"),
-    ("empty.jsonl", "", {}, "holds 0 tokens; at least 128"),
-    ("little.jsonl", '{"input_ids": [1, 2, 3]}', {}, "holds 3 tokens; at least 128"),
-    ("short.jsonl", json.dumps({"input_ids": [1] * 200}), {"tokens": 300}, "holds 200 tokens, fewer than the 300"),
-    ("bad.jsonl", '{"input_ids": [1]}\n{oops', {}, "bad.jsonl, line 2 is not JSON"),
-    ("other.jsonl", '{"content": "x"}', {}, "line 1 has neither a string `text` nor"),
-    ("list.jsonl", "[1]", {}, "line 1 has neither"),
-    ("deep.jsonl", "[" * 100_000, {}, "line 1 is not JSON"),
-    ("wide.jsonl", '{"input_ids": [99999999999999999999]}', {}, "line 1 has neither"),
-    ("neg.jsonl", '{"input_ids": [-1]}', {}, "line 1 has neither"),
-    ("large.jsonl", json.dumps({"input_ids": [211] * 200}), {}, "token id 211; this model has 0 to 210"),
-    ("text.jsonl", '{"text": "hello"}', {}, "no tokenizer.json, so text cannot be used"),
-    ("few.jsonl", json.dumps({"input_ids": [1] * 200}), {"tokens": 10}, "--tokens is 10"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, options, said",
+    [
+        ("none.txt", None, {}, "none.txt does not exist"),
+        ("a.pdf", "x", {}, "a.pdf is not a .txt or .jsonl file"),
+        ("empty.jsonl", "", {}, "holds 0 tokens; at least 128"),
+        ("little.jsonl", '{"input_ids": [1, 2, 3]}', {}, "holds 3 tokens; at least 128"),
+        (
+            "short.jsonl",
+            json.dumps({"input_ids": [1] * 200}),
+            {"tokens": 300},
+            "holds 200 tokens, fewer than the 300",
+        ),
+        ("bad.jsonl", '{"input_ids": [1]}\n{oops', {}, "bad.jsonl, line 2 is not JSON"),
+        ("other.jsonl", '{"content": "x"}', {}, "line 1 has neither a string `text` nor"),
+        ("list.jsonl", "[1]", {}, "line 1 has neither"),
+        ("deep.jsonl", "[" * 100_000, {}, "line 1 is not JSON"),
+        ("wide.jsonl", '{"input_ids": [99999999999999999999]}', {}, "line 1 has neither"),
+        ("neg.jsonl", '{"input_ids": [-1]}', {}, "line 1 has neither"),
+        (
+            "large.jsonl",
+            json.dumps({"input_ids": [211] * 200}),
+            {},
+            "token id 211; this model has 0 to 210",
+        ),
+        ("text.jsonl", '{"text": "hello"}', {}, "no tokenizer.json, so text cannot be used"),
+        ("few.jsonl", json.dumps({"input_ids": [1] * 200}), {"tokens": 10}, "--tokens is 10"),
+    ],
+)
 def test_a_bad_source_is_a_sentence(pico, tmp_path, name, content, options, said):
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -101,3 +115,19 @@ def test_text_that_is_not_utf8_is_a_sentence(reference, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"abc\xff")
     with pytest.raises(PrepError, match="not UTF-8 at byte 3"):
         Calibration(str(tmp_path / "latin.txt")).rows(reference)
+
+
+def test_a_large_source_is_not_held_in_memory(checkpoints, tmp_path):
+    """24 MB of documents, of which a few tokens are asked for: the same rows as a shuffle of all of
+    them gives."""
+    source = tmp_path / "large.jsonl"
+    documents = [[1 + i % 200] * 2000 for i in range(4000)]
+    source.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in documents))
+    checkpoint = open_checkpoint(checkpoints("mixtral"))
+    tracemalloc.start()
+    rows = Calibration(str(source), tokens=6000, seed=3).rows(checkpoint)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.random.default_rng(3).shuffle(documents)
+    assert np.concatenate(rows).tolist() == np.concatenate(documents)[:6000].tolist()
+    assert peak < source.stat().st_size

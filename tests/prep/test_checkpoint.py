@@ -1,4 +1,5 @@
-"""Opening a checkpoint: what is refused and why, and that experts read one layer at a time are those of transformers."""
+"""Opening a checkpoint: what is refused and why, and that experts read one layer at a time are
+those of transformers."""
 
 import json
 import os
@@ -15,7 +16,8 @@ from smoe.prep.errors import PrepError
 
 @pytest.fixture
 def damaged(checkpoints, tmp_path):
-    """damage(change) -> a copy of the mixtral checkpoint whose tensors `change` was given to edit."""
+    """damage(change) -> a copy of the mixtral checkpoint whose tensors `change` was given to "
+    "edit."""
 
     def damage(change):
         source = checkpoints("mixtral")
@@ -58,14 +60,26 @@ def _one_expert_cut(weights):
     weights[EXPERT] = weights[EXPERT][:-1].clone()
 
 
-@pytest.mark.parametrize("change, said", [
-    (_nan, "q_proj.weight holds values that are not finite"),
-    (_missing, "1 weights are missing, model.norm.weight first; download the checkpoint again"),
-    (_cut, "another shape than config.json says, model.norm.weight first"),
-    (_one_expert_missing, "1 weights are missing in part or have another shape.*layers.1.mlp.experts.gate_up_proj"),
-    (_all_experts_of_a_layer_missing, "2 weights are missing, model.layers.1.mlp.experts.down_proj first"),
-    (_one_expert_cut, "1 weights are missing in part or have another shape.*layers.1.mlp.experts.gate_up_proj"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (_nan, "q_proj.weight holds values that are not finite"),
+        (_missing, "1 weights are missing, model.norm.weight first; download the checkpoint again"),
+        (_cut, "another shape than config.json says, model.norm.weight first"),
+        (
+            _one_expert_missing,
+            "1 weights are missing in part or have another sh.*layers.1.mlp.experts.gate_up_proj",
+        ),
+        (
+            _all_experts_of_a_layer_missing,
+            "2 weights are missing, model.layers.1.mlp.experts.down_proj first",
+        ),
+        (
+            _one_expert_cut,
+            "1 weights are missing in part or have another sh.*layers.1.mlp.experts.gate_up_proj",
+        ),
+    ],
+)
 def test_damaged_checkpoints_are_refused(damaged, change, said):
     with pytest.raises(PrepError, match=said):
         open_checkpoint(damaged(change))
@@ -162,14 +176,29 @@ def _index(change):
     return edit
 
 
-@pytest.mark.parametrize("change, said", [
-    (_lose_a_shard, "1 of . weight files are not there, model-00002.*the download is not complete"),
-    (_stop_half_way, "model-00002.*is not whole"),
-    (_index(lambda m: m.update(ghost=next(iter(m.values())))), "ghost is in the index but in no file"),
-    (_index(lambda m: m.update({"model.norm.weight": "../../etc/x.safetensors"})), "files elsewhere"),
-    (_index(lambda m: m.clear()), "names no weight files"),
-    (lambda p: (p / "model.safetensors.index.json").write_text("{"), "is not an index of weights"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            _lose_a_shard,
+            "1 of . weight files are not there, model-00002.*the download is not complete",
+        ),
+        (_stop_half_way, "model-00002.*is not whole"),
+        (
+            _index(lambda m: m.update(ghost=next(iter(m.values())))),
+            "ghost is in the index but in no file",
+        ),
+        (
+            _index(lambda m: m.update({"model.norm.weight": "../../etc/x.safetensors"})),
+            "files elsewhere",
+        ),
+        (_index(lambda m: m.clear()), "names no weight files"),
+        (
+            lambda p: (p / "model.safetensors.index.json").write_text("{"),
+            "is not an index of weights",
+        ),
+    ],
+)
 def test_an_incomplete_download_is_refused(sharded, change, said):
     change(sharded)
     with pytest.raises(PrepError, match=said):
@@ -214,15 +243,24 @@ def test_a_dense_model_is_refused_by_name(tmp_path):
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("config, said", [
-    (None, "has no config.json"),
-    ("{", "config.json is not one that transformers"),
-    ('{"model_type": "warp"}', "config.json is not one that"),
-    ('{"model_type": "mixtral"}', "has no .safetensors files"),
-    ('{"model_type": "mixtral", "hidden_size": "abc"}', "config.json is"),
-    ('{"model_type": "mixtral", "quantization_config": {"quant_method": "fp8"}}', r"is quantised \(fp8\)"),
-    ('{"model_type": "openai_privacy_filter"}', "no model that generates text for the family openai_privacy_filter"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (None, "has no config.json"),
+        ("{", "config.json is not one that transformers"),
+        ('{"model_type": "warp"}', "config.json is not one that"),
+        ('{"model_type": "mixtral"}', "has no .safetensors files"),
+        ('{"model_type": "mixtral", "hidden_size": "abc"}', "config.json is"),
+        (
+            '{"model_type": "mixtral", "quantization_config": {"quant_method": "fp8"}}',
+            r"is quantised \(fp8\)",
+        ),
+        (
+            '{"model_type": "openai_privacy_filter"}',
+            "no model that generates text for the family openai_privacy_filter",
+        ),
+    ],
+)
 def test_what_is_no_checkpoint_is_said(tmp_path, config, said):
     with pytest.raises(PrepError, match="is not a directory"):
         open_checkpoint(tmp_path / "m")

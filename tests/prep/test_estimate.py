@@ -1,4 +1,5 @@
-"""What inspect says before anything is read, against what is there in the end; and the pages that quote it."""
+"""What inspect says before anything is read, against what is there in the end; and the pages that
+quote it."""
 
 import dataclasses
 import json
@@ -71,7 +72,7 @@ def test_more_tokens_take_more_and_smaller_encodings_less(checkpoints):
 
 
 def test_every_family_on_the_interface_is_listed():
-    found = {family["family"]: family for family in families()}
+    found = {family["family"]: family for family in families().families}
     assert len(found) >= 60 and found["mixtral"] == {
         "family": "mixtral", "experts": "gated", "text": "MixtralForCausalLM"
     }  # fmt: skip
@@ -110,3 +111,8 @@ def test_the_walkthrough_quotes_what_inspect_says(smoe_prep, root):
             for line in said.splitlines():
                 if not line.startswith("weights:"):
                     assert re.sub(r"; about [^;]* on this machine", "", line) in page, line
+
+
+def test_families_with_options_that_say_nothing_about_them_are_refused(smoe_prep):
+    done = smoe_prep("inspect", "--families", "--encoding", "int8")
+    assert done.returncode == 2 and "--encoding says nothing about families" in done.stderr

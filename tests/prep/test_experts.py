@@ -1,4 +1,5 @@
-"""The seam: activations are recognised by their values, weights come out in one order whatever the layout."""
+"""The seam: activations are recognised by their values, weights come out in one order whatever the
+layout."""
 
 import numpy as np
 import pytest
@@ -32,10 +33,20 @@ class _Experts(nn.Module):
         return self.act_fn(gate) * up
 
 
-@pytest.mark.parametrize("hf, name", [
-    ("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu_new", "gelu_tanh"), ("relu", "relu"),
-    ("relu2", "relu2"), ("sigmoid", "sigmoid"), ("tanh", "tanh"), ("linear", "identity"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "hf, name",
+    [
+        ("silu", "silu"),
+        ("gelu", "gelu"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("gelu_new", "gelu_tanh"),
+        ("relu", "relu"),
+        ("relu2", "relu2"),
+        ("sigmoid", "sigmoid"),
+        ("tanh", "tanh"),
+        ("linear", "identity"),
+    ],
+)
 @pytest.mark.parametrize("concatenated", [True, False])
 def test_activations_are_recognised(hf, name, concatenated):
     act = ACT2FN[hf]

@@ -1,5 +1,5 @@
-"""Pico models of several families, end to end: the cut gives up scores that explain the routing, ONNX and safetensors
-readers accept every file, and the runtime says what `transformers` says."""
+"""Pico models of several families, end to end: the cut gives up scores that explain the routing,
+ONNX and safetensors readers accept every file, and the runtime says what `transformers` says."""
 
 import numpy as np
 import onnx
@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from smoe.artifacts import open_bundle
 from smoe.runtime import Engine
 
-# One of each way to lay out weights and to route; all of ALL_FAMILIES have to give transformers' tokens.
+# One of each way to lay out weights and to route; all of ALL_FAMILIES have to give transformers'
+# tokens.
 FAMILIES = ["mixtral", "olmoe", "qwen3_moe", "deepseek_v3", "gpt_oss"]
 ALL_FAMILIES = [
     *FAMILIES,
@@ -37,8 +38,8 @@ def _softmax(x):
 
 
 def test_scores_and_raw_weights_explain_ids_and_mixing_weights(bundles, family, make):
-    """Run the segments in plain ONNX Runtime, with the family's own experts in between, and redo the router's choice
-    here from the scores and raw weights alone."""
+    """Run the segments in plain ONNX Runtime, with the family's own experts in between, and redo
+    the router's choice here from the scores and raw weights alone."""
     path, model = bundles(family), make(family)
     manifest = open_bundle(path).manifest
     ids = np.random.default_rng(1).integers(0, 211, (1, 37))
@@ -91,8 +92,12 @@ def test_scores_and_raw_weights_explain_ids_and_mixing_weights(bundles, family, 
 def test_rules_are_the_families_own(bundles):
     rules = {f: open_bundle(bundles(f)).manifest.layers[0].routing for f in FAMILIES}
     assert {f: r.normaliser for f, r in rules.items()} == {
-        "mixtral": "sum", "olmoe": "none", "qwen3_moe": "sum", "deepseek_v3": "sum", "gpt_oss": "softmax",
-    }  # fmt: skip
+        "mixtral": "sum",
+        "olmoe": "none",
+        "qwen3_moe": "sum",
+        "deepseek_v3": "sum",
+        "gpt_oss": "softmax",
+    }
     assert {f: round(r.scale, 6) for f, r in rules.items() if r.scale != 1} == {"deepseek_v3": 1.7}
 
 
@@ -118,7 +123,8 @@ def test_every_file_opens_in_its_official_reader(bundles, family, make):
 
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_the_tokens_are_those_of_transformers(bundles, checkpoints, name):
-    """Greedy, up to the first place where the two best logits are closer than 10 x the logit error."""
+    """Greedy, up to the first place where the two best logits are closer than 10 x the logit "
+    "error."""
     found = agreement(bundles(name), checkpoints(name))
     assert found.same and found.tokens >= 24, found
     assert found.error < 1e-4 * found.scale

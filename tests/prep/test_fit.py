@@ -1,4 +1,5 @@
-"""What prices promise, kept on text that no fit has seen: the trained reference model, and pico ones for the corners."""
+"""What prices promise, kept on text that no fit has seen: the trained reference model, and pico
+ones for the corners."""
 
 import json
 
@@ -34,26 +35,27 @@ def test_prices_rank_and_add_up_on_held_out_text(root, reference_bundle, monkeyp
     found = checking.verify_prices(
         reference_bundle, open_checkpoint(root / "examples" / "reference"), text, QUIET
     )
-    for group in found["groups"]:
+    for group in found.groups:
         assert group["slots"][0] == group["slots"][1], "the count says nothing"
         assert group["price_spearman"] > 0.8
     mean = {
-        of: np.mean([group[of] for group in found["groups"]])
+        of: np.mean([group[of] for group in found.groups])
         for of in ("price_spearman", "square_spearman")
     }
     assert mean["price_spearman"] > max(
         0.9, mean["square_spearman"]
     )  # by little where there are no levels
-    assert set(found["predicted_over_measured"]) == {"skip", "standin", "mixed"}
-    assert all(0.5 < ratio < 2 for ratio in found["predicted_over_measured"].values()), found[
-        "predicted_over_measured"
-    ]
-    drawn = checking.text_of(found)
+    ratios = found.predicted_over_measured
+    assert set(ratios) == {"skip", "standin", "mixed"}
+    assert all(0.5 < ratio < 2 for ratio in ratios.values()), ratios
+    drawn = "\n".join(found.lines())
     assert drawn.count("\n") > 20 and "o skip" in drawn and "l level" not in drawn
 
 
 def test_a_loss_budget_is_what_is_lost(root, reference_bundle, tmp_path):
-    """KL within 0.5 to 1.5 of what was allowed, here on 500 tokens; on more of them: python -m bench prices."""
+    """KL within 0.5 to 1.5 of what was allowed, here on 500 tokens; on more of them:
+    python -m bench
+    prices."""
     plan = plan_memory(open_bundle(reference_bundle), None, 256)
     budget = plan.fixed + int(0.4 * plan.experts) * plan.record
     documents = read_documents(root / "examples" / "heldout.jsonl")
@@ -117,24 +119,18 @@ def test_a_model_that_cannot_be_differentiated_is_built_without(
     checkpoints, ids_file, tmp_path, monkeypatch, capsys
 ):
     from smoe.prep.build import build
-    from smoe.prep.errors import PrepError
+    from smoe.prep.errors import NotDifferentiableError
     from smoe.prep.options import Recipe
-    from smoe.prep.prices import price
+    from smoe.prep.prices.price import Prices
 
     def refuses(*_):
-        raise PrepError("this one has no gradient")
+        raise NotDifferentiableError("this one has no gradient")
 
-    monkeypatch.setattr(price, "sweep_gradients", refuses)
-    build(
-        checkpoints("mixtral"),
-        tmp_path / "b",
-        Calibration(str(ids_file)),
-        Recipe("f32"),
-        progress=Progress(),
-    )
-    assert (
-        "none for this model, and so no --loss: this one has no gradient" in capsys.readouterr().err
-    )
+    monkeypatch.setattr(Prices, "visit", refuses)
+    text = Calibration(str(ids_file))
+    built = build(checkpoints("mixtral"), tmp_path / "b", text, Recipe("f32"), progress=Progress())
+    said = "none for this model, and so no --loss: this one has no gradient"
+    assert said in capsys.readouterr().err and built.no_prices and built.fit == []
     assert "price_cross" not in _tables(tmp_path / "b")[0]
 
 
@@ -188,7 +184,14 @@ def test_a_fit_finds_the_coefficients():
 
 def test_a_sample_leaves_text_for_the_fit():
     texts = [np.full(10, i) for i in range(8)] + [np.full(4, 99)]
-    drawn, others = sampled(texts, 1000, 0)
-    assert drawn.shape == (6, 10) and len(others) == 3
-    assert {int(row[0]) for row in drawn} | {int(row[0]) for row in others} == {*range(8), 99}
-    assert sampled(texts, 15, 0)[0].shape == (2, 10)
+    drawn, left = sampled(texts, 1000, 0)
+    assert [len(part) for part in drawn] == [10] * 6 and len(left) == 3
+    assert sorted(np.concatenate([*drawn, *left]).tolist()) == list(range(84))
+    assert len(sampled(texts, 15, 0)[0]) == 2
+
+
+def test_a_text_of_one_row_is_cut_so_that_nothing_is_measured_on_what_it_was_taken_from():
+    for texts in ([np.zeros(300)], [np.zeros(40), np.zeros(1)]):
+        drawn, left = sampled(texts, 1000, 0)
+        assert len(drawn) == 1 and len(drawn[0]) == len(texts[0]) * 3 // 4
+        assert len(left[0]) > 1 and not set(np.concatenate(left)) & set(np.concatenate(drawn))

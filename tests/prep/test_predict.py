@@ -8,21 +8,23 @@ from smoe.artifacts.tables import load_tables
 from smoe.prep.checkpoint.checkpoint import open_checkpoint
 from smoe.prep.checkpoint.seam import experts_run_by, zeros
 from smoe.prep.checkpoint.text import Calibration
-from smoe.prep.progress import Progress
 from smoe.prep.statistics import predict
-from smoe.prep.statistics.profile import profile
-
-QUIET = Progress(quiet=True)
+from smoe.prep.sweep.forward import sweep
 
 
-def _added(checkpoint, calibration, directory, rows, held_out):
-    profile(checkpoint, directory, calibration, QUIET)
-    predict.add_predictors(checkpoint, directory, rows, held_out, QUIET)
-    experts = [len(module.gate_up_proj) for _, module in checkpoint.layers]
-    return load_tables(directory / "tables.safetensors", experts)
+def _learned(checkpoint, rows, held_out):
+    """The tables of predictors that learn from `rows` and are measured on `held_out`."""
+    both = [*rows, *held_out]
+    ends = np.cumsum([0, *map(len, both)])
+    cut = ends[len(rows)]
+    predictors = predict.Predictors(
+        checkpoint, learned=np.arange(cut), held_out=np.arange(cut, ends[-1]), starts=ends
+    )
+    sweep(checkpoint, both, [predictors])
+    return predictors.finish()
 
 
-def test_recalls_are_those_of_transformers_own_routers(checkpoints, make, ids_file, tmp_path):
+def test_recalls_are_those_of_transformers_own_routers(checkpoints, make):
     """Hidden states, choices and router are caught in transformers' own model by hooks."""
     checkpoint, model = open_checkpoint(checkpoints("qwen3_moe")), make("qwen3_moe")
     random = np.random.default_rng(0)
@@ -30,7 +32,7 @@ def test_recalls_are_those_of_transformers_own_routers(checkpoints, make, ids_fi
         [random.integers(3, 211, 60) for _ in range(4)],
         [random.integers(3, 211, 60) for _ in range(2)],
     )
-    tables = _added(checkpoint, Calibration(str(ids_file)), tmp_path, rows, held)
+    tables = _learned(checkpoint, rows, held)
     assert "predict_recall" not in tables[0] and np.isnan(tables[1]["predict_recall"][:, 1:]).all()
     hidden, logits = {0: [], 1: []}, {0: [], 1: []}
     for layer in (0, 1):
@@ -68,11 +70,11 @@ def test_on_the_trained_model_the_linear_predictor_is_best_and_farther_is_harder
     root, reference_bundle
 ):
     tables = load_tables(reference_bundle / "tables.safetensors", [32] * 6)
-    recall = np.stack([of["predict_recall"] for of in tables[3:]]).mean(0)
+    recall = np.stack([table["predict_recall"] for table in tables[3:]]).mean(0)
     previous, transition, router, linear = recall
     assert (linear > router).all() and (linear > transition).all() and (linear > previous).all()
     assert linear[0] > linear[1] > linear[2] > 0.6 and linear[0] > 0.75
-    assert all({"predict_1", "predict_2", "predict_3"} <= set(of) for of in tables[3:])
+    assert all({"predict_1", "predict_2", "predict_3"} <= set(table) for table in tables[3:])
 
 
 def test_another_use_of_the_seam_may_be_inside_of_one(checkpoints):
@@ -90,16 +92,9 @@ def test_another_use_of_the_seam_may_be_inside_of_one(checkpoints):
     assert seen == [0, 1]
 
 
-def test_families_whose_router_is_elsewhere_are_learned_all_the_same(
-    checkpoints, ids_file, tmp_path
-):
+def test_families_whose_router_is_elsewhere_are_learned_all_the_same(checkpoints, ids_file):
     for family in ("gpt_oss", "deepseek_v3"):
-        checkpoint, calibration = open_checkpoint(checkpoints(family)), Calibration(str(ids_file))
-        (tmp_path / family).mkdir()
-        profile(checkpoint, tmp_path / family, calibration, QUIET)
-        rows = calibration.rows(checkpoint)
-        predict.add_predictors(checkpoint, tmp_path / family, rows, rows, QUIET)
-        experts = [layer[1].num_experts for layer in checkpoint.layers]
-        tables = load_tables(tmp_path / family / "tables.safetensors", experts)
-        for of in tables[1:]:
-            assert of["predict_recall"][3, 0] > 0.3 and np.isfinite(of["predict_bias"]).all()
+        checkpoint = open_checkpoint(checkpoints(family))
+        rows = Calibration(str(ids_file)).rows(checkpoint)
+        for table in _learned(checkpoint, rows, rows)[1:]:
+            assert table["predict_recall"][3, 0] > 0.3 and np.isfinite(table["predict_bias"]).all()

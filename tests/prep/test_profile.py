@@ -1,4 +1,5 @@
-"""A profile of a pico model against an independent count: forward hooks on a run of `transformers` itself."""
+"""A profile of a pico model against an independent count: forward hooks on a run of `transformers`
+itself."""
 
 import json
 
@@ -16,7 +17,8 @@ from smoe.prep.statistics.profile import profile
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def profiled(request, checkpoints, ids_file, tmp_path_factory):
-    """(tables, trace, about, calls): `calls[l]` is what the experts of layer l were called with in a plain run."""
+    """(tables, trace, about, calls): `calls[l]` is what the experts of layer l were called with in
+    a plain run."""
     out = tmp_path_factory.mktemp("profile")
     checkpoint = open_checkpoint(checkpoints(request.param))
     calibration = Calibration(str(ids_file), tokens=300, length=47)
@@ -44,7 +46,7 @@ def profiled(request, checkpoints, ids_file, tmp_path_factory):
 
 def test_counts_gate_mass_coactivation_and_transitions(profiled):
     tables, _, about, calls, _ = profiled
-    assert about["calibration"]["tokens"] == 300 == len(calls[0][1])
+    assert about.calibration["tokens"] == 300 == len(calls[0][1])
     before = None
     for layer, (_, ids, weights) in enumerate(calls):
         chosen = [set(row) for row in ids.tolist()]
@@ -73,7 +75,7 @@ def _one(module, expert, x):
 
 def test_saliency_similarity_and_error(profiled):
     tables, _, about, calls, modules = profiled
-    assert about["calibration"]["sampled_tokens"] == 300, "all tokens are sampled here"
+    assert about.calibration["sampled_tokens"] == 300, "all tokens are sampled here"
     for layer, (x, ids, weights) in enumerate(calls):
         with torch.no_grad():
             y = torch.stack([_one(modules[layer], e, x) for e in range(6)], 1).double()
@@ -149,7 +151,7 @@ def test_unreached_experts_are_listed_and_get_usable_statistics(make, tmp_path):
     tables = load_file(tmp_path / "tables.safetensors") | load_file(
         tmp_path / "study" / "tables.safetensors"
     )
-    unreached = about["layers"][0]["unreached"]
+    unreached = about.layers[0]["unreached"]
     assert len(unreached) == 3 and unreached == np.flatnonzero(tables["00.counts"] == 0).tolist()
     for e in unreached:
         assert tables["00.saliency"][e] > 0 and np.isfinite(tables["00.standin_error"][e]).all()

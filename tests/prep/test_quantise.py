@@ -103,7 +103,7 @@ def test_packed_records_hold_calibrated_codes(checkpoints, bundles, ids_file, tm
     assert experts.encoding == name
     import dataclasses
 
-    manifest = dataclasses.replace(open_bundle(bundles(family)), experts=experts)
+    manifest = dataclasses.replace(open_bundle(bundles(family)).manifest, experts=experts)
     shards = Shards(tmp_path, manifest)
     for layer in range(len(manifest.layers)):
         shape = manifest.expert_shape(layer)
@@ -123,6 +123,17 @@ def test_packed_records_hold_calibrated_codes(checkpoints, bundles, ids_file, tm
                     last = off
                 assert last < 0.05 * sum(np.square(wanted[n]).sum() for n in shape.matrices())
     shards.close()
+
+
+def test_packing_takes_no_accelerator_that_was_not_asked_for(
+    checkpoints, ids_file, tmp_path, monkeypatch
+):
+    """Other arithmetic would give other codes, and an interrupted build would mix them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    checkpoint = open_checkpoint(checkpoints("mixtral"))
+    rows = Calibration(str(ids_file)).rows(checkpoint)
+    pack(checkpoint, tmp_path, "nested:2+1:32", QUIET, rows)  # there is no CUDA here: it would fail
+    assert len(list((tmp_path / "experts").iterdir())) == 2
 
 
 def test_packing_goes_on_after_the_last_finished_layer(

@@ -1,4 +1,5 @@
-"""The trained example model, f32: what `transformers` generates, the runtime generates, at any budget."""
+"""The trained example model, f32: what `transformers` generates, the runtime generates, at any
+budget."""
 
 import json
 

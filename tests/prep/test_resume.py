@@ -1,4 +1,5 @@
-"""Interrupted work: what is finished stays, the same command gives the same bytes, and other settings are refused."""
+"""Interrupted work: what is finished stays, the same command gives the same bytes, and other
+settings are refused."""
 
 import contextlib
 import json
@@ -14,12 +15,12 @@ import torch
 
 from smoe.artifacts import open_bundle
 from smoe.prep.build import build
+from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.errors import PrepError
 from smoe.prep.options import Recipe
 from smoe.prep.progress import Progress
-from smoe.prep.statistics.sums import LayerSums
-from smoe.prep.workdir import MARKER, Finished, beside
+from smoe.prep.workdir import MARKER, FinishedLayers, beside
 
 QUIET = Progress(True)
 
@@ -66,11 +67,17 @@ def test_a_failure_with_nothing_finished_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("settings, said", [
-    ({"--encoding": "int8", "--seed": "0"}, "begun with --encoding bf16, now it is int8"),
-    ({"--encoding": "bf16"}, "begun with --seed 0, now it is None"),
-    ({"--encoding": "bf16", "--seed": "0", "--tokens": "9"}, "begun with --tokens None, now it is 9"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"--encoding": "int8", "--seed": "0"}, "begun with --encoding bf16, now it is int8"),
+        ({"--encoding": "bf16"}, "begun with --seed 0, now it is None"),
+        (
+            {"--encoding": "bf16", "--seed": "0", "--tokens": "9"},
+            "begun with --tokens None, now it is 9",
+        ),
+    ],
+)
 def test_other_settings_are_refused_with_both_named(tmp_path, settings, said):
     _fail(tmp_path, {"--encoding": "bf16", "--seed": "0"}, ["whole"])
     with pytest.raises(PrepError, match=said), beside(tmp_path / "out", settings, QUIET):
@@ -87,35 +94,24 @@ def test_a_kill_before_the_settings_were_written_is_no_obstacle(tmp_path, writte
 
 
 def test_a_finished_layer_comes_back_to_the_bit(tmp_path):
-    random = np.random.default_rng(0)
-    sums = LayerSums.zeros(5, 4)
-    sums.add_routing(
-        random.integers(0, 5, (7, 1)), random.random((7, 1)), random.random((7, 1)), None
-    )
-    sums.add_scores(random.random((7, 5)))
-    outputs = [
-        torch.rand(1, 3, 6),
-        torch.rand(2, 300, 5003),
-        torch.rand(2, 2, 6),
-    ]  # less and more than is written at once
-    finished = Finished(tmp_path)
-    assert finished.sums(0, sums) is None
-    kept = list(finished.keeping(0, iter(outputs), sums))
-    again = finished.sums(0, LayerSums.zeros(5, 4))
-    assert all(a is b for a, b in zip(kept, outputs, strict=True))
-    for name, value in vars(sums).items():
-        assert np.array_equal(value, getattr(again, name)) and type(value) is type(
-            getattr(again, name)
-        ), name
-    assert all(
-        torch.equal(a, b) for a, b in zip(finished.outputs(0, outputs), outputs, strict=True)
-    )
+    known = {"statistics.scored": np.array(3), "predictors.bias": np.arange(4, dtype=np.float16)}
+    # Less and more than is written at once.
+    outputs = [torch.rand(3, 6), torch.rand(600, 5003), torch.rand(4, 6)]
+    with FinishedLayers(tmp_path) as finished:
+        assert finished.known(0) is None
+        finished.keep(0, outputs, known)
+        again = finished.known(0)
+        assert {name: a.tolist() for name, a in again.items()} == {
+            name: a.tolist() for name, a in known.items()
+        }
+        back = finished.outputs(0, outputs)
+        assert all(torch.equal(a, b) for a, b in zip(back, outputs, strict=True))
 
 
 def test_a_layer_that_was_left_in_the_middle_is_not_finished(tmp_path):
-    sums = LayerSums.zeros(5, 4)
-    next(Finished(tmp_path).keeping(0, iter([torch.rand(2, 6), torch.rand(2, 6)]), sums))
-    assert Finished(tmp_path).sums(0, sums) is None
+    with FinishedLayers(tmp_path) as finished, pytest.raises(AttributeError):
+        finished.keep(0, [torch.rand(2, 6), None], {})
+    assert FinishedLayers(tmp_path).known(0) is None
 
 
 def _files(bundle):
@@ -123,10 +119,22 @@ def _files(bundle):
 
 
 def test_builds_killed_at_every_stage_give_the_same_bytes(checkpoints, bundles, ids_file, tmp_path):
-    """SIGKILL as soon as a stage leaves its first file (at random moments: python -m bench soak kills)."""
-    command = [sys.executable, "-m", "smoe.prep", "build", str(checkpoints("olmoe")), "-o", str(tmp_path / "b"),
-               "--calibration", str(ids_file), "--encoding", "f32"]  # fmt: skip
-    for sign in ("finished/profile/*.outputs", "experts/*.safetensors*", "backbone/weights.data"):
+    """SIGKILL as soon as a stage leaves its first file (at random moments: python -m bench soak
+    kills)."""
+    command = [
+        sys.executable,
+        "-m",
+        "smoe.prep",
+        "build",
+        str(checkpoints("olmoe")),
+        "-o",
+        str(tmp_path / "b"),
+        "--calibration",
+        str(ids_file),
+        "--encoding",
+        "f32",
+    ]
+    for sign in ("finished/sweep/*.outputs", "experts/*.safetensors*", "backbone/weights.data"):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while process.poll() is None and not list((tmp_path / "b.partial").glob(sign)):
             time.sleep(0.001)
@@ -148,66 +156,75 @@ def test_a_kill_after_the_rename_leaves_a_bundle(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_what_was_finished_is_not_done_again(checkpoints, bundles, ids_file, tmp_path, monkeypatch):
-    from smoe.prep import build as module
-    from smoe.prep.pack import pack as packing
-    from smoe.prep.statistics import profile as profiling
+@pytest.fixture
+def reads(monkeypatch):
+    """The layers whose experts are read, in order."""
+    layers, experts = [], Checkpoint.experts
 
-    text, wanted = Calibration(str(ids_file)), _files(bundles("mixtral"))
-
-    def build_until(stage):
-        def fails(*_):
-            raise PrepError("stop")
-
-        with monkeypatch.context() as patched, pytest.raises(PrepError, match="stop"):
-            patched.setattr(*stage, fails)
-            build(checkpoints("mixtral"), tmp_path / "b", text, Recipe("f32"), progress=QUIET)
-        return {
-            str(p.relative_to(tmp_path / "b.partial"))
-            for p in (tmp_path / "b.partial").rglob("*")
-            if p.is_file()
-        }
-
-    # After the first layer of profiling, then after the first shard, then before the export.
-    layers = iter([1, None])
-    original = profiling._Observer._observed
-
-    def one_layer(self, layer, arrived):
-        if next(layers) is None:
-            raise PrepError("stop")
-        return original(self, layer, arrived)
-
-    with monkeypatch.context() as patched, pytest.raises(PrepError, match="stop"):
-        patched.setattr(profiling._Observer, "_observed", one_layer)
-        build(checkpoints("mixtral"), tmp_path / "b", text, Recipe("f32"), progress=QUIET)
-    left = {p.name for p in (tmp_path / "b.partial" / "finished" / "profile").iterdir()}
-    assert left == {"00.sums", "00.outputs"}
-    read = []
-    from smoe.prep.checkpoint.checkpoint import Checkpoint
-
-    with_experts = Checkpoint.experts
-
-    def counted(self, layer):
-        read.append(layer)
-        return with_experts(self, layer)
+    def counted(self, layer, *device):
+        layers.append(layer)
+        return experts(self, layer, *device)
 
     monkeypatch.setattr(Checkpoint, "experts", counted)
-    there = build_until((module, "pack"))
-    assert read == [1] and "study/profile.json" in there
-    read.clear()
-    there = build_until((module, "export_checked"))
-    assert read == [0, 1, 0, 1, 1, 0, 0, 1], (
-        "packed, forward and back for the prices, forward for the predictors"
-    )
-    assert "experts/layer-01.safetensors" in there
-    read.clear()
-    there = build_until((module, "open_bundle"))
-    assert read == [] and {"manifest.json", "finished/export.json"} <= there
-    monkeypatch.setattr(module, "export_checked", None)  # not called again
+    return layers
+
+
+@pytest.mark.parametrize("encoding", ["f32", "nested:2+1+1:32"])
+def test_a_layers_experts_are_read_twice(checkpoints, ids_file, tmp_path, reads, encoding):
+    """Statistics, trace, predictors, packing and prices of one build: forward, and back."""
+    text = Calibration(str(ids_file))
+    build(checkpoints("mixtral"), tmp_path / "b", text, Recipe(encoding), progress=QUIET)
+    assert reads == [0, 1, 1, 0]
+    tables = open_bundle(tmp_path / "b").tables.layers()
+    assert {"counts", "predict_recall", "price_cross", "price_fit"} <= set(tables[1])
+
+
+def test_what_was_finished_is_not_done_again(
+    checkpoints, bundles, ids_file, tmp_path, monkeypatch, reads
+):
+    from smoe.prep import build as building
+    from smoe.prep.prices.price import Prices
+    from smoe.prep.statistics.predict import Predictors
+
+    text, wanted = Calibration(str(ids_file)), _files(bundles("mixtral"))
+    reads.clear()
+
+    def build_until(owner, name, fails_at=0):
+        original, calls = getattr(owner, name), iter(range(100))
+
+        def fails(*arguments):
+            if next(calls) == fails_at:
+                raise PrepError("stop")
+            return original(*arguments)
+
+        reads.clear()
+        with monkeypatch.context() as patched, pytest.raises(PrepError, match="stop"):
+            patched.setattr(owner, name, fails)
+            build(checkpoints("mixtral"), tmp_path / "b", text, Recipe("f32"), progress=QUIET)
+        partial = tmp_path / "b.partial"
+        return {str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file()}
+
+    there = build_until(Predictors, "visit", fails_at=1)
+    assert reads == [0, 1] and {"finished/sweep/00.known", "finished/sweep/00.outputs"} <= there
+    assert "finished/sweep/01.known" not in there
+    there = build_until(Prices, "visit")
+    assert reads == [1, 1], "the layer that was not finished, and the first on the way back"
+    assert "tables.safetensors" not in there
+    there = build_until(building, "export_checked")
+    assert reads == [1, 0] and {"finished/learned.json", "tables.safetensors"} <= there
+    there = build_until(building, "add_fit")
+    assert reads == [] and {"manifest.json", "finished/export.json"} <= there
+    monkeypatch.setattr(building, "export_checked", None)  # not called again
     build(checkpoints("mixtral"), tmp_path / "b", text, Recipe("f32"), progress=QUIET)
-    assert read == []
+    assert reads == []
     assert _files(tmp_path / "b") == wanted
-    assert packing.PAGE == open_bundle(tmp_path / "b").manifest.experts.page
+
+
+def test_a_bundle_says_what_it_was_made_from(bundles, ids_file):
+    provenance = open_bundle(bundles("mixtral")).manifest.provenance
+    assert provenance["calibration"] == ids_file.name
+    assert provenance["calibration_tokens"] == "480" and provenance["calibration_seed"] == "0"
+    assert provenance["price_tokens"] == "360" and provenance["device"] == "cpu"
 
 
 @pytest.fixture
@@ -261,3 +278,39 @@ def test_a_disk_that_fills_up_is_a_sentence_and_loses_nothing(disk, smoe_prep, c
         == 0
     )
     assert os.listdir(small) == ["p"]
+
+
+def test_no_file_is_hashed_twice_but_the_tables(checkpoints, ids_file, tmp_path, monkeypatch):
+    from smoe.prep import build as building
+
+    hashed, sha256 = [], building.sha256
+    monkeypatch.setattr(building, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    text = Calibration(str(ids_file))
+    build(checkpoints("mixtral"), tmp_path / "b", text, Recipe("f32"), progress=QUIET)
+    assert {n for n in hashed if hashed.count(n) > 1} == {"tables.safetensors"}
+
+
+def test_one_moe_layer_is_not_taken_for_finished_predictors(
+    checkpoints, ids_file, tmp_path, capsys
+):
+    """A model with one MoE layer has no table of predictors to tell a finished stage by."""
+    text = Calibration(str(ids_file))
+    built = build(checkpoints("jamba"), tmp_path / "b", text, Recipe("f32"), progress=Progress())
+    assert len(built.manifest.layers) == 1
+    assert "kept from an earlier run" not in capsys.readouterr().err
+
+
+def test_the_device_is_said_and_an_interrupted_build_goes_on_with_the_same_only(
+    smoe_prep, checkpoints, ids_file, tmp_path
+):
+    common = ("profile", checkpoints("mixtral"), "-o", tmp_path / "p", "--calibration", ids_file)
+    done = smoe_prep(*common)
+    assert done.returncode == 0 and "480 tokens on cpu" in done.stderr
+    done = smoe_prep(*common[:3], tmp_path / "q", *common[4:], "--device", "nowhere")
+    assert done.returncode == 1 and "--device nowhere cannot be used" in done.stderr
+    _fail(tmp_path, {"--device": "cuda"}, ["whole"])
+    with (
+        pytest.raises(PrepError, match="begun with --device cuda, now it is cpu"),
+        beside(tmp_path / "out", {"--device": "cpu"}, QUIET),
+    ):
+        pass

@@ -10,12 +10,19 @@ def test_by_eye():
     sums = LayerSums.zeros(3, previous=2)
     before = np.array([[True, False], [True, True]])
     # Token 0 goes to experts 0 and 1, token 1 to experts 1 and 0.
-    active = sums.add_routing(np.array([[0, 1], [1, 0]]), np.array([[0.75, 0.25], [0.5, 0.5]]),
-                              np.array([[5.0, 1.0], [3.0, 5.0]]), before)  # fmt: skip
-    outputs = np.array([
-        [[3, 4], [-4, 3], [6, 8]],  # |y0| = 5, y1 at a right angle to it, y2 twice y0
-        [[3, 4], [3, 4], [0, 0]],  # y1 the same as y0, y2 nothing
-    ], np.float32)  # fmt: skip
+    active = sums.add_routing(
+        np.array([[0, 1], [1, 0]]),
+        np.array([[0.75, 0.25], [0.5, 0.5]]),
+        np.array([[5.0, 1.0], [3.0, 5.0]]),
+        before,
+    )
+    outputs = np.array(
+        [
+            [[3, 4], [-4, 3], [6, 8]],  # |y0| = 5, y1 at a right angle to it, y2 twice y0
+            [[3, 4], [3, 4], [0, 0]],  # y1 the same as y0, y2 nothing
+        ],
+        np.float32,
+    )
     sums.add_outputs(outputs, active)
     sums.add_scores(np.array([[3, 1, 0], [1, 3, -np.inf]]))
     t = sums.tables()
@@ -48,10 +55,13 @@ def data():
     tokens, experts, k = 60, 7, 3
     ids = np.stack([random.permutation(experts)[:k] for _ in range(tokens)])
     return {
-        "ids": ids, "weights": random.random((tokens, k)), "norms": random.random((tokens, k)),
-        "before": random.random((tokens, 5)) < 0.4, "scores": random.standard_normal((tokens, experts)),
+        "ids": ids,
+        "weights": random.random((tokens, k)),
+        "norms": random.random((tokens, k)),
+        "before": random.random((tokens, 5)) < 0.4,
+        "scores": random.standard_normal((tokens, experts)),
         "outputs": random.standard_normal((tokens, experts, 11)).astype(np.float32),
-    }  # fmt: skip
+    }
 
 
 def _sums(data, rows):

@@ -1,0 +1,125 @@
+"""The steps of a build one by one, each into a directory of its own: what the commands `profile`,
+`pack` and `export` do."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from smoe.artifacts.manifest import Experts, Manifest
+from smoe.prep.backbone.checked import export_checked
+from smoe.prep.backbone.quantise import check_precision
+from smoe.prep.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from smoe.prep.checkpoint.text import Calibration
+from smoe.prep.errors import PrepError
+from smoe.prep.options import chosen_quantiser, quantiser_settings
+from smoe.prep.pack.pack import pack, unpacked
+from smoe.prep.progress import Progress
+from smoe.prep.statistics.profile import Profile, profile
+from smoe.prep.sweep.forward import refuse_missing_device
+from smoe.prep.workdir import beside, refuse_existing, write_whole
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Shards in `output`, with experts.json beside them."""
+
+    output: Path
+    experts: Experts
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self.experts)
+
+    def lines(self) -> list[str]:
+        return [f"{self.output}: experts in {self.experts.encoding}"]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Segments in `output`, with backbone.json beside them."""
+
+    output: Path
+    manifest: Manifest
+
+    def as_dict(self) -> dict:
+        fields = dataclasses.asdict(self.manifest)
+        return {name: fields[name] for name in ("backbone", "layers")}
+
+    def lines(self) -> list[str]:
+        return [f"{self.output}: {len(self.manifest.backbone.segments)} segments"]
+
+
+def profile_to(
+    model: Path, output: Path, calibration: Calibration, progress: Progress, device: str = "cpu"
+) -> Profile:
+    """Write the profile of the checkpoint at `model` into a new directory `output`."""
+    with _writing(model, output, {"--device": device}, calibration, progress) as (
+        checkpoint,
+        rows,
+        partial,
+    ):
+        return profile(checkpoint, partial, calibration, progress, rows, device)
+
+
+def pack_to(
+    model: Path,
+    output: Path,
+    calibration: Calibration | None,
+    encoding: str,
+    quantiser: str | None,
+    progress: Progress,
+    device: str = "cpu",
+) -> Packed:
+    """Write the experts of the checkpoint at `model` as shards into a new directory `output`. A
+    `calibration` that the encoding does not use is a `PrepError`."""
+    calibrated = chosen_quantiser(encoding, quantiser, calibration) == "calibrated"
+    if calibration is not None and not calibrated:
+        raise PrepError("--calibration is for nested encodings with --quantiser calibrated.")
+    settings = {"--encoding": encoding, "--device": device}
+    settings |= quantiser_settings(encoding, quantiser)
+    with _writing(model, output, settings, calibration, progress) as (checkpoint, rows, partial):
+        experts = pack(checkpoint, partial, encoding, progress, rows or None, device)
+        packed = Packed(output=output, experts=experts)
+        write_whole(partial / "experts.json", json.dumps(packed.as_dict(), indent=1) + "\n")
+    return packed
+
+
+def export_to(model: Path, output: Path, precision: str, progress: Progress) -> Backbone:
+    """Write the backbone of the checkpoint at `model` as ONNX segments into a new directory
+    `output`."""
+    check_precision(precision)
+    with _writing(model, output, {"--backbone": precision}, None, progress) as (
+        checkpoint,
+        _,
+        partial,
+    ):
+        experts = unpacked(checkpoint, "f32")
+        manifest = export_checked(checkpoint, partial, experts, precision, progress)
+        backbone = Backbone(output=output, manifest=manifest)
+        write_whole(partial / "backbone.json", json.dumps(backbone.as_dict(), indent=1) + "\n")
+    return backbone
+
+
+@contextlib.contextmanager
+def _writing(
+    model: Path,
+    output: Path,
+    settings: dict[str, str],
+    calibration: Calibration | None,
+    progress: Progress,
+) -> Iterator[tuple[Checkpoint, list[np.ndarray], Path]]:
+    """The opened checkpoint, the text's rows, and the directory that becomes `output`."""
+    refuse_existing(output)
+    refuse_missing_device(settings.get("--device", "cpu"))
+    checkpoint = open_checkpoint(model)
+    rows = calibration.rows(checkpoint) if calibration else []
+    if calibration:
+        settings = settings | calibration.settings(rows)
+    with beside(output, settings | checkpoint.identity(), progress) as partial:
+        yield checkpoint, rows, partial
