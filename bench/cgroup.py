@@ -1,49 +1,37 @@
-"""Little memory on purpose: processes inside a memory cgroup, and files that are really not in the page cache.
+"""Little memory on purpose: processes inside a memory cgroup, of version 1 or 2.
 
     with Group("bench", limit=500 << 20) as group:
-        left = drop(files)                     # bytes that stayed in memory in spite of it
-        done = group.run([sys.executable, "child.py"])
-        print(done.seconds, done.peak, done.killed)
+        outcome = group.run([sys.executable, "child.py"])
+        print(outcome.seconds, outcome.peak, outcome.killed)
 
-Notable: a cgroup counts a page of a file where it was touched first, so what another process holds is free in here. Drop
-the files of a run before it, those of its libraries too (`libraries`). Swap would count apart; `unavailable` refuses it.
-This is cgroup version 1, and needs root; it knows nothing of version 2 (where memory.max and memory.peak are).
+Version 2 wants a group in which no process is, to make others in. The root of the hierarchy is one,
+for root; anyone else starts the bench with
+
+    systemd-run --user --scope -p Delegate=yes python -m bench NAME ...
+
+and it moves itself into a group beside those it makes. What cannot be had is said by `unavailable`.
+A kernel gives its memory controller to one of the two versions only, so a machine runs one half of
+this page.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import mmap
 import os
 import resource
 import subprocess
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-ROOT = Path("/sys/fs/cgroup/memory")
-PAGE = mmap.PAGESIZE
-
-
-def unavailable() -> str | None:
-    """Why processes cannot be limited here, as a sentence; None if they can."""
-    if not (ROOT / "memory.limit_in_bytes").exists():
-        return f"There is no memory cgroup of version 1 at {ROOT}."
-    if not os.access(ROOT, os.W_OK):
-        return f"{ROOT} cannot be written to; run this as root."
-    if len(Path("/proc/swaps").read_text().splitlines()) > 1:
-        return "There is swap, which a memory cgroup does not bound; switch it off (swapoff -a)."
-    return None
+NO_LIMIT = "max"
+ASIDE = "smoe-bench"  # the group that a bench moves into, so that no process is in the one above
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a process. `peak` is the most bytes that were counted at once, `full` how often the limit was
-    met (mostly: pages of files gave way), `faults` how many page faults waited for a disk."""
+    """What became of a process. `peak` is the most bytes that were counted at once, `full` how
+    often the limit was met (mostly: pages of files gave way), `faults` how many page faults waited
+    for a disk; `killed` because there was no memory left."""
 
     code: int
     out: str
@@ -52,134 +40,188 @@ class Outcome:
     peak: int
     full: int
     faults: int
-    killed: bool  # because there was no memory left
+    killed: bool
+
+
+class Version1:
+    """memory.* of the older hierarchy, where a group may hold processes and groups at once."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def refusal(self) -> str | None:
+        if not os.access(self.root, os.W_OK):
+            return f"{self.root} cannot be written to; run this as root."
+        if len(Path("/proc/swaps").read_text().splitlines()) > 1:
+            return "There is swap, which the limit does not bound; switch it off (swapoff -a)."
+        return None
+
+    def parent(self) -> Path:
+        return self.root
+
+    def limit(self, group: Path, limit: int) -> None:
+        _write(group / "memory.limit_in_bytes", limit)
+
+    def start_over(self, group: Path) -> None:
+        """Give up the pages of a run before, which the next one would find for nothing, and count
+        from zero."""
+        _write(group / "memory.force_empty", 0)
+        _write(group / "memory.max_usage_in_bytes", 0)
+
+    def peak(self, group: Path) -> int:
+        return int((group / "memory.max_usage_in_bytes").read_text())
+
+    def full(self, group: Path) -> int:
+        return int((group / "memory.failcnt").read_text())
+
+    def kills(self, group: Path) -> int:
+        return _pairs(group / "memory.oom_control")["oom_kill"]
+
+
+class Version2:
+    """memory.* of the unified hierarchy, where a group holds processes or groups."""
+
+    def __init__(self, root: Path, own: Path):
+        """`root` of the hierarchy, and the group that this process is in."""
+        self.root, self.own = root, own.parent if own.name == ASIDE else own
+
+    def refusal(self) -> str | None:
+        if "memory" not in _words(self.root / "cgroup.controllers"):
+            return f"The memory controller is not in {self.root} (version 1 may have it)."
+        if self._is_open(self.root):
+            return None
+        if not os.access(self.own / "cgroup.subtree_control", os.W_OK):
+            return (
+                f"{self.own} cannot be written to; run this as root, or inside "
+                "systemd-run --user --scope -p Delegate=yes"
+            )
+        return None
+
+    def parent(self) -> Path:
+        if self._is_open(self.root):
+            return self.root
+        if "memory" not in _words(self.own / "cgroup.subtree_control"):
+            aside = self.own / ASIDE
+            aside.mkdir(exist_ok=True)
+            _write(aside / "cgroup.procs", os.getpid())
+            _write(self.own / "cgroup.subtree_control", "+memory")
+        return self.own
+
+    def _is_open(self, group: Path) -> bool:
+        control = group / "cgroup.subtree_control"
+        return os.access(control, os.W_OK) and "memory" in _words(control)
+
+    def limit(self, group: Path, limit: int) -> None:
+        _write(group / "memory.max", limit)
+        if (group / "memory.swap.max").exists():
+            _write(group / "memory.swap.max", 0)
+
+    def start_over(self, group: Path) -> None:
+        """A peak cannot be set back on every kernel: an empty group is made anew."""
+        limit = (group / "memory.max").read_text().strip()
+        group.rmdir()
+        group.mkdir()
+        if limit != NO_LIMIT:
+            self.limit(group, int(limit))
+
+    def peak(self, group: Path) -> int:
+        return int((group / "memory.peak").read_text())  # Linux 5.19
+
+    def full(self, group: Path) -> int:
+        return _pairs(group / "memory.events")["max"]
+
+    def kills(self, group: Path) -> int:
+        return _pairs(group / "memory.events")["oom_kill"]
+
+
+def versions() -> list[Version1 | Version2]:
+    """The hierarchies that are mounted here."""
+    mounted: list[Version1 | Version2] = []
+    for line in (
+        Path("/proc/mounts").read_text().splitlines() if os.path.exists("/proc/mounts") else []
+    ):
+        _, place, kind, settings, *_ = line.split()
+        if kind == "cgroup" and "memory" in settings.split(","):
+            mounted.append(Version1(Path(place)))
+        if kind == "cgroup2":
+            mounted.append(Version2(Path(place), Path(place) / _own_group()))
+    return mounted
+
+
+def unavailable() -> str | None:
+    """Why processes cannot be limited here, as a sentence; None if they can."""
+    refusals = [version.refusal() for version in versions()]
+    if None in refusals:
+        return None
+    return " ".join(map(str, refusals)) or "There is no memory cgroup here, of either version."
 
 
 class Group:
     """A memory cgroup of our own, removed at the end of the `with`; `limit` bytes, or none."""
 
     def __init__(self, name: str, limit: int | None = None):
-        self.path, self.limit = ROOT / f"smoe-{name}-{os.getpid()}", limit
+        usable = [version for version in versions() if version.refusal() is None]
+        if not usable:
+            raise OSError(unavailable())
+        self.version, self.limit = usable[0], limit
+        self.path = self.version.parent() / f"smoe-{name}-{os.getpid()}"
 
     def __enter__(self) -> Group:
         self.path.mkdir()
         if self.limit is not None:
-            self._write("memory.limit_in_bytes", self.limit)
+            self.version.limit(self.path, self.limit)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.path.rmdir()
 
-    def run(self, command: list[str], timeout: float | None = None, **popen) -> Outcome:
-        """Run a command that is inside from its first instruction on. After `timeout` seconds it is killed, and the
-        exit code is -9 without `killed`."""
-        self._write(
-            "memory.force_empty", 0
-        )  # pages of a run before, which this one would find for nothing
-        self._write("memory.max_usage_in_bytes", 0)
-        full, kills = self._read("memory.failcnt"), self._kills()
-        faults, started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_majflt, time.monotonic()
+    def run(
+        self, command: list[str], timeout: float | None = None, env: dict[str, str] | None = None
+    ) -> Outcome:
+        """Run a command that is inside from its first instruction on. After `timeout` seconds it is
+        killed, and the exit code is -9 without `killed`."""
+        self.version.start_over(self.path)
+        full, kills = self.version.full(self.path), self.version.kills(self.path)
+        faults, started = _faults(), time.monotonic()
         enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.path / "cgroup.procs")]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | popen
-        with subprocess.Popen([*enter, *command], **pipes) as process:
+        with subprocess.Popen(
+            [*enter, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        ) as process:
             try:
                 out, err = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
                 process.kill()
                 out, err = process.communicate()
         return Outcome(
-            process.returncode, out or "", err or "", time.monotonic() - started,
-            self._read("memory.max_usage_in_bytes"), self._read("memory.failcnt") - full,
-            resource.getrusage(resource.RUSAGE_CHILDREN).ru_majflt - faults, self._kills() > kills,
-        )  # fmt: skip
-
-    def _read(self, name: str) -> int:
-        return int((self.path / name).read_text())
-
-    def _write(self, name: str, value: int) -> None:
-        (self.path / name).write_text(str(value))
-
-    def _kills(self) -> int:
-        pairs = (
-            line.split() for line in (self.path / "memory.oom_control").read_text().splitlines()
+            code=process.returncode,
+            out=out,
+            err=err,
+            seconds=time.monotonic() - started,
+            peak=self.version.peak(self.path),
+            full=self.version.full(self.path) - full,
+            faults=_faults() - faults,
+            killed=self.version.kills(self.path) > kills,
         )
-        return int(dict(pairs)["oom_kill"])
 
 
-def files_of(path: Path) -> list[Path]:
-    """A file, or all files of a directory."""
-    return sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+def _own_group() -> str:
+    """This process's group in the unified hierarchy, without the leading slash."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    return next((line[4:] for line in lines if line.startswith("0::/")), "")
 
 
-def size(path: Path) -> int:
-    """Bytes of a file, or of all files of a directory."""
-    return sum(file.stat().st_size for file in files_of(path))
+def _faults() -> int:
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_majflt
 
 
-def libraries(*modules: str) -> list[Path]:
-    """The shared libraries of installed packages, which may be dropped too."""
-    found = (importlib.util.find_spec(module) for module in modules)
-    folders = (
-        Path(folder) for spec in found if spec for folder in spec.submodule_search_locations or ()
-    )
-    beside = (
-        f
-        for folder in folders
-        for f in (folder, folder.with_name(folder.name + ".libs"))
-        if f.is_dir()
-    )
-    return [f for folder in beside for f in folder.rglob("*.so*")]
+def _words(file: Path) -> list[str]:
+    return file.read_text().split() if file.exists() else []
 
 
-def drop(files: Iterable[Path]) -> int:
-    """Take files out of the page cache, after writing what was not yet on disk; the bytes that stayed, because another
-    process has them mapped."""
-    files = list(files)
-    for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-    return sum(resident(file) for file in files)
+def _pairs(file: Path) -> dict[str, int]:
+    lines = (line.split() for line in file.read_text().splitlines())
+    return {name: int(value) for name, value in lines}
 
 
-def fetch(path: Path) -> int:
-    """Read all of a model, so that it is in the page cache; the bytes that are."""
-    for file in files_of(path):
-        with open(file, "rb") as opened:
-            while opened.read(16 << 20):
-                pass
-    return sum(resident(file) for file in files_of(path))
-
-
-def read_ahead(file: Path) -> int:
-    """Bytes that the kernel reads around a page fault in a file, at most; 0 where it does not say."""
-    device = file.stat().st_dev
-    said = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
-    return int(said.read_text()) * 1024 if said.exists() else 0
-
-
-def resident(file: Path) -> int:
-    """How many bytes of a file are in the page cache."""
-    size = file.stat().st_size
-    if not size:
-        return 0
-    with (
-        open(file, "rb") as opened,
-        mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_READ) as mapped,
-    ):
-        pages = np.zeros(-(-size // PAGE), np.uint8)
-        start = np.frombuffer(mapped, np.uint8)
-        failed = _libc().mincore(start.ctypes.data, size, pages.ctypes.data)
-        del start  # or the mapping cannot be closed
-    if failed:
-        raise OSError(ctypes.get_errno(), f"mincore of {file}")
-    return int(np.count_nonzero(pages & 1)) * PAGE
-
-
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    return libc
+def _write(file: Path, value: int | str) -> None:
+    file.write_text(str(value))

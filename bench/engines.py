@@ -1,24 +1,25 @@
-"""One engine over a text, in a process of its own; outofcore.py starts it inside a memory cgroup.
+"""One engine over a text, in a process of its own; `outofcore` starts it inside a memory cgroup.
 
-    python bench/engines.py '{"engine": "smoe", "model": "model.smoe", "ids": [5, 17, 9], "limit": 500000000}'
+Every engine is a generator that opens its model, yields once, and then yields the logits after each
+of the ids, which it reads one at a time. `run` times it from outside, so that all are timed alike.
+Settings:
 
-Every engine is a generator that opens its model, yields once, and then yields the logits after each of the ids, which
-it reads one at a time. `run` times it from outside, so that all are timed alike. Settings:
-
-* smoe: the budget is `limit` less what the interpreter and the imports hold, less RESERVE for the kernel;
-* llama.cpp: mapped file, no locking, no repacked copy of the weights (`use_extra_bufts`), batches of one token;
-* transformers: bfloat16; under a limit everything is left to accelerate's disk offload, which holds least.
+* smoe: the budget is `limit` less what the interpreter and the imports hold, less RESERVE for the
+  kernel;
+* llama.cpp: mapped file, no locking, no repacked copy of the weights (`use_extra_bufts`), batches
+  of one token;
+* transformers: bfloat16; under a limit everything is left to accelerate's disk offload, which holds
+  least.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +30,9 @@ RESERVE = (
 
 @dataclass(frozen=True)
 class Request:
-    """`warm` ids are read before the clock starts, or as many as `seconds` allows; then all others, or as many as
-    `seconds` allows again. `limit` is that of the cgroup in bytes, None where there is none; `scratch` a directory."""
+    """`warm` ids are read before the clock starts, or as many as `seconds` allows; then all others,
+    or as many as `seconds` allows again. `limit` is that of the cgroup in bytes, None where there
+    is none; `scratch` a directory."""
 
     engine: str
     model: str
@@ -45,8 +47,8 @@ class Request:
 
 @dataclass
 class Run:
-    """`nats` is the negative log-likelihood of each id after the first, as far as was read; `about` what an engine
-    says of itself."""
+    """`nats` is the negative log-likelihood of each id after the first, as far as was read; `about`
+    what an engine says of itself."""
 
     opened: float = 0.0
     warm: int = 0
@@ -158,6 +160,7 @@ def _left(ask: Request) -> int | None:
     return ask.limit - held - RESERVE
 
 
-if __name__ == "__main__":
-    found = run(Request(**json.loads(sys.argv[1])))
-    print(json.dumps(asdict(found) | {"rate": found.rate}))
+def run_request(**request: Any) -> dict[str, Any]:
+    """`run` for plain values, as a process of its own is asked and answers."""
+    done = run(Request(**request))
+    return asdict(done) | {"rate": done.rate}

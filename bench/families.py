@@ -1,175 +1,142 @@
-"""Every family on transformers' experts interface: a pico model, the whole path, compared with transformers.
-
-    python bench/families.py [FAMILY ...] [--write docs/families.md]
-
-Each family runs in a process of its own, with a time limit.
-"""
+"""Every family on transformers' experts interface: a pico model, the whole path, compared with
+transformers."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
-import traceback
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-LIMIT = 600  # seconds
+from bench.harness import (
+    Rows,
+    Run,
+    Table,
+    bench,
+    child_command,
+    child_environment,
+    child_result,
+    note,
+    option,
+)  # fmt: skip
+
+LIMIT = 600  # seconds of one family
+TOKENS = 211  # of a pico vocabulary
+COLUMNS = {
+    "family": "{}", "result": "{}", "tokens of 48": "{:.0f}", "logit error": "{:.0e}",
+    "state": "{}", "routing rule": "{}", "why not": "{}",
+}  # fmt: skip
 
 
-def run(family: str) -> dict:
-    """What became of one family, in a process of its own."""
+@bench(
+    option("--families", nargs="+", help="model types; all if none is given"),
+    option("--jobs", type=int, default=2, help="processes at once"),
+)
+def families(run: Run) -> Rows:
+    """Does every model file on the experts interface give transformers' tokens?"""
+    from tests.support import pico
+
+    with ThreadPoolExecutor(run.jobs) as pool:
+        results = list(pool.map(_in_a_process, run.families or pico.model_files()))
+    good = sum(result["result"] == "same" for result in results)
+    lines = [_line(result) for result in sorted(results, key=lambda result: result["family"])]
+    yield Table("families", COLUMNS, lines, f"{good} of {len(results)} give transformers' tokens")
+
+
+def _in_a_process(family: str) -> dict[str, Any]:
+    """What became of one family; a process that fails is a row of the table."""
+    command = child_command("families:one", {"family": family})
     try:
         done = subprocess.run(
-            [sys.executable, __file__, "--one", family],
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
+            command, capture_output=True, text=True, timeout=LIMIT, env=child_environment()
         )
     except subprocess.TimeoutExpired:
         return {"family": family, "result": "failed", "cause": f"not done in {LIMIT} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-        return {
-            "family": family,
-            "result": "failed",
-            "cause": f"the process ended with {done.returncode}: {last}",
-        }
-    return json.loads(lines[-1])
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["nothing on stderr"]
+        places = [line for line in lines if line.startswith("  File ")]
+        where = re.sub(r'.*/([^/"]+)", line (\d+).*', r" (\1:\2)", places[-1]) if places else ""
+        result = {"family": family, "result": "failed", "cause": lines[-1][:160] + where}
+    else:
+        result = child_result(done.stdout)
+    note(f"{family:22} {result['result']:8} {result['cause'][:250]}")
+    return result
 
 
-def one(family: str) -> dict:
+def one(family: str) -> dict[str, Any]:
     """Make the model, save it, build, compare."""
+    import warnings
+
     import numpy as np
-    import pico
     import torch
     import transformers
-    from agreement import agreement
 
     from smoe.artifacts import SmoeError
+    from tests.support import pico
+    from tests.support.agreement import agreement
+
+    transformers.utils.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {"family": family, "config": pico.config_name(family)}
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "ids.jsonl"
+        ids = np.random.default_rng(0).integers(3, TOKENS, (8, 40)).tolist()
+        text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+        try:
+            result |= _built(result["config"], Path(folder), text)
+            agreed = agreement(Path(folder) / "model.smoe", Path(folder) / "model")
+        except SmoeError as error:
+            return result | {"result": "refused", "cause": str(error)}
+    cause = "" if agreed.good else "the logits differ too much" if agreed.same else "other tokens"
+    outcome = {"result": "same" if agreed.good else "differs", "cause": cause}
+    return result | agreed.as_dict() | outcome
+
+
+def _built(config_name: str, folder: Path, text: Path) -> dict[str, Any]:
+    """Build model.smoe of a pico model; the kinds of its state, and whether a routing rule was
+    found."""
     from smoe.prep.build import build
     from smoe.prep.checkpoint.checkpoint import open_checkpoint
     from smoe.prep.checkpoint.families import text_class
     from smoe.prep.checkpoint.text import Calibration
     from smoe.prep.options import Recipe
     from smoe.prep.progress import Progress
+    from tests.support import pico
 
-    transformers.utils.logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    about: dict = {"family": family, "config": pico.config_name(family)}
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint, bundle, text = (
-            Path(folder) / "model",
-            Path(folder) / "model.smoe",
-            Path(folder) / "ids.jsonl",
-        )
-        ids = np.random.default_rng(0).integers(3, 211, (8, 40)).tolist()
-        text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
-        stage = "make"
-        try:
-            config = pico.make_config(about["config"])
-            if text_class(type(config)) is None:
-                config.save_pretrained(checkpoint)
-                open_checkpoint(checkpoint)  # is refused
-            pico.make_model(about["config"]).save_pretrained(checkpoint)
-            stage = "build"
-            manifest = build(
-                checkpoint, bundle, Calibration(str(text)), Recipe("f32"), progress=Progress(True)
-            )
-            about["state"] = sorted({_kind(state) for state in manifest.backbone.state})
-            about["rule"] = all(layer.routing is not None for layer in manifest.layers)
-            stage = "compare"
-            found = agreement(bundle, checkpoint)
-        except SmoeError as error:
-            return about | {"result": "refused", "cause": str(error)}
-        except Exception as error:  # noqa: BLE001  whatever went wrong is a row of the table
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            first = (str(error).strip().splitlines() or [""])[0][:160]
-            where = f"{Path(at.filename).name}:{at.lineno}"
-            return about | {
-                "result": "failed",
-                "cause": f"{stage}: {type(error).__name__}: {first} ({where})",
-            }
-    cause = "" if found.good else "the logits differ too much" if found.same else "other tokens"
-    return about | found.as_dict() | {"result": "same" if found.good else "differs", "cause": cause}
+    checkpoint, bundle = folder / "model", folder / "model.smoe"
+    config = pico.make_config(config_name)
+    if text_class(type(config)) is None:
+        config.save_pretrained(checkpoint)
+        open_checkpoint(checkpoint)  # is refused
+    pico.make_model(config_name).save_pretrained(checkpoint)
+    quiet = Progress(quiet=True)
+    manifest = build(checkpoint, bundle, Calibration(str(text)), Recipe("f32"), progress=quiet)
+    return {
+        "state": sorted({_kind(state) for state in manifest.backbone.state}),
+        "rule": all(layer.routing is not None for layer in manifest.layers),
+    }
 
 
-def _kind(state) -> str:
+def _kind(state: Any) -> str:
     if state.growing < 0:
         return "fixed"
     return "in place" if state.in_place else "growing"
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| family | result | tokens of 48 | logit error | state | routing rule | why not |",
-        "|" + "---|" * 7,
+def _line(result: dict[str, Any]) -> list[Any]:
+    """One row of the table."""
+    family, config = result["family"], result.get("config", result["family"])
+    rule = {True: "found", False: "none"}.get(result.get("rule"))
+    return [
+        family if config == family else f"{family} ({config})",
+        result["result"],
+        result.get("tokens"),
+        result["error"] / result["scale"] if "error" in result else None,
+        ", ".join(result.get("state", [])),
+        rule,
+        re.sub(r"/tmp/\S*/model", "MODEL", result["cause"]),
     ]
-    for r in sorted(rows, key=lambda r: r["family"]):
-        error = f"{r['error'] / r['scale']:.0e}" if "error" in r else ""
-        tokens = f"{r['tokens']:.0f}" if "tokens" in r else ""
-        rule = {True: "found", False: "none"}.get(r.get("rule"), "")
-        cause = re.sub(r"/tmp/\S*/model", "MODEL", r["cause"]).replace("|", "/").replace("\n", " ")
-        config = r.get("config", r["family"])
-        name = r["family"] if config == r["family"] else f"{r['family']} ({config})"
-        lines.append(
-            f"| {name} | {r['result']} | {tokens} | {error} | {', '.join(r.get('state', []))} | {rule} | {cause} |"
-        )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("families", nargs="*")
-    parser.add_argument("--write", type=Path)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.one:
-        print("\n" + json.dumps(one(chosen.one)))
-        return
-    import pico
-
-    names = chosen.families or pico.model_files()
-    rows = []
-    with ThreadPoolExecutor(chosen.jobs) as pool:
-        for row in pool.map(run, names):
-            rows.append(row)
-            print(
-                f"{row['family']:22} {row['result']:8} {row.get('tokens', '')!s:6} {row['cause'][:250]}",
-                flush=True,
-            )
-    good = sum(row["result"] == "same" for row in rows)
-    print(f"{good} of {len(rows)} give transformers' tokens")
-    if chosen.write:
-        chosen.write.write_text(HEAD.format(good=good, all=len(rows)) + table(rows) + "\n", "utf-8")
-
-
-HEAD = """# Families
-
-{good} of the {all} model files on transformers' experts interface give transformers' tokens, as pico models with random
-weights, in float32. `python bench/families.py --write docs/families.md` makes this page.
-
-*tokens*: how far greedy continuations of 48 tokens were compared, on average over four prompts: up to the first place
-where the two best logits are closer than ten times the logit error. No token before differs, and 24 are wanted.
-*logit error*: the largest difference, relative to the largest logit. *state*: `in place` is appended to without copying,
-`growing` is replaced by a longer one, `fixed` keeps its shape. *routing rule*: whether ids and mixing weights of any other
-choice can be worked out (substitution needs it).
-
-Those that are refused: two do not generate one token after another (diffusion_gemma, openai_privacy_filter). The others have
-state or attention that cannot be traced, or not without knowing the request: attention over compressed or indexed
-positions whose number depends on the data (deepseek_v4, qwen4_exp), a window that spares the prompt, however long it
-is (unlimited_ocr), a cache that does not know its own length (minimax), positions that are worked out from a mask and
-from what the model remembers of the call before (qwen3_omni_moe). What the last column says is what a user is told.
-
-"""
-
-if __name__ == "__main__":
-    main()

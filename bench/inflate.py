@@ -1,28 +1,28 @@
-"""The example model padded to a realistic size: the same function and the same routing, heavy weights.
+"""The example model padded to a realistic size: the same function and the same routing, heavy
+weights.
 
-    python bench/inflate.py OUT [--model examples/reference] [--hidden 2048] [--width 1536] [--seed 0]
+A checkpoint that a test can carry has experts of kilobytes, and moving those shows nothing. This
+one adds channels to the hidden state and to the experts' inner activations that carry exactly zero,
+so that logits and routing stay what they were while every expert becomes megabytes:
 
-A checkpoint that a test can carry has experts of kilobytes, and moving those shows nothing. This one adds channels to
-the hidden state and to the experts' inner activations that carry exactly zero, so that logits and routing stay what
-they were while every expert becomes megabytes:
+* whatever writes into an added channel gives zero: rows of o_proj and down_proj, columns of the
+  embedding (which is untied from the head for it), and rows of up_proj, since silu(gate) * 0 is 0;
+* whatever only multiplies such a zero is noise of the scale of its tensor, so that neither storage
+  nor a quantiser gets a free ride: the added columns of q, k, v, gate, up, down, router and head,
+  the added rows of gate, and of up and down what lies beyond the real columns;
+* norm weights times sqrt(old/new) and epsilon times old/new undo what the zeros do to the mean
+  square. These weights are stored in float32, since the root need not be a bfloat16. (The per-head
+  norms of q and k share that epsilon and not the zeros: epsilon being 1e-6 of their mean square or
+  less, that is below float32's rounding.)
 
-* whatever writes into an added channel gives zero: rows of o_proj and down_proj, columns of the embedding (which is
-  untied from the head for it), and rows of up_proj, since silu(gate) * 0 is 0;
-* whatever only multiplies such a zero is noise of the scale of its tensor, so that neither storage nor a quantiser gets
-  a free ride: the added columns of q, k, v, gate, up, down, router and head, the added rows of gate, and of up and down
-  what lies beyond the real columns;
-* norm weights times sqrt(old/new) and epsilon times old/new undo what the zeros do to the mean square. These weights
-  are stored in float32, since the root need not be a bfloat16. (The per-head norms of q and k share that epsilon and
-  not the zeros: epsilon being 1e-6 of their mean square or less, that is below float32's rounding.)
-
-Noise and zeros never share a group of 128 columns: a code without a zero (nested planes) would otherwise turn the zeros
-into something. An all-zero group has scale 0 and stays zero, there and in Q4_0. What must be zero is printed. It cannot
-be avoided: a norm sees every channel, so an added one cannot carry anything, however little its readers made of it.
+Noise and zeros never share a group of 128 columns: a code without a zero (nested planes) would
+otherwise turn the zeros into something. An all-zero group has scale 0 and stays zero, there and in
+Q4_0. What must be zero is printed. It cannot be avoided: a norm sees every channel, so an added one
+cannot carry anything, however little its readers made of it.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import re
@@ -34,18 +34,20 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
+from bench.harness import EXAMPLES
 from smoe.artifacts import safetensors_file
 from smoe.artifacts.bfloat16 import to_bf16
 from smoe.artifacts.safetensors_file import TensorSpec
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "reference"
-GROUP = 128  # columns that may share a scale: the widest group of the nested encodings, and a multiple of Q4_0's 32
+EXAMPLE = EXAMPLES / "reference"
+GROUP = 128  # columns that may share a scale: the widest of the nested encodings, times Q4_0's 32
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What the rows and columns of a matrix are ("hidden", "width", or "" for what keeps its size), and whether what
-    its added rows give must be zero. The embedding writes with its columns: it is taken transposed."""
+    """What the rows and columns of a matrix are ("hidden", "width", or "" for what keeps its size),
+    and whether what its added rows give must be zero. The embedding writes with its columns: it is
+    taken transposed."""
 
     rows: str
     columns: str
@@ -68,7 +70,8 @@ NORM, HEAD_NORM = r"(.*_layernorm|model\.norm)", r".*\.[qk]_norm"
 
 @dataclass
 class Share:
-    """Of one kind of tensor: weights stored, of which `real` came from the source and `zero` had to be zero."""
+    """Of one kind of tensor: weights stored, of which `real` came from the source and `zero` had to
+    be zero."""
 
     weights: int = 0
     real: int = 0
@@ -106,7 +109,8 @@ class Inflation:
 def inflate(
     source: Path, out: Path, hidden: int = 2048, width: int = 1536, seed: int = 0
 ) -> Inflation:
-    """Write the checkpoint `out`: what `source` computes, with `hidden` channels and experts `width` wide.
+    """Write the checkpoint `out`: what `source` computes, with `hidden` channels and experts
+    `width` wide.
 
     A `ValueError` says why that cannot be done.
     """
@@ -132,12 +136,14 @@ def inflate(
 def _check(config: dict, plan: Inflation, out: Path) -> None:
     if config.get("model_type") != "qwen3_moe" or config.get("mlp_only_layers"):
         raise ValueError(
-            f"The model is a {config.get('model_type')}; only qwen3_moe without dense layers is known here."
+            f"The model is a {config.get('model_type')}; only qwen3_moe without dense layers is "
+            "known here."
         )
     for name in ("hidden", "width"):
         if plan.new[name] < plan.old[name]:
             raise ValueError(
-                f"--{name} {plan.new[name]} is less than the model's {plan.old[name]}; it can only grow."
+                f"{name} {plan.new[name]} is less than the model's {plan.old[name]}; it can only "
+                "grow."
             )
     if out.exists():
         raise ValueError(f"{out} exists; name another directory or remove it.")
@@ -234,24 +240,3 @@ def _matrix(
     mixed = min(shape[1], -(-columns // GROUP) * GROUP)  # columns of the groups that have real ones
     large[rows:, :mixed] = 0
     return large, (shape[0] - rows) * mixed
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, help="the checkpoint directory to write")
-    parser.add_argument("--model", type=Path, default=EXAMPLE)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--width", type=int, default=1536)
-    parser.add_argument("--seed", type=int, default=0)
-    chosen = parser.parse_args()
-    try:
-        done = inflate(chosen.model, chosen.out, chosen.hidden, chosen.width, chosen.seed)
-    except ValueError as error:
-        parser.error(str(error))
-    print("\n".join(done.lines()))
-
-
-if __name__ == "__main__":
-    main()

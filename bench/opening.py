@@ -1,139 +1,171 @@
-"""How long opening takes beside the ONNX sessions: every part of the door, on a bundle of 48 layers
-x 128 experts.
-
-    python bench/opening.py [--layers 48] [--experts 128] [--rounds 5]
-
-The bundle has the geometry of a model of 30 billion parameters and no content: its files are holes.
-"""
+"""How long a bundle takes to open, part by part, with warm files, in a fresh process."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from smoe.artifacts import open_bundle, safetensors_file, validate
-from smoe.artifacts.bundle import layouts_of
-from smoe.artifacts.manifest import File, Initializer, Manifest
-from smoe.artifacts.safetensors_file import TensorSpec
-from smoe.artifacts.tables import TABLES, key
+from bench import options
+from bench.harness import Rows, Run, Table, bench, child, interleave, option, spread, timed
 
-GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
-HIDDEN, WIDTH, TOP_K, WEIGHTS = 2048, 768, 8, 12  # weights of a segment
-SIZES = {"H": HIDDEN, "J": 3, "R": 8}
+CONTEXT = 512
+TABLES = ("counts", "transition")  # what policies without prices and predictors read
 
 
-def hollow(path: Path, layers: int, experts: int) -> None:
-    """Write a bundle of this geometry whose data are holes."""
-    draft = Manifest.parse((GOLDEN / "v3.smoe" / "manifest.json").read_text(), "v3")
-    layer = dataclasses.replace(
-        draft.layers[0], experts=experts, top_k=TOP_K, hidden=HIDDEN, width=WIDTH
-    )
-    first, last = draft.backbone.segments[0], draft.backbone.segments[-1]
-    weights = [
-        Initializer(f"w{n}", "F32", (512, 1024), n * (512 * 1024 * 4), 512 * 1024 * 4)
-        for n in range(WEIGHTS * (layers + 1))
+@bench(
+    options.rounds(5),
+    option("--bundle", type=Path, help="instead of a random one"),
+    option("--directory", type=Path, help="where the random bundle is, or is made"),
+    option("--layers", type=int, default=48),
+    option("--experts", type=int, default=128),
+    option("--hidden", type=int, default=256),
+    option("--width", type=int, default=32),
+    option("--share", type=float, default=0.4, help="of the experts that is read at the start"),
+    option("--old", type=Path, help="site folder of an old commit, to open the same bundle with"),
+)
+def opening(run: Run) -> Rows:
+    """Seconds of each part of opening a bundle of many layers and experts, with warm files.
+
+    Parts are timed one after another by themselves, sessions by ONNX Runtime alone; the whole is
+    Engine.open in a process of its own, from before the import of smoe is counted on. The rest is
+    what the parts do not explain.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = run.bundle or _bundle(run, run.directory or Path(scratch))
+        ways: dict[str, Callable[[], dict[str, float]]] = {
+            "parts": lambda: child("opening:parts", bundle=bundle, share=run.share),
+            "new": lambda: child("opening:whole", bundle=bundle, share=run.share),
+        }
+        if run.old:
+            ways["old"] = lambda: child(
+                "opening:whole", site=run.old, bundle=bundle, share=run.share
+            )
+        results = interleave(ways, run.rounds)
+    parts = {name: spread([r[name] for r in results["parts"]]) for name in results["parts"][0]}
+    totals = {n: spread([r["open"] for r in rs]) for n, rs in results.items() if n != "parts"}
+    known = sum(part.median for name, part in parts.items() if name != "import")
+    sessions = parts["sessions"].median
+    lines: list[list[Any]] = [[n, [s.median, s.low, s.high]] for n, s in parts.items()]
+    lines.append(["rest (kernels, memory, policies)", f"{totals['new'].median - known:.3f}"])
+    lines += [[f"Engine.open, {n}", [s.median, s.low, s.high]] for n, s in totals.items()]
+    lines += [
+        [f"Engine.open, {name}, less sessions", f"{s.median - sessions:.3f}"]
+        for name, s in totals.items()
     ]
-    segments = [
-        dataclasses.replace(
-            last if n == layers else first,
-            file=f"backbone/segment-{n:02d}.onnx",
-            inputs=("input_ids",),
-            weights=tuple(w.name for w in weights[n * WEIGHTS : (n + 1) * WEIGHTS]),
-        )
-        for n in range(layers + 1)
-    ]
-    backbone = dataclasses.replace(
-        draft.backbone, segments=tuple(segments), initializers=tuple(weights), state=()
-    )
-    experts_of = dataclasses.replace(draft.experts, encoding="nested:2+1+1:128", biased=False)
-    manifest = dataclasses.replace(
-        draft, layers=(layer,) * layers, backbone=backbone, experts=experts_of, files={}
-    )
-    _write(path, manifest)
+    columns = {"part": "{}", "seconds": "{:.3f} ({:.3f} to {:.3f})"}
+    yield Table("opening", columns, lines, f"{bundle.name}, {run.share:.0%} of the experts read")
 
 
-def _write(path: Path, manifest: Manifest) -> None:
-    for folder in ("backbone", "experts"):
-        (path / folder).mkdir(parents=True)
-    for n, layout in enumerate(layouts_of(manifest)):
-        count = manifest.layers[n].experts
-        tensors = [t for expert in range(count) for t in layout.tensors(expert)]
-        _hole(path / manifest.shard(n), tensors, {"format": "smoe-shard"}, manifest.experts.page)
-    _hole(path / "tables.safetensors", _table_specs(manifest), {}, 64)
-    for segment in manifest.backbone.segments:
-        (path / segment.file).touch()
-    last = manifest.backbone.initializers[-1]
-    (path / manifest.backbone.weights).touch()
-    os.truncate(path / manifest.backbone.weights, last.offset + last.nbytes)
-    files = {
-        str(file.relative_to(path)): File(file.stat().st_size, "")
-        for file in path.rglob("*")
-        if file.is_file()
-    }
-    (path / "manifest.json").write_text(dataclasses.replace(manifest, files=files).to_json())
+@bench(
+    options.rounds(5),
+    option("--layers", type=int, default=48),
+    option("--experts", type=int, default=128),
+)
+def door(run: Run) -> Rows:
+    """Milliseconds of each part of open_bundle, on a bundle of real geometry whose files are holes.
 
+    Manifest, checks, headers: all that opening does before sessions and reads.
+    """
+    from bench.hollow import hollow
+    from smoe.artifacts import open_bundle, validate
+    from smoe.artifacts.bundle import layouts_of
 
-def _table_specs(manifest: Manifest) -> list[TensorSpec]:
-    specs = []
-    for n, layer in enumerate(manifest.layers):
-        sizes = SIZES | {"E": layer.experts, "P": layer.experts}
-        for name, table in TABLES.items():
-            if name != "transition" or n:
-                shape = (sizes.get(letter) or int(letter) for letter in table.shape.split(","))
-                specs.append(TensorSpec(key(n, name), table.dtype, tuple(shape)))
-    return specs
-
-
-def _hole(file: Path, tensors: list[TensorSpec], metadata: dict[str, str], align: int) -> None:
-    text, nbytes = safetensors_file.header_text(tensors, metadata)
-    text += b" " * (-(8 + len(text)) % align)
-    file.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(file, 8 + len(text) + nbytes)
-
-
-def timed(rounds: int, call: Callable[[], object]) -> float:
-    """Median seconds of `call`."""
-    seconds = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("layers", 48), ("experts", 128), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "hollow.smoe"
-        hollow(path, asked.layers, asked.experts)
+        hollow(path, run.layers, run.experts)
         manifest = validate.read_manifest(path)
-        layouts = layouts_of(manifest)
-        page = manifest.experts.page
-        parts: dict[str, Callable[[], object]] = {
+        layouts, page = layouts_of(manifest), manifest.experts.page
+        calls: dict[str, Callable[[], Any]] = {
             "manifest": lambda: validate.read_manifest(path),
             "its problems": lambda: list(validate.manifest_problems(manifest)),
             "files": lambda: list(validate.file_problems(path, manifest)),
             "layouts": lambda: layouts_of(manifest),
             "shard headers": lambda: [
-                validate.shard_start(path / manifest.shard(n), layout, page, asked.experts)
+                validate.shard_start(path / manifest.shard(n), layout, page, run.experts)
                 for n, layout in enumerate(layouts)
             ],
             "weights": lambda: validate.check_weights(manifest),
             "tables": lambda: validate.open_tables(path, manifest),
             "all of open_bundle": lambda: open_bundle(path),
         }
-        for name, call in parts.items():
-            print(f"{name:20} {timed(asked.rounds, call) * 1000:8.1f} ms")
+        times = interleave({n: partial(timed, call) for n, call in calls.items()}, run.rounds)
+    lines = [[name, spread(values).median * 1e3] for name, values in times.items()]
+    title = f"{run.layers} layers x {run.experts} experts"
+    yield Table("door", {"part": "{}", "ms": "{:.1f}"}, lines, title)
 
 
-if __name__ == "__main__":
-    main()
+def _bundle(run: Run, directory: Path) -> Path:
+    from bench.models import Shape, random_bundle
+
+    shape = Shape(
+        layers=run.layers, experts=run.experts, top_k=8, hidden=run.hidden, width=run.width, heads=4
+    )
+    name = f"random-{run.layers}x{run.experts}x{run.hidden}x{run.width}.smoe"
+    return random_bundle(directory / name, shape, 256, "--encoding", "bf16", "--prices", "0")
+
+
+def whole(bundle: str, share: float) -> dict[str, float]:
+    """Seconds of Engine.open, of any commit."""
+    from bench.budgets import budget_for_share
+    from smoe.runtime import Engine
+
+    memory = budget_for_share(bundle, share, CONTEXT)
+    started = time.perf_counter()
+    with Engine.open(bundle, memory, CONTEXT, io="buffered"):
+        return {"open": time.perf_counter() - started}
+
+
+def parts(bundle: str, share: float) -> dict[str, float]:
+    """Seconds of each part by itself, in the order of opening."""
+    seconds: dict[str, float] = {}
+
+    def clock(name: str, call: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = call()
+        seconds[name] = time.perf_counter() - started
+        return result
+
+    def import_runtime() -> None:
+        import smoe.runtime.engine  # noqa: F401
+
+    clock("import", import_runtime)
+    from smoe.artifacts import open_bundle, validate
+    from smoe.runtime.text import Text
+
+    path = Path(bundle)
+    manifest = clock("manifest", lambda: validate.read_manifest(path))
+    opened = clock("checks, shard and table headers", lambda: open_bundle(path))
+    seconds["checks, shard and table headers"] -= seconds["manifest"]  # which it reads again
+    clock("tables", lambda: opened.tables.layers(*TABLES))
+    clock("sessions", lambda: _sessions(path, manifest.backbone.segments))
+    clock("tokenizer", lambda: Text(path, manifest.files))
+    clock("reading", lambda: _read(opened, share))
+    return seconds
+
+
+def _sessions(path: Path, segments: Any) -> list[Any]:
+    """Every segment's session, by ONNX Runtime alone."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    providers = ["CPUExecutionProvider"]
+    return [
+        onnxruntime.InferenceSession(str(path / segment.file), options, providers=providers)
+        for segment in segments
+    ]
+
+
+def _read(opened: Any, share: float) -> None:
+    """The same share of every layer's records, through the page cache."""
+    for layer, (layout, start) in enumerate(zip(opened.layouts, opened.starts, strict=True)):
+        experts = int(opened.manifest.layers[layer].experts * share)
+        frame = bytearray(layout.nbytes)
+        with open(opened.shard(layer), "rb", buffering=0) as shard:
+            shard.seek(start)
+            for _ in range(experts):
+                shard.readinto(frame)

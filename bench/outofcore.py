@@ -1,21 +1,15 @@
-"""A model that does not fit: tokens per second inside shrinking memory, beside llama.cpp and accelerate's disk offload.
+"""A model that does not fit: tokens per second inside shrinking memory, beside llama.cpp and
+accelerate's disk offload.
 
-    python bench/outofcore.py DIR [--bundle B.smoe] [--gguf F.gguf] [--checkpoint C] [--svg docs/outofcore.svg]
-
-DIR gets what is missing: the example model padded to real sizes (inflate.py), its bundle, and a GGUF file with Q4_0
-experts and the rest in the type that is nearest to the bundle's backbone (f32, or q8_0 for int8). Then every engine
-reads the same text one token at a time (engines.py), each run a fresh process that is in a memory cgroup from its first
-instruction on; the limits are shares of the bundle's size, the same bytes for everyone. Before each limited run the
-model's files and the engines' libraries are dropped from the page cache, and what stayed is counted; before one without
-a limit the model is read into it. Rounds are interleaved; medians are printed. `nats off` is by how much the log-likelihood of any token differs from what the same engine gave
-without a limit, since a wrong answer is fast.
-
-Needs root (for the cgroup), `pip install llama-cpp-python gguf accelerate` for the other sides, and time: an hour.
+Every engine reads the same text one token at a time (`engines`), each run a fresh process that is
+in a memory cgroup from its first instruction on; the limits are shares of the bundle's size, the
+same bytes for everyone. Before each limited run the model's files and the engines' libraries are
+dropped from the page cache, and what stayed is counted; before one without a limit the model is
+read into it.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import math
@@ -23,115 +17,152 @@ import mmap
 import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import cgroup
-import picture
-from engines import Request
+from bench import cgroup, options, page_cache
+from bench.engines import Request
+from bench.harness import (  # fmt: skip
+    ROOT,
+    Record,
+    Rows,
+    Run,
+    Table,
+    bench,
+    child_command,
+    child_environment,
+    child_result,
+    note,
+    option,
+    read_record,
+)
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-SHARES = (None, 100, 75, 55, 40, 25)  # per cent of the bundle; None is no limit
+SHARES = (0, 100, 75, 55, 40, 25)  # per cent of the bundle; 0 is no limit
 MODULES = {
     "smoe": ("smoe.runtime", "onnxruntime", "numpy", "tokenizers"),
     "llama.cpp": ("llama_cpp", "numpy"),
     "transformers": ("accelerate", "transformers", "torch", "safetensors", "numpy"),
 }
+UNIT = ", tokens per second"  # in the table that the documents show
 LOOSE = 200  # per cent; for disk offload alone, which holds a whole layer's experts
 SLOW = {"warm": 2, "seconds": 60.0}  # for transformers, which takes seconds for a token
+GGUF_TYPES = {"f32": "f32", "int8": "q8_0", "int4": "q4_0"}  # nearest to a bundle's backbone
+DETAILS = {
+    "limit": "{}", "MB": "{:.0f}", "engine": "{}", "tokens/s": "{:.3g}", "x llama.cpp": "{:.2f}",
+    "nats off": "{:.1g}", "opened": "{:.1f} s", "peak MB": "{:.0f}", "major faults": "{:.0f}",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run: what engines.Run says, or why there is none; and what the cgroup saw."""
+    """One run: what `engines.Run` says, or why there is none; and what the cgroup saw. `share` is 0
+    without a limit; `cached` are the bytes of the model that were in the page cache before."""
 
     engine: str
-    share: int | None
+    share: int
     limit: int | None
-    cached: int  # bytes of the model that were in the page cache before
-    run: dict | None
+    cached: int
+    run: dict[str, Any] | None
     failure: str
     peak: int
     full: int
     faults: int
 
 
-def prepare(directory: Path, chosen: argparse.Namespace) -> dict[str, Path]:
+@bench(
+    options.TEXT, options.tokens(256), options.rounds(3),
+    option("--directory", type=Path, required=True, help="where models are, or are made"),
+    option("--bundle", type=Path, help="instead of the padded example model"),
+    option("--gguf", type=Path, help="for llama.cpp, instead of one made of the checkpoint"),
+    option("--checkpoint", type=Path, help="for transformers, instead of the padded one"),
+    option("--warm", type=int, default=32, help="tokens before the clock starts"),
+    option("--seconds", type=float, default=30.0, help="a run ends after these"),
+    option("--timeout", type=float, default=900.0, help="seconds after which a run is killed"),
+    option("--threads", type=int, default=2),
+    option("--shares", type=int, nargs="+", default=SHARES, help="per cent; 0: no limit"),
+    option("--engines", nargs="+", choices=MODULES, default=list(MODULES)),
+)  # fmt: skip
+def outofcore(run: Run) -> Rows:
+    """Tokens per second in shrinking memory, beside llama.cpp and accelerate's disk offload.
+
+    Makes what is missing in the directory: the example model padded to real sizes, its bundle, and
+    a GGUF file with Q4_0 experts and the rest in the type that is nearest to the bundle's backbone.
+    Needs memory cgroups and, for the other sides, pip install llama-cpp-python gguf accelerate.
+    nats off: by how much the log-likelihood of any token differs from what the same engine gave
+    without a limit, since a wrong answer is fast.
+    """
+    if reason := cgroup.unavailable():
+        raise SystemExit(f"Nothing can be shown here: {reason}")
+    engines = [engine for engine in run.engines if _installed(engine)]
+    models = _models(run, engines)
+    whole = page_cache.size(models["smoe"])
+    ids = tokens_of(models["smoe"], run.text, run.tokens)
+    rows: list[Row] = []
+    for turn, share, engine in _order(run.rounds, run.shares, engines):
+        limit = whole * share // 100 if share else None
+        rows.append(row := measure(engine, models[engine], share, limit, ids, run))
+        got = f"{row.run['rate']:.3g} tokens/s" if row.run else row.failure
+        note(f"round {turn + 1}, {share or 'no limit'}, {engine}: {got}; {row.cached} bytes cached")
+    sizes = [[engine, page_cache.size(models[engine]) / 1e6] for engine in engines]
+    yield Table("sizes", {"engine": "{}", "MB on disk": "{:.0f}"}, sizes, disk(models["smoe"]))
+    yield speeds(rows)
+    yield details(rows)
+    yield perplexities(rows)
+    runs = [[json.dumps(asdict(row))] for row in rows]
+    yield Table("runs", {"run": "{}"}, runs, "Every run")
+
+
+def _models(run: Run, engines: list[str]) -> dict[str, Path]:
     """engine -> its model; whatever is missing is made."""
-    checkpoint = chosen.checkpoint or directory / "inflated"
-    bundle, gguf = (
-        chosen.bundle or directory / "inflated.smoe",
-        chosen.gguf or directory / "inflated.gguf",
-    )
-    directory.mkdir(parents=True, exist_ok=True)
-    here = Path(__file__).parent
-    if not checkpoint.exists():
-        _make(str(here / "inflate.py"), str(checkpoint))
-    if not bundle.exists():
-        text = ("--calibration", str(EXAMPLES / "calibration.jsonl"), "--tokens", "256")
-        encoding = (
-            "--encoding",
-            "nested:2+1+1:128",
-            "--quantiser",
-            "nearest",
-            "--backbone",
-            "int8",
-        )
-        _make("-m", "smoe.prep", "build", str(checkpoint), "-o", str(bundle), *text, *encoding)
-    if "llama.cpp" in chosen.engines and not gguf.exists():
-        manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
-        nearest = {"f32": "f32", "int8": "q8_0", "int4": "q4_0"}[manifest["backbone"]["precision"]]
-        _make(str(here / "to_gguf.py"), str(checkpoint), str(gguf), "--backbone", nearest)
-    return {"smoe": bundle, "llama.cpp": gguf, "transformers": checkpoint}
+    from bench import models
 
+    bundle = run.bundle or models.padded(run.directory)
+    paths = {"smoe": bundle}
+    if "transformers" in engines or ("llama.cpp" in engines and not run.gguf):
+        paths["transformers"] = run.checkpoint or models.padded_checkpoint(run.directory)
+    if "llama.cpp" in engines:
+        paths["llama.cpp"] = run.gguf or run.directory / "padded.gguf"
+        if not paths["llama.cpp"].exists():
+            from bench.to_gguf import to_gguf
 
-def _make(*arguments: str) -> None:
-    print("making:", *arguments, file=sys.stderr)
-    subprocess.run([sys.executable, *arguments], check=True, stdout=sys.stderr)
+            manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
+            backbone = GGUF_TYPES[manifest["backbone"]["precision"]]
+            to_gguf(paths["transformers"], paths["llama.cpp"], backbone=backbone)
+    return paths
 
 
 def measure(
-    engine: str,
-    model: Path,
-    share: int | None,
-    whole: int,
-    ids: list[int],
-    chosen: argparse.Namespace,
+    engine: str, model: Path, share: int, limit: int | None, ids: list[int], run: Run
 ) -> Row:
     """One run in a fresh process and a fresh cgroup."""
-    limit = None if share is None else whole * share // 100
-    how = SLOW if engine == "transformers" else {"warm": chosen.warm, "seconds": chosen.seconds}
+    pace = SLOW if engine == "transformers" else {"warm": run.warm, "seconds": run.seconds}
+    page_cache.drop(page_cache.libraries(*MODULES[engine]))
+    cached = (
+        page_cache.fetch(model) if limit is None else page_cache.drop(page_cache.files_under(model))
+    )
     with (
-        tempfile.TemporaryDirectory(dir=chosen.directory) as scratch,
+        tempfile.TemporaryDirectory(dir=run.directory) as scratch,
         cgroup.Group("outofcore", limit) as group,
     ):
-        ask = Request(
-            engine, str(model), ids, limit=limit, threads=chosen.threads, scratch=scratch, **how
+        request = Request(
+            engine, str(model), ids, limit=limit, threads=run.threads, scratch=scratch, **pace
         )
-        command = [
-            sys.executable,
-            str(Path(__file__).with_name("engines.py")),
-            json.dumps(asdict(ask)),
-        ]
-        cgroup.drop(cgroup.libraries(*MODULES[engine]))
-        cached = cgroup.fetch(model) if limit is None else cgroup.drop(cgroup.files_of(model))
-        done = group.run(command, timeout=chosen.timeout)
-    run = json.loads(done.out.splitlines()[-1]) if done.code == 0 else None
+        command = child_command("engines:run_request", asdict(request))
+        done = group.run(command, timeout=run.timeout, env=child_environment())
     return Row(
-        engine,
-        share,
-        limit,
-        cached,
-        run,
-        "" if run else _why(done),
-        done.peak,
-        done.full,
-        done.faults,
+        engine=engine,
+        share=share,
+        limit=limit,
+        cached=cached,
+        run=child_result(done.out) if done.code == 0 else None,
+        failure="" if done.code == 0 else _why(done),
+        peak=done.peak,
+        full=done.full,
+        faults=done.faults,
     )
 
 
@@ -143,89 +174,27 @@ def _why(done: cgroup.Outcome) -> str:
     return (done.err.strip().splitlines() or [f"ended with {done.code}"])[-1][:200]
 
 
-def table(rows: list[Row]) -> str:
-    """Medians as Markdown."""
-    columns = (
-        "limit",
-        "MB",
-        "engine",
-        "tokens/s",
-        "x llama.cpp",
-        "nats off",
-        "opened",
-        "peak MB",
-        "major faults",
-    )
-    out = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for engine, share in dict.fromkeys((row.engine, row.share) for row in sorted(rows, key=_order)):
-        same = [row for row in rows if (row.engine, row.share) == (engine, share)]
-        size = "" if share is None else f"{same[0].limit / 1e6:.0f}"
-        first = f"| {'none' if share is None else f'{share} %'} | {size} | {engine} |"
-        ran = [row for row in same if row.run]
-        if not ran:
-            out.append(f"{first} {same[0].failure} | | | | | |")
-            continue
-        rate, other = _rate(rows, engine, share), _rate(rows, "llama.cpp", share)
-        off = _off(rows, ran)
-        failed = f" ({len(same) - len(ran)} of {len(same)} failed)" if len(ran) < len(same) else ""
-        out.append(
-            f"{first} {rate:.3g}{failed} | {f'{rate / other:.2f}' if other else ''} | {'' if off is None else f'{off:.1g}'} | "
-            f"{statistics.median(row.run['opened'] for row in ran):.1f} s | "
-            f"{statistics.median(row.peak for row in ran) / 1e6:.0f} | "
-            f"{statistics.median(row.faults for row in ran):.0f} |"
-        )
-    return "\n".join(out)
+def _installed(engine: str) -> bool:
+    """Whether an engine is installed; says so if not."""
+    missing = [module for module in MODULES[engine] if importlib.util.find_spec(module) is None]
+    if missing:
+        note(f"{engine} is left out: {', '.join(missing)} is not installed.")
+    return not missing
 
 
-def _off(rows: list[Row], some: list[Row]) -> float | None:
-    """The largest difference of `some` runs' log-likelihoods from those of the same engine without a limit."""
-    free = [
-        row.run["nats"]
-        for row in rows
-        if row.run and row.engine == some[0].engine and row.share is None
-    ]
-    pairs = (zip(free[0], row.run["nats"], strict=False) for row in some if free)
-    return max((abs(a - b) for pair in pairs for a, b in pair), default=None)
-
-
-def perplexities(rows: list[Row]) -> str:
-    """Of the engines without a limit, over the tokens that all of them read."""
-    read = {row.engine: row.run["nats"] for row in rows if row.run and row.share is None}
-    count = min(map(len, read.values()), default=0)
-    found = ", ".join(
-        f"{engine} {math.exp(statistics.fmean(nats[:count])):.3f}" for engine, nats in read.items()
-    )
-    return (
-        f"perplexity over the first {count} tokens: {found}"
-        if count
-        else "perplexity: no run without a limit"
-    )
-
-
-def _order(row: Row) -> tuple:
-    return -(row.share or 1000), list(MODULES).index(row.engine)
-
-
-def _rate(rows: list[Row], engine: str, share: int | None) -> float | None:
-    """The median of all rounds that ran."""
-    rates = [
-        row.run["rate"] for row in rows if row.run and (row.engine, row.share) == (engine, share)
-    ]
-    return statistics.median(rates) if rates else None
-
-
-def drawn(rows: list[Row]) -> str:
-    shares = list(dict.fromkeys(row.share for row in sorted(rows, key=_order)))
-    places = ["no limit" if share is None else f"{share} %" for share in shares]
-    engines = [engine for engine in MODULES if any(row.engine == engine for row in rows)]
-    series = {engine: [_rate(rows, engine, share) for share in shares] for engine in engines}
-    return picture.lines(
-        "Tokens per second", places, "memory of the whole process, of the bundle's size", series
-    )
+def _order(
+    rounds: int, shares: tuple[int, ...], engines: list[str]
+) -> Iterator[tuple[int, int, str]]:
+    """(round, share, engine) of every run. Disk offload has one round, which will do."""
+    for turn in range(rounds):
+        for share in shares:
+            yield from ((turn, share, e) for e in engines if e != "transformers" or turn == 0)
+    if "transformers" in engines:
+        yield 0, LOOSE, "transformers"
 
 
 def tokens_of(bundle: Path, text: Path, count: int) -> list[int]:
-    """The first `count` tokens of the first long enough documents, end to end."""
+    """The first `count` tokens of the text's documents, end to end."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
@@ -236,22 +205,10 @@ def tokens_of(bundle: Path, text: Path, count: int) -> list[int]:
     return ids[:count]
 
 
-def order(
-    chosen: argparse.Namespace, shares: tuple[int | None, ...]
-) -> Iterator[tuple[int, int | None, str]]:
-    """(round, share, engine) of every run. Disk offload has one round, which will do."""
-    for turn in range(chosen.rounds):
-        for share in shares:
-            yield from (
-                (turn, share, e) for e in chosen.engines if e != "transformers" or turn == 0
-            )
-    if "transformers" in chosen.engines:
-        yield 0, LOOSE, "transformers"
-
-
 def disk(bundle: Path) -> str:
-    """What the disk gives to one reader that asks it directly, and what the kernel reads around a page fault."""
-    file = max(cgroup.files_of(bundle), key=lambda f: f.stat().st_size)
+    """What the disk gives to one reader that asks it directly, and what the kernel reads around a
+    page fault."""
+    file = max(page_cache.files_under(bundle), key=lambda f: f.stat().st_size)
     piece, buffer = 4 << 20, mmap.mmap(-1, 4 << 20)
     places = random.Random(0).sample(range(file.stat().st_size // piece), 32)
     descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
@@ -261,67 +218,124 @@ def disk(bundle: Path) -> str:
         rate = done / (time.perf_counter() - started)
     finally:
         os.close(descriptor)
-    return f"disk: {rate / 1e6:.0f} MB/s in direct reads of 4 MiB, read-ahead {cgroup.read_ahead(file) >> 10} KiB"
+    ahead = page_cache.read_ahead(file) >> 10
+    return f"disk: {rate / 1e6:.0f} MB/s in direct reads of 4 MiB, read-ahead {ahead} KiB"
 
 
-def available(engine: str) -> bool:
-    """Whether an engine is installed; says so if not."""
-    missing = [module for module in MODULES[engine] if importlib.util.find_spec(module) is None]
-    if missing:
-        print(f"{engine} is left out: {', '.join(missing)} is not installed.", file=sys.stderr)
-    return not missing
+# -- what the runs say -----------------------------------------------------------------
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("directory", type=Path, help="where models are, or are made")
-    for name in ("bundle", "gguf", "checkpoint", "json", "svg"):
-        parser.add_argument(f"--{name}", type=Path)
-    parser.add_argument("--text", type=Path, default=EXAMPLES / "heldout.jsonl")
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--warm", type=int, default=32, help="tokens before the clock starts")
-    parser.add_argument(
-        "--seconds", type=float, default=30.0, help="a run ends after these, whatever it has read"
-    )
-    parser.add_argument("--timeout", type=float, default=900.0)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--shares", type=int, nargs="*", help="per cent of the bundle; 0 is no limit"
-    )
-    parser.add_argument("--engines", nargs="+", choices=MODULES, default=list(MODULES))
-    return parser.parse_args()
+def speeds(rows: list[Row]) -> Table:
+    """Median tokens per second of each engine at each limit, and smoe's over llama.cpp's."""
+    engines = [engine for engine in MODULES if any(row.engine == engine for row in rows)]
+    columns = {"memory of the process": "{}"}
+    columns |= {f"{engine}{UNIT if engine == 'smoe' else ''}": "{:.3g}" for engine in engines}
+    columns |= {"ratio": "{:.2g}"}
+    lines: list[list[Any]] = []
+    for share in dict.fromkeys(row.share for row in sorted(rows, key=_place)):
+        limit = next(row.limit for row in rows if row.share == share)
+        place = f"{limit / 1e6:.0f} MB ({share} %)" if limit else "no limit"
+        smoe, other = _rate(rows, "smoe", share), _rate(rows, "llama.cpp", share)
+        ratio = smoe / other if smoe and other else None
+        lines.append([place, *(_rate(rows, engine, share) for engine in engines), ratio])
+    return Table("outofcore", columns, lines, "Tokens per second")
 
 
-def main() -> None:
-    chosen = arguments()
-    chosen.engines = [engine for engine in chosen.engines if available(engine)]
-    models = prepare(chosen.directory, chosen)
-    whole = cgroup.size(models["smoe"])
-    shares = SHARES if chosen.shares is None else tuple(share or None for share in chosen.shares)
-    why = cgroup.unavailable()
-    if why:
-        raise SystemExit(f"Nothing can be shown here: {why}")
-    ids = tokens_of(models["smoe"], chosen.text, chosen.tokens)
-    rows: list[Row] = []
-    for turn, share, engine in order(chosen, shares):
-        rows.append(row := measure(engine, models[engine], share, whole, ids, chosen))
-        got = f"{row.run['rate']:.3g} tokens/s" if row.run else row.failure
-        print(
-            f"round {turn + 1}, {share or 'no limit'}, {engine}: {got}; {row.cached} bytes cached",
-            file=sys.stderr,
-        )
-        if chosen.json:
-            chosen.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
-    print(
-        f"on disk: {', '.join(f'{e} {cgroup.size(models[e]) / 1e6:.0f} MB' for e in chosen.engines)}"
-    )
-    print(f"{disk(models['smoe'])}\n{perplexities(rows)}\n\n{table(rows)}")
-    if chosen.svg:
-        chosen.svg.write_text(drawn(rows), "utf-8")
+def details(rows: list[Row]) -> Table:
+    """Medians over the rounds, and why a run gave none."""
+    lines: list[list[Any]] = []
+    keys = dict.fromkeys((row.engine, row.share) for row in sorted(rows, key=_place))
+    for engine, share in keys:
+        same = [row for row in rows if (row.engine, row.share) == (engine, share)]
+        limit = same[0].limit
+        first = [f"{share} %" if share else "none", limit / 1e6 if limit else None, engine]
+        ran = [row for row in same if row.run]
+        if not ran:
+            lines.append([*first, same[0].failure, *[None] * 5])
+            continue
+        rate, other = _rate(rows, engine, share), _rate(rows, "llama.cpp", share)
+        failed = len(same) - len(ran)
+        text = f"{rate:.3g} ({failed} of {len(same)} failed)" if failed else rate
+        lines.append([
+            *first, text, rate / other if rate and other else None, _off(rows, ran),
+            statistics.median(row.run["opened"] for row in ran if row.run),
+            statistics.median(row.peak for row in ran) / 1e6,
+            statistics.median(row.faults for row in ran),
+        ])  # fmt: skip
+    return Table("details", DETAILS, lines, "Medians")
 
 
-if __name__ == "__main__":
-    main()
+def perplexities(rows: list[Row]) -> Table:
+    """Of the engines without a limit, over the tokens that all of them read."""
+    read = {row.engine: row.run["nats"] for row in rows if row.run and not row.share}
+    count = min(map(len, read.values()), default=0)
+    lines = [[engine, math.exp(statistics.fmean(nats[:count]))] for engine, nats in read.items()]
+    columns = {"engine": "{}", "perplexity": "{:.3f}"}
+    return Table("perplexity", columns, lines if count else [], f"Over the first {count} tokens")
+
+
+def _off(rows: list[Row], some: list[Row]) -> float | None:
+    """The largest difference of `some` runs' log-likelihoods from those of the same engine without
+    a limit."""
+    engine = some[0].engine
+    free = [row.run["nats"] for row in rows if row.run and (row.engine, row.share) == (engine, 0)]
+    pairs = [zip(free[0], row.run["nats"], strict=False) for row in some if row.run and free]
+    return max((abs(a - b) for pair in pairs for a, b in pair), default=None)
+
+
+def _place(row: Row) -> tuple[int, int]:
+    return -(row.share or 1000), list(MODULES).index(row.engine)
+
+
+def _rate(rows: list[Row], engine: str, share: int) -> float | None:
+    """The median of all rounds that ran."""
+    rates = [
+        row.run["rate"] for row in rows if row.run and (row.engine, row.share) == (engine, share)
+    ]
+    return statistics.median(rates) if rates else None
+
+
+# -- the picture -----------------------------------------------------------------------
+
+
+@bench(
+    option("--record", type=Path, default=ROOT / "docs" / "figures" / "outofcore.json"),
+    option("--svg", type=Path, default=ROOT / "docs" / "outofcore.svg", help="what to write"),
+)
+def picture(run: Run) -> Rows:
+    """Draw docs/outofcore.svg from the record of an outofcore run (pip install --group bench)."""
+    draw(read_record(run.record), run.svg)
+    yield Table("picture", {"written": "{}"}, [[str(run.svg)]])
+
+
+def series(record: Record) -> tuple[list[str], dict[str, list[float | None]]]:
+    """The limits, most memory first, and each engine's tokens per second at them; None where it
+    did not run."""
+    table = record.table("outofcore")
+    engines = [name.removesuffix(UNIT) for name in table.columns][1:-1]
+    places, *rates = zip(*(row[:-1] for row in table.rows), strict=True)
+    return list(places), {name: list(rate) for name, rate in zip(engines, rates, strict=True)}
+
+
+def draw(record: Record, out: Path) -> None:
+    """One line per engine over the limits, tokens per second in powers of ten."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "smoe", "svg.fonttype": "none"}
+    from matplotlib import pyplot
+
+    places, rates = series(record)
+    places = [place.replace(" (", "\n(") for place in places]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, values in rates.items():
+        axes.plot(places, [math.nan if v is None else v for v in values], marker="o", label=name)
+        points = [(p, v) for p, v in zip(places, values, strict=True) if v is not None]
+        for point in points:
+            above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{point[1]:.3g}", point, fontsize=9, **above)
+    axes.set(yscale="log", title="Tokens per second", xlabel="memory (of the bundle's size)")
+    axes.margins(y=0.12)
+    axes.grid(axis="y", color="#dddddd")
+    axes.legend(frameon=False)
+    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)

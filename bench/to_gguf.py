@@ -1,15 +1,12 @@
 """A qwen3_moe checkpoint as a GGUF file for llama.cpp.
 
-    python bench/to_gguf.py CHECKPOINT OUT.gguf [--experts q4_0] [--backbone q8_0]
-
-Experts and the rest have a type each, so that a file can be made that is as precise as a bundle is: `--backbone f32` beside
-a bundle's float backbone, `q8_0` beside `int8`. Routers and norms are float32 always, as in llama.cpp's own converter.
-One tensor is in memory at a time. Needs `pip install gguf`.
+Experts and the rest have a type each, so that a file can be made that is as precise as a bundle is:
+f32 beside a bundle's float backbone, q8_0 beside int8. Routers and norms are float32 always, as in
+llama.cpp's own converter. One tensor is in memory at a time. Needs `pip install gguf`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +20,11 @@ from safetensors import safe_open
 TYPES = {"f32": Type.F32, "f16": Type.F16, "q8_0": Type.Q8_0, "q4_0": Type.Q4_0}
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 IN_LAYER = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.gate",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "ffn_gate_inp": "mlp.gate",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
 }  # fmt: skip
 EXPERTS = ("gate", "up", "down")
 
@@ -61,7 +60,7 @@ class Checkpoint:
             with safe_open(file, "pt") as opened:
                 self._files |= {
                     name: (file, tuple(opened.get_slice(name).get_shape()))
-                    for name in opened.keys()
+                    for name in opened.keys()  # noqa: SIM118  it is no mapping
                 }
 
     def __contains__(self, name: str) -> bool:
@@ -114,7 +113,8 @@ def _settings(writer: gguf.GGUFWriter, config: dict) -> None:
 
 
 def _vocabulary(writer: gguf.GGUFWriter, tokenizer: dict, config: dict) -> None:
-    """A byte-level BPE. Benches give ids, so nothing depends on how llama.cpp would split text before it."""
+    """A byte-level BPE. Benches give ids, so nothing depends on how llama.cpp would split text
+    before it."""
     ids = tokenizer["model"]["vocab"] | {
         token["content"]: token["id"] for token in tokenizer["added_tokens"]
     }
@@ -164,20 +164,3 @@ def _tensors(source: Checkpoint, config: dict, experts: Type, backbone: Type) ->
         ]
         out += [stacked(layer, part) for part in EXPERTS]
     return out
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--experts", choices=TYPES, default="q4_0")
-    parser.add_argument("--backbone", choices=TYPES, default="q8_0")
-    chosen = parser.parse_args()
-    size = to_gguf(chosen.checkpoint, chosen.out, chosen.experts, chosen.backbone)
-    print(f"{chosen.out}: {size / 1e6:.1f} MB")
-
-
-if __name__ == "__main__":
-    main()

@@ -31,7 +31,7 @@ from smoe.prep.statistics.profile import SAMPLE, TRACE
 from smoe.runtime.budget import RUNTIME, SESSION
 from smoe.runtime.choose.prices import KINDS
 
-# Measured with bench/large.py (docs/log.md, 2026-11-22); all of them are about, and say so where they are shown.
+# Measured with python -m bench large (docs/log.md, 2026-11-22); all of them are about, and say so where they are shown.
 PROCESS = (
     1.0e9  # bytes: Python, torch and transformers, and what an export takes besides the weights
 )

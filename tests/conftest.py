@@ -4,6 +4,7 @@ without it."""
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from smoe.artifacts import safetensors_file
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # the benches run from there
 GOLDENS = sorted((Path(__file__).parent / "golden").glob("v*.smoe"))
 GOLDEN = GOLDENS[0]
 

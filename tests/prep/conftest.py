@@ -1,4 +1,4 @@
-"""Pico models made on the spot (bench/pico.py), saved and built once. Needs torch."""
+"""Pico models made on the spot (tests/support/pico.py), saved and built once. Needs torch."""
 
 from __future__ import annotations
 

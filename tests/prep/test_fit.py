@@ -53,7 +53,7 @@ def test_prices_rank_and_add_up_on_held_out_text(root, reference_bundle, monkeyp
 
 
 def test_a_loss_budget_is_what_is_lost(root, reference_bundle, tmp_path):
-    """KL within 0.5 to 1.5 of what was allowed, here on 500 tokens; on more of them: bench/prices.py."""
+    """KL within 0.5 to 1.5 of what was allowed, here on 500 tokens; on more of them: python -m bench prices."""
     plan = plan_memory(open_bundle(reference_bundle), None, 256)
     budget = plan.fixed + int(0.4 * plan.experts) * plan.record
     documents = read_documents(root / "examples" / "heldout.jsonl")

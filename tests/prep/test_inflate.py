@@ -1,12 +1,14 @@
 """A padded model is the same function, and what need not be zero is noise."""
 
-import inflate
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from smoe.artifacts import nested
+from bench import inflate, models
+from bench.budgets import budget_for_share
+from smoe.artifacts import nested, open_bundle
+from smoe.runtime import Engine, EngineError, Policies
 
 HIDDEN, WIDTH = 96, 56  # pico has 64 and 40
 ENCODING = nested.parse("nested:2+1+1:128")
@@ -60,7 +62,7 @@ def test_the_same_function_and_the_same_routing(pico, large):
 
 
 def test_codes_without_a_zero_do_not_wake_what_sleeps(pico, tmp_path):
-    """With real channels that fill whole groups, the quantised model is the padded quantised one too."""
+    """With real channels that fill whole groups, the quantised model is padded too."""
     inflate.inflate(pico, tmp_path / "wide", 128, 128)
     inflate.inflate(tmp_path / "wide", tmp_path / "wider", 384, 256, seed=1)
     (wanted, routed), (found, rerouted) = (
@@ -113,3 +115,27 @@ def test_what_cannot_be_done_is_said(pico, large, checkpoints):
         inflate.inflate(pico, large, HIDDEN, WIDTH)
     with pytest.raises(ValueError, match="only qwen3_moe"):
         inflate.inflate(checkpoints("mixtral"), pico.with_name("x"), HIDDEN, WIDTH)
+
+
+def test_a_padded_bundle_takes_what_calibration_said_of_the_small_one(pico, large, ids_file):
+    """Prices, predictors and trace: the padded bundle spends a loss budget, and its predictors see
+    in its wider hidden states what the small one's see in theirs."""
+    text = ("--tokens", "256", *models.PADDED[:4])
+    small = models.build(pico, pico.with_name("small.smoe"), ids_file, *text)
+    padded = models.build(large, pico.with_name("large.smoe"), ids_file, *text, "--prices", "0")
+    with pytest.raises(EngineError, match="no prices"):
+        _score(padded, Policies(loss=0.05))
+    models.graft(padded, small)
+    open_bundle(padded, hashes=True)
+    tables, wide = (open_bundle(path).tables.layers() for path in (small, padded))
+    for mine, its in zip(wide, tables, strict=True):
+        assert mine.keys() == its.keys()
+        assert all(len(mine[f"predict_{d}"]) == HIDDEN for d in (1, 2, 3) if f"predict_{d}" in mine)
+    for policies in (Policies(loss=0.05), Policies(prefetch="predicted:1")):
+        assert np.isfinite(_score(padded, policies)).all()
+
+
+def _score(bundle, policies):
+    budget = budget_for_share(bundle, 0.5, 64)
+    with Engine.open(bundle, budget, 64, policies=policies) as engine:
+        return np.stack(list(engine.score(np.arange(3, 43))))

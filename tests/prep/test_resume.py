@@ -123,7 +123,7 @@ def _files(bundle):
 
 
 def test_builds_killed_at_every_stage_give_the_same_bytes(checkpoints, bundles, ids_file, tmp_path):
-    """SIGKILL as soon as a stage leaves its first file (at random moments: bench/kills.py)."""
+    """SIGKILL as soon as a stage leaves its first file (at random moments: python -m bench soak kills)."""
     command = [sys.executable, "-m", "smoe.prep", "build", str(checkpoints("olmoe")), "-o", str(tmp_path / "b"),
                "--calibration", str(ids_file), "--encoding", "f32"]  # fmt: skip
     for sign in ("finished/profile/*.outputs", "experts/*.safetensors*", "backbone/weights.data"):

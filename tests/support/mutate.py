@@ -1,12 +1,12 @@
-"""Does a damaged bundle ever do more than say so?  python tests/support/mutate.py COUNT [SEED]
+"""Does a damaged bundle ever do more than say so?
 
 Random mutations of the golden bundles, in child processes: fields of the manifest replaced, absurd
 sizes, versions from the future, paths that lead outside, files cut, flipped or replaced by links,
 headers of safetensors files rewritten, and ONNX graphs whose weights lie elsewhere. Each is opened
-and generated from, with all experts resident or with half of them under one of the policies.
-Printed: how many behaved, how many were refused with a sentence, and every one that did neither:
-another exception, a crash, more than 20 seconds, more than 512 MiB of memory, or a read outside the
-bundle (of a pipe there, which would block).
+and generated from, with all experts resident or with half of them under one of the policies. It
+behaves or is refused with a sentence. Wrong is: another exception, a crash, more than 20 seconds,
+more than 512 MiB of memory, or a read outside the bundle (of a pipe there, which would block). The
+tests run some; `python -m bench soak mutations` runs 10,000.
 """
 
 from __future__ import annotations
@@ -335,20 +335,16 @@ def _peak() -> int:
     )
 
 
-def main(count: int, seed: int) -> int:
+def many(count: int, seed: int) -> tuple[dict[str, int], list[str]]:
+    """Run `count` mutations in batches, each in a process of its own: how many behaved and were
+    refused, and a line for each that did neither."""
     totals, wrong = {BEHAVED: 0, REFUSED: 0}, []
     with tempfile.TemporaryDirectory() as scratch:
         note = Path(scratch) / "note"
         for number, start in enumerate(range(0, count, BATCH)):
             size = min(BATCH, count - start)
-            command = [
-                sys.executable,
-                __file__,
-                "--batch",
-                str(size),
-                str(seed * 10**6 + number),
-                str(note),
-            ]
+            arguments = [str(size), str(seed * 10**6 + number), str(note)]
+            command = [sys.executable, __file__, *arguments]
             done = subprocess.run(command, capture_output=True, text=True)
             for line in done.stdout.splitlines():
                 said = json.loads(line)
@@ -356,17 +352,8 @@ def main(count: int, seed: int) -> int:
                 totals = {name: totals[name] + said.get(name, 0) for name in totals}
             if done.returncode:
                 wrong.append(f"process ended with {done.returncode} at: {note.read_text()}")
-    print(
-        f"{count} mutations, seed {seed}: {totals[BEHAVED]} behaved, {totals[REFUSED]} refused "
-        "with a sentence, "
-        f"{len(wrong)} neither"
-    )
-    print("\n".join(wrong))
-    return len(wrong)
+    return totals, wrong
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--batch":
-        batch(int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
-    else:
-        sys.exit(min(1, main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)))
+    batch(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
