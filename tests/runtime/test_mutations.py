@@ -1,6 +1,6 @@
-"""A damaged bundle behaves or is refused with a sentence: a few hundred mutations (`python -m bench
-soak mutations` runs 10,000, in processes of their own), with all experts resident and under every
-kind of policy."""
+"""A damaged bundle behaves or is refused with a sentence: a few hundred of support/mutate.py's
+mutations, with all experts resident and under every kind of policy. (`python -m bench soak
+mutations` runs 10,000, in processes of their own.)"""
 
 import os
 import shutil

@@ -3,7 +3,7 @@
 Random mutations of the golden bundles, in child processes: fields of the manifest replaced, absurd
 sizes, versions from the future, paths that lead outside, files cut, flipped or replaced by links,
 headers of safetensors files rewritten, and ONNX graphs whose weights lie elsewhere. Each is opened
-and generated from, with all experts resident or with half of them under one of the policies. It
+and generated from, with all experts resident or with half of them under one of the policies, and
 behaves or is refused with a sentence. Wrong is: another exception, a crash, more than 20 seconds,
 more than 512 MiB of memory, or a read outside the bundle (of a pipe there, which would block). The
 tests run some; `python -m bench soak mutations` runs 10,000.
