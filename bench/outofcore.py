@@ -114,7 +114,7 @@ def outofcore(run: Run) -> Rows:
     yield details(rows)
     yield perplexities(rows)
     runs = [[json.dumps(asdict(row))] for row in rows]
-    yield Table("runs", {"run": "{}"}, runs, "Every run")
+    yield Table("runs", {"run": "{}"}, runs, "Every run", printed=False)
 
 
 def _models(run: Run, engines: list[str]) -> dict[str, Path]:
