@@ -58,7 +58,8 @@ def run_bench(bench: Bench, arguments: list[str], command: list[str]) -> None:
     record = new_record(bench.name, command)
     for table in bench.run(run):
         record.tables.append(table)
-        print(f"\n{table.title or table.name}\n\n{table.markdown()}", flush=True)
+        if table.printed:
+            print(f"\n{table.title or table.name}\n\n{table.markdown()}", flush=True)
         if run.json:
             record.write(run.json)
 

@@ -43,6 +43,7 @@ class Table:
     columns: dict[str, str]
     rows: list[list[Any]]
     title: str = ""
+    printed: bool = True  # or only in the record
 
     def markdown(self) -> str:
         formats = list(self.columns.values())

@@ -29,7 +29,7 @@ from bench.harness import (  # fmt: skip
 )
 from smoe.artifacts import Bundle, open_bundle, record_layout
 from smoe.artifacts.layout import ExpertShape
-from smoe.artifacts.manifest import Gate
+from smoe.artifacts.manifest import ExpertActivation
 from smoe.runtime import kernels as expert_kernels
 from smoe.runtime.cache.storage import Shards
 from smoe.runtime.system import aligned
@@ -280,7 +280,7 @@ def _ours(
             if name.endswith("_scale"):
                 view[...] = 0x3A00  # about 5e-4
     chosen = expert_kernels.choose(threads=threads)
-    kernel = chosen.layer(Gate("gated", "silu"), shape, ENCODING, layout)
+    kernel = chosen.layer(ExpertActivation("gated", "silu"), shape, ENCODING, layout)
     x = np.random.default_rng(1).standard_normal((tokens, hidden)).astype(np.float32)
     works = [
         expert_kernels.Work(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import numpy as np
 from bench.harness import EXAMPLES, Rows, Run, Table, bench, note, option
 from bench.page_cache import size
 from smoe.artifacts import open_bundle, safetensors_file, validate
+from smoe.artifacts.manifest import File
 from smoe.artifacts.safetensors_file import TensorSpec
 from smoe.artifacts.tables import save_tables
 
@@ -83,8 +85,8 @@ def graft(bundle: Path, small: Path) -> None:
     predictor is the example's with rows of zero for the added channels. Not the same are the
     backbones' bits: the example's statistics are of float32.
     """
-    manifest = open_bundle(bundle).manifest
-    layers = open_bundle(small).tables.layers()
+    manifest, source = open_bundle(bundle).manifest, open_bundle(small)
+    layers = source.tables.layers()
     for tables, layer in zip(layers, manifest.layers, strict=True):
         for name in ("predict_1", "predict_2", "predict_3"):
             if name in tables:
@@ -92,16 +94,20 @@ def graft(bundle: Path, small: Path) -> None:
                 tables[name] = np.pad(tables[name], ((0, added), (0, 0)))
     header = safetensors_file.read_header(small / "tables.safetensors")
     save_tables(bundle / "tables.safetensors", layers, header.metadata)
-    (bundle / "trace.safetensors").write_bytes((small / "trace.safetensors").read_bytes())
-    files = dict(manifest.files)
-    for name in ("tables.safetensors", "trace.safetensors"):
-        path = bundle / name
-        files[name] = dataclasses.replace(
-            files[name], size=path.stat().st_size, sha256=validate.sha256(path)
-        )
-    changed = dataclasses.replace(manifest, files=files)
+    if trace := source.study("trace.safetensors"):
+        shutil.copyfile(trace, bundle / manifest.study / trace.name)
+    changed = dataclasses.replace(manifest, files=manifest.files | _listed(bundle))
     (bundle / "manifest.json").write_text(changed.to_json(), "utf-8")
     open_bundle(bundle)
+
+
+def _listed(bundle: Path) -> dict[str, File]:
+    """Tables and traces as they are now, for the manifest."""
+    paths = [*bundle.rglob("tables.safetensors"), *bundle.rglob("trace.safetensors")]
+    return {
+        str(path.relative_to(bundle)): File(size=path.stat().st_size, sha256=validate.sha256(path))
+        for path in paths
+    }
 
 
 def build(model: Path, bundle: Path, text: Path, *options: str) -> Path:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench import options
-from bench.harness import Rows, Run, Table, bench, child, interleave, option, spread
+from bench.harness import Rows, Run, Table, bench, child, interleave, option, spread, timed
 
 CONTEXT = 512
 TABLES = ("counts", "transition")  # what policies without prices and predictors read
@@ -57,6 +58,44 @@ def opening(run: Run) -> Rows:
     ]
     columns = {"part": "{}", "seconds": "{:.3f} ({:.3f} to {:.3f})"}
     yield Table("opening", columns, lines, f"{bundle.name}, {run.share:.0%} of the experts read")
+
+
+@bench(
+    options.rounds(5),
+    option("--layers", type=int, default=48),
+    option("--experts", type=int, default=128),
+)
+def door(run: Run) -> Rows:
+    """Milliseconds of each part of open_bundle, on a bundle of real geometry whose files are holes.
+
+    Manifest, checks, headers: all that opening does before sessions and reads.
+    """
+    from bench.hollow import hollow
+    from smoe.artifacts import open_bundle, validate
+    from smoe.artifacts.bundle import layouts_of
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "hollow.smoe"
+        hollow(path, run.layers, run.experts)
+        manifest = validate.read_manifest(path)
+        layouts, page = layouts_of(manifest), manifest.experts.page
+        calls: dict[str, Callable[[], Any]] = {
+            "manifest": lambda: validate.read_manifest(path),
+            "its problems": lambda: list(validate.manifest_problems(manifest)),
+            "files": lambda: list(validate.file_problems(path, manifest)),
+            "layouts": lambda: layouts_of(manifest),
+            "shard headers": lambda: [
+                validate.shard_start(path / manifest.shard(n), layout, page, run.experts)
+                for n, layout in enumerate(layouts)
+            ],
+            "weights": lambda: validate.check_weights(manifest),
+            "tables": lambda: validate.open_tables(path, manifest),
+            "all of open_bundle": lambda: open_bundle(path),
+        }
+        times = interleave({n: partial(timed, call) for n, call in calls.items()}, run.rounds)
+    lines = [[name, spread(values).median * 1e3] for name, values in times.items()]
+    title = f"{run.layers} layers x {run.experts} experts"
+    yield Table("door", {"part": "{}", "ms": "{:.1f}"}, lines, title)
 
 
 def _bundle(run: Run, directory: Path) -> Path:

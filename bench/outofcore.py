@@ -83,6 +83,7 @@ class Row:
     option("--seconds", type=float, default=30.0, help="a run ends after these"),
     option("--timeout", type=float, default=900.0, help="seconds after which a run is killed"),
     option("--threads", type=int, default=2),
+    option("--context", type=int, default=512, help="tokens that an engine makes room for"),
     option("--shares", type=int, nargs="+", default=SHARES, help="per cent; 0: no limit"),
     option("--engines", nargs="+", choices=MODULES, default=list(MODULES)),
 )  # fmt: skip
@@ -113,7 +114,7 @@ def outofcore(run: Run) -> Rows:
     yield details(rows)
     yield perplexities(rows)
     runs = [[json.dumps(asdict(row))] for row in rows]
-    yield Table("runs", {"run": "{}"}, runs, "Every run")
+    yield Table("runs", {"run": "{}"}, runs, "Every run", printed=False)
 
 
 def _models(run: Run, engines: list[str]) -> dict[str, Path]:
@@ -149,8 +150,9 @@ def measure(
         cgroup.Group("outofcore", limit) as group,
     ):
         request = Request(
-            engine, str(model), ids, limit=limit, threads=run.threads, scratch=scratch, **pace
-        )
+            engine, str(model), ids, limit=limit, context=run.context, threads=run.threads,
+            scratch=scratch, **pace,
+        )  # fmt: skip
         command = child_command("engines:run_request", asdict(request))
         done = group.run(command, timeout=run.timeout, env=child_environment())
     return Row(
@@ -210,7 +212,8 @@ def disk(bundle: Path) -> str:
     page fault."""
     file = max(page_cache.files_under(bundle), key=lambda f: f.stat().st_size)
     piece, buffer = 4 << 20, mmap.mmap(-1, 4 << 20)
-    places = random.Random(0).sample(range(file.stat().st_size // piece), 32)
+    pieces = max(1, file.stat().st_size // piece)
+    places = random.Random(0).sample(range(pieces), min(32, pieces))
     descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
     try:
         started = time.perf_counter()

@@ -60,7 +60,7 @@ class Checkpoint:
             with safe_open(file, "pt") as opened:
                 self._files |= {
                     name: (file, tuple(opened.get_slice(name).get_shape()))
-                    for name in opened.keys()
+                    for name in opened.keys()  # noqa: SIM118  it is no mapping
                 }
 
     def __contains__(self, name: str) -> bool:

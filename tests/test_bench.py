@@ -1,6 +1,7 @@
 """What the benches stand on: turns, records, tables, cgroups, the page cache, the clock."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,9 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bench import budgets, cgroup, engines, harness, outofcore, page_cache, tables
+from bench import budgets, cgroup, engines, harness, models, outofcore, page_cache, tables
 from bench.__main__ import main
 from bench.harness import Record, Table
+from smoe.artifacts import open_bundle
 
 MIB = 1 << 20
 REASON = cgroup.unavailable()
@@ -310,3 +312,22 @@ def test_a_budget_holds_the_share_and_a_byte_less_does_not(golden):
     budget = budgets.budget_for_share(golden, 0.5, 64)
     half = plan(None).experts // 2
     assert plan(budget).capacity == half > plan(budget - 1).capacity
+
+
+def test_a_bundle_takes_tables_and_trace_of_another(goldens, tmp_path):
+    bundle = shutil.copytree(goldens[-1], tmp_path / "bundle")
+    for path in (*bundle.rglob("tables.safetensors"), *bundle.rglob("trace.safetensors")):
+        path.unlink()
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    kept = {name: file for name, file in manifest["files"].items() if (bundle / name).exists()}
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"files": kept}))
+    assert not any(open_bundle(bundle).tables.layers())
+    models.graft(bundle, goldens[-1])
+    given, taken = (open_bundle(p, hashes=True) for p in (goldens[-1], bundle))
+    assert (
+        taken.study("trace.safetensors").read_bytes()
+        == given.study("trace.safetensors").read_bytes()
+    )
+    for mine, theirs in zip(taken.tables.layers(), given.tables.layers(), strict=True):
+        assert mine.keys() == theirs.keys() and len(mine) > 10
+        assert all(np.array_equal(mine[name], theirs[name], equal_nan=True) for name in mine)

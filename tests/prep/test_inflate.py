@@ -62,8 +62,7 @@ def test_the_same_function_and_the_same_routing(pico, large):
 
 
 def test_codes_without_a_zero_do_not_wake_what_sleeps(pico, tmp_path):
-    """With real channels that fill whole groups, the quantised model is the padded quantised one
-    too."""
+    """With real channels that fill whole groups, the quantised model is padded too."""
     inflate.inflate(pico, tmp_path / "wide", 128, 128)
     inflate.inflate(tmp_path / "wide", tmp_path / "wider", 384, 256, seed=1)
     (wanted, routed), (found, rerouted) = (
