@@ -1,122 +1,37 @@
-"""The backbone: segments in ONNX Runtime, and the state of each sequence.
+"""The backbone of a step: spans cut into pieces, segment after segment, and what passes between them.
 
-Weights are read once into memory that this process owns and are shared by all segments: a file that shrinks under a
-running engine can then not kill it, and the bytes are counted exactly. State that grows in place is one buffer of the
-context's length, bound as input and output of its segment, so that a step appends without copying.
+`Model.run` asks it for what a segment says of a layer's tokens (`route`), gives it what the experts make of them (`mix`),
+and for the logits in the end (`finish`). Who runs a segment is `segments`' word.
 """
 
 from __future__ import annotations
 
-import tempfile
+import dataclasses
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from smoe.artifacts.bundle import Bundle
-from smoe.artifacts.manifest import Manifest, State
-from smoe.artifacts.safetensors_file import DTYPES
-from smoe.runtime.budget import chunk_tokens, slot_bytes
+from smoe.artifacts.manifest import Manifest
+from smoe.runtime.budget import chunk_tokens, show_size, slot_bytes
 from smoe.runtime.errors import EngineError
 from smoe.runtime.routing import Routed
+from smoe.runtime.segments import (
+    LARGE,
+    ORT_ERRORS,
+    SegmentState,
+    Values,
+    first_line,
+    open_sessions,
+    ort_value,
+    segment_threads,
+)
 from smoe.runtime.step import Span, Step
 
-Values = dict[str, ort.OrtValue]
-
-# ONNX Runtime's exceptions have no base of their own.
-ORT_ERRORS = (
-    ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.InvalidProtobuf,
-    ort_errors.NoModel, ort_errors.NoSuchFile, ort_errors.NotImplemented, ort_errors.RuntimeException,
-    RuntimeError, ValueError,
-)  # fmt: skip
-
-EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
-LARGE = 8 << 20  # bytes of a weight from which on a second thread pays (bench/threads.py)
-
 ITEM_BYTES = {"tensor(bool)": 1, "tensor(float16)": 2, "tensor(float)": 4, "tensor(int32)": 4}
-
-_arena_made = False
-
-
-def _share_arena() -> None:
-    """One arena for all segments of the process: with one each, every session keeps its own peak."""
-    global _arena_made
-    if not _arena_made:
-        info = ort.OrtMemoryInfo(
-            "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
-        )
-        # Strategy 0 grows in powers of two: requests that grow with the context then find what was freed before.
-        ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 0}))
-        _arena_made = True
-
-
-def session_options(threads: int, prepack: bool = False) -> ort.SessionOptions:
-    """How every segment runs. The choices and their figures are in docs/log.md (2026-11-21)."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    # Idle workers that spin take the cores from the segment that runs.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    # A second copy of every weight, which MatMulNBits needs to be fast, and float products hardly gain from.
-    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
-    options.log_severity_level = 4  # what fails is raised
-    return options
-
-
-def ort_value(array: np.ndarray) -> ort.OrtValue:
-    """An OrtValue over `array`'s own memory; the caller keeps the array alive."""
-    return ort.OrtValue.ortvalue_from_numpy(array)
-
-
-class SegmentState:
-    """What the segments remember of one sequence (`step.SequenceState`): ONNX Runtime's values by the name of the input
-    that receives them.
-
-    State that grows in place lies in one buffer of `context` tokens, and what is behind a sequence's length is overwritten
-    before it is read. Other state is replaced, never written to, so that an older one is kept by keeping its values.
-    """
-
-    def __init__(self, specs: tuple[State, ...], context: int):
-        self._specs, self._context = specs, context
-        self.values: Values = {}
-        self._clear()
-
-    def rewind(self, length: int) -> int:
-        """All or nothing, unless all of it grows in place."""
-        if all(spec.in_place for spec in self._specs):
-            return length
-        self._clear()
-        return 0
-
-    def fork(self) -> SegmentState:
-        """Buffers are copied; what is replaced is shared."""
-        copy = SegmentState(self._specs, self._context)
-        for spec in self._specs:
-            if spec.in_place:
-                copy.values[spec.input].numpy()[...] = self.values[spec.input].numpy()
-            else:
-                copy.values[spec.input] = self.values[spec.input]
-        return copy
-
-    def snapshot(self) -> Values:
-        """The values themselves: those that are replaced are never written to, the others only behind the length."""
-        return dict(self.values)
-
-    def restore(self, snapshot: object) -> None:
-        assert isinstance(snapshot, dict)
-        self.values = snapshot
-
-    def _clear(self) -> None:
-        for spec in self._specs:
-            if spec.in_place and spec.input in self.values:
-                continue
-            shape = list(spec.shape)
-            if spec.growing >= 0:
-                shape[spec.growing] = self._context if spec.in_place else 0
-            self.values[spec.input] = ort_value(np.zeros(shape, DTYPES[spec.dtype]))
 
 
 @dataclass(eq=False)
@@ -164,8 +79,8 @@ class Backbone:
     `layer_major`, a span is no longer than a chunk: some segment looks at another's state.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None):
-        manifest = bundle.manifest
+    def __init__(self, path: Path, manifest: Manifest, threads: int | None = None):
+        """Of the bundle at `path`. An `EngineError` if a segment does not load."""
         self._manifest, self._segments = manifest, manifest.backbone.segments
         self._wires = [layer.wires for layer in manifest.layers]
         self.chunk = chunk_tokens(manifest)
@@ -175,25 +90,17 @@ class Backbone:
         self._replaced = {spec.output: spec.input for spec in states if not spec.in_place}
         owners = {spec.input: spec.segment for spec in states}
         takes = [(name, i) for i, segment in enumerate(self._segments) for name in segment.inputs]
-        self._last_use = dict(takes)
+        wired = [
+            (name, i) for i, wires in enumerate(self._wires) for name in dataclasses.astuple(wires)
+        ]
+        self._last_use = dict(sorted(takes + wired, key=lambda use: use[1]))
         self._made = {
             name: i for i, segment in enumerate(self._segments) for name in segment.outputs
         }
         self._dead = [self._last_used_in(index) for index in range(len(self._segments))]
         self.layer_major = all(owners.get(name, index) == index for name, index in takes)
-        self._weights = _read_weights(bundle.path, manifest)
-        self._prepack = manifest.backbone.precision != "f32"
-        nbytes = {w.name: w.nbytes for w in manifest.backbone.initializers}
-        largest = [max((nbytes[name] for name in s.weights), default=0) for s in self._segments]
-        self.threads = [threads or (2 if size >= LARGE else 1) for size in largest]
-        _share_arena()
-        # Weights come from memory alone. ONNX Runtime would map whatever file an untrusted graph names, and a mapped file
-        # that shrinks kills the process: so it is shown a folder where the weight file is empty.
-        with tempfile.TemporaryDirectory() as empty:
-            (Path(empty) / Path(manifest.backbone.weights).name).touch()
-            self._sessions = [
-                self._session(bundle.path, i, empty) for i in range(len(self._segments))
-            ]
+        self.threads = segment_threads(manifest, threads)
+        self._sessions, self._weights = open_sessions(path, manifest, self.threads)
         self._kept = {
             output.name: (output.type, output.shape)
             for session in self._sessions
@@ -210,24 +117,6 @@ class Backbone:
             for n in names
             if self._last_use.get(n, -1) == index or (n in outputs and n not in self._last_use)
         ]
-
-    def _session(self, path: Path, index: int, external: str) -> ort.InferenceSession:
-        segment = self._segments[index]
-        options = session_options(self.threads[index], self._prepack)
-        options.add_session_config_entry(EXTERNAL_FOLDER, external)
-        for name in segment.weights:
-            options.add_initializer(
-                name, self._weights[name]
-            )  # shared; external initializers would be copied
-        try:
-            model = (path / segment.file).read_bytes()
-            return ort.InferenceSession(
-                model, options, providers=["CPUExecutionProvider"], enable_fallback=0
-            )
-        except (*ORT_ERRORS, OSError) as error:
-            raise EngineError(
-                f"{path / segment.file} does not load in ONNX Runtime {ort.__version__}: {_first_line(error)}"
-            ) from error
 
     def new_state(self, context: int) -> SegmentState:
         """That of a sequence of up to `context` tokens that has consumed none."""
@@ -270,7 +159,7 @@ class Backbone:
         parts = []
         for span, piece in flow.pieces():
             self._run(layer, span, piece)
-            parts.append(self._said(layer, piece))
+            parts.append([value.numpy() for value in self._said(layer, piece)])
             if len(span.pieces) > 1:
                 self._forget(layer, piece)
         return self._routed(layer, flow.step, parts)
@@ -280,6 +169,13 @@ class Backbone:
         for _, piece in flow.pieces():
             piece.values[self._wires[layer].output] = self._shaped(layer, piece, mixed)
 
+    def values(self, layer: int, flow: Flow, names: SequenceOf[str]) -> list[np.ndarray]:
+        """Run segment `layer` on a flow of one piece: these values as it gives them. For checks of a bundle that is being
+        made; `route` is for those that are."""
+        ((span, piece),) = flow.pieces()
+        self._run(layer, span, piece)
+        return [piece.values[name].numpy() for name in names]
+
     def peek(self, layer: int, flow: Flow, mixed: np.ndarray) -> Routed:
         """What segment `layer` would say if the layer before had given `mixed`; nothing remembers it."""
         parts = []
@@ -287,7 +183,7 @@ class Backbone:
             ahead = _Piece(piece.low, piece.high, piece.past, piece.keep, dict(piece.values))
             ahead.values[self._wires[layer - 1].output] = self._shaped(layer - 1, piece, mixed)
             self._run(layer, span, ahead, remember=False)
-            parts.append(self._said(layer, ahead))
+            parts.append([value.numpy() for value in self._said(layer, ahead)])
         return self._routed(layer, flow.step, parts)
 
     def finish(self, flow: Flow) -> list[np.ndarray]:
@@ -313,6 +209,22 @@ class Backbone:
         return [
             parts[0] if len(parts) == 1 else np.concatenate(parts or [nothing]) for parts in logits
         ]
+
+    def threads_line(self) -> str:
+        """For people."""
+        counts = {n: self.threads.count(n) for n in sorted(set(self.threads))}
+        shown = ", ".join(f"{count} segments on {n}" for n, count in counts.items())
+        return f"backbone threads: {shown} (a second thread pays from weights of {show_size(LARGE)} on, unless told)"
+
+    def prompt_line(self, group: int) -> str:
+        """How prompts run, where so many tokens may wait for the same experts; for people."""
+        if not self.layer_major:
+            why = "since a segment of this model looks at another's state"
+            return f"prompts: chunks of {self.chunk} tokens one after another, {why}"
+        if self.chunk == 1:
+            return f"prompts: token by token, up to {group} tokens share the read of an expert"
+        shared = group // self.chunk
+        return f"prompts: chunks of {self.chunk} tokens, of which up to {shared} share the read of an expert"
 
     def pieces_within(self, nbytes: int, context: int) -> int:
         """How many pieces of one span may wait for the same experts, where all but one of them may keep `nbytes`."""
@@ -357,9 +269,11 @@ class Backbone:
             session.run_with_iobinding(binding)
         except ORT_ERRORS as error:
             raise EngineError(
-                f"Segment {index} of the backbone failed: {_first_line(error)}"
+                f"Segment {index} of the backbone failed: {first_line(error)}"
             ) from error
         values.update(zip(segment.outputs, binding.get_outputs(), strict=True))
+        if index < len(self._wires):
+            piece.shape = values[self._wires[index].hidden].shape()
         if remember:
             span.replaced.update(
                 (self._replaced[name], values[name])
@@ -376,14 +290,13 @@ class Backbone:
             if name in piece.values and name not in self._in_place:
                 piece.values[name] = ort_value(np.array(piece.values[name].numpy()))
 
-    def _said(self, layer: int, piece: _Piece) -> list[np.ndarray]:
+    def _said(self, layer: int, piece: _Piece) -> list[ort.OrtValue]:
         """hidden, ids, weights, and scores and raw weights where the router's rule is known, of one piece."""
         wires, values = self._wires[layer], piece.values
         names = [wires.hidden, wires.ids, wires.weights]
         if self._manifest.layers[layer].routing is not None:
             names += [wires.scores, wires.raw]
-        piece.shape = values[wires.hidden].shape()
-        return [values[name].numpy() for name in names]
+        return [values[name] for name in names]
 
     def _routed(self, index: int, step: Step, parts: list[list[np.ndarray]]) -> Routed:
         layer = self._manifest.layers[index]
@@ -431,19 +344,3 @@ def _nbytes(
     for size in shape:
         total *= size if isinstance(size, int) else left.pop() if left else length
     return total
-
-
-def _read_weights(path: Path, manifest: Manifest) -> Values:
-    file = path / manifest.backbone.weights
-    data = np.fromfile(file, np.uint8)  # no longer than its last weight: the door has checked
-    weights = {}
-    for w in manifest.backbone.initializers:
-        piece = data[w.offset : w.offset + w.nbytes]
-        if piece.size != w.nbytes:
-            raise EngineError(f"{file} became shorter while it was read; copy the bundle again.")
-        weights[w.name] = ort_value(piece.view(DTYPES[w.dtype]).reshape(w.shape))
-    return weights
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:600]

@@ -20,18 +20,16 @@ import numpy as np
 
 from smoe.artifacts import Bundle, open_bundle
 from smoe.runtime import kernels, system
-from smoe.runtime.backbone import LARGE, Backbone
+from smoe.runtime.backbone import Backbone
 from smoe.runtime.budget import (
     MemoryPlan,
     default_budget,
     parse_size,
     plan_memory,
-    show_size,
 )
 from smoe.runtime.cache import storage
 from smoe.runtime.cache.cache import ExpertCache
 from smoe.runtime.cache.frames import Frames
-from smoe.runtime.choose.priced import SAVINGS_TOKENS
 from smoe.runtime.errors import EngineError
 from smoe.runtime.experts import LocalExperts
 from smoe.runtime.model import Model, Prefill
@@ -44,6 +42,7 @@ from smoe.runtime.options import (
     make_eviction,
     make_predictor,
     make_residency,
+    policy_lines,
     tables_bytes,
 )
 from smoe.runtime.sampling import Sampler, Sampling
@@ -82,7 +81,7 @@ class Engine:
         self._process, self._using = os.getpid(), threading.Lock()
         self._turn = 0  # counts what has used the sequence, so that a paused generation notices
         self._kernels = kernels.choose(threads=threads)
-        self._backbone = Backbone(bundle, threads)
+        self._backbone = Backbone(bundle.path, self.manifest, threads)
         self.reading = storage.choose(bundle, level, io, plan)
         self._shards = storage.Shards(bundle, level, self.reading.io)
         try:
@@ -203,45 +202,19 @@ class Engine:
 
     def mode_lines(self) -> list[str]:
         """Every automatic choice with its reason, for people."""
-        experts, model = self.manifest.experts, self.manifest.model
+        experts, model, level = self.manifest.experts, self.manifest.model, self._shards.level
         refused = [layer.routing_refusal for layer in self.manifest.layers if layer.routing is None]
         return [
             f"model: {model.model_type}, {len(self.manifest.layers)} MoE layers, experts {experts.encoding}"
             f"{self._level_line()}, backbone {self.manifest.backbone.precision}, context {self.context}",
             f"kernels: {self._kernels.name} ({self._kernels.reason}), up to {self._kernels.threads} threads",
-            _threads_line(self._backbone.threads),
+            self._backbone.threads_line(),
             *self.plan.lines(self.policies.eviction),
             f"reads: {self.reading.io} ({self.reading.reason}){self._pinned}",
-            self._prompt_line(),
-            *self._policy_lines(),
+            self._backbone.prompt_line(self._group),
+            *policy_lines(self.policies, self.plan, level, self.bundle.levels),
             *([f"substitution: not possible with this model: {refused[0]}"] if refused else []),
         ]
-
-    def _prompt_line(self) -> str:
-        chunk, tokens = self._backbone.chunk, self._group
-        if not self._backbone.layer_major:
-            return f"prompts: chunks of {chunk} tokens one after another, since a segment of this model looks at another's state"
-        if chunk == 1:
-            return f"prompts: token by token, up to {tokens} tokens share the read of an expert"
-        return f"prompts: chunks of {chunk} tokens, of which up to {tokens // chunk} share the read of an expert"
-
-    def _policy_lines(self) -> list[str]:
-        if self.plan.capacity == self.plan.experts:
-            return []
-        p, level = self.policies, self._shards.level
-        beside = f" than level {level}" if level < self.bundle.levels else ""
-        spends = f"at most {p.loss} nats per token for reading less{beside}, {SAVINGS_TOKENS:.0f} tokens' worth saved up"
-        return [
-            f"policies: eviction {p.eviction}{' in shares by layer' if p.shares else ''}, "
-            f"{'warm' if p.warm else 'cold'} start, prefetch {p.prefetch}, "
-            + (spends if p.loss else f"substitution {p.substitution}")
-            + self._loss_note()
-        ]
-
-    def _loss_note(self) -> str:
-        if self._shards.level < self.bundle.levels:
-            return " (lossy)"
-        return " (lossless)" if self.lossless else " (lossy; prompts are not)"
 
     def _level_line(self) -> str:
         levels = self.bundle.levels
@@ -418,12 +391,6 @@ class Engine:
                 f"(this model takes up to {self.manifest.model.context})."
             )
         return array.astype(np.int64)
-
-
-def _threads_line(threads: list[int]) -> str:
-    counts = {n: threads.count(n) for n in sorted(set(threads))}
-    shown = ", ".join(f"{count} segments on {n}" for n, count in counts.items())
-    return f"backbone threads: {shown} (a second thread pays from weights of {show_size(LARGE)} on, unless told)"
 
 
 def _shared(held: list[int], ids: np.ndarray) -> int:

@@ -18,7 +18,7 @@ from smoe.runtime.cache import predict
 from smoe.runtime.cache.eviction import DEFAULT_EVICTION, Eviction, NextUse, eviction_named
 from smoe.runtime.cache.residency import Residency
 from smoe.runtime.choose import substitution
-from smoe.runtime.choose.priced import LossLedger, PlaneValue, Priced
+from smoe.runtime.choose.priced import SAVINGS_TOKENS, LossLedger, PlaneValue, Priced
 from smoe.runtime.choose.prices import PRICE_TABLES, Prices
 from smoe.runtime.errors import EngineError
 from smoe.runtime.routing import Chooser, as_routed
@@ -79,6 +79,25 @@ def check_policies(policies: Policies, plan: MemoryPlan, manifest: Manifest) -> 
             f"{len(manifest.layers)} layers, and a token uses {most}; leave them out, or state at least "
             f"{show_size(enough, up=True)}."
         )
+
+
+def policy_lines(policies: Policies, plan: MemoryPlan, level: int, levels: int) -> list[str]:
+    """The mode line of what is missing, where something is."""
+    if plan.capacity == plan.experts:
+        return []
+    shares = " in shares by layer" if policies.shares else ""
+    takes = f"substitution {policies.substitution}"
+    if policies.loss:
+        than = f" than level {level}" if level < levels else ""
+        takes = (
+            f"at most {policies.loss} nats per token for reading less{than}, "
+            f"{SAVINGS_TOKENS:.0f} tokens' worth saved up"
+        )
+    lossless = policies.lossless and level == levels
+    return [
+        f"policies: eviction {policies.eviction}{shares}, {'warm' if policies.warm else 'cold'} start, "
+        f"prefetch {policies.prefetch}, {takes} ({'lossless' if lossless else 'lossy'})"
+    ]
 
 
 def tables_bytes(policies: Policies, bundle: Bundle) -> int:

@@ -31,8 +31,8 @@ class ExpertCache:
 
     `residency` says who is there, `frames` hold the bytes (None: there are none, in a simulation), `read` fetches them on
     `threads` threads (0: at once). `uses` is how many experts of a layer one token uses at most. Without `streams` a
-    step's experts are shielded however many they are, as replays of others do. Counts go to `stats`.
-    `make_reader` is for tests of every order.
+    step's experts are shielded however many they are, as replays of others do. Counts go to `stats`. `make_reader` is for
+    who wants to say in which order things happen.
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class ExpertCache:
         it asks for more, and closes the iterator. An empty array, once, says that nothing is left but to wait.
 
         What the step still needs is not evicted once it is whole, and what it has used, or has in fewer planes than it
-        needs, only if nothing else can go (SMoE's shield). Where more is missing than may be on its way at once, as for
-        a prompt, experts stream: what was used may go at once, so that a few frames serve them all. A failed read is an
+        needs, only if nothing else can go (SMoE's shield). Where more is missing than may be on its way at once, as for a
+        prompt, experts stream: what was used may go at once, so that a few frames serve them all. A failed read is an
         `EngineError`.
         """
         remaining = np.ones(len(experts), bool)

@@ -146,7 +146,7 @@ def test_experts_beyond_those_of_the_layer_are_a_sentence(golden):
     first, *others = bundle.manifest.layers
     fewer = dataclasses.replace(first, experts=2, routing=None)
     manifest = dataclasses.replace(bundle.manifest, layers=(fewer, *others))
-    backbone = Backbone(dataclasses.replace(bundle, manifest=manifest))
+    backbone = Backbone(bundle.path, manifest)
     step = Step((prompted(Sequence(backbone.new_state(300)), np.arange(9)),))
     with pytest.raises(EngineError, match="not what layer 0 of the manifest takes, or experts"):
         backbone.route(0, backbone.begin(step))

@@ -83,7 +83,7 @@ def make_parts(
     shards = Shards(bundle, full)
     smallest = plan_memory(bundle, None, CONTEXT).smallest
     cache = ExpertCache(residency, frames, read or shards.read, smallest, stats, threads)
-    backbone, chosen = Backbone(bundle), kernels.choose()
+    backbone, chosen = Backbone(bundle.path, bundle.manifest), kernels.choose()
     layers = [
         chosen.layer(
             manifest.experts.gate, manifest.expert_shape(i), manifest.experts.encoding, layout
