@@ -34,7 +34,8 @@ class ByHand(Reader):
         while not self.closed and not any(load.state in ENDED for load in loads):
             if not self.script.go_on(waiting=True):
                 break
-        self.lock.wait = _for_ever  # nothing will happen any more: the answer must be there
+        # Nothing will happen any more: the answer must be there.
+        self.changed.wait = _for_ever
         return super().wait(loads)
 
 
