@@ -73,7 +73,7 @@ def test_an_interrupt_at_any_line_loses_no_frame(goldens, version, prefetch):
         with Lines() as lines:
             assert greedy(parts, PROMPT, 3) == wanted
         assert lines.count > 500
-        for _ in range(60):
+        for _ in range(25):
             sequence = parts.sequence()
             with pytest.raises(KeyboardInterrupt), Lines(chance.randrange(1, lines.count // 2)):
                 greedy(parts, PROMPT, 3, sequence)
