@@ -70,7 +70,9 @@ class Reader:
         threads: int,
     ):
         self._begin, self._read, self._end = begin, read, end
-        self.lock = threading.Condition()
+        # An RLock itself is entered and left without a moment at which Ctrl-C could come in between; a Condition is not.
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
         self._waiting: list[Load] = []
         self._reading: list[Load] = []
         self.refused: set[Load] = set()  # there was no frame, and nothing has changed since
@@ -89,7 +91,7 @@ class Reader:
             if self.closed:
                 raise EngineError("This engine is closed; open the bundle again.")
             self._waiting.append(load)
-            self.lock.notify_all()
+            self.changed.notify_all()
         if not self._threads:
             self.serve()
 
@@ -97,7 +99,7 @@ class Reader:
         """A guess is wanted now, by so many tokens."""
         with self.lock:
             load.guess, load.tokens = False, tokens
-            self.lock.notify_all()
+            self.changed.notify_all()
 
     def withdraw(self, loads: Iterable[Load]) -> None:
         """Forget those of `loads` whose read has not begun."""
@@ -112,7 +114,7 @@ class Reader:
         with self.lock:
             if self.refused:
                 self.refused.clear()
-                self.lock.notify_all()
+                self.changed.notify_all()
         if not self._threads:
             self.serve()
 
@@ -122,7 +124,7 @@ class Reader:
         meanwhile."""
         loads = list(loads)
         with self.lock:
-            self.lock.wait_for(
+            self.changed.wait_for(
                 lambda: (
                     self.closed
                     or any(load.state in ENDED for load in loads)
@@ -143,7 +145,7 @@ class Reader:
         with self.lock:
             self.closed = True
             self.withdraw(list(self._waiting))
-            self.lock.notify_all()
+            self.changed.notify_all()
         for thread in self._threads:
             thread.join()
 
@@ -177,7 +179,7 @@ class Reader:
             self._attempt(self._end, load)
             load.state = State.DONE
             self.refused.clear()
-            self.lock.notify_all()
+            self.changed.notify_all()
 
     def serve(self) -> bool:
         """Read the most urgent loads until there is none; whether there was one."""
@@ -194,7 +196,7 @@ class Reader:
         else:
             self._waiting.remove(load)
             load.state = State.WITHDRAWN if load.error is None else State.DONE
-        self.lock.notify_all()
+        self.changed.notify_all()
 
     def _attempt(self, action: Callable[[Load], T], load: Load) -> T | None:
         """A thread ends here: what fails belongs to whoever waits for the load."""
@@ -209,7 +211,7 @@ class Reader:
             with self.lock:
                 load = self.take()
                 while load is None and not self.closed:
-                    self.lock.wait()
+                    self.changed.wait()
                     load = self.take()
             if load is None:
                 return

@@ -140,6 +140,20 @@ def test_no_guess_is_read_while_a_step_waits(setup):
     waiting.join(PATIENCE)
 
 
+def test_a_step_that_is_given_up_leaves_no_read_behind_that_has_not_begun(setup):
+    case = setup(8)
+    case.disk.held = {(0, 0), (0, 1)}
+    wanted, ones = np.arange(4), np.ones(4, np.int64)
+    bring = case.cache.bring(0, wanted, ones, ones)
+    assert len(next(bring)) == 0  # nothing is left but to wait
+    for expert in (0, 1):
+        case.disk.until_begun((0, expert))
+    bring.close()
+    case.disk.let_go()
+    assert in_time(case.step, 1, [0]) == [0]
+    assert {(0, 2), (0, 3)}.isdisjoint(case.disk.begun)
+
+
 def test_a_guess_that_a_step_wants_is_read_once(setup):
     case = setup(8)
     case.disk.held = {(0, 0)}

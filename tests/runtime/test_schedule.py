@@ -12,7 +12,7 @@ from smoe.runtime import EngineError
 from smoe.runtime.cache.cache import ExpertCache
 from smoe.runtime.cache.eviction import NextUse
 from smoe.runtime.cache.frames import Frames
-from smoe.runtime.cache.reader import ENDED, Load, Reader
+from smoe.runtime.cache.reader import Load, Reader
 from smoe.runtime.cache.residency import Residency
 from smoe.runtime.stats import Stats
 
@@ -30,16 +30,12 @@ class ByHand(Reader):
         return False
 
     def wait(self, loads) -> bool:
-        loads = list(loads)
-        while not self.closed and not any(load.state in ENDED for load in loads):
-            if not self.script.go_on(waiting=True):
-                break
-        self.lock.wait = _for_ever  # nothing will happen any more: the answer must be there
+        self.changed.wait = self._go_on
         return super().wait(loads)
 
-
-def _for_ever(*_):
-    raise AssertionError("This would wait for ever.")
+    def _go_on(self, timeout: float | None = None) -> None:
+        happened = self.script.go_on()
+        assert happened or self.refused, "This would wait for ever."
 
 
 class Script:
@@ -69,7 +65,7 @@ class Script:
         into[start:end] = content(layer, expert)[start:end]
         return int(end - start)
 
-    def go_on(self, waiting: bool = False) -> bool:
+    def go_on(self) -> bool:
         """One event; whether there was one."""
         self.check()
         action = ACTIONS[self.actions.pop()] if self.actions else "read"

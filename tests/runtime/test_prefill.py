@@ -1,0 +1,251 @@
+"""A prompt layer after layer: the same bits whatever shares a read, paused, thrown away or failing on the way."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.parts import CONTEXT, accounted, decoded, make_parts, prompted, step
+
+from smoe.artifacts import open_bundle, safetensors_file
+from smoe.runtime import Engine, EngineError
+from smoe.runtime.budget import MemoryPlan, chunk_tokens, plan_memory
+from smoe.runtime.model import Prefill
+from smoe.runtime.routing import Assignment
+from smoe.runtime.step import Phase, Sequence
+
+LENGTHS = {
+    128: 290,
+    1: 75,
+}  # tokens by the chunk's: three units of a group, the last of which is cut
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["v1", "v2", "v3"])
+def bundle(request, goldens) -> Path:
+    """v2 takes one token at a time and replaces its state; v3 has planes."""
+    return goldens[request.param]
+
+
+@cache
+def _chunk(bundle: Path) -> int:
+    return chunk_tokens(open_bundle(bundle).manifest)
+
+
+def _unit(bundle: Path) -> int:
+    """Tokens of which a group may have one, two or three: where tokens run one by one, so many of them."""
+    return 30 if _chunk(bundle) == 1 else 128
+
+
+@cache
+def _prompt(bundle: Path) -> np.ndarray:
+    ids = safetensors_file.load(bundle.with_suffix(".answer.safetensors"))["prompt"]
+    return np.concatenate([ids, ids[::-1]])[: LENGTHS[_chunk(bundle)]]
+
+
+@cache
+def _plan(bundle: Path) -> MemoryPlan:
+    return plan_memory(open_bundle(bundle), None, CONTEXT)
+
+
+def _budget(bundle: Path, experts: int, prefill: float) -> int:
+    """Bytes that leave room for so many experts, and for a part of what a prompt likes to keep."""
+    plan = _plan(bundle)
+    fixed = plan.fixed - plan.prefill + int(prefill * plan.prefill)
+    return fixed + experts * plan.record
+
+
+@cache
+def _by_chunks(bundle: Path, keep: int = 300) -> tuple[np.ndarray, np.ndarray]:
+    """The reference, chunk by chunk with all experts resident: logits at up to so many last positions of every chunk (one
+    row is another product than many), and those of two more tokens."""
+    ids, logits, chunk = _prompt(bundle), [], _chunk(bundle)
+    with Engine.open(bundle, context=CONTEXT) as engine:
+        sequence = engine.new_sequence()
+        for start in range(0, len(ids), chunk):
+            part = ids[start : start + chunk]
+            logits += step(engine, prompted(sequence, part, keep=min(keep, len(part))))
+        more = _more(engine, sequence)
+    return np.concatenate(logits), more
+
+
+def _more(model, sequence: Sequence) -> np.ndarray:
+    return np.concatenate([step(model, decoded(sequence, token))[0] for token in (5, 7)])
+
+
+@pytest.mark.parametrize("experts", [3, 8])
+@pytest.mark.parametrize("prefill", [0, 0.4, 1])
+def test_a_prompt_gives_the_same_bits_under_every_budget(bundle, experts, prefill):
+    logits, more = _by_chunks(bundle)
+    with Engine.open(bundle, _budget(bundle, experts, prefill), CONTEXT) as engine:
+        sequence = engine.new_sequence()
+        found = engine.prefill(sequence, _prompt(bundle), len(logits)).finish()
+        assert np.array_equal(found, logits)
+        assert np.array_equal(_more(engine, sequence), more)
+        assert sequence.ids == [*_prompt(bundle).tolist(), 5, 7]
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+@pytest.mark.parametrize("keep", [1, 40])
+def test_how_many_chunks_share_a_read_changes_no_bit(bundle, chunks, keep):
+    logits, more = _by_chunks(bundle, keep)
+    with make_parts(bundle, experts=3) as parts:
+        sequence, group = parts.sequence(), chunks * _unit(bundle)
+        prefill = Prefill(parts.model, sequence, _prompt(bundle), group, keep)
+        assert np.array_equal(prefill.finish(), logits[-keep:]) and prefill.done
+        assert np.array_equal(_more(parts.model, sequence), more)
+
+
+@pytest.mark.parametrize("experts", [3, 5])
+def test_an_expert_is_read_once_for_all_chunks_that_share_the_read(bundle, experts):
+    ids = _prompt(bundle)
+    for group in (_unit(bundle), 2 * _unit(bundle), 300):
+        with make_parts(bundle, experts) as parts:
+            groups = -(-len(ids) // group)
+            every = sum(7 * int(sizes[-1]) for sizes in parts.sizes)
+            Prefill(parts.model, parts.sequence(), ids, group).finish()
+            assert 0 < parts.stats.bytes_read <= groups * every
+
+
+def test_a_prompt_of_an_engine_reads_every_expert_once(bundle):
+    ids = _prompt(bundle)[:150]  # two chunks
+    with Engine.open(bundle, _budget(bundle, 3, 1), CONTEXT) as engine:
+        assert engine.plan.capacity < 7
+        engine.prefill(engine.new_sequence(), ids).finish()
+        every = sum(7 * layout.levels[-1] for layout in engine.bundle.layouts)
+        assert 0 < engine.stats.bytes_read <= every
+
+
+def test_a_prompt_that_is_paused_after_every_part_changes_no_bit_of_either(bundle):
+    logits, more = _by_chunks(bundle)
+    with Engine.open(bundle, context=CONTEXT) as engine:
+        alone = engine.new_sequence()
+        wanted = [step(engine, prompted(alone, np.array([9])))[0]]
+        wanted += [step(engine, decoded(alone, token))[0] for token in range(40)]
+    for experts, group in ((3, _unit(bundle)), (5, 300)):
+        with make_parts(bundle, experts) as parts:
+            one, other = parts.sequence(), parts.sequence()
+            found = [step(parts.model, prompted(other, np.array([9])))[0]]
+            prefill, tokens = Prefill(parts.model, one, _prompt(bundle), group, 300), range(40)
+            for token in tokens:
+                if not prefill.done:
+                    prefill.advance()
+                found += step(parts.model, decoded(other, token))
+            assert np.array_equal(prefill.finish(), logits)
+            assert np.array_equal(np.concatenate(found), np.concatenate(wanted))
+            assert np.array_equal(_more(parts.model, one), more)
+        assert accounted(parts.residency, parts.sizes)
+
+
+@pytest.mark.parametrize("parts_done", [0, 1, 2, 5, 9])
+def test_a_prompt_that_is_thrown_away_leaves_its_sequence_as_it_was(bundle, parts_done):
+    with make_parts(bundle, experts=3) as parts:
+        sequence = parts.sequence()
+        Prefill(parts.model, sequence, _prompt(bundle)[:20], 300).finish()
+        wanted = _more(parts.model, sequence.fork())
+        prefill = Prefill(parts.model, sequence, _prompt(bundle)[20:220], _unit(bundle))
+        for _ in range(parts_done):
+            prefill.advance()
+        prefill.discard()
+        assert prefill.done and sequence.ids == _prompt(bundle)[:20].tolist()
+        assert np.array_equal(_more(parts.model, sequence), wanted)
+    assert accounted(parts.residency, parts.sizes)
+
+
+@pytest.mark.parametrize("after", [0, 3, 9, 17])
+def test_a_read_that_fails_in_the_middle_leaves_the_sequence_as_it_was(bundle, after):
+    reads, broken = 0, False
+
+    def read(layer, expert, into, since, level):
+        nonlocal reads
+        reads += broken
+        if broken and reads > after:
+            raise EngineError("the disk is gone")
+        return parts.shards.read(layer, expert, into, since, level)
+
+    with make_parts(bundle, experts=3, read=read) as parts:
+        sequence = parts.sequence()
+        Prefill(parts.model, sequence, _prompt(bundle)[:20], 300).finish()
+        wanted, rest = _more(parts.model, sequence.fork()), _prompt(bundle)[20:]
+        broken = True
+        with pytest.raises(EngineError, match="the disk is gone"):
+            Prefill(parts.model, sequence, rest, _unit(bundle)).finish()
+        broken = False
+        assert sequence.ids == _prompt(bundle)[:20].tolist()
+        assert np.array_equal(_more(parts.model, sequence.fork()), wanted)
+        logits, more = _by_chunks(bundle)
+        if parts.backbone.chunk == 1:  # elsewhere other chunks are other bits
+            found = Prefill(parts.model, sequence, rest, 30, len(rest)).finish()
+            assert np.array_equal(found, logits[20:])
+            assert np.array_equal(_more(parts.model, sequence), more)
+    assert accounted(parts.residency, parts.sizes)
+
+
+# -- steps of several spans ----------------------------------------------------------------------
+
+
+def _begun(model, sequence: Sequence, ids: np.ndarray) -> Sequence:
+    Prefill(model, sequence, ids, 300).finish()
+    return sequence
+
+
+@pytest.mark.parametrize("experts", [3, 14])
+def test_two_sequences_that_decode_in_one_step_have_the_bits_they_have_alone(bundle, experts):
+    ids = _prompt(bundle)
+    with make_parts(bundle, experts) as parts:
+        one = _begun(parts.model, parts.sequence(), ids[:30])
+        other = _begun(parts.model, parts.sequence(), ids[30:37])
+        alone = [
+            np.concatenate([step(parts.model, decoded(s, token))[0] for token in range(8)])
+            for s in (one.fork(), other.fork())
+        ]
+        together = [
+            step(parts.model, decoded(one, token), decoded(other, token)) for token in range(8)
+        ]
+        for index in (0, 1):
+            found = np.concatenate([logits[index] for logits in together])
+            assert np.array_equal(found, alone[index])
+        assert one.ids == [*ids[:30].tolist(), *range(8)]
+        assert other.ids == [*ids[30:37].tolist(), *range(8)]
+
+
+@pytest.mark.parametrize("experts", [3, 14])
+def test_a_step_that_decodes_and_reads_a_prompt_gives_each_its_own_bits(bundle, experts):
+    ids = _prompt(bundle)
+    with make_parts(bundle, experts) as parts:
+        length = 1 if parts.backbone.chunk == 1 else 50  # no longer than a chunk
+        one = _begun(parts.model, parts.sequence(), ids[:30])
+        other = _begun(parts.model, parts.sequence(), ids[30:37])
+        rest = ids[37 : 37 + length]
+        (first,) = step(parts.model, decoded(one.fork(), 5))
+        (second,) = step(parts.model, prompted(other.fork(), rest, keep=length))
+        found = step(parts.model, decoded(one, 5), prompted(other, rest, keep=length))
+        assert np.array_equal(found[0], first) and np.array_equal(found[1], second)
+        assert (one.length, other.length) == (31, 7 + length)
+        again = step(parts.model, prompted(one, rest), decoded(other, 5))  # the other way round
+        assert [len(logits) for logits in again] == [1, 1]
+
+
+def test_a_prompt_beside_a_chooser_takes_the_routers_word(bundle):
+    """What stands in for a missing expert is for tokens that are decoded, whoever they share the step with."""
+    seen: list[tuple[int, int]] = []
+
+    def choose(routed, available):
+        seen.append((routed.tokens, len(set(routed.owner.tolist()))))
+        ids, weights = routed.ids.copy(), routed.weights.copy()
+        ids[:, -1], weights[:, -1] = len(available.level), 0  # no expert
+        return Assignment(ids=ids, weights=weights)
+
+    ids = _prompt(bundle)
+    with make_parts(bundle, experts=14) as exact:
+        (wanted,) = step(exact.model, prompted(exact.sequence(), ids[:1]))
+        (decoded_exactly,) = step(exact.model, decoded(exact.sequence(), 5))
+    with make_parts(bundle, experts=14, choose=choose) as parts:
+        spans = prompted(parts.sequence(), ids[:1]), decoded(parts.sequence(), 5)
+        first, second = step(parts.model, *spans)
+        assert np.array_equal(first, wanted) and not np.array_equal(second, decoded_exactly)
+        assert seen == [(1, 1), (1, 1)]
+        seen.clear()
+        Prefill(parts.model, parts.sequence(), ids[:20], 300).finish()
+        assert not seen
+        Prefill(parts.model, parts.sequence(), ids[:20], 300, 20, Phase.VERIFY).finish()
+        assert seen[0][0] == 20
