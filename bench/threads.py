@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from smoe.runtime.backbone import session_options
+from smoe.runtime.segments import session_options
 
 
 def session(size: int, threads: int) -> ort.InferenceSession:

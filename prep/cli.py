@@ -362,7 +362,7 @@ def verify(
 @click.option(
     "--substitute",
     metavar="NAME:NUMBER",
-    help=f"Replay a substitution too: {', '.join(f'{n}:{about[0].split()[0].upper()}' for n, about in SUBSTITUTIONS.items())}.",
+    help=f"Replay a substitution too: {', '.join(f'{n}:{kind.number.split()[0].upper()}' for n, kind in SUBSTITUTIONS.items())}.",
 )
 @click.option("--warm", is_flag=True, help="Start from how often calibration used each expert.")
 @click.option(

@@ -1,169 +1,269 @@
-"""The backbone: segments in ONNX Runtime, and the state of each sequence.
+"""The backbone of a step: spans cut into pieces, segment after segment, and what passes between them.
 
-Weights are read once into memory that this process owns and are shared by all segments: a file that shrinks under a
-running engine can then not kill it, and the bytes are counted exactly. State that grows in place is one buffer of the
-context's length, bound as input and output of its segment, so that a step appends without copying.
+`Model.run` asks it for what a segment says of a layer's tokens (`route`), gives it what the experts make of them (`mix`),
+and for the logits in the end (`finish`). Who runs a segment is `segments`' word.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from smoe.artifacts.errors import first_line
-from smoe.artifacts.manifest import Manifest, State
-from smoe.artifacts.safetensors_file import DTYPES
+from smoe.artifacts.manifest import Manifest
+from smoe.runtime.budget import chunk_tokens, show_size, slot_bytes
 from smoe.runtime.errors import EngineError
+from smoe.runtime.routing import Routed
+from smoe.runtime.segments import (
+    LARGE,
+    ORT_ERRORS,
+    SegmentState,
+    Values,
+    open_sessions,
+    ort_value,
+    segment_threads,
+)
+from smoe.runtime.step import Span, Step
 
-Values = dict[str, ort.OrtValue]
-
-# ONNX Runtime's exceptions have no base of their own.
-ORT_ERRORS = (
-    ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.InvalidProtobuf,
-    ort_errors.NoModel, ort_errors.NoSuchFile, ort_errors.NotImplemented, ort_errors.RuntimeException,
-    RuntimeError, ValueError,
-)  # fmt: skip
-
-EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
-LARGE = 8 << 20  # bytes of a weight from which on a second thread pays (bench/threads.py)
-
-_arena_made = False
-
-
-def _share_arena() -> None:
-    """One arena for all segments of the process: with one each, every session keeps its own peak."""
-    global _arena_made
-    if not _arena_made:
-        info = ort.OrtMemoryInfo(
-            "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
-        )
-        # Strategy 0 grows in powers of two: requests that grow with the context then find what was freed before.
-        ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 0}))
-        _arena_made = True
+ITEM_BYTES = {"tensor(bool)": 1, "tensor(float16)": 2, "tensor(float)": 4, "tensor(int32)": 4}
 
 
-def session_options(threads: int, prepack: bool = False) -> ort.SessionOptions:
-    """How every segment runs. The choices and their figures are in docs/log.md (2026-11-21)."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    # Idle workers that spin take the cores from the segment that runs.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    # A second copy of every weight, which MatMulNBits needs to be fast, and float products hardly gain from.
-    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
-    options.log_severity_level = 4  # what fails is raised
-    return options
+@dataclass(eq=False)
+class _Piece:
+    """Tokens of a span that a segment takes at once: `low` to `high` of the step, the first of which is number `past` of
+    its sequence. `values` are those that pass between segments."""
+
+    low: int
+    high: int
+    past: int
+    keep: np.ndarray  # int64, among these tokens
+    values: Values
+    shape: tuple[int, ...] = ()  # of its hidden state, as the graph has it
 
 
-def ort_value(array: np.ndarray) -> ort.OrtValue:
-    """An OrtValue over `array`'s own memory; the caller keeps the array alive."""
-    return ort.OrtValue.ortvalue_from_numpy(array)
+class _SpanFlow:
+    """One span on its way: its pieces, and its new state until the step is done."""
+
+    def __init__(self, span: Span, state: SegmentState, pieces: list[_Piece]):
+        self.span, self.pieces, self.state = span, pieces, state
+        self.replaced: Values = {}
+
+    def value(self, name: str) -> ort.OrtValue:
+        """Of a state's input."""
+        return self.replaced[name] if name in self.replaced else self.state.values[name]
 
 
-class Sequence:
-    """What one request has consumed: its token ids, and the state that the segments left."""
+class Flow:
+    """A step on its way through the segments. Until it is done the sequences are what they were before it."""
 
-    def __init__(self, state: tuple[State, ...], context: int):
-        self.ids: list[int] = []
-        self._spec = state
-        self._context = context
-        self._arrays: dict[str, np.ndarray] = {}
-        self.state: Values = {}
-        self.reset()
+    def __init__(self, step: Step, spans: list[_SpanFlow]):
+        self.step, self.spans = step, spans
 
-    def reset(self) -> None:
-        """Back to nothing consumed."""
-        self.ids = []
-        for spec in self._spec:
-            shape = list(spec.shape)
-            if spec.growing >= 0:
-                shape[spec.growing] = self._context if spec.in_place else 0
-            if spec.input not in self._arrays or not spec.in_place:
-                self._arrays[spec.input] = np.zeros(shape, DTYPES[spec.dtype])
-                self.state[spec.input] = ort_value(self._arrays[spec.input])
-
-    @property
-    def length(self) -> int:
-        return len(self.ids)
-
-    def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens; state that cannot be shortened is rebuilt from nothing, so look
-        at `length` afterwards."""
-        if length < self.length:
-            if all(spec.in_place for spec in self._spec):
-                del self.ids[length:]  # what lies behind is overwritten before it is read
-            else:
-                self.reset()
+    def pieces(self) -> Iterator[tuple[_SpanFlow, _Piece]]:
+        """All, in the order of the step's tokens."""
+        for span in self.spans:
+            for piece in span.pieces:
+                yield span, piece
 
 
 class Backbone:
-    """All segments of a bundle. Not thread-safe: one step at a time."""
+    """All segments of a bundle. Not thread-safe: one step at a time.
+
+    `chunk` tokens of a span run at once; a constant of the bundle. `threads` are those of each segment. Where not
+    `layer_major`, a span is no longer than a chunk: some segment looks at another's state.
+    """
 
     def __init__(self, path: Path, manifest: Manifest, threads: int | None = None):
-        self._segments = manifest.backbone.segments
-        self._in_place = {s.output: s.input for s in manifest.backbone.state if s.in_place}
-        self._replaced = [
-            [s for s in manifest.backbone.state if s.segment == i and not s.in_place]
-            for i in range(len(self._segments))
+        """Of the bundle at `path`. An `EngineError` if a segment does not load."""
+        self._manifest, self._segments = manifest, manifest.backbone.segments
+        self._wires = [layer.wires for layer in manifest.layers]
+        self.chunk = chunk_tokens(manifest)
+        states = manifest.backbone.state
+        self._state_inputs = {spec.input for spec in states}
+        self._in_place = {spec.output: spec.input for spec in states if spec.in_place}
+        self._replaced = {spec.output: spec.input for spec in states if not spec.in_place}
+        owners = {spec.input: spec.segment for spec in states}
+        takes = [(name, i) for i, segment in enumerate(self._segments) for name in segment.inputs]
+        wired = [
+            (name, i) for i, wires in enumerate(self._wires) for name in dataclasses.astuple(wires)
         ]
-        self._weights = _read_weights(path, manifest)
-        self._prepack = manifest.backbone.precision != "f32"
-        nbytes = {w.name: w.nbytes for w in manifest.backbone.initializers}
-        self.threads = [
-            threads
-            or (2 if max((nbytes[name] for name in segment.weights), default=0) >= LARGE else 1)
-            for segment in self._segments
-        ]
-        _share_arena()
-        # Weights come from memory alone. ONNX Runtime would map whatever file an untrusted graph names, and a mapped file
-        # that shrinks kills the process: so it is shown a folder where the weight file is empty.
-        with tempfile.TemporaryDirectory() as empty:
-            (Path(empty) / Path(manifest.backbone.weights).name).touch()
-            self._sessions = [self._session(path, i, empty) for i in range(len(self._segments))]
-
-    def _session(self, path: Path, index: int, external: str) -> ort.InferenceSession:
-        segment = self._segments[index]
-        options = session_options(self.threads[index], self._prepack)
-        options.add_session_config_entry(EXTERNAL_FOLDER, external)
-        for name in segment.weights:
-            options.add_initializer(
-                name, self._weights[name]
-            )  # shared; external initializers would be copied
-        try:
-            model = (path / segment.file).read_bytes()
-            return ort.InferenceSession(
-                model, options, providers=["CPUExecutionProvider"], enable_fallback=0
-            )
-        except (*ORT_ERRORS, OSError) as error:
-            raise EngineError(
-                f"{path / segment.file} does not load in ONNX Runtime {ort.__version__}: {first_line(error)}"
-            ) from error
-
-    def begin(self, sequence: Sequence, ids: np.ndarray, keep: np.ndarray) -> Values:
-        """The values a step starts from: `ids` int64 `[T]` to consume, `keep` int64 positions whose logits are wanted."""
-        return {
-            "input_ids": ort_value(ids.reshape(1, -1)),
-            "past_length": ort_value(np.array([sequence.length], np.int64)),
-            "logits_to_keep": ort_value(keep),
-            **sequence.state,
+        self._last_use = dict(sorted(takes + wired, key=lambda use: use[1]))
+        self._made = {
+            name: i for i, segment in enumerate(self._segments) for name in segment.outputs
+        }
+        self._dead = [self._last_used_in(index) for index in range(len(self._segments))]
+        self.layer_major = all(owners.get(name, index) == index for name, index in takes)
+        self.threads = segment_threads(manifest, threads)
+        self._sessions, self._weights = open_sessions(path, manifest, self.threads)
+        self._kept = {
+            output.name: (output.type, output.shape)
+            for session in self._sessions
+            for output in session.get_outputs()
+            if output.name not in self._in_place and output.name not in self._replaced
         }
 
-    def run(self, index: int, values: Values, sequence: Sequence, keep: bool = True) -> None:
-        """Run segment `index`: its outputs are added to `values`, its state to `sequence`. Without `keep` that state may be
-        overwritten: what was written in place lies behind the sequence's length, the rest is forgotten."""
-        segment, session = self._segments[index], self._sessions[index]
+    def _last_used_in(self, index: int) -> list[str]:
+        """Values that no segment after `index` takes, and that did not go before."""
+        names = {*self._made, *self._last_use, *(wires.output for wires in self._wires)}
+        outputs = self._segments[index].outputs
+        return [
+            n
+            for n in names
+            if self._last_use.get(n, -1) == index or (n in outputs and n not in self._last_use)
+        ]
+
+    def new_state(self, context: int) -> SegmentState:
+        """That of a sequence of up to `context` tokens that has consumed none."""
+        return SegmentState(self._manifest.backbone.state, context)
+
+    def begin(self, step: Step) -> Flow:
+        """A step's spans, each cut into pieces of `chunk` tokens: ONNX Runtime's products differ between one row and many,
+        so that the cut, and with it every bit, depends on nothing but the span."""
+        spans, low = [], 0
+        for span in step.spans:
+            state = span.sequence.state
+            assert isinstance(state, SegmentState)
+            pieces = []
+            for start in range(0, len(span.ids), self.chunk):
+                ids = span.ids[start : start + self.chunk]
+                mine = (span.keep >= start) & (span.keep < start + len(ids))
+                piece = _Piece(
+                    low=low + start,
+                    high=low + start + len(ids),
+                    past=span.sequence.length + start,
+                    keep=span.keep[mine] - start,
+                    values={},
+                )
+                last = piece.keep if len(piece.keep) else np.array([len(ids) - 1])
+                if (
+                    not self.layer_major
+                ):  # what another segment looks at is the state before the step
+                    piece.values.update(state.values)
+                piece.values["input_ids"] = ort_value(ids.reshape(1, -1))
+                piece.values["past_length"] = ort_value(np.array([piece.past], np.int64))
+                piece.values["logits_to_keep"] = ort_value(last)
+                pieces.append(piece)
+            spans.append(_SpanFlow(span, state, pieces))
+            low += len(span.ids)
+        return Flow(step, spans)
+
+    def route(self, layer: int, flow: Flow) -> Routed:
+        """Run segment `layer` on every piece: what it says of the layer's tokens, checked, since graphs come from the
+        bundle and what they give is as untrusted as the rest of it."""
+        parts = []
+        for span, piece in flow.pieces():
+            self._run(layer, span, piece)
+            parts.append([value.numpy() for value in self._said(layer, piece)])
+            if len(span.pieces) > 1:
+                self._forget(layer, piece)
+        return self._routed(layer, flow.step, parts)
+
+    def mix(self, layer: int, flow: Flow, mixed: np.ndarray) -> None:
+        """The experts of `layer` gave `mixed` float32 `[T, H]`."""
+        for _, piece in flow.pieces():
+            piece.values[self._wires[layer].output] = self._shaped(layer, piece, mixed)
+
+    def values(self, layer: int, flow: Flow, names: SequenceOf[str]) -> list[np.ndarray]:
+        """Run segment `layer` on a flow of one piece: these values as it gives them. For checks of a bundle that is being
+        made; `route` is for those that are."""
+        ((span, piece),) = flow.pieces()
+        self._run(layer, span, piece)
+        return [piece.values[name].numpy() for name in names]
+
+    def peek(self, layer: int, flow: Flow, mixed: np.ndarray) -> Routed:
+        """What segment `layer` would say if the layer before had given `mixed`; nothing remembers it."""
+        parts = []
+        for span, piece in flow.pieces():
+            ahead = _Piece(piece.low, piece.high, piece.past, piece.keep, dict(piece.values))
+            ahead.values[self._wires[layer - 1].output] = self._shaped(layer - 1, piece, mixed)
+            self._run(layer, span, ahead, remember=False)
+            parts.append([value.numpy() for value in self._said(layer, ahead)])
+        return self._routed(layer, flow.step, parts)
+
+    def finish(self, flow: Flow) -> list[np.ndarray]:
+        """Run the last segment: each span's logits, float32 `[n, vocabulary]` for the n positions it keeps. Now the
+        sequences have consumed their tokens."""
+        last = len(self._segments) - 1
+        logits: list[list[np.ndarray]] = [[] for _ in flow.spans]
+        for index, span in enumerate(flow.spans):
+            for piece in span.pieces:
+                if not len(piece.keep) and not self._remembers(last):
+                    continue
+                self._run(last, span, piece)
+                if len(piece.keep):
+                    given = piece.values["logits"].numpy()[0]
+                    logits[index].append(
+                        given if len(given) == len(piece.keep) else given[piece.keep]
+                    )
+                piece.values.clear()
+        for span in flow.spans:
+            span.state.values.update(span.replaced)
+            span.span.sequence.ids.extend(span.span.ids.tolist())
+        nothing = np.zeros((0, self._manifest.model.vocabulary), np.float32)
+        return [
+            parts[0] if len(parts) == 1 else np.concatenate(parts or [nothing]) for parts in logits
+        ]
+
+    def threads_line(self) -> str:
+        """For people."""
+        counts = {n: self.threads.count(n) for n in sorted(set(self.threads))}
+        shown = ", ".join(f"{count} segments on {n}" for n, count in counts.items())
+        return f"backbone threads: {shown} (a second thread pays from weights of {show_size(LARGE)} on, unless told)"
+
+    def prompt_line(self, group: int) -> str:
+        """How prompts run, where so many tokens may wait for the same experts; for people."""
+        if not self.layer_major:
+            why = "since a segment of this model looks at another's state"
+            return f"prompts: chunks of {self.chunk} tokens one after another, {why}"
+        if self.chunk == 1:
+            return f"prompts: token by token, up to {group} tokens share the read of an expert"
+        shared = group // self.chunk
+        return f"prompts: chunks of {self.chunk} tokens, of which up to {shared} share the read of an expert"
+
+    def pieces_within(self, nbytes: int, context: int) -> int:
+        """How many pieces of one span may wait for the same experts, where all but one of them may keep `nbytes`."""
+        if not self.layer_major:
+            return 1
+        slots = max(slot_bytes(layer) for layer in self._manifest.layers)
+        return 1 + nbytes // (self._kept_bytes(self.chunk, context) + self.chunk * slots)
+
+    def _kept_bytes(self, tokens: int, length: int) -> int:
+        """At most what passes between segments for a piece of so many tokens that ends at `length` of its sequence."""
+        sizes = {
+            name: _nbytes(kind, shape, tokens, length, self.chunk == 1)
+            for name, (kind, shape) in self._kept.items()
+        }
+        most = 0
+        for index in range(len(self._segments) - 1):
+            alive = [n for n in sizes if self._made[n] <= index < self._last_use.get(n, -1)]
+            most = max(most, sum(sizes[name] for name in alive))
+        return most
+
+    def _shaped(self, layer: int, piece: _Piece, mixed: np.ndarray) -> ort.OrtValue:
+        """The part of `mixed` that is the piece's, in the shape of its hidden state."""
+        return ort_value(mixed[piece.low : piece.high].reshape(piece.shape))
+
+    def _remembers(self, index: int) -> bool:
+        return any(spec.segment == index for spec in self._manifest.backbone.state)
+
+    def _run(self, index: int, span: _SpanFlow, piece: _Piece, remember: bool = True) -> None:
+        """Run segment `index`: its outputs are added to the piece's values. Without `remember` state that it replaces is
+        forgotten; what it wrote in place lies behind the sequence's length."""
+        segment, session, values = self._segments[index], self._sessions[index], piece.values
         try:
             binding = session.io_binding()
             for name in segment.inputs:
-                binding.bind_ortvalue_input(name, values[name])
+                value = values[name] if name in values else span.value(name)
+                binding.bind_ortvalue_input(name, value)
             for name in segment.outputs:
                 if name in self._in_place:
-                    binding.bind_ortvalue_output(name, sequence.state[self._in_place[name]])
+                    binding.bind_ortvalue_output(name, span.value(self._in_place[name]))
                 else:
                     binding.bind_output(name, "cpu")
             session.run_with_iobinding(binding)
@@ -172,17 +272,75 @@ class Backbone:
                 f"Segment {index} of the backbone failed: {first_line(error)}"
             ) from error
         values.update(zip(segment.outputs, binding.get_outputs(), strict=True))
-        for spec in self._replaced[index] if keep else ():
-            sequence.state[spec.input] = values[spec.output]
+        if index < len(self._wires):
+            piece.shape = values[self._wires[index].hidden].shape()
+        if remember:
+            span.replaced.update(
+                (self._replaced[name], values[name])
+                for name in segment.outputs
+                if name in self._replaced
+            )
+
+    def _forget(self, index: int, piece: _Piece) -> None:
+        """Drop what no later segment takes. What is kept while other pieces run is copied out of ONNX Runtime's arena,
+        which would keep their peak for ever."""
+        for name in self._dead[index]:
+            piece.values.pop(name, None)
+        for name in self._segments[index].outputs:
+            if name in piece.values and name not in self._in_place:
+                piece.values[name] = ort_value(np.array(piece.values[name].numpy()))
+
+    def _said(self, layer: int, piece: _Piece) -> list[ort.OrtValue]:
+        """hidden, ids, weights, and scores and raw weights where the router's rule is known, of one piece."""
+        wires, values = self._wires[layer], piece.values
+        names = [wires.hidden, wires.ids, wires.weights]
+        if self._manifest.layers[layer].routing is not None:
+            names += [wires.scores, wires.raw]
+        return [values[name] for name in names]
+
+    def _routed(self, index: int, step: Step, parts: list[list[np.ndarray]]) -> Routed:
+        layer = self._manifest.layers[index]
+        k, tokens = layer.top_k, step.tokens
+        widths = [layer.hidden, k, k, layer.experts, layer.experts][: len(parts[0])]
+        wanted = [np.float32, np.int64, np.float32, np.float32, np.float32]
+        arrays = [_joined([part[i] for part in parts], width) for i, width in enumerate(widths)]
+        if [(a.dtype, a.size) for a in arrays] != [
+            (np.dtype(kind), tokens * width) for kind, width in zip(wanted, widths, strict=False)
+        ] or not (arrays[1].min() >= 0 and arrays[1].max() <= layer.experts):
+            shapes = ", ".join(f"{part.dtype} {part.shape}" for part in parts[0])
+            raise EngineError(
+                f"Segment {index} gives hidden, ids, weights (scores, raw weights) as {shapes}, which is not what layer "
+                f"{index} of the manifest takes, or experts beyond {layer.experts}; copy the bundle again, or build it "
+                "again."
+            )
+        hidden, ids, weights, *scored = (a.reshape(tokens, -1) for a in arrays)
+        scores, raw = scored if scored else (None, None)
+        return Routed(
+            layer=index,
+            step=step,
+            hidden=hidden,
+            ids=ids,
+            weights=weights,
+            scores=scores,
+            raw=raw,
+            rule=layer.routing,
+        )
 
 
-def _read_weights(path: Path, manifest: Manifest) -> Mapping[str, ort.OrtValue]:
-    file = path / manifest.backbone.weights
-    data = np.fromfile(file, np.uint8)  # no longer than its last weight: the door has checked
-    found = {}
-    for w in manifest.backbone.initializers:
-        piece = data[w.offset : w.offset + w.nbytes]
-        if piece.size != w.nbytes:
-            raise EngineError(f"{file} became shorter while it was read; copy the bundle again.")
-        found[w.name] = ort_value(piece.view(DTYPES[w.dtype]).reshape(w.shape))
-    return found
+def _joined(parts: list[np.ndarray], width: int) -> np.ndarray:
+    """All pieces' rows, flat where they are not of that width."""
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([part.reshape(-1) for part in parts])
+
+
+def _nbytes(
+    kind: str, shape: list[int | str | None], tokens: int, length: int, single: bool
+) -> int:
+    """Bytes of a value of ONNX Runtime's type and shape: the first open axis is the new tokens', further ones that of all;
+    where a graph takes a single token, that one is not open."""
+    total = ITEM_BYTES.get(kind, 8)
+    left = [] if single else [tokens]
+    for size in shape:
+        total *= size if isinstance(size, int) else left.pop() if left else length
+    return total

@@ -9,7 +9,7 @@ import numpy as np
 
 from smoe.artifacts.bundle import Bundle
 from smoe.artifacts.encodings import checked_level, encoding_named
-from smoe.artifacts.manifest import Manifest
+from smoe.artifacts.manifest import Layer, Manifest
 from smoe.runtime.errors import EngineError
 
 MIB = 1 << 20
@@ -28,6 +28,9 @@ _UNITS = {
 }
 
 CHUNK = 128  # tokens of a prompt that run at once; a constant, so that logits do not depend on the budget
+PREFILL_CHUNKS = 64  # of a prompt that share a read at most: beyond, reading hides behind computing
+PREFILL_SHARE = 4  # the budget over what a prompt's chunks may take, so that experts keep the most
+RESERVE = 10  # the part of what is spare that is left alone where no budget is stated
 SLOTS = 256  # of one call of the kernels, before the last expert is added: more would be no faster
 
 # Measured with bench/memory.py on x86-64, ONNX Runtime 1.31: the code pages that ONNX Runtime and tokenizers touch when
@@ -40,13 +43,15 @@ TOKENIZER = 16
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes by purpose. Experts: `capacity` may be resident, `experts` there are, `smallest` are needed to run at all,
-    `token_cycle` are used by one token."""
+    `token_cycle` are used by one token. `prefill` is for what is kept of a prompt's chunks, beyond the first, while they
+    share the reads of a layer's experts."""
 
     context: int
     budget: int | None
     backbone: int
     state: int
     workspace: int
+    prefill: int
     record: int
     capacity: int
     experts: int
@@ -56,7 +61,7 @@ class MemoryPlan:
     @property
     def fixed(self) -> int:
         """What is not experts."""
-        return self.backbone + self.state + self.workspace
+        return self.backbone + self.state + self.workspace + self.prefill
 
     @property
     def total(self) -> int:
@@ -69,7 +74,7 @@ class MemoryPlan:
         )
         out = [
             f"memory: {show_size(self.total)} {stated}: backbone {show_size(self.backbone)}, state {show_size(self.state)}, "
-            f"workspace {show_size(self.workspace)}, {self.capacity} of {self.experts} experts "
+            f"workspace {show_size(self.workspace)}, prompts {show_size(self.prefill)}, {self.capacity} of {self.experts} experts "
             f"{show_size(self.capacity * self.record)}"
         ]
         if self.capacity < min(self.token_cycle, self.experts):
@@ -108,13 +113,9 @@ def plan_memory(
     level = checked_level(encoding_named(manifest.experts.encoding), level)
     record = max(layout.levels[level - 1] for layout in bundle.layouts)
     tokenizer = manifest.files["tokenizer.json"].size if "tokenizer.json" in manifest.files else 0
-    copies = (
-        1 if manifest.backbone.precision == "f32" else 2
-    )  # ONNX Runtime's own layout of what is not float
-    backbone = copies * manifest.files[manifest.backbone.weights].size + SESSION * len(
-        manifest.backbone.segments
-    )
-    backbone += RUNTIME + TOKENIZER * tokenizer
+    copies = 1 if manifest.backbone.precision == "f32" else 2  # ONNX Runtime's own, if not float
+    backbone = copies * manifest.files[manifest.backbone.weights].size
+    backbone += SESSION * len(manifest.backbone.segments) + RUNTIME + TOKENIZER * tokenizer
     state = sum(spec.nbytes(context) for spec in manifest.backbone.state)
     workspace = _workspace(manifest, context) + tables
     experts, smallest = sum(layer.experts for layer in layers), max(layer.top_k for layer in layers)
@@ -125,11 +126,47 @@ def plan_memory(
             f"with a context of {context} (backbone {show_size(backbone)}, state {show_size(state)}, workspace {show_size(workspace)}, "
             f"{smallest} experts {show_size(smallest * record)}). State more memory or a shorter context."
         )
+    prefill = _prefill(manifest, context)
+    if budget is not None:
+        prefill = min(prefill, budget // PREFILL_SHARE, budget - fixed - smallest * record)
+    fixed += prefill
     capacity = experts if budget is None else min(experts, (budget - fixed) // record)
     cycle = sum(layer.top_k for layer in layers)
     return MemoryPlan(
-        context, budget, backbone, state, workspace, record, capacity, experts, smallest, cycle
+        context=context,
+        budget=budget,
+        backbone=backbone,
+        state=state,
+        workspace=workspace,
+        prefill=prefill,
+        record=record,
+        capacity=capacity,
+        experts=experts,
+        smallest=smallest,
+        token_cycle=cycle,
     )
+
+
+def _prefill(manifest: Manifest, context: int) -> int:
+    """What a prompt of `context` tokens keeps beyond its first chunk: residual, a mask, and what the experts of one layer
+    receive and give, by slot."""
+    tokens = max(0, min(context, PREFILL_CHUNKS * CHUNK) - chunk_tokens(manifest))
+    return tokens * (
+        4 * context + max(slot_bytes(layer) + 16 * layer.hidden for layer in manifest.layers)
+    )
+
+
+def slot_bytes(layer: Layer) -> int:
+    """What a token takes while a layer's experts run: what they receive, what every slot gives, and the sum."""
+    return 4 * layer.hidden * (layer.top_k + 2)
+
+
+def default_budget(whole: int, spare: int | None) -> int | None:
+    """What to allow where nothing is stated: None, all experts, if `whole` bytes leave a reserve of the `spare` ones that
+    the machine and its cgroup have; otherwise what is spare less that reserve."""
+    if spare is None or whole <= spare - spare // RESERVE:
+        return None
+    return spare - spare // RESERVE
 
 
 def _workspace(manifest: Manifest, context: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +22,11 @@ from smoe.artifacts import Bundle, open_bundle, safetensors_file
 from smoe.runtime import kernels
 from smoe.runtime.budget import plan_memory
 from smoe.runtime.cache import storage
-from smoe.runtime.cache.reader import Reader, Request
-from smoe.runtime.choose.substitution import Choice, Chosen
+from smoe.runtime.cache.cache import READERS
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
-from smoe.runtime.experts import READERS
 from smoe.runtime.options import Policies
+from smoe.runtime.routing import Assignment, Available, Routed
 from smoe.runtime.system import aligned, spare_memory
 
 SECONDS = 8.0  # to spend on the steps of one level, at most `STEPS` of each kind
@@ -167,27 +167,26 @@ def _record_bytes(bundle: Bundle) -> tuple[int, ...]:
     return tuple(int(size) for size in np.mean([layout.levels for layout in bundle.layouts], 0))
 
 
-class _Forced:
-    """`missing` experts that have to be read up to `level`, and others that are here at it,
-    `computed` in all: those that the router chose as far as there are such, so that caches are hit
-    as often as they will be, and any beside."""
+class ScriptedMisses:
+    """A chooser for one token: `missing` experts that have to be read up to `level`, and others that are resident at it,
+    `computed` in all: those that the router chose as far as there are such, so that caches are hit as often as they will
+    be, and any beside."""
 
     def __init__(self, computed: int):
         self.computed, self.missing, self.level = computed, 0, 0
         self._random = np.random.default_rng(0)
 
-    def __call__(self, choice: Choice) -> Chosen:
-        experts, (wanted,) = len(choice.resident), choice.ids
-        read = self._some(choice.here == 0, wanted, min(self.missing, len(wanted)))
-        used = self._some(
-            choice.here >= self.level, wanted, min(self.computed, len(wanted)) - len(read)
-        )
-        ids = np.full(choice.ids.shape, experts)
+    def __call__(self, routed: Routed, available: Available) -> Assignment:
+        (wanted,), experts = routed.ids, len(available.level)
+        read = self._some(available.level == 0, wanted, min(self.missing, len(wanted)))
+        left = min(self.computed, len(wanted)) - len(read)
+        used = self._some(available.level >= self.level, wanted, left)
+        ids = np.full(routed.ids.shape, experts)
         ids[:, : len(read) + len(used)] = np.concatenate([read, used])
-        return Chosen(ids, choice.weights, np.full(ids.shape, self.level))
+        return Assignment(ids=ids, weights=routed.weights, levels=np.full(ids.shape, self.level))
 
     def _some(self, able: np.ndarray, wanted: np.ndarray, count: int) -> np.ndarray:
-        """Up to `count` experts that are `able` (bool `[experts]`), the `wanted` ones first."""
+        """Up to `count` experts that are `able` (bool `[E]`), the `wanted` ones first."""
         order = self._random.permutation(len(able))
         order = np.concatenate([wanted[wanted < len(able)], order[~np.isin(order, wanted)]])
         return order[able[order]][:count]
@@ -201,39 +200,39 @@ def _engine(
     manifest, levels = bundle.manifest, bundle.levels
     k = max(layer.top_k for layer in manifest.layers)
     counts = np.unique(np.rint(np.linspace(0, k, 5)).astype(int))
-    forced, grid = _Forced(0), np.zeros((levels, k + 1))
+    script, grid = ScriptedMisses(0), np.zeros((levels, k + 1))
     with Engine.open(
-        bundle.path, budget, context, policies=Policies(substitution=forced), io=io
+        bundle.path, budget, context, policies=Policies(substitution=script), io=io
     ) as engine:
-        backbone = _token_seconds(engine, forced, np.zeros(1, int))[0]
-        forced.computed = k
+        backbone = _token_seconds(engine, script, np.zeros(1, int))[0]
+        script.computed = k
         for level in range(
             levels, 0, -1
         ):  # downward: what is here at a lower level than wanted could not be used
-            forced.level = level
-            tokens = _token_seconds(engine, forced, counts)
+            script.level = level
+            tokens = _token_seconds(engine, script, counts)
             layer = np.maximum(tokens - backbone, 0) / len(manifest.layers)
             grid[level - 1] = np.interp(np.arange(k + 1), counts, np.maximum.accumulate(layer))
     return float(backbone), tuple(map(tuple, grid.tolist()))
 
 
-def _token_seconds(engine: Engine, forced: _Forced, counts: np.ndarray) -> np.ndarray:
-    """The median of a decode step that reads so many experts of every layer, for each of `counts`
-    float64. They take turns of `TURN` steps; the first of these still find in the caches what the
-    turn before left there."""
+def _token_seconds(engine: Engine, script: ScriptedMisses, counts: np.ndarray) -> np.ndarray:
+    """The median of a decode step that reads so many experts of every layer, for each of `counts` float64. They take turns
+    of `TURN` steps; the first of these still find in the caches what the turn before left there."""
     tokens = _tokens(engine.bundle)
     times: list[list[float]] = [[] for _ in counts]
     started = time.perf_counter()
     while not times[-1] or (len(times[-1]) < STEPS and time.perf_counter() - started < SECONDS):
-        for forced.missing, found in zip(counts.tolist(), times, strict=True):
+        for count, seconds in zip(counts.tolist(), times, strict=True):
+            script.missing = count
             steps = engine.score(tokens[: 1 + TURN])
             tokens = np.roll(tokens, -TURN)
             for number in range(1 + TURN):
                 before = time.perf_counter()
                 next(steps)
                 if number > SETTLE:
-                    found.append(time.perf_counter() - before)
-    return np.array([np.median(found) for found in times])
+                    seconds.append(time.perf_counter() - before)
+    return np.array([np.median(seconds) for seconds in times])
 
 
 def _tokens(bundle: Bundle) -> np.ndarray:
@@ -245,42 +244,32 @@ def _tokens(bundle: Bundle) -> np.ndarray:
 
 
 def _storage(bundle: Bundle, io: str) -> tuple[float, float]:
-    """Latency, and bandwidth with as many readers as the engine has, of records that are not in the
-    page cache."""
-    shards = storage.Shards(bundle, io=io)
-    reader = Reader(shards.read, READERS)
-    try:
-        size = max(layout.nbytes for layout in shards.layouts)
-        frames = aligned(MANY, size)
-        frames[:] = 0  # so that no page of it is missing while the clock runs
-        keys = [
-            (layer, expert)
-            for layer, spec in enumerate(bundle.manifest.layers)
-            for expert in range(spec.experts)
+    """Latency, and bandwidth with as many readers as the engine has, of records that are not in the page cache."""
+    shards, random = storage.Shards(bundle, io=io), np.random.default_rng(0)
+    size = max(layout.nbytes for layout in bundle.layouts)
+    frames = aligned(MANY, size)
+    frames[:] = 0  # so that no page of it is missing while the clock runs
+    layers = bundle.manifest.layers
+    keys = [(layer, e) for layer, spec in enumerate(layers) for e in range(spec.experts)]
+
+    def seconds(pool: ThreadPoolExecutor, count: int) -> float:
+        picked = random.choice(len(keys), min(count, len(keys)), replace=False)
+        for i in picked:
+            shards.forget(*keys[i])
+        before = time.perf_counter()
+        reads = [
+            pool.submit(shards.read, *keys[i], frame)
+            for i, frame in zip(picked, frames, strict=False)
         ]
-        random = np.random.default_rng(0)
+        for read in reads:
+            read.result()
+        return time.perf_counter() - before
 
-        def seconds(count: int) -> float:
-            picked = [
-                keys[i] for i in random.choice(len(keys), min(count, len(keys)), replace=False)
-            ]
-            for key in picked:
-                shards.forget(*key)
-            before = time.perf_counter()
-            asked = [
-                reader.demand(Request(layer, expert, frames[i], 0, shards.level))
-                for i, (layer, expert) in enumerate(picked)
-            ]
-            for request in asked:
-                reader.wait([request])
-                if request.error:
-                    raise request.error
-            return time.perf_counter() - before
-
-        times = np.array([[seconds(1), seconds(MANY)] for _ in range(REPEATS)])
-        one, many = np.median(times, 0)
+    try:
+        with ThreadPoolExecutor(READERS) as pool:
+            times = [[seconds(pool, 1), seconds(pool, MANY)] for _ in range(REPEATS)]
     finally:
-        reader.close()
         shards.close()
+    one, many = np.median(times, 0)
     each = max((many - one) / (MANY - 1), 1e-9)
     return float(max(one - each, 0.0)), size / float(each)

@@ -1,4 +1,7 @@
-"""Policies by name, as `Engine.open` and the commands take them: NAME or NAME:NUMBER, like smoe:0.35."""
+"""What users may ask of a memory that does not hold all experts: policies by name, and what is made of them.
+
+Names are NAME or NAME:NUMBER, like smoe:0.35, as `Engine.open` and the commands take them.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from smoe.artifacts.bundle import Bundle
-from smoe.artifacts.manifest import Layer, Manifest
+from smoe.artifacts.manifest import Manifest
 from smoe.artifacts.tables import DISTANCES, Tables
-from smoe.runtime.budget import MemoryPlan, chunk_tokens
+from smoe.runtime.budget import MemoryPlan, chunk_tokens, show_size
 from smoe.runtime.cache import predict
 from smoe.runtime.cache.eviction import DEFAULT_EVICTION, Eviction, NextUse, eviction_named
 from smoe.runtime.cache.residency import Residency
 from smoe.runtime.choose import substitution
-from smoe.runtime.choose.priced import LossBudget, PlaneWorth, Priced
+from smoe.runtime.choose.priced import SAVINGS_TOKENS, LossLedger, PlaneValue, Priced
 from smoe.runtime.choose.prices import PRICE_TABLES, Prices
 from smoe.runtime.errors import EngineError
+from smoe.runtime.routing import Chooser, as_routed
+
+MOST_LOSS = 1.0  # nats per token: far beyond what leaves a text readable
 
 
 @dataclass(frozen=True)
@@ -26,36 +32,85 @@ class Policies:
 
     eviction: which resident expert goes (`EVICTIONS`). shares: every layer has an equal part of the pool for itself.
     warm: start with the experts that calibration used most, rather than with none. substitution: what stands in for a
-    missing expert (`SUBSTITUTIONS`, or a function of one's own; none is lossless). prefetch: what is read on a guess (`PREFETCHES`). loss: nats per
-    token that the priced scheduler may spend on reading less (0: none, lossless); the bundle must have prices.
+    missing expert while decoding (`SUBSTITUTIONS`, or a chooser of one's own; none is lossless). prefetch: what is read on
+    a guess (`PREFETCHES`). loss: nats per decoded token that the priced scheduler may spend on reading less (0: none,
+    lossless); the bundle must have prices.
     """
 
     eviction: str = DEFAULT_EVICTION
     shares: bool = False
     warm: bool = True
-    substitution: str | substitution.Substitution = "none"
+    substitution: str | Chooser = "none"
     prefetch: str = "none"
     loss: float = 0.0
 
     @property
     def lossless(self) -> bool:
+        """Whether nothing but the level can change the logits."""
         return self.substitution == "none" and not self.loss
+
+
+DEFAULT = Policies()
+
+
+def check_policies(policies: Policies, plan: MemoryPlan, manifest: Manifest) -> None:
+    """Refuse what would have no effect or cannot work: an `EngineError`."""
+    chooser = not isinstance(policies.substitution, str)
+    if plan.capacity == plan.experts and policies != DEFAULT and not chooser:
+        raise EngineError(
+            f"All {plan.experts} experts fit into memory, so that policies for missing ones have no effect; leave them "
+            f"out, or state less memory than {show_size(plan.total)}."
+        )
+    if not 0 <= policies.loss <= MOST_LOSS:
+        raise EngineError(
+            f"A loss of {policies.loss} nats per token was asked for; it goes from 0 to {MOST_LOSS}."
+        )
+    if policies.loss and policies.substitution != "none":
+        raise EngineError(
+            f"Substitution {policies.substitution} and a loss budget exclude each other: what stands in for a missing "
+            "expert is decided by one of them. Leave one out."
+        )
+    most = max(layer.top_k for layer in manifest.layers)
+    share = plan.capacity // len(manifest.layers)
+    if policies.shares and share < most:
+        enough = plan.fixed + most * len(manifest.layers) * plan.record
+        raise EngineError(
+            f"Shares by layer cannot work with {plan.capacity} resident experts: {share} for each of "
+            f"{len(manifest.layers)} layers, and a token uses {most}; leave them out, or state at least "
+            f"{show_size(enough, up=True)}."
+        )
+
+
+def policy_lines(policies: Policies, plan: MemoryPlan, level: int, levels: int) -> list[str]:
+    """The mode line of what is missing, where something is."""
+    if plan.capacity == plan.experts:
+        return []
+    shares = " in shares by layer" if policies.shares else ""
+    takes = f"substitution {policies.substitution}"
+    if policies.loss:
+        than = f" than level {level}" if level < levels else ""
+        takes = (
+            f"at most {policies.loss} nats per token for reading less{than}, "
+            f"{SAVINGS_TOKENS:.0f} tokens' worth saved up"
+        )
+    lossless = policies.lossless and level == levels
+    return [
+        f"policies: eviction {policies.eviction}{shares}, {'warm' if policies.warm else 'cold'} start, "
+        f"prefetch {policies.prefetch}, {takes} ({'lossless' if lossless else 'lossy'})"
+    ]
 
 
 def tables_bytes(policies: Policies, bundle: Bundle) -> int:
     """What the tables take that the policies keep in memory: part of the engine's budget."""
-    manifest, levels = bundle.manifest, bundle.levels
-    layers = manifest.layers
+    layers = bundle.manifest.layers
     square = 8 * sum(layer.experts**2 for layer in layers)
     total = 0
     if policies.loss:
-        total += 2 * square + 8 * (3 * levels + 1) * sum(layer.experts for layer in layers)
-        total += 8 * max(
-            2 * layer.experts**2 + 24 * chunk_tokens(manifest) * layer.top_k for layer in layers
-        )  # while it chooses
-    if isinstance(policies.substitution, str) and policies.substitution.startswith(
-        ("buddy", "similar")
-    ):
+        total += 2 * square + 8 * (3 * bundle.levels + 1) * sum(layer.experts for layer in layers)
+        slots = [24 * chunk_tokens(bundle.manifest) * layer.top_k for layer in layers]
+        total += 8 * max(2 * a.experts**2 + n for a, n in zip(layers, slots, strict=True))
+    named = policies.substitution if isinstance(policies.substitution, str) else ""
+    if named.startswith(("buddy", "similar")):
         total += 2 * square
     if policies.prefetch == "transition":
         total += 2 * square
@@ -64,114 +119,149 @@ def tables_bytes(policies: Policies, bundle: Bundle) -> int:
     return total
 
 
-# NAME: (what the number is, its default or None where one must be given, smallest, largest, how it is made of the number
-# and of tables by name)
-_Maker = Callable[[float, Callable[[str], list[np.ndarray]]], substitution.Substitution]
-SUBSTITUTIONS: dict[str, tuple[str, float | None, float, float, _Maker]] = {
-    "smoe": ("alpha", 0.35, 0, 10, lambda n, of: substitution.Smoe(n)),
-    "cache-prior": ("lambda", 0.2, 0, 10, lambda n, of: substitution.CachePrior(n)),
-    "buddy": (
-        "entropy that is needed",
-        0.95,
-        0,
-        1,
-        lambda n, of: substitution.Buddy(of("coactivation"), n),
-    ),
-    "live": ("weight below", 0.1, 0, 100, lambda n, of: substitution.Below("live", n)),
-    "zero": ("weight below", 0.1, 0, 100, lambda n, of: substitution.Below("zero", n)),
-    "random": ("weight below", 0.1, 0, 100, lambda n, of: substitution.Below("random", n)),
-    "similar": (
-        "weight below",
-        0.1,
-        0,
-        100,
-        lambda n, of: substitution.Below("similar", n, of("output_error")),
-    ),
-}
-PREFETCHES = ("none", "previous", "transition", "predicted", "smoe")
+# -- eviction ------------------------------------------------------------------------------------
 
 
 def make_eviction(text: str, manifest: Manifest) -> Eviction:
-    """The eviction called `text`."""
-    made = eviction_named(text, [layer.experts for layer in manifest.layers])
-    if made.needs_scores:
+    """The eviction called `text`; an `EngineError` where the model does not give what it needs."""
+    eviction = eviction_named(text, [layer.experts for layer in manifest.layers])
+    if eviction.needs_scores:
         _needs_routing(manifest, f"Eviction {text}")
-    return made
+    return eviction
 
 
-def make_substitution(
-    text: str | substitution.Substitution, manifest: Manifest, tables: Tables
-) -> substitution.Substitution | None:
-    """The substitution called `text`, None for "none"; an `EngineError` where this model allows none."""
-    if not isinstance(text, str):
-        return text
-    if text == "none":
-        return None
-    made = substitution_named(text, tables.column)
+def make_residency(
+    plan: MemoryPlan, sizes: list[np.ndarray], eviction: Eviction, policies: Policies
+) -> Residency:
+    """The frames of `plan`: as many as there are records where nothing is lost; otherwise counted in bytes, so that more
+    of them fit where records are resident in fewer planes. `sizes[l][j]` bytes of the first j planes, from j = 0."""
+    experts, ends = eviction.experts, [layer[1:] for layer in sizes]
+    capacity = plan.capacity * plan.record
+    if policies.lossless:
+        capacity, ends = plan.capacity, [np.ones_like(layer) for layer in ends]
+    return Residency(experts, capacity, eviction, ends, policies.shares)
+
+
+def level_sizes(bundle: Bundle, level: int) -> list[np.ndarray]:
+    """int64 `[level + 1]` of every layer: bytes of the first j planes of a record, from j = 0."""
+    return [np.array([0, *layout.levels[:level]]) for layout in bundle.layouts]
+
+
+# -- choosers ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs for which slot, and the ledger of a new sequence (None: it spends nothing)."""
+
+    chooser: Chooser
+    new_ledger: Callable[[], LossLedger] | None = None
+
+
+def make_chooser(
+    policies: Policies,
+    manifest: Manifest,
+    tables: Tables,
+    sizes: list[np.ndarray],
+    plan: MemoryPlan,
+    eviction: Eviction,
+) -> Choice:
+    """The chooser that `policies` ask for. An `EngineError` where the bundle lacks prices, or the model its router's rule.
+    With a loss budget `eviction` hears what planes are worth, where it can make use of that."""
+    if policies.loss:
+        return _priced(policies.loss, manifest, tables, sizes, plan, eviction)
+    if not isinstance(policies.substitution, str):
+        return Choice(policies.substitution)
+    if policies.substitution == "none":
+        return Choice(as_routed)
+    chooser = substitution_named(policies.substitution, tables.column)
     _needs_routing(manifest, "Substitution")
-    return made
+    return Choice(chooser)
 
 
-def substitution_named(
-    text: str, of: Callable[[str], list[np.ndarray]]
-) -> substitution.Substitution:
-    """The substitution called `text`; `of(name)` gives one table of every layer."""
+def substitution_named(text: str, column: Callable[[str], list[np.ndarray]]) -> Chooser:
+    """The substitution called `text`; `column(name)` gives one table of every layer."""
     name, colon, number = text.partition(":")
     if name not in SUBSTITUTIONS:
         raise EngineError(
             f"There is no substitution {name[:40]!r}; there are none, {', '.join(SUBSTITUTIONS)}."
         )
-    what, default, least, most, make = SUBSTITUTIONS[name]
-    return make(_number(text, number if colon else default, what, least, most), of)
+    kind = SUBSTITUTIONS[name]
+    given = number if colon else kind.default
+    return kind.make(_number(text, given, kind.number, kind.least, kind.most), column)
 
 
-def make_priced(
+@dataclass(frozen=True)
+class Substitution:
+    """A chooser by name: what its number is, the default and the range of that, and how it is made of the number and of
+    tables by name."""
+
+    number: str
+    default: float
+    least: float
+    most: float
+    make: Callable[[float, Callable[[str], list[np.ndarray]]], Chooser]
+
+
+def _control(pick: str, table: str | None = None) -> Substitution:
+    def make(number: float, column: Callable[[str], list[np.ndarray]]) -> Chooser:
+        return substitution.ThresholdControls(pick, number, column(table) if table else None)
+
+    return Substitution(number="weight below", default=0.1, least=0, most=100, make=make)
+
+
+SUBSTITUTIONS = {
+    "smoe": Substitution(
+        number="alpha", default=0.35, least=0, most=10, make=lambda n, column: substitution.Smoe(n)
+    ),
+    "cache-prior": Substitution(
+        number="lambda", default=0.2, least=0, most=10,
+        make=lambda n, column: substitution.CachePrior(n),
+    ),
+    "buddy": Substitution(
+        number="entropy that is needed", default=0.95, least=0, most=1,
+        make=lambda n, column: substitution.Buddy(column("coactivation"), n),
+    ),
+    "live": _control("live"),
+    "zero": _control("zero"),
+    "random": _control("random"),
+    "similar": _control("similar", "output_error"),
+}  # fmt: skip
+
+
+def _priced(
     loss: float,
     manifest: Manifest,
     tables: Tables,
     sizes: list[np.ndarray],
     plan: MemoryPlan,
     eviction: Eviction,
-) -> tuple[Priced, LossBudget]:
-    """The priced scheduler and its account; an `EngineError` where the bundle has no prices. `sizes` as in `Priced`.
-    `eviction` hears what planes are worth, where it can make use of that."""
+) -> Choice:
     prices = Prices.of(tables.layers(*PRICE_TABLES))
-    layers = len(manifest.layers)
     missing = plan.token_cycle * max(1 - plan.capacity / plan.experts, 0.02)
-    worth = (
-        4 * loss / missing / plan.record
-    )  # as if half of the loads could be bought off, at half of it on average
-    account = LossBudget(loss, layers, worth)
+    # As if half of the loads could be bought off, at half of it on average.
+    nats_per_byte = 4 * loss / missing / plan.record
+    chooser = Priced(prices, sizes, nats_per_byte)
     if isinstance(eviction, NextUse):
-        weights = [
-            _usual_weights(of["counts"], of["gate_mass"])
-            for of in tables.layers("counts", "gate_mass")
-        ]
-        eviction.worth = PlaneWorth(prices, weights, sizes, account)
-    return Priced(prices, sizes, account), account
+        used = tables.layers("counts", "gate_mass")
+        weights = [usual_weights(layer["counts"], layer["gate_mass"]) for layer in used]
+        eviction.plane_value = PlaneValue(prices, weights, sizes, lambda: chooser.nats_per_byte)
+    return Choice(chooser, lambda: LossLedger(loss, len(manifest.layers), nats_per_byte))
 
 
-def _usual_weights(counts: np.ndarray, mass: np.ndarray) -> np.ndarray:
-    """Of each expert's slots in calibration; where it had none, of the whole layer's."""
-    return np.where(counts > 0, mass, mass.sum()) / np.where(
-        counts > 0, counts, max(1, counts.sum())
-    )
+def usual_weights(counts: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """float64 `[E]`: the mean mixing weight of each expert's slots in calibration, from their `counts` and `mass`; where
+    an expert had none, that of the whole layer's."""
+    reached = counts > 0
+    return np.where(reached, mass, mass.sum()) / np.where(reached, counts, max(1, counts.sum()))
 
 
-def residency_for(
-    plan: MemoryPlan, sizes: list[np.ndarray], eviction: Eviction, policies: Policies
-) -> Residency:
-    """The places of `plan`: as many as there are records where nothing is lost; otherwise counted in bytes, so that more of
-    them fit where records are here in fewer planes. `sizes` as in `Priced`."""
-    experts, levels = np.diff(eviction.first).tolist(), [of[1:] for of in sizes]
-    if policies.lossless:
-        return Residency(
-            experts, plan.capacity, eviction, [np.ones_like(of) for of in levels], policies.shares
-        )
-    return Residency(experts, plan.capacity * plan.record, eviction, levels, policies.shares)
+# -- prefetch ------------------------------------------------------------------------------------
+
+PREFETCHES = ("none", "previous", "transition", "predicted", "smoe")
 
 
-def make_prefetch(text: str, manifest: Manifest, tables: Tables) -> predict.Prefetch:
+def make_predictor(text: str, manifest: Manifest, tables: Tables) -> predict.Predictor:
     """The prefetch called `text`."""
     name, colon, number = text.partition(":")
     layers = manifest.layers
@@ -181,12 +271,8 @@ def make_prefetch(text: str, manifest: Manifest, tables: Tables) -> predict.Pref
         _needs_routing(manifest, "Prefetch by scores")
         return predict.TopScore(_number(text, number if colon else 0.35, "alpha", 0, 10))
     if name == "predicted":
-        return _predicted(
-            text,
-            int(_number(text, number if colon else 1, "distance", 1, len(DISTANCES))),
-            layers,
-            tables,
-        )
+        distance = _number(text, number if colon else 1, "distance", 1, len(DISTANCES))
+        return _predicted(text, int(distance), manifest, tables)
     if colon:
         raise EngineError(f"Prefetch {name} takes no number; write {name} instead of {text}.")
     if name == "previous":
@@ -195,25 +281,26 @@ def make_prefetch(text: str, manifest: Manifest, tables: Tables) -> predict.Pref
         return predict.Transition(
             [None, *tables.column("transition")], [layer.top_k for layer in layers]
         )
-    return predict.Prefetch()
+    return predict.Predictor()
 
 
-def _predicted(
-    text: str, distance: int, layers: tuple[Layer, ...], tables: Tables
-) -> predict.Predicted:
-    found = tables.layers(f"predict_{distance}", "predict_bias")
-    if not any(f"predict_{distance}" in of for of in found):
+def _predicted(text: str, distance: int, manifest: Manifest, tables: Tables) -> predict.Predicted:
+    learned = tables.layers(f"predict_{distance}", "predict_bias")
+    if not any(f"predict_{distance}" in layer for layer in learned):
         raise EngineError(
             f"Prefetch {text} is not possible: this bundle has no linear predictor at distance {distance}, because it was "
             "built without --prices or because another predictor was better; use previous or transition."
         )
-    made = [
-        (of[f"predict_{distance}"].astype(np.float32), of["predict_bias"][distance - 1])
-        if len(of) == 2
+    linear = [
+        (
+            layer[f"predict_{distance}"].astype(np.float32),
+            layer["predict_bias"][distance - 1],
+        )
+        if len(layer) == 2
         else None
-        for of in found
+        for layer in learned
     ]
-    return predict.Predicted(distance, made, [layer.top_k for layer in layers])
+    return predict.Predicted(distance, linear, [layer.top_k for layer in manifest.layers])
 
 
 def _needs_routing(manifest: Manifest, what: str) -> None:
@@ -224,10 +311,10 @@ def _needs_routing(manifest: Manifest, what: str) -> None:
         )
 
 
-def _number(text: str, given: str | float | None, what: str, least: float, most: float) -> float:
+def _number(text: str, given: str | float, what: str, least: float, most: float) -> float:
     try:
-        value = float(given)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
+        value = float(given)
+    except ValueError as error:
         raise EngineError(
             f"{text!r}: after the colon comes the {what}, a number from {least} to {most}."
         ) from error

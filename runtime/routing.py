@@ -1,10 +1,225 @@
-"""The router's own rules (FORMAT.md, "Routing"): ids from scores, weights of any choice of ids, and gate scores."""
+"""What a router said, what runs for it, and on which expert: pure values, without I/O and without a clock.
+
+`Routed` comes out of a segment; a `Chooser` makes an `Assignment` of it (the router's word, or shortcuts); `Dispatch` says
+which slots run on which expert at which level, and is what caches, kernels, nodes and devices take. Below them are the
+router's own rules (FORMAT.md, "Routing").
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from smoe.artifacts.manifest import Routing
+from smoe.runtime.step import Step
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """What a segment says of one layer's T tokens.
+
+    hidden float32 `[T, H]`, ids int64 (E: no expert) and mixing weights float32 `[T, k]`; selection `scores` and `raw`
+    weights float32 `[T, E]`, None with `rule` where it is not known how ids and weights follow from them.
+    """
+
+    layer: int
+    step: Step
+    hidden: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray
+    scores: np.ndarray | None = None
+    raw: np.ndarray | None = None
+    rule: Routing | None = None
+    rows: np.ndarray | None = None  # of the step, where these are not all of its tokens
+
+    @property
+    def owner(self) -> np.ndarray:
+        """int64 `[T]`: the span of every token."""
+        return self.step.owner if self.rows is None else self.step.owner[self.rows]
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return len(self.ids)
+
+    @property
+    def gate_scores(self) -> np.ndarray | None:
+        """float32 `[T, E]`, None where they are not known."""
+        if self.rule is None or self.scores is None:
+            return None
+        return gate_scores(self.rule, self.scores)
+
+    def take(self, rows: np.ndarray) -> Routed:
+        """The tokens at `rows` (int64) alone; `step` stays whole."""
+
+        def part(array: np.ndarray | None) -> np.ndarray | None:
+            return None if array is None else array[rows]
+
+        return Routed(
+            layer=self.layer,
+            step=self.step,
+            hidden=self.hidden[rows],
+            ids=self.ids[rows],
+            weights=self.weights[rows],
+            scores=part(self.scores),
+            raw=part(self.raw),
+            rule=self.rule,
+            rows=rows if self.rows is None else self.rows[rows],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Available:
+    """What a chooser may know of the world: `level` int `[E]` at which each expert is resident (0: not), the `full` level
+    that is wanted, and `seconds` float32 `[E, full + 1]` to have it at each level, None where reading is all there is."""
+
+    level: np.ndarray
+    full: int
+    seconds: np.ndarray | None = None
+
+    @property
+    def resident(self) -> np.ndarray:
+        """bool `[E]`."""
+        return self.level > 0
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """What runs: ids int64 (E: nothing) and mixing weights float32 `[T, k]`, the level of every slot int `[T, k]` (None:
+    the full one), and what each token's shortcuts should cost by their prices, float64 `[T]` in nats (None: nothing)."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+    levels: np.ndarray | None = None
+    nats: np.ndarray | None = None
+
+
+class Chooser(Protocol):
+    """Decides what runs for every slot of a layer. Whatever is assigned and not resident is loaded."""
+
+    def __call__(self, routed: Routed, available: Available) -> Assignment:
+        """`routed.owner` and the step's ledgers say who pays."""
+        ...
+
+
+def as_routed(routed: Routed, available: Available) -> Assignment:
+    """The router's word: lossless."""
+    return Assignment(ids=routed.ids, weights=routed.weights)
+
+
+def assign(chooser: Chooser, routed: Routed, available: Available) -> Assignment:
+    """The chooser's word for the tokens that are decoded, the router's for prompts."""
+    decoding = routed.step.decoding
+    if decoding.all():
+        return chooser(routed, available)
+    if not decoding.any():
+        return as_routed(routed, available)
+    rows = np.flatnonzero(decoding)
+    chosen = chooser(routed.take(rows), available)
+    ids, weights = routed.ids.copy(), routed.weights.copy()
+    levels, nats = np.full(ids.shape, available.full), np.zeros(len(ids))
+    ids[rows], weights[rows] = chosen.ids, chosen.weights
+    if chosen.levels is not None:
+        levels[rows] = chosen.levels
+    if chosen.nats is not None:
+        nats[rows] = chosen.nats
+    return Assignment(ids=ids, weights=weights, levels=levels, nats=nats)
+
+
+@dataclass(frozen=True, eq=False)
+class Dispatch:
+    """Which slots run on which expert at which level: group g is expert `experts[g]` at level `levels[g]` and has the
+    slots `starts[g]` to `starts[g + 1]`, of which slot s is `tokens[s]` and rank `ranks[s]`. All int64; groups rise by
+    (expert, level). Slots without an expert are in none."""
+
+    experts: np.ndarray
+    levels: np.ndarray
+    starts: np.ndarray
+    tokens: np.ndarray
+    ranks: np.ndarray
+
+    @classmethod
+    def of(cls, assignment: Assignment, available: Available) -> Dispatch:
+        """What `assignment` makes of a layer; slots without a level are at the full one."""
+        experts, full, k = len(available.level), available.full, assignment.ids.shape[1]
+        flat = assignment.ids.reshape(-1)
+        if assignment.levels is None:
+            keys = flat * (full + 1) + full
+        else:
+            keys = flat * (full + 1) + assignment.levels.reshape(-1)
+        slots = keys.argsort(kind="stable")
+        ordered = keys[slots]
+        slots = slots[: ordered.searchsorted(experts * (full + 1))]
+        ordered = ordered[: len(slots)]
+        first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+        first = first[: len(ordered)]  # none, where there is no slot
+        return cls(
+            experts=ordered[first] // (full + 1),
+            levels=ordered[first] % (full + 1),
+            starts=np.append(first, len(slots)),
+            tokens=slots // k,
+            ranks=slots % k,
+        )
+
+    @property
+    def slots(self) -> int:
+        """How many there are."""
+        return len(self.tokens)
+
+    @property
+    def highest(self) -> np.ndarray:
+        """int64: of every expert the group of its highest level."""
+        changes = np.concatenate([self.experts[1:] != self.experts[:-1], [True]])
+        return np.flatnonzero(changes[: len(self.experts)])
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 `[groups]`: the slots of each."""
+        return np.diff(self.starts)
+
+    def take(self, groups: np.ndarray) -> Dispatch:
+        """A part: these groups (int64, rising)."""
+        if len(groups) == len(self.experts):
+            return self
+        counts = self.counts[groups]
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        slots = np.repeat(self.starts[groups] - starts[:-1], counts) + np.arange(starts[-1])
+        return Dispatch(
+            experts=self.experts[groups],
+            levels=self.levels[groups],
+            starts=starts,
+            tokens=self.tokens[slots],
+            ranks=self.ranks[slots],
+        )
+
+    def batches(self, slots: int) -> Iterator[Dispatch]:
+        """Parts of up to so many slots each, in order; a group may be cut."""
+        if self.slots <= slots:
+            yield self
+            return
+        for low in range(0, self.slots, slots):
+            high = min(low + slots, self.slots)
+            first = int(self.starts.searchsorted(low, side="right")) - 1
+            last = int(self.starts.searchsorted(high, side="left"))
+            yield Dispatch(
+                experts=self.experts[first:last],
+                levels=self.levels[first:last],
+                starts=np.clip(self.starts[first : last + 1], low, high) - low,
+                tokens=self.tokens[low:high],
+                ranks=self.ranks[low:high],
+            )
+
+
+def combine(outputs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The sum over ranks of outputs `[T, k, H]` times weights `[T, k]`, float32 `[T, H]`, rank after rank: neither the
+    budget nor the order in which experts arrived changes a bit of it."""
+    combined = outputs[:, 0] * weights[:, :1]
+    for rank in range(1, weights.shape[1]):
+        combined += outputs[:, rank] * weights[:, rank, None]
+    return combined
 
 
 def route(

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass
 class Stats:
-    """Counters since the engine was opened. Times are in seconds of wall clock.
+    """Counters since the engine was opened, or reset. Times are in seconds of wall clock.
 
     Hits and misses count each expert once per layer and step: `wanted` ones as the router chose them, `hits` and `misses`
-    as they were after substitution, which is what was computed.
+    as they were after substitution, which is what was computed. A prompt is one step, however long.
     """
 
     prompt_tokens: int = 0
@@ -23,17 +23,22 @@ class Stats:
     wanted_hits: int = 0
     hits: int = 0
     misses: int = 0
+    loads: int = 0  # reads, of whole records or of more planes
     bytes_read: int = 0
     guesses_read: int = 0  # records read on a guess
-    guesses_used: int = 0  # of them, those that a step used before they were evicted
+    guesses_used: int = 0  # guesses that a step used before they were evicted
     prefill_seconds: float = 0.0
     decode_steps: int = 0
     decode_seconds: float = 0.0  # in the engine: what the caller does between tokens does not count
-    stall_seconds: float = (
-        0.0  # part of both above: waiting for records, with nothing left to compute
-    )
-    foresight_seconds: float = 0.0  # part of both above: computing what the next layer may want
+    # Parts of both above: waiting for records with nothing left to compute, and computing what the next layer may want.
+    stall_seconds: float = 0.0
+    foresight_seconds: float = 0.0
     finish: str = ""  # of the last generation: length, end, stop or cancelled
+
+    def reset(self) -> None:
+        """Count from zero."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, field.default)
 
     @property
     def hit_rate(self) -> float:
@@ -47,9 +52,11 @@ class Stats:
 
     @property
     def substituted_share(self) -> float:
+        """Of all slots."""
         return self.substituted / max(1, self.slots)
 
     def as_dict(self) -> dict[str, float | int | str]:
+        """For `--json`."""
         return dataclasses.asdict(self) | {
             "hit_rate": self.hit_rate,
             "wanted_hit_rate": self.wanted_hit_rate,

@@ -8,7 +8,6 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,45 +33,6 @@ def aligned(rows: int, nbytes: int, reserve: bool = True) -> np.ndarray:
     except OSError as error:
         raise MemoryError(f"{rows * nbytes} bytes: {error.strerror}") from error
     return np.frombuffer(mapping, np.uint8, rows * nbytes).reshape(rows, nbytes)
-
-
-class Places:
-    """`count` places of `nbytes` each, `rows` of one mapping. If no more than `most` bytes of them are in use at once, they
-    take memory only as far as they are, so there may be more of them than fit."""
-
-    def __init__(self, count: int, nbytes: int, most: int | None = None):
-        if most is not None:
-            aligned(1, most)  # where the system would not give that, it says so here
-        self.rows = aligned(count, nbytes, reserve=most is None)
-        self._used = np.zeros(count, np.int64)
-        self._advise = _madvise() if most is not None else None
-        if self._advise:
-            self._advise(self.rows.ctypes.data, self.rows.nbytes, mmap.MADV_NOHUGEPAGE)
-
-    def keep(self, nbytes: np.ndarray) -> None:
-        """Of each place only so many bytes are in use now: give the others back to the system. What a place will hold from
-        now on counts as used."""
-        if self._advise is None:
-            return
-        for place in np.flatnonzero(self._used > nbytes).tolist():
-            start, end = (
-                self.rows[place].ctypes.data + int(of[place]) for of in (nbytes, self._used)
-            )
-            start += -start % mmap.PAGESIZE
-            end -= end % mmap.PAGESIZE  # the system would round up, into the next place
-            if end > start:
-                self._advise(start, end - start, mmap.MADV_DONTNEED)
-        self._used[:] = nbytes
-
-
-def _madvise() -> Callable[[int, int, int], object] | None:
-    """madvise(2), where the system has it."""
-    if not hasattr(mmap, "MADV_DONTNEED"):
-        return None
-    libc = ctypes.CDLL(None)
-    return lambda address, nbytes, advice: libc.madvise(
-        ctypes.c_void_p(address), ctypes.c_size_t(nbytes), advice
-    )
 
 
 def pin(array: np.ndarray) -> str:

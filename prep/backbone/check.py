@@ -17,9 +17,10 @@ from smoe.prep.backbone.cut import ExpertsNode
 from smoe.prep.backbone.onnx_graph import CLOSE
 from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.seam import experts_run_by
-from smoe.runtime.backbone import Backbone, Sequence, ort_value
+from smoe.runtime.backbone import Backbone
 from smoe.runtime.budget import CHUNK
 from smoe.runtime.errors import EngineError
+from smoe.runtime.step import Phase, Sequence, Span, Step
 
 # A prompt of a whole chunk, a decode step, two continuations: what a graph does with 3 tokens it need not do with 70.
 PARTS = (CHUNK, 1, 43, 70)
@@ -63,7 +64,7 @@ def _run(
 ) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
     """Logits `[T, vocabulary]` of the segments, and per layer ids, weights, scores and raw weights of all tokens."""
     backbone = Backbone(directory, manifest)
-    sequence = Sequence(manifest.backbone.state, len(ids))
+    sequence = Sequence(backbone.new_state(len(ids)))
     logits = []
     seen: list[dict[str, list[np.ndarray]]] = [{} for _ in nodes]
     parts = (1,) * len(ids) if manifest.backbone.one_at_a_time else PARTS
@@ -71,22 +72,17 @@ def _run(
         count = len(part)
         if not count:
             break  # a model with a short context
-        values = backbone.begin(sequence, part, np.arange(count))
+        flow = backbone.begin(Step((Span(sequence, part, np.arange(count), Phase.PREFILL),)))
         for index, node in enumerate(nodes):
-            backbone.run(index, values, sequence)
-            found = node.found
-            names = {"ids": node.ids, "weights": node.weights}
-            names |= {"scores": found.scores, "raw": found.raw} if found else {}
-            for name, value in names.items():
-                seen[index].setdefault(name, []).append(values[value].numpy().reshape(count, -1))
-            hidden = values[node.hidden].numpy()
-            output = _stand_in(hidden.reshape(count, -1), seen[index]["weights"][-1])
-            values[node.output] = ort_value(
-                np.ascontiguousarray(output.reshape(hidden.shape), np.float32)
-            )
-        backbone.run(len(nodes), values, sequence)
-        sequence.ids.extend(part.tolist())
-        logits.append(values["logits"].numpy()[0])
+            names = {"hidden": node.hidden, "ids": node.ids, "weights": node.weights}
+            if node.found:
+                names |= {"scores": node.found.scores, "raw": node.found.raw}
+            arrays = backbone.values(index, flow, list(names.values()))
+            for name, array in zip(names, arrays, strict=True):
+                seen[index].setdefault(name, []).append(array.reshape(count, -1))
+            output = _stand_in(seen[index].pop("hidden")[0], seen[index]["weights"][-1])
+            backbone.mix(index, flow, np.ascontiguousarray(output, np.float32))
+        logits += backbone.finish(flow)
     joined = [{name: np.concatenate(parts) for name, parts in layer.items()} for layer in seen]
     return np.concatenate(logits), joined
 

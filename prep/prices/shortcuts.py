@@ -17,8 +17,8 @@ from smoe.artifacts import Bundle, open_bundle
 from smoe.runtime import Engine, Policies
 from smoe.runtime.budget import plan_memory
 from smoe.runtime.choose.prices import KINDS, Prices
-from smoe.runtime.choose.substitution import Choice, Chosen
 from smoe.runtime.evaluate import log_softmax
+from smoe.runtime.routing import Assignment, Available, Routed, as_routed
 
 LENGTH = 256  # tokens of a row
 ABLE = 0.5  # of a layer's experts may stand in, drawn anew for every row and layer
@@ -61,8 +61,8 @@ class Outcome:
         return self.kl / max(1, self.tokens)
 
 
-class _Told:
-    """The substitution. Between `begin`s every layer sees the tokens of one row in order."""
+class ScriptedShortcuts:
+    """A chooser that does as it is told. Between `begin`s every layer sees the tokens of one row in order."""
 
     def __init__(self, prices: Prices):
         self._prices = prices
@@ -71,47 +71,58 @@ class _Told:
     def begin(
         self, kinds: Kinds | None, outcome: Outcome | None, random: np.random.Generator
     ) -> None:
+        """A row starts: its slots take shortcuts of these `kinds`, which are added to `outcome`; None: they are exact, and
+        `seen` tells what they were."""
         layers = self._prices.layers
         self._kinds, self._outcome, self._random = kinds, outcome, random
         self._able = [
-            random.permutation(len(p.cross))[: max(1, int(ABLE * len(p.cross)))] for p in layers
+            random.permutation(len(layer.cross))[: max(1, int(ABLE * len(layer.cross)))]
+            for layer in layers
         ]
         self._at = [0] * len(layers)
         self.seen = Seen(
-            [np.zeros((0, 0), np.int64)] * len(layers), [np.zeros((0, 0), np.float32)] * len(layers)
+            ids=[np.zeros((0, 0), np.int64)] * len(layers),
+            weights=[np.zeros((0, 0), np.float32)] * len(layers),
         )
 
-    def __call__(self, choice: Choice) -> Chosen:
-        layer, start = choice.layer, self._at[choice.layer]
-        self._at[layer] += len(choice.ids)
+    def __call__(self, routed: Routed, available: Available) -> Assignment:
+        layer, start = routed.layer, self._at[routed.layer]
+        self._at[layer] += routed.tokens
         if self._kinds is None:
-            for kept, new in ((self.seen.ids, choice.ids), (self.seen.weights, choice.weights)):
-                kept[layer] = np.concatenate([kept[layer], new]) if start else new.copy()
-            return Chosen(choice.ids, choice.weights)
-        assert self._outcome is not None
-        kinds = np.where(
-            choice.ids < len(choice.resident), self._kinds[layer][start : self._at[layer]], -1
-        )
-        ids, weights = choice.ids.copy(), choice.weights.copy()
-        levels = np.full(ids.shape, choice.full)
+            self._remember(routed, start)
+            return as_routed(routed, available)
+        experts, full = len(available.level), available.full
+        kinds = np.where(routed.ids < experts, self._kinds[layer][start : self._at[layer]], -1)
+        ids, weights = routed.ids.copy(), routed.weights.copy()
+        levels = np.full(ids.shape, full)
+        prices = self._prices.layers[layer]
         for kind, name in enumerate(KINDS):
             at = np.nonzero(kinds == kind)
-            e, w = choice.ids[at], choice.weights[at].astype(np.float64)
+            e, w = routed.ids[at], routed.weights[at].astype(np.float64)
             if not len(e):
                 continue
             if name == "skip":
-                ids[at], weights[at] = len(choice.resident), 0
-                p = self._prices.layers[layer].skip(e, w)
+                ids[at], weights[at] = experts, 0
+                p = prices.skip(e, w)
             elif name == "standin":
                 ids[at], weights[at], p = self._stand_ins(layer, e, w)
             else:
-                levels[at] = self._random.integers(1, max(2, choice.full), len(e))
-                p = self._prices.layers[layer].at_level(e, w, levels[at])
-            self._outcome.slots += len(e)
-            self._outcome.square += float((w * w).sum())
-            self._outcome.moments[kind] += p.sum()
-            self._outcome.roots[kind] += np.sqrt(p).sum()
-        return Chosen(ids, weights, levels)
+                levels[at] = self._random.integers(1, max(2, full), len(e))
+                p = prices.at_level(e, w, levels[at])
+            self._count(kind, w, p)
+        return Assignment(ids=ids, weights=weights, levels=levels)
+
+    def _remember(self, routed: Routed, start: int) -> None:
+        for kept, new in ((self.seen.ids, routed.ids), (self.seen.weights, routed.weights)):
+            before = kept[routed.layer]
+            kept[routed.layer] = np.concatenate([before, new]) if start else new.copy()
+
+    def _count(self, kind: int, w: np.ndarray, p: np.ndarray) -> None:
+        assert self._outcome is not None
+        self._outcome.slots += len(w)
+        self._outcome.square += float((w * w).sum())
+        self._outcome.moments[kind] += p.sum()
+        self._outcome.roots[kind] += np.sqrt(p).sum()
 
     def _stand_ins(
         self, layer: int, e: np.ndarray, w: np.ndarray
@@ -119,9 +130,8 @@ class _Told:
         """The cheapest of those that may, as the scheduler would choose it."""
         able, prices = self._able[layer], self._prices.layers[layer]
         best = prices.best_weight(e[:, None], w[:, None], able)
-        costs = np.where(
-            e[:, None] == able, np.inf, prices.stand_in(e[:, None], w[:, None], able, best)
-        )
+        costs = prices.stand_in(e[:, None], w[:, None], able, best)
+        costs = np.where(e[:, None] == able, np.inf, costs)
         rows, least = np.arange(len(e)), costs.argmin(1)
         return able[least], best[rows, least].astype(np.float32), costs[rows, least]
 
@@ -131,7 +141,7 @@ def outcomes(
     counted: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> list[Outcome]:  # fmt: skip
     """What each of `perturbations` costs over `rows` of token ids, `prices` being those without a fit."""
-    told, found = _Told(prices), [Outcome() for _ in perturbations]
+    told, found = ScriptedShortcuts(prices), [Outcome() for _ in perturbations]
     opened = open_bundle(bundle)
     longest = max(len(row) for row in rows)
     with Engine.open(

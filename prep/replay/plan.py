@@ -15,21 +15,20 @@ import numpy as np
 
 from smoe.artifacts import Bundle, open_bundle
 from smoe.prep.errors import PrepError
-from smoe.prep.replay.routing_trace import Step, Trace, bundle_trace
+from smoe.prep.replay.routing_trace import Trace, bundle_trace
 from smoe.prep.replay.simulate import Replay
 from smoe.runtime.budget import MemoryPlan, plan_memory, show_size
-from smoe.runtime.cache.eviction import eviction_named
-from smoe.runtime.choose.priced import LossBudget
 from smoe.runtime.choose.prices import PRICE_TABLES, LayerPrices, Prices
-from smoe.runtime.choose.substitution import Chosen
 from smoe.runtime.device_profile import Device
 from smoe.runtime.options import (
     Policies,
-    make_priced,
-    make_substitution,
-    residency_for,
+    level_sizes,
+    make_chooser,
+    make_eviction,
+    make_residency,
     tables_bytes,
 )
+from smoe.runtime.routing import Assignment, Available, Routed
 
 TOKENS, SETTLE = 1536, 512  # of the trace: replayed, and of those not counted
 LOSSES = (0.0, 0.003, 0.01, 0.03)
@@ -179,88 +178,86 @@ def _candidate(
     if prices is not None:
         loss = float(np.sum(replay.nats[counted])) / tokens
     return Candidate(
-        held.total, held.backbone, held.capacity, held.experts, level if level < levels else 0, policies,
-        float(1 / seconds), loss, row.after_hit_rate, float(nbytes.sum() / tokens),
-    )  # fmt: skip
+        memory=held.total,
+        backbone=held.backbone,
+        resident=held.capacity,
+        experts=held.experts,
+        level=level if level < levels else 0,
+        policies=policies,
+        tokens_per_second=float(1 / seconds),
+        loss=loss,
+        hit_rate=row.after_hit_rate,
+        bytes_per_token=float(nbytes.sum() / tokens),
+    )
 
 
 class _Timed(Replay):
-    """A replay that notes of every step how many experts were computed, how many reads there were, their bytes, and
-    what its shortcuts cost by their prices."""
+    """A replay that notes of every step how many experts were computed, how many reads there were, their bytes, and what
+    its shortcuts cost by their prices (where there are any)."""
 
     def __init__(
-        self, bundle: Bundle, trace: Trace, held: MemoryPlan, level: int, policies: Policies,
+        self,
+        bundle: Bundle,
+        trace: Trace,
+        held: MemoryPlan,
+        level: int,
+        policies: Policies,
         prices: Prices | None,
-    ):  # fmt: skip
-        manifest, tables, layouts = bundle.manifest, bundle.tables, bundle.layouts
-        self._ends = [np.array([0, *layout.levels[:level]]) for layout in layouts]
-        self.full, self._prices = level, prices
-        self._below = level < len(layouts[0].levels)
+    ):
+        manifest, sizes = bundle.manifest, level_sizes(bundle, level)
+        eviction = make_eviction(policies.eviction, manifest)
+        choice = make_chooser(policies, manifest, bundle.tables, sizes, held, eviction)
+        super().__init__(
+            trace=trace,
+            residency=make_residency(held, sizes, eviction, policies),
+            chooser=choice.chooser,
+            ledger=None if choice.new_ledger is None else choice.new_ledger(),
+            full=level,
+            sizes=sizes,
+        )
+        self._prices, self._below = prices, level < bundle.levels
         self.steps: list[tuple[int, int, int]] = []
         self.nats: list[float] = []
-        self._account: LossBudget | None = None
-        eviction = eviction_named(policies.eviction, trace.experts)
-        if trace.share is not None:
-            eviction.warm(trace.share)
-        substitution = make_substitution(policies.substitution, manifest, tables)
-        if policies.loss:
-            substitution, self._account = make_priced(
-                policies.loss, manifest, tables, self._ends, held, eviction
-            )
-        super().__init__(trace, residency_for(held, self._ends, eviction, policies), substitution)
-        self._fill(held.capacity)
+        self.cache.warm(bundle.tables.column("counts"), held.capacity, level)
+        self.stats.reset()
 
-    def _fill(self, capacity: int) -> None:
-        """As the engine does before its first step."""
-        keys = [
-            (layer, expert)
-            for layer, count in enumerate(self._trace.experts)
-            for expert in range(count)
-        ]
-        share = self._trace.share if self._trace.share is not None else np.zeros(len(keys))
-        for i in np.sort(np.argsort(-share, kind="stable")[:capacity]):
-            place = self.residency.reserve(keys[i], (), self.full)
-            assert place is not None
-            self.residency.put(keys[i], place, level=self.full)
+    def bring(self, layer: int, assignment: Assignment, available: Available) -> None:
+        """With what it takes."""
+        loads, nbytes = self.stats.loads, self.stats.bytes_read
+        super().bring(layer, assignment, available)
+        computed = np.unique(assignment.ids[assignment.ids < len(available.level)])
+        self.steps.append((len(computed), self.stats.loads - loads, self.stats.bytes_read - nbytes))
 
-    def step(self, step: Step) -> None:
-        self._reads: list[int] = []
-        super().step(step)
-        self.steps.append((self._computed, len(self._reads), sum(self._reads)))
+    def assigned(self, routed: Routed, assignment: Assignment) -> None:
+        """What the shortcuts cost."""
+        self.nats.append(self._cost(routed, assignment))
 
-    def bytes_between(self, layer: int, since: int, level: int) -> int:
-        nbytes = int(self._ends[layer][level] - self._ends[layer][since])
-        self._reads.append(nbytes)
-        return nbytes
-
-    def chosen(self, step: Step, resident: np.ndarray, here: np.ndarray) -> Chosen:
-        chosen = super().chosen(step, resident, here)
-        experts = len(resident)
-        self._computed = len(np.unique(chosen.ids[chosen.ids < experts]))
-        self.nats.append(self._cost(step, chosen, experts))
-        return chosen
-
-    def _cost(self, step: Step, chosen: Chosen, experts: int) -> float:
-        if self._account is not None:
-            return self._account.collect()
+    def _cost(self, routed: Routed, assignment: Assignment) -> float:
         if self._prices is None:
             return 0.0
-        prices = self._prices.layers[step.layer]
+        prices = self._prices.layers[routed.layer]
+        experts = self.trace.experts[routed.layer]
+        if assignment.nats is not None:
+            return float(assignment.nats.sum())
         if self._below:
-            slots = step.ids < experts
-            return float(prices.at_level(step.ids[slots], step.weights[slots], self.full).sum())
-        return 0.0 if chosen.ids is step.ids else _replaced(prices, step, chosen, experts)
+            slots = routed.ids < experts
+            at_level = prices.at_level(routed.ids[slots], routed.weights[slots], self.full)
+            return float(at_level.sum())
+        if assignment.ids is routed.ids:
+            return 0.0
+        return _replaced(prices, routed, assignment, experts)
 
 
-def _replaced(prices: LayerPrices, step: Step, chosen: Chosen, experts: int) -> float:
+def _replaced(prices: LayerPrices, routed: Routed, assignment: Assignment, experts: int) -> float:
     """What other experts, and other weights of the same ones, cost by their prices."""
-    old, new = step.ids, chosen.ids
+    old, new = routed.ids, assignment.ids
     both = (old < experts) & (new < experts)
-    e, s, w_e, w_s = (values[both] for values in (old, new, step.weights, chosen.weights))
+    e, s = old[both], new[both]
+    w_e, w_s = routed.weights[both], assignment.weights[both]
     changed = (e != s) | (w_e != w_s)
     total = prices.stand_in(e[changed], w_e[changed], s[changed], w_s[changed]).sum()
     gone = (old < experts) & (new >= experts)
-    return float(total + prices.skip(old[gone], step.weights[gone]).sum())
+    return float(total + prices.skip(old[gone], routed.weights[gone]).sum())
 
 
 def text_of(

@@ -31,7 +31,7 @@ MOST_LAYERS, MOST_EXPERTS = (
 
 
 @dataclass(frozen=True)
-class Step:
+class TraceStep:
     """One layer's part of a step: `ids` int64 `[T, k]` of its T tokens (the number of experts is no expert), mixing
     `weights` `[T, k]` and selection `scores` `[T, experts]` where they are known. Steps of a prompt are not `decode`."""
 
@@ -51,7 +51,7 @@ class Trace:
     name: str
     experts: list[int]
     records: list[int]
-    steps: list[Step] = field(repr=False)
+    steps: list[TraceStep] = field(repr=False)
     share: np.ndarray | None = field(default=None, repr=False)
     rules: list[Routing | None] = field(default_factory=list, repr=False)
     tables: dict[str, list[np.ndarray]] = field(default_factory=dict, repr=False)
@@ -128,7 +128,7 @@ def bundle_trace(path: Path, level: int | None = None, prompt: int = 0) -> Trace
     loaded = safetensors_file.load(trace)
     for layer, spec in enumerate(manifest.layers):
         ids = loaded[key(layer, "ids")]
-        if ids.size and not (0 <= ids.min() and ids.max() <= spec.experts):
+        if ids.size and not (ids.min() >= 0 and ids.max() <= spec.experts):
             raise PrepError(
                 f"{path}: layer {layer} of the trace has experts {ids.min()} to {ids.max()}, the layer 0 to "
                 f"{spec.experts - 1}; build the bundle again."
@@ -163,9 +163,9 @@ def _spans(starts: list[int], end: int, prompt: int) -> Iterator[tuple[int, int,
 
 def _bundle_step(
     loaded: dict[str, np.ndarray], layer: int, low: int, high: int, decode: bool
-) -> Step:
+) -> TraceStep:
     scores = loaded.get(key(layer, "scores"))
-    return Step(
+    return TraceStep(
         layer,
         loaded[key(layer, "ids")][low:high].astype(np.int64),
         decode,
@@ -260,18 +260,18 @@ def _route_step(
     rows: dict[int, list[tuple[int, int]]],
     layers: int,
     experts: int,
-) -> Step:
+) -> TraceStep:
     turn, phase, step, layer = at
     where = f"{name}: turn {turn}, phase {phase}, step {step}, layer {layer}"
     if layer >= layers:
         raise PrepError(f"{where}: this trace has layers 0 to {layers - 1}.")
     tokens = [[expert for _, expert in sorted(slots)] for _, slots in sorted(rows.items())]
-    return Step(layer, _ids(where, tokens, experts), bool(phase))
+    return TraceStep(layer, _ids(where, tokens, experts), bool(phase))
 
 
 def token_lines(name: str, lines: Iterable[str]) -> Trace:
     """One token per line: a list of experts per layer. Sizes are not known, so a record counts as one."""
-    steps: list[Step] = []
+    steps: list[TraceStep] = []
     layers = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -294,7 +294,7 @@ def token_lines(name: str, lines: Iterable[str]) -> Trace:
             )
         layers = len(chosen)
         steps += [
-            Step(layer, _ids(f"{where}, layer {layer}", [ids], MOST_EXPERTS))
+            TraceStep(layer, _ids(f"{where}, layer {layer}", [ids], MOST_EXPERTS))
             for layer, ids in enumerate(chosen)
         ]
     # The number of experts is not said either: as many as the highest number names, in all layers alike.
@@ -306,7 +306,7 @@ def _many(value: object) -> str:
     return str(len(value)) if isinstance(value, list) else repr(value)[:40]
 
 
-def _trace(name: str, experts: list[int], records: list[int], steps: list[Step]) -> Trace:
+def _trace(name: str, experts: list[int], records: list[int], steps: list[TraceStep]) -> Trace:
     if not steps:
         raise PrepError(f"{name} has no routed token; it is empty or no trace.")
     return Trace(name, experts, records, steps)

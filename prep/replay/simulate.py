@@ -1,29 +1,41 @@
 """Replays a routing trace over eviction policies and budgets: what a policy would have hit, before a device sees it.
 
-Drives the runtime's own residency and policies, in the order in which the engine calls them; no I/O, no clock. A step
-uses each of its experts once: one lookup, however many tokens chose it. Experts of the step in progress are not evicted
-where there is room beside them. The bound is Belady's; where records differ in length it is not quite one, since it
-looks at when an expert is needed next and not at what it costs.
+Drives the runtime's own cache, with reads that are done at once; no I/O, no clock. A step uses each of its experts once:
+one lookup, however many tokens chose it. Experts of the step in progress are not evicted where there is room beside them.
+The bound is Belady's; where records differ in length it is not quite one, since it looks at when an expert is needed next
+and not at what it costs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
 
 from smoe.artifacts.manifest import Routing
 from smoe.prep.errors import PrepError
-from smoe.prep.replay.routing_trace import Step, Trace
+from smoe.prep.replay.routing_trace import Trace, TraceStep
 from smoe.runtime.budget import parse_size
+from smoe.runtime.cache.cache import ExpertCache
 from smoe.runtime.cache.eviction import EVICTIONS, Belady, Eviction, eviction_named
-from smoe.runtime.cache.residency import Key, Residency
-from smoe.runtime.choose.substitution import Choice, Chosen, Substitution
+from smoe.runtime.cache.residency import PINNED, Residency
+from smoe.runtime.choose.priced import LossLedger
 from smoe.runtime.options import substitution_named
-from smoe.runtime.scheduler import uses
+from smoe.runtime.routing import (
+    Assignment,
+    Available,
+    Chooser,
+    Dispatch,
+    Routed,
+    as_routed,
+    assign,
+)
+from smoe.runtime.stats import Stats
+from smoe.runtime.step import Phase, Sequence, Span, Step
 
 BOUND = "belady"
 RATES = ("hit_rate", "decode_hit_rate", "after_hit_rate", "substituted_share")
@@ -33,7 +45,7 @@ PER_LAYER = "layer-"  # before a policy's name: every layer keeps to its share o
 @dataclass(frozen=True)
 class Row:
     """One policy at one budget. Lookups and hits are of the experts that the router chose; `after_*` of those that a
-    substitution left, which are the same without one. `distinct` experts were ever loaded, `peak` was held at most."""
+    substitution left, which are the same without one. `peak` was held at most, after a step."""
 
     policy: str
     budget: int
@@ -46,7 +58,6 @@ class Row:
     slots: int
     substituted: int
     loads: int
-    distinct: int
     bytes_read: int
     peak: int
 
@@ -69,8 +80,8 @@ class Row:
 
 def simulate(
     trace: Trace,
-    policies: Sequence[str],
-    budgets: Sequence[int],
+    policies: SequenceOf[str],
+    budgets: SequenceOf[int],
     substitution: str | None = None,
     warm: bool = False,
     counting: str = "step",
@@ -78,8 +89,8 @@ def simulate(
 ) -> list[Row]:
     """Every policy at every budget (bytes, or records where their sizes are not known), in this order.
 
-    Policies are `runtime.policies.eviction.EVICTIONS` with their parameter (`decay:64`), `belady`, and any of these
-    after `layer-`. `substitution` is one of `runtime.policies.named.SUBSTITUTIONS`, as for the engine; Belady is
+    Policies are `runtime.cache.eviction.EVICTIONS` with their parameter (`decay:64`), `belady`, and any of these
+    after `layer-`. `substitution` is one of `runtime.options.SUBSTITUTIONS`, as for the engine; Belady is
     without it. `warm` starts from the calibration's counts. `counting` is one of `COUNTINGS`. `over` may report progress over the list of runs."""
     if counting not in COUNTINGS:
         raise PrepError(f"There is no counting {counting!r}; there are {', '.join(COUNTINGS)}.")
@@ -104,16 +115,13 @@ def simulate(
         residency = held_in(
             trace.experts, min(budget, trace.total), eviction, trace.records, shares
         )
-        bound = policy.endswith(BOUND)
-        rows.append(
-            replay(trace, residency, None if bound or not substitute else substitute()).run(
-                policy, budget
-            )
-        )
+        lossless = policy.endswith(BOUND) or substitute is None
+        chooser = as_routed if lossless else substitute()
+        rows.append(replay(trace, residency, chooser).run(policy, budget))
     return rows
 
 
-def with_bound(trace: Trace, policies: Sequence[str]) -> list[str]:
+def with_bound(trace: Trace, policies: SequenceOf[str]) -> list[str]:
     """What to replay: the bound, then what was asked for, or all that this trace allows if nothing was."""
     able = [n for n, kind in EVICTIONS.items() if trace.scored or not kind.needs_scores]
     return [
@@ -122,7 +130,7 @@ def with_bound(trace: Trace, policies: Sequence[str]) -> list[str]:
     ]
 
 
-def report(trace: Trace, rows: Sequence[Row]) -> dict:
+def report(trace: Trace, rows: SequenceOf[Row]) -> dict:
     """What `--json` prints: the trace, and every row with its rates and how many points of hit rate it lies below
     Belady's at the same budget, where that was replayed."""
     bounds = {row.budget: row for row in rows if row.policy == BOUND}
@@ -151,8 +159,7 @@ def report(trace: Trace, rows: Sequence[Row]) -> dict:
 def _eviction(policy: str, trace: Trace) -> Eviction:
     name = policy.removeprefix(PER_LAYER)
     if name == BOUND:
-        future = [(step.layer, uses(step.ids, trace.experts[step.layer])) for step in trace.steps]
-        return Belady(trace.experts, future)
+        return Belady(trace.experts, [(step.layer, step.ids) for step in trace.steps])
     eviction = eviction_named(name, trace.experts)
     if eviction.needs_scores and not trace.scored:
         able = ", ".join(n for n, kind in EVICTIONS.items() if not kind.needs_scores)
@@ -162,7 +169,7 @@ def _eviction(policy: str, trace: Trace) -> Eviction:
     return eviction
 
 
-def _substitution(name: str, trace: Trace) -> Substitution:
+def _substitution(name: str, trace: Trace) -> Chooser:
     """Afresh for every run: some of them remember."""
     made = substitution_named(name, lambda table: trace.tables.get(table, []))
     if not trace.scored or any(not isinstance(rule, Routing) for rule in trace.rules or [None]):
@@ -173,110 +180,122 @@ def _substitution(name: str, trace: Trace) -> Substitution:
 
 
 class Replay:
-    """One run as the engine does it: each step's experts once, room made before each load, and what the step uses is
-    shielded while there is room beside it. `full` is the level of a whole record."""
-
-    full = 1
+    """One run as the engine does it: `cache` holds `trace`'s experts, `chooser` decides for the steps that decode, on
+    behalf of one sequence with `ledger`. `full` is the level of a whole record; `sizes[l][j]` are the bytes of the first
+    j planes, from j = 0 (None: records are what the trace says).
+    """
 
     def __init__(
-        self, trace: Trace, residency: Residency, substitution: Substitution | None = None
+        self,
+        trace: Trace,
+        residency: Residency,
+        chooser: Chooser = as_routed,
+        ledger: LossLedger | None = None,
+        full: int = 1,
+        sizes: SequenceOf[np.ndarray] | None = None,
     ):
-        self._trace, self.residency, self._substitution = trace, residency, substitution
-        self._loaded = [np.zeros(n, bool) for n in trace.experts]
-        self._counts = dict.fromkeys(
-            ("lookups", "hits", "decode_lookups", "decode_hits", "after_lookups", "after_hits", "slots", "substituted",
-             "loads", "bytes_read", "peak"), 0,
-        )  # fmt: skip
-
-    def run(self, policy: str, budget: int) -> Row:
-        for step in self._trace.steps:
-            self.residency.begin(step.layer, len(step.ids), step.scores)
-            self.step(step)
-            self.residency.end(step.layer)
-        return Row(
-            policy,
-            budget,
-            distinct=int(sum(loaded.sum() for loaded in self._loaded)),
-            **self._counts,
+        self.trace, self.residency, self.chooser, self.full = trace, residency, chooser, full
+        self._sizes = sizes or [np.array([0, record]) for record in trace.records]
+        self._sequence = Sequence(_NoState(), ledger)
+        self.stats = Stats()
+        self.cache = ExpertCache(
+            residency, None, self._read, uses=1, stats=self.stats, threads=0, streams=False
         )
 
-    def step(self, step: Step) -> None:
-        layer, experts = step.layer, self._trace.experts[step.layer]
-        resident, here = self.residency.resident(layer), self.residency.levels(layer)
-        wanted = uses(step.ids, experts)
-        self.count(step.decode, len(wanted), int(resident[wanted].sum()))
-        self._add(slots=step.ids.size)
-        chosen = self.chosen(step, resident, here)
-        self._add(substituted=int((chosen.ids != step.ids).sum()))
-        needed = self.needed(chosen, experts)
-        computed = uses(chosen.ids, experts)
-        missing = [e for e in computed if here[e] < needed[e]]
-        self._add(after_lookups=len(computed), after_hits=len(computed) - len(missing))
-        tokens = np.bincount(step.ids.reshape(-1), minlength=experts).tolist()
-        for e in wanted:
-            self.residency.use((layer, e), tokens[e])
-        for e in missing:
-            self.load((layer, e), [(layer, e) for e in computed], int(needed[e]))
+    def run(self, policy: str, budget: int) -> Row:
+        """Every step of the trace."""
+        decode_lookups = decode_hits = peak = 0
+        for step in self.trace.steps:
+            before = self.stats.wanted, self.stats.wanted_hits
+            self.step(step)
+            if step.decode:
+                decode_lookups += self.stats.wanted - before[0]
+                decode_hits += self.stats.wanted_hits - before[1]
+            peak = max(peak, self.residency.total)
+        stats = self.stats
+        return Row(
+            policy=policy,
+            budget=budget,
+            lookups=stats.wanted,
+            hits=stats.wanted_hits,
+            decode_lookups=decode_lookups,
+            decode_hits=decode_hits,
+            after_lookups=stats.hits + stats.misses,
+            after_hits=stats.hits,
+            slots=stats.slots,
+            substituted=stats.substituted,
+            loads=stats.loads,
+            bytes_read=stats.bytes_read,
+            peak=peak,
+        )
 
-    def needed(self, chosen: Chosen, experts: int) -> np.ndarray:
-        """The highest level of any slot of each expert, int `[E]`."""
-        needed = np.zeros(experts + 1, np.int64)
-        np.maximum.at(needed, chosen.ids, self.full if chosen.levels is None else chosen.levels)
-        return needed[:experts]
+    def step(self, step: TraceStep) -> None:
+        """One layer's part of a step, through the cache."""
+        routed = self._routed(step)
+        available = Available(level=self.cache.levels(step.layer), full=self.full)
+        assignment = assign(self.chooser, routed, available)
+        self.stats.slots += step.ids.size
+        self.stats.substituted += int((assignment.ids != step.ids).sum())
+        self.assigned(routed, assignment)
+        self.cache.observe(step.layer, step.ids, step.scores)
+        self.bring(step.layer, assignment, available)
 
-    def load(self, key: Key, shield: Iterable[Key] = (), level: int = 1) -> None:
-        since = int(self.residency.levels(key[0])[key[1]])
-        place = self.residency.reserve(key, shield, level)
-        if place is None:  # the step does not fit at once: of what was computed something goes
-            place = self.residency.reserve(key, (), level)
-        if place is None:
-            raise PrepError(
-                f"A record of {self._trace.show(self._trace.records[key[0]])} does not fit the budget, or a layer's share "
-                "of it; give more, or a policy without shares."
-            )
-        self.residency.put(key, place, level=level)
-        self._loaded[key[0]][key[1]] = True
-        self._add(loads=1, bytes_read=self.bytes_between(key[0], since, level))
-        self._counts["peak"] = max(self._counts["peak"], self.residency.total)
+    def assigned(self, routed: Routed, assignment: Assignment) -> None:
+        """What the chooser said; for those who count more."""
 
-    def bytes_between(self, layer: int, since: int, level: int) -> int:
-        """What the planes after the first `since` take, up to `level`."""
-        return self._trace.records[layer]
+    def bring(self, layer: int, assignment: Assignment, available: Available) -> None:
+        """What the assignment needs, at the highest level of any slot."""
+        dispatch = Dispatch.of(assignment, available)
+        highest = dispatch.highest
+        experts, levels = dispatch.experts[highest], dispatch.levels[highest]
+        for _ in self.cache.bring(layer, experts, levels, np.ones_like(experts)):
+            pass
 
-    def count(self, decode: bool, lookups: int, hits: int) -> None:
-        self._add(lookups=lookups, hits=hits)
-        if decode:
-            self._add(decode_lookups=lookups, decode_hits=hits)
+    def _routed(self, step: TraceStep) -> Routed:
+        phase = Phase.DECODE if step.decode else Phase.PREFILL
+        tokens = len(step.ids)
+        span = Span(self._sequence, np.zeros(tokens, np.int64), np.zeros(0, np.int64), phase)
+        weights = np.zeros(step.ids.shape, np.float32) if step.weights is None else step.weights
+        return Routed(
+            layer=step.layer,
+            step=Step((span,)),
+            hidden=np.zeros((tokens, 0), np.float32),
+            ids=step.ids,
+            weights=weights,
+            scores=step.scores,
+            # The raw weights are not in a trace. They change what a stand-in counts for, never which one it is.
+            raw=step.scores,
+            rule=self.trace.rules[step.layer] if self.trace.rules else None,
+        )
 
-    def _add(self, **counts: int) -> None:
-        for name, more in counts.items():
-            self._counts[name] += more
+    def _read(self, layer: int, expert: int, into: np.ndarray, since: int, level: int) -> int:
+        return int(self._sizes[layer][level] - self._sizes[layer][since])
 
-    def chosen(self, step: Step, resident: np.ndarray, here: np.ndarray) -> Chosen:
-        """What runs."""
-        if self._substitution is None:
-            return Chosen(step.ids, step.weights)
-        rule = self._trace.rules[step.layer]
-        # The raw weights are not in a trace. They change what a stand-in counts for, never which one it is.
-        return Chosen(*self._substitution(
-            Choice(step.layer, rule, step.ids, step.weights, step.scores, step.scores, resident, here, self.full)
-        ))  # fmt: skip
+
+class _NoState:
+    """Of a sequence that is only replayed."""
+
+    def rewind(self, length: int) -> int:
+        return length
+
+    def fork(self) -> _NoState:
+        return self
+
+    def snapshot(self) -> None:
+        return None
+
+    def restore(self, snapshot: object) -> None:
+        pass
 
 
 class SlotReplay(Replay):
     """Every slot is a lookup by itself, and nothing is shielded."""
 
-    def step(self, step: Step) -> None:
-        self._add(slots=step.ids.size)
+    def step(self, step: TraceStep) -> None:
+        """Slot after slot."""
         for expert in step.ids.reshape(-1).tolist():
-            if expert < self._trace.experts[step.layer]:
-                key = step.layer, expert
-                hit = key in self.residency
-                self.count(step.decode, 1, hit)
-                self._add(after_lookups=1, after_hits=hit)
-                self.residency.use(key)
-                if not hit:
-                    self.load(key)
+            slot = dataclasses.replace(step, ids=np.array([[expert]]), weights=None, scores=None)
+            super().step(slot)
 
 
 class WholeStepReplay(Replay):
@@ -284,11 +303,10 @@ class WholeStepReplay(Replay):
 
     residency: WholeSteps
 
-    def step(self, step: Step) -> None:
+    def step(self, step: TraceStep) -> None:
+        """The same, then down to the budget."""
         super().step(step)
-        self.residency.trim(
-            step.layer, [(step.layer, e) for e in uses(step.ids, self._trace.experts[step.layer])]
-        )
+        self.residency.trim(step.layer, step.ids)
 
 
 class WholeSteps(Residency):
@@ -296,27 +314,34 @@ class WholeSteps(Residency):
 
     def __init__(
         self,
-        experts: Sequence[int],
+        experts: SequenceOf[int],
         capacity: int,
         eviction: Eviction,
-        sizes: Sequence[int],
+        sizes: SequenceOf[int],
         shares: bool = False,
     ):
         total = sum(n * size for n, size in zip(experts, sizes, strict=True))
         super().__init__(experts, total, eviction, sizes)
-        self._limit, self._share = capacity, capacity // len(experts) if shares else None
+        self._limit, self.share = capacity, capacity // len(experts) if shares else None
 
-    def _full(self, layer: int, size: int) -> bool:
+    def full(self, layer: int, size: int) -> bool:
+        """Never, before `trim`."""
         return False
 
-    def trim(self, layer: int, shield: Iterable[Key]) -> None:
-        """Evict down to the budget, or the layer's share of it, but nothing in `shield`."""
-        shield = list(shield)
-        while self.total > self._limit if self._share is None else self._used[layer] > self._share:
-            victim = self._victim(layer, 0, shield)
+    def trim(self, layer: int, ids: np.ndarray) -> None:
+        """Evict down to the budget, or the layer's share of it, but none of `ids` `[T, k]`, which the step used."""
+        pins = np.zeros(self.eviction.first[-1], np.int8)
+        pins[self.eviction.first[layer] + ids[ids < self.eviction.experts[layer]]] = PINNED
+        while self._over(layer):
+            victim = self.victim(layer, 0, None, pins)
             if victim is None:
                 return
-            self._drop(victim)
+            self.evict(victim)
+
+    def _over(self, layer: int) -> bool:
+        if self.share is None:
+            return self.total > self._limit
+        return self.used[layer] > self.share
 
 
 # How a replay may count, by name.
@@ -332,7 +357,7 @@ COUNTINGS: dict[str, tuple[type[Replay], type[Residency]]] = {
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)  # of all experts, where nothing is asked for
 
 
-def budgets_of(trace: Trace, memory: Sequence[str], residency: Sequence[float]) -> list[int]:
+def budgets_of(trace: Trace, memory: SequenceOf[str], residency: SequenceOf[float]) -> list[int]:
     """Bytes for resident experts (records, where their sizes are not known) of what was asked for: sizes, or parts of all
     experts; `SWEEP` if neither was."""
     if memory and residency:

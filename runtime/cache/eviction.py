@@ -14,6 +14,8 @@ import numpy as np
 
 from smoe.runtime.errors import EngineError
 
+CHUNK = 128  # tokens of a prompt that count as much as `most` that are decoded
+
 
 class Eviction:
     """Least recently used, and the base of the others."""
@@ -23,18 +25,24 @@ class Eviction:
 
     def __init__(self, experts: Sequence[int]):
         """`experts[l]`: how many experts layer l has."""
+        self.experts = list(experts)
         self.first = np.concatenate([[0], np.cumsum(experts)])
         self.layer_of = np.repeat(np.arange(len(experts)), experts)
-        self.clock = 0
-        self.last = np.zeros(self.first[-1])  # when each was used last
+        self.clock = 0  # steps that passed a layer, summed over layers
+        self.last = np.zeros(self.first[-1])  # when each was used last, by that clock
 
-    def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
-        """A step reaches a layer with so many tokens; `scores` `[tokens, experts]` of its router, if there are any."""
-
-    def use(self, key: int, tokens: int = 1) -> None:
-        """The step uses an expert, resident or not, for so many of its tokens."""
+    def observe(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
+        """The router of `layer` chose `ids` int64 `[T, k]` (E: no expert) for the tokens of a step, whether their experts
+        are resident or not; selection `scores` `[T, E]` where they are known."""
+        slots = ids.reshape(-1)
+        used = slots < self.experts[layer]
+        when = self.clock + np.arange(1, len(slots) + 1) / (len(slots) + 1)
+        self.last[self.first[layer] + slots[used]] = when[used]  # of several uses the latest
         self.clock += 1
-        self.last[key] = self.clock
+        self.count(layer, ids, scores)
+
+    def count(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
+        """The same: what a policy keeps beside times."""
 
     def warm(self, share: np.ndarray) -> None:
         """Before the first step: `share` float64 `[all experts]` of its layer's slots that each got in calibration."""
@@ -45,8 +53,13 @@ class Eviction:
         return self.last[keys]
 
     def planes(self, keys: np.ndarray, levels: np.ndarray) -> np.ndarray:
-        """The same for what would go of each, where they are here up to `levels`."""
+        """The same for what would go of each, where they are resident up to `levels`."""
         return self.values(keys)
+
+    def uses_of(self, layer: int, ids: np.ndarray) -> np.ndarray:
+        """int64 `[E]`: how many slots of `ids` each expert has."""
+        count = self.experts[layer]
+        return np.bincount(ids.reshape(-1), minlength=count + 1)[:count]
 
 
 class LeastRecentlyUsed(Eviction):
@@ -58,14 +71,14 @@ class LeastFrequentlyUsed(Eviction):
 
     def __init__(self, experts: Sequence[int]):
         super().__init__(experts)
-        self.count = np.zeros(self.first[-1])
+        self.steps = np.zeros(self.first[-1])  # that used each
 
-    def use(self, key: int, tokens: int = 1) -> None:
-        super().use(key)
-        self.count[key] += 1
+    def count(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
+        low, high = self.first[layer], self.first[layer + 1]
+        self.steps[low:high] += self.uses_of(layer, ids) > 0
 
     def values(self, keys: np.ndarray) -> np.ndarray:
-        return self.count[keys] + self.last[keys] / (self.clock + 1)
+        return self.steps[keys] + self.last[keys] / (max(self.last.max(), 0) + 1)
 
 
 class DecayedFrequency(Eviction):
@@ -75,23 +88,19 @@ class DecayedFrequency(Eviction):
     def __init__(self, experts: Sequence[int], half_life: float = 32.0):
         super().__init__(experts)
         self.growth = 2 ** (1 / half_life)
-        self.forgotten = (
-            300 * half_life
-        )  # tokens after which nothing is left of a use; more of them would overflow
-        self.unit = np.ones(
-            len(experts)
-        )  # what one use counts now, per layer: it grows instead of all else decaying
+        # Tokens after which nothing is left of a use; more of them would overflow.
+        self.forgotten = 300 * half_life
+        # What one use counts now, per layer: it grows instead of all else decaying.
+        self.unit = np.ones(len(experts))
         self.uses = np.zeros(self.first[-1])
 
-    def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
-        self.unit[layer] *= self.growth ** min(tokens, self.forgotten)
+    def count(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
+        low, high = self.first[layer], self.first[layer + 1]
+        self.unit[layer] *= self.growth ** min(len(ids), self.forgotten)
         if self.unit[layer] > 1e100:
-            self.uses[self.first[layer] : self.first[layer + 1]] /= self.unit[layer]
+            self.uses[low:high] /= self.unit[layer]
             self.unit[layer] = 1
-
-    def use(self, key: int, tokens: int = 1) -> None:
-        super().use(key)
-        self.uses[key] += self.unit[self.layer_of[key]]
+        self.uses[low:high] += self.unit[layer] * (self.uses_of(layer, ids) > 0)
 
     def warm(self, share: np.ndarray) -> None:
         super().warm(share)
@@ -103,7 +112,7 @@ class DecayedFrequency(Eviction):
 
 class GateScore(Eviction):
     """SMoE: the mean gate score over the last `window` tokens, of experts that were not active too (paper III-D, Eq. 3;
-    its n is not given). The protection shield is the residency's, for every policy."""
+    its n is not given). The protection shield is the cache's, for every policy."""
 
     needs_scores = True
 
@@ -113,7 +122,7 @@ class GateScore(Eviction):
         self.recent = [np.zeros((0, n)) for n in experts]
         self.mean = np.zeros(self.first[-1])
 
-    def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
+    def count(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
         if scores is None:
             raise EngineError(
                 "Eviction by gate scores needs the router's scores, which are not known here; use another."
@@ -141,14 +150,14 @@ class NextUse(Eviction):
 
     The second term is what plain frequency lacks: 35 to 45 % of the experts of a token are used by the next one too.
     d is what plain recency lacks, and why LRU, which lets go of the layers that come next, never hits below one token's
-    cycle. A step of more than `most` tokens, part of a prompt, counts as that many, since what is generated resembles
+    cycle. A chunk of more than `most` tokens, part of a prompt, counts as that many, since what is generated resembles
     the prompt only so far. A start from calibration counts as the evidence of `warmth` tokens.
 
-    Where `worth` says what the highest plane of each record is good for at every use, the plane of least worth per token
-    goes.
+    Where `plane_value` says what the highest plane of each record is good for at every use, the plane of least value per
+    token goes.
     """
 
-    worth: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # of keys and levels
+    plane_value: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # of keys and levels
 
     def __init__(
         self,
@@ -160,34 +169,34 @@ class NextUse(Eviction):
     ):
         super().__init__(experts)
         self.growth, self.again, self.most, self.warmth = 2 ** (1 / half_life), again, most, warmth
-        self.unit = np.ones(
-            len(experts)
-        )  # what one use counts now, per layer: it grows instead of all else decaying
-        self.spread = 1.0  # the same for a use somewhere in the step in progress
+        # What one use counts now, per layer: it grows instead of all else decaying.
+        self.unit = np.ones(len(experts))
         self.seen = np.zeros(len(experts))  # tokens, decayed alike
         self.uses = np.zeros(self.first[-1])
         self.share: np.ndarray | None = None
         self.chance = np.zeros(self.first[-1])  # p
-        self.ahead = np.ones(len(experts))  # d
+        # d of every layer, seen from each.
+        layers = np.arange(len(experts))
+        self._ahead_of = ((layers - layers[:, None] - 1) % len(experts) + 1) / len(experts)
+        self.ahead = np.ones(len(experts))
 
-    def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
+    def count(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
+        for start in range(0, len(ids), CHUNK):
+            self._count_chunk(layer, ids[start : start + CHUNK])
+
+    def _count_chunk(self, layer: int, ids: np.ndarray) -> None:
         low, high = self.first[layer], self.first[layer + 1]
-        fade = self.growth ** -min(tokens, self.most)
-        weight = (1 - fade) / (1 - 1 / self.growth)  # of all the step's tokens, the last counting 1
+        fade = self.growth ** -min(len(ids), self.most)
+        weight = (1 - fade) / (1 - 1 / self.growth)  # of all tokens, the last counting 1
         self.seen[layer] = self.seen[layer] * fade + weight
         self.unit[layer] /= max(fade, 1e-100)
         if self.unit[layer] > 1e100:
             self.uses[low:high] /= self.unit[layer]
             self.unit[layer] = 1
-        self.spread = weight / tokens * self.unit[layer]
-        self.chance[low:high] = (1 - self.again) * self._frequency(layer, slice(low, high))
-        self.ahead[:] = (np.arange(len(self.ahead)) - layer - 1) % len(self.ahead) + 1
-        self.ahead /= len(self.ahead)
-
-    def use(self, key: int, tokens: int = 1) -> None:
-        super().use(key)
-        self.uses[key] += self.spread * tokens
-        self.chance[key] = (1 - self.again) * self._frequency(self.layer_of[key], key) + self.again
+        uses = self.uses_of(layer, ids)
+        self.uses[low:high] += weight / len(ids) * self.unit[layer] * uses
+        self.chance[low:high] = (1 - self.again) * self._frequency(layer) + self.again * (uses > 0)
+        self.ahead = self._ahead_of[layer]
 
     def warm(self, share: np.ndarray) -> None:
         super().warm(share)
@@ -199,54 +208,50 @@ class NextUse(Eviction):
 
     @property
     def by_planes(self) -> bool:  # type: ignore[override]
-        return self.worth is not None
+        return self.plane_value is not None
 
     def planes(self, keys: np.ndarray, levels: np.ndarray) -> np.ndarray:
-        return (
-            self.values(keys)
-            if self.worth is None
-            else self.worth(keys, levels) / self._waits(keys)
-        )
+        if self.plane_value is None:
+            return self.values(keys)
+        return self.plane_value(keys, levels) / self._waits(keys)
 
     def _waits(self, keys: np.ndarray) -> np.ndarray:
         """Tokens until each is needed next."""
         return self.ahead[self.layer_of[keys]] + 1 / np.maximum(self.chance[keys], 1e-6)
 
-    def _frequency(self, layer: int, keys: slice | int) -> np.ndarray:
-        used = self.uses[keys] / self.unit[layer]
+    def _frequency(self, layer: int) -> np.ndarray:
+        low, high = self.first[layer], self.first[layer + 1]
+        used = self.uses[low:high] / self.unit[layer]
         if self.share is None:
             return used / self.seen[layer]
-        every = (
-            self.uses[self.first[layer] : self.first[layer + 1]].sum()
-            / self.unit[layer]
-            / self.seen[layer]
-        )
-        return (used + self.warmth * every * self.share[keys]) / (self.seen[layer] + self.warmth)
+        slots = used.sum() / self.seen[layer]
+        prior = self.warmth * slots * self.share[low:high]
+        return (used + prior) / (self.seen[layer] + self.warmth)
 
 
 class Belady(Eviction):
     """The optimum where all records are as long: what is needed furthest in the future goes. For simulation only, since
-    it knows `future`: (layer, experts) of every step to come, in order."""
+    it knows `future`: (layer, ids `[T, k]`) of every step to come, in order."""
 
-    def __init__(self, experts: Sequence[int], future: Iterable[tuple[int, Iterable[int]]]):
+    def __init__(self, experts: Sequence[int], future: Iterable[tuple[int, np.ndarray]]):
         super().__init__(experts)
         self.step = -1
         self.uses: list[list[int]] = [[] for _ in range(self.first[-1])]  # next one last
-        for step, (layer, used) in enumerate(future):
-            for expert in used:
+        for step, (layer, ids) in enumerate(future):
+            for expert in np.unique(ids[ids < self.experts[layer]]).tolist():
                 self.uses[self.first[layer] + expert].append(step)
         self.next = np.array([-float(uses[0]) if uses else -np.inf for uses in self.uses])
         for uses in self.uses:
             uses.reverse()
 
-    def begin(self, layer: int, tokens: int, scores: np.ndarray | None) -> None:
+    def observe(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
         self.step += 1
-
-    def use(self, key: int, tokens: int = 1) -> None:
-        uses = self.uses[key]
-        while uses and uses[-1] <= self.step:
-            uses.pop()
-        self.next[key] = -uses[-1] if uses else -np.inf
+        for expert in np.unique(ids[ids < self.experts[layer]]).tolist():
+            key = self.first[layer] + expert
+            uses = self.uses[key]
+            while uses and uses[-1] <= self.step:
+                uses.pop()
+            self.next[key] = -uses[-1] if uses else -np.inf
 
     def values(self, keys: np.ndarray) -> np.ndarray:
         return self.next[keys]

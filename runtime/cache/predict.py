@@ -1,48 +1,51 @@
 """Which experts to read before they are asked for: guesses, which are read only while nobody waits for a record.
 
-`ahead` returns (layer, expert) pairs, likeliest first. What comes true is known only when the router has spoken; a guess
-that has not begun by then is withdrawn, and one that came too early or in vain is the first to be evicted.
+A predictor gives (layer, expert) pairs, likeliest first. What comes true is known only when the router has spoken; a guess
+that has not begun by then is forgotten, and one that came too early or in vain is the first to be evicted. Predictors see
+the tokens of a step that are decoded: a prompt needs most experts of a layer, and there is nothing to guess.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
-from smoe.artifacts.manifest import Routing
-from smoe.runtime.routing import gate_scores
+from smoe.runtime.cache.residency import Key
+from smoe.runtime.routing import Routed
 
-Guesses = list[tuple[int, int]]
+Guesses = list[Key]
 
 
-class Prefetch:
+class Predictor:
     """No guesses, and the base of the others."""
 
     looks_ahead = (
         False  # wants the next layer's scores, which cost a run of its attention and router
     )
 
-    def ahead(self, layer: int, ids: np.ndarray, hidden: np.ndarray) -> Guesses:
-        """After the router of `layer` chose `ids` int64 `[tokens, k]` for `hidden` float32 `[tokens, H]`."""
+    def __call__(self, routed: Routed) -> Guesses:
+        """After a layer's router spoke."""
         return []
 
-    def foresee(self, layer: int, rule: Routing, ids: np.ndarray, scores: np.ndarray) -> Guesses:
-        """`layer` would choose `ids` `[tokens, k]` by `scores` `[tokens, experts]`, computed without what is missing."""
+    def foresee(self, routed: Routed) -> Guesses:
+        """A later layer would say this of the step, computed without what is missing."""
         return []
 
 
-class Previous(Prefetch):
-    """What the token before used in the next layer; after the last layer, in the first."""
+class Previous(Predictor):
+    """What the step before used in the next layer; after the last layer, in the first."""
 
     def __init__(self, layers: int):
-        self._last: list[np.ndarray] = [np.zeros(0, np.int64) for _ in range(layers)]
+        self._last = [np.zeros((0, 1), np.int64) for _ in range(layers)]
 
-    def ahead(self, layer: int, ids: np.ndarray, hidden: np.ndarray) -> Guesses:
-        self._last[layer] = ids[-1]
-        following = (layer + 1) % len(self._last)
-        return [(following, int(e)) for e in self._last[following]]
+    def __call__(self, routed: Routed) -> Guesses:
+        self._last[routed.layer] = routed.ids
+        following = (routed.layer + 1) % len(self._last)
+        return _guesses(following, self._last[following])
 
 
-class Transition(Prefetch):
+class Transition(Predictor):
     """What follows the experts of this layer most often in calibration: sum over active p of P(e | p) (the table
     `transition`). As many as the next layer uses; nothing is known of the next token's first layer."""
 
@@ -53,17 +56,17 @@ class Transition(Prefetch):
         ]
         self._top_k = top_k
 
-    def ahead(self, layer: int, ids: np.ndarray, hidden: np.ndarray) -> Guesses:
-        if layer + 1 == len(self._chance):
+    def __call__(self, routed: Routed) -> Guesses:
+        following = routed.layer + 1
+        if following == len(self._chance):
             return []
-        chance = self._chance[layer + 1]
+        chance = self._chance[following]
         assert chance is not None
-        active = ids[-1][ids[-1] < len(chance)]
-        likeliest = np.argsort(-chance[active].sum(0), kind="stable")[: self._top_k[layer + 1]]
-        return [(layer + 1, int(e)) for e in likeliest]
+        padded = np.concatenate([chance, np.zeros((1, chance.shape[1]))])  # no expert leads nowhere
+        return _guesses(following, _best(padded[routed.ids].sum(1), self._top_k[following]))
 
 
-class Predicted(Prefetch):
+class Predicted(Predictor):
     """By the linear predictor of the tables: what the layer that is `distance` ahead will choose, from this layer's hidden
     state. `linear[l]` are weights `[H, experts]` and bias `[experts]` for layer l, None where there are none."""
 
@@ -72,27 +75,41 @@ class Predicted(Prefetch):
     ):
         self.distance, self._linear, self._top_k = distance, linear, top_k
 
-    def ahead(self, layer: int, ids: np.ndarray, hidden: np.ndarray) -> Guesses:
-        target = layer + self.distance
+    def __call__(self, routed: Routed) -> Guesses:
+        target = routed.layer + self.distance
         if target >= len(self._linear) or (linear := self._linear[target]) is None:
             return []
         weights, bias = linear
-        scores = hidden[-1] @ weights + bias
-        return [(target, int(e)) for e in np.argsort(-scores, kind="stable")[: self._top_k[target]]]
+        return _guesses(target, _best(routed.hidden @ weights + bias, self._top_k[target]))
 
 
-class TopScore(Prefetch):
-    """SMoE (paper III-E): shared experts and those that are here give a hidden state, the next attention and router run
-    on it, and only experts whose score is at least (1 + alpha) S_{k+1} are read: the others may be substituted."""
+class TopScore(Predictor):
+    """SMoE (paper III-E): shared experts and those that are resident give a hidden state, the next attention and router
+    run on it, and only experts whose score is at least (1 + alpha) S_{k+1} are read: the others may be substituted."""
 
     looks_ahead = True
 
     def __init__(self, alpha: float = 0.35):
         self.alpha = alpha
 
-    def foresee(self, layer: int, rule: Routing, ids: np.ndarray, scores: np.ndarray) -> Guesses:
-        score = gate_scores(rule, scores[-1:])[0]
-        best = np.argsort(-score, kind="stable")
-        k = ids.shape[1]
-        rejected = score[best[k]] if k < len(best) else -np.inf
-        return [(layer, int(e)) for e in best[:k] if score[e] >= (1 + self.alpha) * rejected]
+    def foresee(self, routed: Routed) -> Guesses:
+        scores, k = routed.gate_scores, routed.ids.shape[1]
+        assert scores is not None
+        experts = scores.shape[1]
+        best = _best(scores, min(k + 1, experts))
+        if k == experts:
+            return _guesses(routed.layer, best)
+        rejected = np.take_along_axis(scores, best[:, k:], axis=1)
+        able = np.take_along_axis(scores, best[:, :k], axis=1) >= (1 + self.alpha) * rejected
+        return _guesses(routed.layer, np.where(able, best[:, :k], -1))
+
+
+def _best(scores: np.ndarray, k: int) -> np.ndarray:
+    """int64 `[T, k]`: each token's experts of highest score, best first."""
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+def _guesses(layer: int, ids: np.ndarray) -> Guesses:
+    """Every token's first choice (a column of `ids` `[T, k]`), then every token's second, each expert once; -1 is none."""
+    experts: Iterable[int] = dict.fromkeys(ids.T.reshape(-1).tolist())
+    return [(layer, expert) for expert in experts if expert >= 0]

@@ -1,48 +1,81 @@
-"""Reads that go on beside the computation: demand reads first, guesses only while nobody waits.
+"""Reads that go on beside the computation, most urgent first: demands, and guesses only while nobody waits.
 
-A few threads, which hold no lock of the interpreter while they read. A guess that has not begun can be withdrawn; one
-that has begun is finished, since the bytes are on their way. What fails comes back with the request, never from a thread.
+A few threads, which hold no lock of the interpreter while they read. All that happens to a frame happens in them, under
+one lock: it is claimed when its read begins and held or freed when it ends, so that an interrupt of the thread that
+computes can lose none. What fails comes back with the load, never from a thread.
 """
 
 from __future__ import annotations
 
+import enum
 import threading
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
 
-import numpy as np
-
+from smoe.runtime.cache.residency import Key
 from smoe.runtime.errors import EngineError
 
+T = TypeVar("T")
 
-class Request:
-    """The planes of one record after `since`, up to `level`, to be read into `into`. `arrived` turns true when they are
-    there, or failed with `error`."""
 
-    def __init__(self, layer: int, expert: int, into: np.ndarray, since: int, level: int):
-        self.layer, self.expert, self.into, self.since, self.level = (
-            layer,
-            expert,
-            into,
-            since,
-            level,
-        )
-        self.arrived = False
-        self.landed = False  # whoever asked has taken it
-        self.nbytes = 0
-        self.error: EngineError | None = None
+class State(enum.Enum):
+    """Where a load is."""
+
+    WAITING = "waiting"
+    READING = "reading"
+    DONE = "done"
+    WITHDRAWN = "withdrawn"
+
+
+ENDED = (State.DONE, State.WITHDRAWN)
+
+
+@dataclass(eq=False)
+class Load:
+    """The planes of an expert up to `level`, wanted by so many `tokens`; a `guess` is wanted by none yet.
+
+    When its read begins it gets the `frame` it goes into and the planes that are there already, `since`. When it is done
+    it has `nbytes`, or an `error`.
+    """
+
+    key: Key
+    level: int
+    tokens: int = 0
+    guess: bool = False
+    state: State = State.WAITING
+    frame: int = -1
+    since: int = 0
+    nbytes: int = 0
+    error: Exception | None = None
+
+    def urgency(self) -> tuple[bool, int, int]:
+        """The least is read first: demands before guesses, then what most tokens wait for, then the lower plane (D²MoE's
+        hottest-expert-bit-first)."""
+        return self.guess, -self.tokens, self.level
 
 
 class Reader:
-    """`read(layer, expert, into, since, level)` gives the bytes read, or raises; `threads` of it run at once."""
+    """Loads on `threads` threads (0: each at once, in the caller's, for simulations).
 
-    def __init__(self, read: Callable[[int, int, np.ndarray, int, int], int], threads: int):
-        self._read = read
-        self._demands: deque[Request] = deque()
-        self._guesses: deque[Request] = deque()
-        self._busy = 0  # demands that are being read
-        self._closed = False
-        self._changed = threading.Condition()
+    `begin(load)` claims a frame, or says that there is none now; `read(load)` gives the bytes read, or raises; `end(load)`
+    takes what came of it. `begin` and `end` are called under `lock`.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[Load], bool],
+        read: Callable[[Load], int],
+        end: Callable[[Load], None],
+        threads: int,
+    ):
+        self._begin, self._read, self._end = begin, read, end
+        self.lock = threading.Condition()
+        self._waiting: list[Load] = []
+        self._reading: list[Load] = []
+        self.refused: set[Load] = set()  # there was no frame, and nothing has changed since
+        self.closed = False
+        self._guesses_at_once = max(1, threads - 1)  # a thread stays free for demands
         self._threads = [
             threading.Thread(target=self._work, daemon=True, name="smoe-read")
             for _ in range(threads)
@@ -50,64 +83,133 @@ class Reader:
         for thread in self._threads:
             thread.start()
 
-    def demand(self, request: Request) -> Request:
-        """Read as soon as may be."""
-        return self._add(self._demands, request)
+    def put(self, load: Load) -> None:
+        """Read as soon as may be; an `EngineError` if the reader is closed."""
+        with self.lock:
+            if self.closed:
+                raise EngineError("This engine is closed; open the bundle again.")
+            self._waiting.append(load)
+            self.lock.notify_all()
+        if not self._threads:
+            self.serve()
 
-    def guess(self, request: Request) -> Request:
-        """Read once no demand is waiting or being read."""
-        return self._add(self._guesses, request)
+    def demand(self, load: Load, tokens: int) -> None:
+        """A guess is wanted now, by so many tokens."""
+        with self.lock:
+            load.guess, load.tokens = False, tokens
+            self.lock.notify_all()
 
-    def withdraw(self) -> list[Request]:
-        """The guesses that have not begun; they are forgotten here."""
-        with self._changed:
-            withdrawn = list(self._guesses)
-            self._guesses.clear()
-        return withdrawn
+    def withdraw(self, loads: Iterable[Load]) -> None:
+        """Forget those of `loads` whose read has not begun."""
+        with self.lock:
+            for load in loads:
+                if load.state is State.WAITING:
+                    load.state = State.WITHDRAWN
+            self._waiting = [load for load in self._waiting if load.state is State.WAITING]
 
-    def wait(self, requests: list[Request]) -> None:
-        """Until one of `requests` has arrived."""
-        with self._changed:
-            self._changed.wait_for(lambda: any(request.arrived for request in requests))
+    def retry(self) -> None:
+        """There may be a frame now where there was none."""
+        with self.lock:
+            if self.refused:
+                self.refused.clear()
+                self.lock.notify_all()
+        if not self._threads:
+            self.serve()
+
+    def wait(self, loads: Iterable[Load]) -> bool:
+        """Until one of `loads` has ended, or no frame can be had for any of them, nor will be when what is read has arrived:
+        whether one has ended. An `EngineError` if the reader was closed meanwhile."""
+        loads = list(loads)
+        with self.lock:
+            self.lock.wait_for(
+                lambda: (
+                    self.closed
+                    or any(load.state in ENDED for load in loads)
+                    or (not self._reading and all(load in self.refused for load in loads))
+                )
+            )
+            if self.closed:
+                raise EngineError("This engine is closed; open the bundle again.")
+            return any(load.state in ENDED for load in loads)
+
+    def loads(self) -> list[Load]:
+        """Those that are not done."""
+        with self.lock:
+            return self._waiting + self._reading
 
     def close(self) -> None:
         """Finish what has begun, forget the rest."""
-        with self._changed:
-            self._closed = True
-            self._demands.clear()
-            self._guesses.clear()
-            self._changed.notify_all()
+        with self.lock:
+            self.closed = True
+            self.withdraw(list(self._waiting))
+            self.lock.notify_all()
         for thread in self._threads:
             thread.join()
 
-    def _add(self, queue: deque[Request], request: Request) -> Request:
-        with self._changed:
-            queue.append(request)
-            self._changed.notify_all()
-        return request
+    def take(self) -> Load | None:
+        """The most urgent load for which a frame can be had; its read begins."""
+        with self.lock:
+            if not self._waiting:
+                return None
+            demanded = any(not load.guess for load in (*self._waiting, *self._reading))
+            for load in sorted(self._waiting, key=Load.urgency):
+                if load.guess and (demanded or not self._may_guess()):
+                    return None
+                if load in self.refused:
+                    continue
+                if self._attempt(self._begin, load):
+                    self._waiting.remove(load)
+                    self._reading.append(load)
+                    load.state = State.READING
+                    return load
+                self._refuse(load)
+            return None
 
-    def _next(self) -> Request | None:
-        if self._demands:
-            return self._demands[0]
-        return self._guesses[0] if self._guesses and not self._busy else None
+    def _may_guess(self) -> bool:
+        return sum(load.guess for load in self._reading) < self._guesses_at_once
+
+    def finish(self, load: Load) -> None:
+        """Read what `take` gave; whoever waits for it hears of it."""
+        load.nbytes = self._attempt(self._read, load) or 0
+        with self.lock:
+            self._reading.remove(load)
+            self._attempt(self._end, load)
+            load.state = State.DONE
+            self.refused.clear()
+            self.lock.notify_all()
+
+    def serve(self) -> bool:
+        """Read the most urgent loads until there is none; whether there was one."""
+        served = False
+        while (load := self.take()) is not None:
+            self.finish(load)
+            served = True
+        return served
+
+    def _refuse(self, load: Load) -> None:
+        """No frame for it now. A guess is not worth waiting for one."""
+        if load.error is None and not load.guess:
+            self.refused.add(load)
+        else:
+            self._waiting.remove(load)
+            load.state = State.WITHDRAWN if load.error is None else State.DONE
+        self.lock.notify_all()
+
+    def _attempt(self, action: Callable[[Load], T], load: Load) -> T | None:
+        """A thread ends here: what fails belongs to whoever waits for the load."""
+        try:
+            return action(load)
+        except Exception as error:  # noqa: BLE001
+            load.error = error
+            return None
 
     def _work(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._next() is not None)
-                if self._closed:
-                    return
-                demanded = bool(self._demands)
-                request = (self._demands if demanded else self._guesses).popleft()
-                self._busy += demanded
-            try:
-                request.nbytes = self._read(
-                    request.layer, request.expert, request.into, request.since, request.level
-                )
-            except EngineError as error:
-                request.error = error
-            finally:
-                with self._changed:
-                    self._busy -= demanded
-                    request.arrived = True
-                    self._changed.notify_all()
+            with self.lock:
+                load = self.take()
+                while load is None and not self.closed:
+                    self.lock.wait()
+                    load = self.take()
+            if load is None:
+                return
+            self.finish(load)

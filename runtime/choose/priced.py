@@ -1,83 +1,110 @@
 """The priced scheduler: every missing expert's alternatives have a price in nats and a time, and a budget buys time.
 
-At a step an active expert that is not here at its full level can be read, wholly or to a lower level; used at the level
-at which it is here; or its slots can do without it, each with the cheapest of nothing and a resident stand-in at the
-best weight. The choice is the one of least `nats + worth * bytes read`: a Lagrangian, so that a nat is spent where it
-saves most anywhere in the model, and not where it can be spent first. `LossBudget` sets `worth`, and is the hard limit.
-What it reads may stay; `PlaneWorth` tells eviction which planes are worth their place.
+At a step an active expert that is not resident at its full level can be read, wholly or to a lower
+level; used at the level at which it is resident; or its slots can do without it, each with the
+cheapest of nothing and a resident stand-in at the best weight. The choice is the one of least
+`nats + nats_per_byte * bytes read`: a Lagrangian, so that a nat is spent where it saves most
+anywhere in the model, and not where it can be spent first. Each sequence's `LossLedger` sets its own
+multiplier, and is the hard limit. What is read may stay; `PlaneValue` tells eviction which planes
+are worth their frame.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from smoe.runtime.choose.prices import LayerPrices, Prices
-from smoe.runtime.choose.substitution import Choice, Chosen
+from smoe.runtime.routing import Assignment, Available, Routed
 
-CAP = 16.0  # tokens' worth of nats that may be saved up
-GAIN, PULL = 0.1, 0.02  # per token: how fast `worth` follows what was spent, and what is saved up
-SPAN = 1e4  # how far `worth` may go from where it began: beyond, all is bought or nothing, and the way back is long
-KEEP = 0.35  # how much of what a byte is worth counts for keeping it: in time it may come cheaper, or be done without
+SAVINGS_TOKENS = 16.0  # tokens' worth of nats that may be saved up
+# Per token: how fast the multiplier follows what was spent, and what is saved up.
+SPEND_GAIN, SAVINGS_GAIN = 0.1, 0.02
+# How far the multiplier may go from where it began: beyond, all is bought or nothing, and the way
+# back is long.
+MULTIPLIER_RANGE = 1e4
+# How much of what a byte is worth counts for keeping it: in time it may come cheaper, or be done
+# without.
+RETENTION = 0.35
 
 
-class LossBudget:
-    """A running account of nats: `rate` comes in with every token, up to `CAP` tokens' worth, and what is spent is never
-    more than is there. `worth` is what a byte that need not be read may cost, in nats; it follows the spending."""
+class LossLedger:
+    """One sequence's running account of nats.
 
-    def __init__(self, rate: float, layers: int, worth: float):
-        self.rate, self.worth, self.balance = rate, worth, rate * CAP / 2
-        self._layers, self._token, self._spent = layers, 0.0, 0.0
-        self._range = worth / SPAN, worth * SPAN
+    `rate` comes in with every token that is decoded, up to `SAVINGS_TOKENS` tokens' worth, and what
+    is spent is never more than is there. `nats_per_byte` is what a byte that need not be read may
+    cost: a Lagrange multiplier that follows the spending, by `SPEND_GAIN` towards spending what
+    comes in, by `SAVINGS_GAIN` towards half of the savings.
+    """
+
+    def __init__(self, rate: float, layers: int, nats_per_byte: float):
+        self.rate, self.nats_per_byte = rate, nats_per_byte
+        self.balance = rate * SAVINGS_TOKENS / 2
+        self.spent = 0.0  # since the start
+        self._layers = layers
+        self._range = nats_per_byte / MULTIPLIER_RANGE, nats_per_byte * MULTIPLIER_RANGE
+        self._wanted, self._tokens = 0.0, 0  # of the step in progress
+
+    def fork(self) -> LossLedger:
+        """One that goes on from here by itself."""
+        return copy.copy(self)
 
     def begin(self, layer: int, tokens: int) -> None:
-        """A step of so many tokens reaches a layer."""
-        if layer == 0 and tokens == 1:
-            self._follow()
+        """A step reaches a layer with so many decoded tokens of the sequence."""
         if layer == 0:
-            self._token = 0.0
-        self.balance = min(self.rate * CAP, self.balance + self.rate * tokens / self._layers)
+            self._follow()
+            self._wanted, self._tokens = 0.0, tokens
+        self.balance += self.rate * tokens / self._layers
+        self.balance = min(self.rate * SAVINGS_TOKENS, self.balance)
 
     def spend(self, nats: float, wanted: float) -> None:
-        """Of `wanted`, which is what `worth` would have bought, `nats` could be paid."""
+        """Of `wanted`, which is what the multiplier would have bought, `nats` could be paid."""
         self.balance -= nats
-        self._spent += nats
-        self._token += wanted
-
-    def collect(self) -> float:
-        """What was spent since the last call."""
-        spent, self._spent = self._spent, 0.0
-        return spent
+        self.spent += nats
+        self._wanted += wanted
 
     def _follow(self) -> None:
-        under = float(np.clip(1 - self._token / self.rate, -1, 1))
-        saved = self.balance / (self.rate * CAP) * 2 - 1
-        self.worth = float(np.clip(self.worth * np.exp(GAIN * under + PULL * saved), *self._range))
+        if not self._tokens:
+            return
+        under = float(np.clip(1 - self._wanted / (self.rate * self._tokens), -1, 1))
+        saved = self.balance / (self.rate * SAVINGS_TOKENS) * 2 - 1
+        growth = (SPEND_GAIN * under + SAVINGS_GAIN * saved) * self._tokens
+        self.nats_per_byte = float(np.clip(self.nats_per_byte * np.exp(growth), *self._range))
 
 
-class PlaneWorth:
-    """What the highest plane of a record that is here is good for at one use, in nats per byte: by how much a use costs
-    more without it. A use of an expert at its usual weight costs the least of `nats + worth * bytes` over all levels that
-    it can be read up to, and skipping. `weights[l]` float64 `[E]` are the usual ones, `sizes` as in `Priced`."""
+class PlaneValue:
+    """What the highest plane of a resident record is good for at one use, in nats per byte: by how
+    much a use costs more without it.
+
+    A use of an expert at its usual weight costs the least of `nats + nats_per_byte() * bytes` over
+    all levels that it can be read up to, and skipping. `weights[l]` float64 `[E]` are the usual
+    ones, `sizes` as in `Priced`.
+    """
 
     def __init__(
-        self, prices: Prices, weights: list[np.ndarray], sizes: list[np.ndarray], budget: LossBudget
+        self,
+        prices: Prices,
+        weights: list[np.ndarray],
+        sizes: list[np.ndarray],
+        nats_per_byte: Callable[[], float],
     ):
-        self._budget, self._at = budget, 0.0
+        self._nats_per_byte, self._at = nats_per_byte, 0.0
+        self._values = np.zeros((0, 0))
         self._layers = [
-            (_usual_nats(of, w, len(ends) - 1), ends.astype(np.float64))
-            for of, w, ends in zip(prices.layers, weights, sizes, strict=True)
+            (_usual_nats(layer, w, len(ends) - 1), ends.astype(np.float64))
+            for layer, w, ends in zip(prices.layers, weights, sizes, strict=True)
         ]
 
     def __call__(self, keys: np.ndarray, levels: np.ndarray) -> np.ndarray:
-        worth = KEEP * self._budget.worth
+        """float64 for each of `keys`, flat numbers of experts that are resident up to `levels`."""
+        worth = RETENTION * self._nats_per_byte()
         if not 0.9 * self._at < worth < 1.1 * self._at:
-            self._at, self._worth = (
-                worth,
-                np.concatenate([_plane_worth(*layer, worth) for layer in self._layers]),
-            )
-        return self._worth[keys, levels - 1]
+            self._at = worth
+            self._values = np.concatenate([_plane_values(*layer, worth) for layer in self._layers])
+        return self._values[keys, levels - 1]
 
 
 def _usual_nats(prices: LayerPrices, weights: np.ndarray, full: int) -> np.ndarray:
@@ -90,20 +117,107 @@ def _usual_nats(prices: LayerPrices, weights: np.ndarray, full: int) -> np.ndarr
     return nats
 
 
-def _plane_worth(nats: np.ndarray, ends: np.ndarray, worth: float) -> np.ndarray:
-    """float64 `[E, levels]`, as `PlaneWorth` says."""
-    read = np.maximum(ends - ends[:, None], 0)  # [here, up to]
+def _plane_values(nats: np.ndarray, ends: np.ndarray, worth: float) -> np.ndarray:
+    """float64 `[E, levels]`, as `PlaneValue` says."""
+    read = np.maximum(ends - ends[:, None], 0)  # [resident, up to]
     cost = np.where(ends >= ends[:, None], nats[:, None] + worth * read, np.inf).min(2)
     return (cost[:, :-1] - cost[:, 1:]) / np.diff(ends)
 
 
-@dataclass(frozen=True)
+class Priced:
+    """The chooser of sequences that have a ledger; those without one are exact.
+
+    `prices` of the bundle; `sizes[l][j]` bytes of the first j planes of a record of layer l, from
+    j = 0. `nats_per_byte` is the mean over the ledgers of the last step, and what they begin with.
+    """
+
+    def __init__(self, prices: Prices, sizes: list[np.ndarray], nats_per_byte: float):
+        self.prices, self.nats_per_byte, self._sizes = prices, nats_per_byte, sizes
+
+    def __call__(self, routed: Routed, available: Available) -> Assignment:
+        """An expert has one alternative for all sequences that want it: each pays for its slots."""
+        full, level = available.full, available.level
+        prices, sizes = self.prices.layers[routed.layer], self._sizes[routed.layer]
+        payers = self._payers(routed)
+        short = _used(routed.ids, len(level)) & (level < full)
+        exact = ~np.isin(routed.owner, [payer.owner for payer in payers])
+        if exact.any():
+            short &= ~_used(routed.ids[exact], len(level))
+        missing = np.flatnonzero(short)
+        if not len(missing):
+            return Assignment(ids=routed.ids, weights=routed.weights)
+        slots = _slots(routed, available, prices, short)
+        each = _nats_by_level(slots, prices, full)
+        saved = _bytes_saved(sizes, level[missing], full)
+        costs = []
+        for payer in payers:
+            own = slots.owners == payer.owner
+            nats = np.zeros((len(missing), full + 1))
+            np.add.at(nats, np.searchsorted(missing, slots.experts[own]), each[own])
+            nats[:, 1:][np.arange(1, full + 1) < level[missing][:, None]] = np.inf
+            costs.append(nats)
+        alternatives = np.full(len(level), full)
+        alternatives[missing] = self._cheapest(np.array(costs), saved, payers)
+        return _assigned(routed, slots, each, alternatives, full)
+
+    def _payers(self, routed: Routed) -> list[_Payer]:
+        """The sequences with a ledger that have tokens here; a token's worth comes in."""
+        counts = np.bincount(routed.owner, minlength=len(routed.step.spans))
+        payers = []
+        for owner, ledger in enumerate(routed.step.ledgers):
+            if ledger is not None and counts[owner]:
+                ledger.begin(routed.layer, int(counts[owner]))
+                payers.append(_Payer(owner=owner, ledger=ledger))
+        if payers:
+            self.nats_per_byte = float(np.mean([payer.ledger.nats_per_byte for payer in payers]))
+        return payers
+
+    def _cheapest(
+        self, costs: np.ndarray, saved: np.ndarray, payers: Sequence[_Payer]
+    ) -> np.ndarray:
+        """For every expert the alternative of least cost that the ledgers can pay, int64 `[n]`, from
+        `costs` `[payers, n, full + 1]` in nats and `saved` `[n, full + 1]` in bytes.
+
+        A payer's nats count by what a byte is worth to it, so that one of a small budget is not
+        outvoted.
+        """
+        rates = np.array([payer.ledger.nats_per_byte for payer in payers])
+        weighted = (costs * (self.nats_per_byte / rates)[:, None, None]).sum(0)
+        picked = (weighted - self.nats_per_byte * saved).argmin(1)
+        rows, reading = np.arange(len(picked)), saved.shape[1] - 1
+        wanted = costs[:, rows, picked].sum(1)
+        for index, payer in enumerate(payers):
+            limit = max(payer.ledger.balance, 0)
+            cost = costs[index, rows, picked]
+            if cost.sum() <= limit:
+                continue
+            gain = saved[rows, picked]
+            dearest_first = np.argsort(-cost / np.maximum(gain, 1), kind="stable")
+            for row in dearest_first:
+                picked[row], cost[row] = reading, 0.0
+                if cost.sum() <= limit:
+                    break
+        paid = costs[:, rows, picked].sum(1)
+        for payer, nats, asked in zip(payers, paid.tolist(), wanted.tolist(), strict=True):
+            payer.ledger.spend(nats, asked)
+        return picked
+
+
+@dataclass(frozen=True, eq=False)
+class _Payer:
+    owner: int  # the span
+    ledger: LossLedger
+
+
+@dataclass(frozen=True, eq=False)
 class _Slots:
-    """The slots of experts that are not here at their full level: token, rank, expert, mixing weight, and what takes
-    the place (the number of experts: nothing), with which weight, for how many nats."""
+    """The slots of experts that are not resident at their full level: token, rank, owner, expert,
+    mixing weight, and what takes the place (the number of experts: nothing), with which weight, for
+    how many nats."""
 
     tokens: np.ndarray
     ranks: np.ndarray
+    owners: np.ndarray
     experts: np.ndarray
     weights: np.ndarray
     stand_ins: np.ndarray
@@ -111,67 +225,26 @@ class _Slots:
     nats: np.ndarray
 
 
-class Priced:
-    """`prices` of the bundle; `sizes[l][j]` bytes of the first j planes of a record of layer l, from j = 0."""
-
-    def __init__(self, prices: Prices, sizes: list[np.ndarray], budget: LossBudget):
-        self.prices, self.budget, self._sizes = prices, budget, sizes
-
-    def __call__(self, choice: Choice) -> Chosen:
-        experts, here, full = len(choice.resident), choice.here, choice.full
-        prices, sizes = self.prices.layers[choice.layer], self._sizes[choice.layer]
-        self.budget.begin(choice.layer, len(choice.ids))
-        levels = np.full(choice.ids.shape, full)
-        missing = np.zeros(experts + 1, bool)
-        missing[choice.ids] = True
-        missing &= np.append(here < full, False)
-        short = np.flatnonzero(missing)
-        if not len(short):
-            return Chosen(choice.ids, choice.weights, levels)
-        slots = _slots(choice, prices, missing)
-        nats, saved = _alternatives(slots, prices, sizes, short, here[short], full)
-        picked = np.full(experts, full)
-        picked[short] = self._pick(nats, saved)
-        ids, weights = choice.ids.copy(), choice.weights.copy()
-        gone = picked[slots.experts] == 0
-        at = slots.tokens[gone], slots.ranks[gone]
-        ids[at], weights[at] = slots.stand_ins[gone], slots.stand_in_weights[gone]
-        kept = slots.tokens[~gone], slots.ranks[~gone]
-        levels[kept] = picked[slots.experts[~gone]]
-        return Chosen(ids, weights, levels)
-
-    def _pick(self, nats: np.ndarray, saved: np.ndarray) -> np.ndarray:
-        """For every expert (row) the alternative of least cost that the account can pay."""
-        rows = np.arange(len(nats))
-        picked = (nats - self.budget.worth * saved).argmin(1)
-        cost, gain = nats[rows, picked], saved[rows, picked]
-        wanted = float(cost.sum())
-        limit = max(self.budget.balance, 0)
-        if wanted > limit:
-            for row in np.argsort(
-                -cost / np.maximum(gain, 1), kind="stable"
-            ):  # dearest for what it saves first
-                picked[row], cost[row] = nats.shape[1] - 1, 0.0
-                if cost.sum() <= limit:
-                    break
-        self.budget.spend(float(cost.sum()), wanted)
-        return picked
+def _used(ids: np.ndarray, experts: int) -> np.ndarray:
+    """bool `[E]`: those that some slot of `ids` wants."""
+    used = np.zeros(experts + 1, bool)
+    used[ids] = True
+    return used[:experts]
 
 
-def _slots(choice: Choice, prices: LayerPrices, missing: np.ndarray) -> _Slots:
-    """The slots of `missing` experts, each with the cheapest of skipping and a stand-in that is here at its full level."""
-    experts = len(choice.resident)
-    tokens, ranks = np.nonzero(missing[choice.ids])
-    e, w = choice.ids[tokens, ranks], choice.weights[tokens, ranks].astype(np.float64)
-    nats, stand_ins, weights = (
-        prices.skip(e, w),
-        np.full(len(e), experts),
-        np.zeros(len(e), np.float32),
-    )
-    able = np.flatnonzero(choice.here >= choice.full)
+def _slots(routed: Routed, available: Available, prices: LayerPrices, short: np.ndarray) -> _Slots:
+    """The slots of `short` experts (bool `[E]`), each with the cheapest of skipping and a stand-in
+    that is resident at its full level."""
+    experts = len(short)
+    tokens, ranks = np.nonzero(np.append(short, False)[routed.ids])
+    e = routed.ids[tokens, ranks]
+    w = routed.weights[tokens, ranks].astype(np.float64)
+    nats, stand_ins = prices.skip(e, w), np.full(len(e), experts)
+    weights = np.zeros(len(e), np.float32)
+    able = np.flatnonzero(available.level >= available.full)
     if len(able):
         others = np.full(experts, experts)
-        others[missing[:experts]] = prices.best_stand_in(np.flatnonzero(missing), able)
+        others[short] = prices.best_stand_in(np.flatnonzero(short), able)
         others = others[e]
         best = prices.best_weight(e, w, others)
         costs = prices.stand_in(e, w, others, best)
@@ -179,26 +252,45 @@ def _slots(choice: Choice, prices: LayerPrices, missing: np.ndarray) -> _Slots:
         nats = np.where(better, costs, nats)
         stand_ins = np.where(better, others, stand_ins)
         weights = np.where(better, best, weights).astype(np.float32)
-    return _Slots(tokens, ranks, e, w, stand_ins, weights, nats)
+    return _Slots(
+        tokens=tokens,
+        ranks=ranks,
+        owners=routed.owner[tokens],
+        experts=e,
+        weights=w,
+        stand_ins=stand_ins,
+        stand_in_weights=weights,
+        nats=nats,
+    )
 
 
-def _alternatives(
-    slots: _Slots,
-    prices: LayerPrices,
-    sizes: np.ndarray,
-    short: np.ndarray,
-    here: np.ndarray,
-    full: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Nats, and bytes saved against reading all that is missing, `[experts, 1 + levels]`: column 0 does without, column j
-    computes at level j. What cannot be, or would be silly, costs infinitely much."""
+def _nats_by_level(slots: _Slots, prices: LayerPrices, full: int) -> np.ndarray:
+    """float64 `[slots, full + 1]`: column 0 does without, column j computes at level j."""
     each = np.zeros((len(slots.experts), full + 1))
     each[:, 0] = slots.nats
     each[:, 1:-1] = np.inf  # where a bundle does not say what a level costs
     levels = np.arange(1, min(full, prices.level.shape[1] + 1))
     each[:, levels] = prices.at_level(slots.experts[:, None], slots.weights[:, None], levels)
-    nats = np.zeros((len(short), full + 1))
-    np.add.at(nats, np.searchsorted(short, slots.experts), each)
-    nats[:, 1:][np.arange(1, full + 1) < here[:, None]] = np.inf
-    read = np.maximum(sizes[1 : full + 1] - sizes[here][:, None], 0)
-    return nats, np.concatenate([read[:, -1:], read[:, -1:] - read], 1)
+    return each
+
+
+def _bytes_saved(sizes: np.ndarray, level: np.ndarray, full: int) -> np.ndarray:
+    """float64 `[experts, full + 1]`: against reading all that is missing of experts at `level`."""
+    read = np.maximum(sizes[1 : full + 1] - sizes[level][:, None], 0)
+    return np.concatenate([read[:, -1:], read[:, -1:] - read], 1)
+
+
+def _assigned(
+    routed: Routed, slots: _Slots, nats: np.ndarray, alternatives: np.ndarray, full: int
+) -> Assignment:
+    """What the `alternatives` of experts, int64 `[E]`, make of their slots."""
+    chosen = alternatives[slots.experts]
+    ids, weights = routed.ids.copy(), routed.weights.copy()
+    levels = np.full(ids.shape, full)
+    gone = chosen == 0
+    at = slots.tokens[gone], slots.ranks[gone]
+    ids[at], weights[at] = slots.stand_ins[gone], slots.stand_in_weights[gone]
+    levels[slots.tokens[~gone], slots.ranks[~gone]] = chosen[~gone]
+    cost = nats[np.arange(len(chosen)), chosen]
+    per_token = np.bincount(slots.tokens, weights=cost, minlength=routed.tokens)
+    return Assignment(ids=ids, weights=weights, levels=levels, nats=per_token)

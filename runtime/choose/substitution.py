@@ -1,64 +1,31 @@
 """What stands in for a missing expert: other ids and weights for a layer's slots, chosen among what is resident.
 
-A policy returns ids `[T, k]` and weights `[T, k]`; an id that equals the number of experts is no expert, and adds
-nothing. Whatever it leaves missing is loaded. Every one but `lossless` changes the model's output.
+Each class is a `routing.Chooser`: an id that equals the number of experts is no expert, and adds nothing; whatever is left
+missing is loaded. All of them change the model's output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
 import numpy as np
 
-from smoe.runtime.routing import gate_scores, weigh
+from smoe.artifacts.manifest import Routing
+from smoe.runtime.routing import Assignment, Available, Routed, weigh
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What a policy sees of one layer and step: ids int64 and weights float32 `[T, k]` as the router chose them, the
-    selection `scores` and `raw` weights `[T, E]` of all experts where a `rule` for them is known, and which experts
-    are `resident`, bool `[E]`; up to which of the `full` levels is in `levels` `[E]`, if they are not all there whole."""
-
-    layer: int
-    rule: Any  # Routing, and None with `scores` and `raw` where it is not known: prices need none of them
-    ids: np.ndarray
-    weights: np.ndarray
-    scores: Any
-    raw: Any
-    resident: np.ndarray
-    levels: np.ndarray | None = None
-    full: int = 1
-
-    @property
-    def here(self) -> np.ndarray:
-        """int `[E]`: the level at which each expert is here, 0 where it is not."""
-        return self.resident * self.full if self.levels is None else self.levels
-
-    @property
-    def missing(self) -> np.ndarray:
-        """bool `[T, k]`: slots whose expert is not resident."""
-        present = np.append(self.resident, True)
-        return ~present[self.ids]
-
-    def free(self, token: int, taken: np.ndarray | list[int]) -> np.ndarray:
-        """Resident experts that are not in `taken`, best gate score of `token` first; masked experts never."""
-        able = self.resident & np.isfinite(self.scores[token])
-        able[[e for e in taken if e < len(able)]] = False
-        found = np.flatnonzero(able)
-        return found[np.argsort(-self.scores[token, found], kind="stable")]
+def missing_slots(routed: Routed, available: Available) -> np.ndarray:
+    """bool `[T, k]`: slots whose expert is not resident."""
+    return ~np.append(available.resident, True)[routed.ids]
 
 
-Routed = tuple[np.ndarray, np.ndarray]
-
-
-class Chosen(NamedTuple):
-    """What runs: ids and weights `[T, k]`, and the level of every slot `[T, k]` (None: all at the full one)."""
-
-    ids: np.ndarray
-    weights: np.ndarray
-    levels: np.ndarray | None = None
+def free_experts(
+    routed: Routed, available: Available, token: int, taken: np.ndarray | list[int]
+) -> np.ndarray:
+    """Resident experts that are not in `taken`, best gate score of `token` first; masked experts never."""
+    scores = _known(routed.scores)[token]
+    able = available.resident & np.isfinite(scores)
+    able[[e for e in taken if e < len(able)]] = False
+    experts = np.flatnonzero(able)
+    return experts[np.argsort(-scores[experts], kind="stable")]
 
 
 class Smoe:
@@ -73,20 +40,20 @@ class Smoe:
     def __init__(self, alpha: float):
         self.alpha = alpha
 
-    def __call__(self, choice: Choice) -> Routed:
-        score = gate_scores(choice.rule, choice.scores)
-        tokens, k = choice.ids.shape
+    def __call__(self, routed: Routed, available: Available) -> Assignment:
+        score = _known(routed.gate_scores)
+        tokens, k = routed.ids.shape
         if k == score.shape[1]:
-            return choice.ids, choice.weights
+            return Assignment(ids=routed.ids, weights=routed.weights)
         active = np.zeros((tokens, score.shape[1] + 1), bool)
-        np.put_along_axis(active, choice.ids, True, axis=1)
+        np.put_along_axis(active, routed.ids, True, axis=1)
         active = active[:, :-1]
         limit = np.where(active, -np.inf, score).max(1, keepdims=True)  # S_{k+1}
         top = active & (score >= (1 + self.alpha) * limit)
-        here = choice.resident | top.any(0)
+        here = available.resident | top.any(0)
         may = ~active & here & (score >= (1 - self.alpha) * limit) & np.isfinite(score)
         gives = active & ~top & ~here
-        ids = choice.ids.copy()
+        ids = routed.ids.copy()
         for t in np.flatnonzero(gives.any(1) & may.any(1)):
             stand_ins = np.flatnonzero(may[t])
             stand_ins = stand_ins[np.argsort(-score[t, stand_ins], kind="stable")]
@@ -95,7 +62,7 @@ class Smoe:
             # The n that give way are those of lowest score; which stand-in takes whose place does not matter.
             for gone, new in zip(missing, stand_ins, strict=False):
                 ids[t, ids[t] == gone] = new
-        return _weighed(choice, ids)
+        return _weighed(routed, ids)
 
 
 class CachePrior:
@@ -107,22 +74,22 @@ class CachePrior:
         self.strength, self.always = strength, always
         self._range: dict[int, tuple[float, int]] = {}  # by layer: sum, tokens
 
-    def __call__(self, choice: Choice) -> Routed:
-        z = choice.scores.astype(np.float64)
-        if choice.rule.normaliser != "softmax":
+    def __call__(self, routed: Routed, available: Available) -> Assignment:
+        z = _known(routed.scores).astype(np.float64)
+        if _rule(routed).normaliser != "softmax":
             z = np.where(z > 0, np.log(np.maximum(z, 1e-30)), -np.inf)
         finite = np.isfinite(z)
         spread = np.where(finite, z, -np.inf).max(1) - np.where(finite, z, np.inf).min(1)
-        total, count = self._range.get(choice.layer, (0.0, 0))
+        total, count = self._range.get(routed.layer, (0.0, 0))
         total, count = total + float(spread.sum()), count + len(spread)
-        self._range[choice.layer] = total, count
-        boosted = z + self.strength * total / count * choice.resident
-        top = np.argsort(-z, axis=1, kind="stable")[:, : min(self.always, choice.ids.shape[1])]
+        self._range[routed.layer] = total, count
+        boosted = z + self.strength * total / count * available.resident
+        top = np.argsort(-z, axis=1, kind="stable")[:, : min(self.always, routed.ids.shape[1])]
         np.put_along_axis(boosted, top, np.inf, axis=1)
-        ids = np.argsort(-boosted, axis=1, kind="stable")[:, : choice.ids.shape[1]]
+        ids = np.argsort(-boosted, axis=1, kind="stable")[:, : routed.ids.shape[1]]
         # Ranks stay where the experts stayed, and rows where nothing changed stay as they are, to the bit.
-        ids = np.array([_in_place(old, new) for old, new in zip(choice.ids, ids, strict=True)])
-        return _weighed(choice, ids)
+        ids = np.array([_in_place(old, new) for old, new in zip(routed.ids, ids, strict=True)])
+        return _weighed(routed, ids)
 
 
 class Buddy:
@@ -151,22 +118,22 @@ class Buddy:
         )
         self._buddies = [_buddies(counts, mass) for counts in coactivation]
 
-    def __call__(self, choice: Choice) -> Routed:
-        ids, missing = choice.ids.copy(), choice.missing
+    def __call__(self, routed: Routed, available: Available) -> Assignment:
+        ids, missing = routed.ids.copy(), missing_slots(routed, available)
         k = ids.shape[1]
-        score = gate_scores(choice.rule, choice.scores)
+        score = _known(routed.gate_scores)
         for t in np.flatnonzero(missing.any(1)):
-            p = choice.weights[t] / max(float(choice.weights[t].sum()), 1e-30)
+            p = routed.weights[t] / max(float(routed.weights[t].sum()), 1e-30)
             equal = -(p * np.log(np.maximum(p, 1e-30))).sum() / np.log(max(k, 2))
             if equal <= self.entropy or missing[t].mean() >= self.most_missing:
                 continue
             for rank in np.flatnonzero(missing[t])[: self.per_token]:
-                who, q = self._buddies[choice.layer][ids[t, rank]]
-                able = choice.resident[who] & ~np.isin(who, ids[t])
+                who, q = self._buddies[routed.layer][ids[t, rank]]
+                able = available.resident[who] & ~np.isin(who, ids[t])
                 if able.any():
                     fit = q * (1 + self.eta * np.maximum(score[t, who], 0)) * able
                     ids[t, rank] = who[fit.argmax()]
-        return ids, choice.weights
+        return Assignment(ids=ids, weights=routed.weights)
 
 
 def _buddies(counts: np.ndarray, mass: float) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -180,7 +147,7 @@ def _buddies(counts: np.ndarray, mass: float) -> list[tuple[np.ndarray, np.ndarr
     return out
 
 
-class Below:
+class ThresholdControls:
     """The controls: only slots whose mixing weight is less than `below` give way, each to what `pick` says.
 
     zero: nothing takes the place. live: the resident expert of best gate score, with its own weight, the others
@@ -194,50 +161,50 @@ class Below:
         self.pick, self.below, self._errors = pick, below, errors
         self._random = np.random.default_rng(seed)
 
-    def __call__(self, choice: Choice) -> Routed:
-        ids, weights = choice.ids.copy(), choice.weights.copy()
-        gives = choice.missing & (choice.weights < self.below)
-        nothing = choice.scores.shape[1]
+    def __call__(self, routed: Routed, available: Available) -> Assignment:
+        ids, weights = routed.ids.copy(), routed.weights.copy()
+        gives = missing_slots(routed, available) & (routed.weights < self.below)
+        nothing = _known(routed.scores).shape[1]
         for t in np.flatnonzero(gives.any(1)).tolist():
             ranks = np.flatnonzero(gives[t])
             for rank in ranks[np.argsort(-weights[t, ranks], kind="stable")]:
                 if self.pick == "zero":
                     ids[t, rank], weights[t, rank] = nothing, 0
                     continue
-                free = choice.free(t, ids[t])
+                free = free_experts(routed, available, t, ids[t])
                 if not len(free):
                     continue
                 if self.pick == "random":
                     new = self._random.choice(free)
                 elif self.pick == "similar":
                     assert self._errors is not None
-                    new = free[self._errors[choice.layer][choice.ids[t, rank], free].argmin()]
+                    new = free[self._errors[routed.layer][routed.ids[t, rank], free].argmin()]
                 else:
                     new = free[0]
-                    weights[t, rank] = _own_weight(choice, t, int(new))
+                    weights[t, rank] = _own_weight(routed, t, int(new))
                 ids[t, rank] = new
-        return ids, weights
+        return Assignment(ids=ids, weights=weights)
 
 
-def _own_weight(choice: Choice, token: int, expert: int) -> np.float32:
+def _own_weight(routed: Routed, token: int, expert: int) -> np.float32:
     """What the router would have mixed `expert` with, if the others' weights stay."""
-    extended = np.append(choice.ids[token], expert)[None]
-    rule, raw = choice.rule, choice.raw[token : token + 1]
+    extended = np.append(routed.ids[token], expert)[None]
+    rule, raw = _rule(routed), _known(routed.raw)[token : token + 1]
     if rule.normaliser == "none":
         return np.float32(weigh(rule, raw, extended)[0, -1])
     # The ratio of two experts' weights depends on neither's company.
-    pair = weigh(rule, raw, np.array([[choice.ids[token, 0], expert]]))[0]
-    return np.float32(choice.weights[token, 0] * pair[1] / max(float(pair[0]), 1e-30))
+    pair = weigh(rule, raw, np.array([[routed.ids[token, 0], expert]]))[0]
+    return np.float32(routed.weights[token, 0] * pair[1] / max(float(pair[0]), 1e-30))
 
 
-def _weighed(choice: Choice, ids: np.ndarray) -> Routed:
+def _weighed(routed: Routed, ids: np.ndarray) -> Assignment:
     """The router's weights for other ids; a token that keeps its ids keeps its weights to the bit."""
-    changed = (ids != choice.ids).any(1)
-    weights = choice.weights
+    changed = (ids != routed.ids).any(1)
+    weights = routed.weights
     if changed.any():
         weights = weights.copy()
-        weights[changed] = weigh(choice.rule, choice.raw[changed], ids[changed])
-    return ids, weights
+        weights[changed] = weigh(_rule(routed), _known(routed.raw)[changed], ids[changed])
+    return Assignment(ids=ids, weights=weights)
 
 
 def _in_place(old: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -248,4 +215,12 @@ def _in_place(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     return out
 
 
-Substitution = Callable[[Choice], Routed | Chosen]
+def _known(array: np.ndarray | None) -> np.ndarray:
+    """Choosers by score are made only where the router's rule is known."""
+    assert array is not None
+    return array
+
+
+def _rule(routed: Routed) -> Routing:
+    assert routed.rule is not None
+    return routed.rule

@@ -1,20 +1,22 @@
 """The engine on the golden bundle: against what `transformers` said, across budgets, and under misuse."""
 
+import dataclasses
 import json
 import os
 import shutil
-from functools import partial
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.parts import make_parts, prompted
 
 from smoe.artifacts import BundleError, open_bundle, safetensors_file
 from smoe.artifacts.validate import sha256
 from smoe.runtime import Engine, EngineError, Policies, StopWhen, kernels
-from smoe.runtime.backbone import ort_value
+from smoe.runtime.backbone import Backbone
 from smoe.runtime.budget import parse_size, plan_memory
+from smoe.runtime.routing import Assignment, Available, Dispatch, Routed, combine
+from smoe.runtime.step import Sequence, Step
 
 
 def _relative(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -102,36 +104,58 @@ def test_a_level_that_is_not_there_is_refused(goldens, level):
 def test_a_slot_without_an_expert_adds_nothing(golden):
     """An id that is the number of experts means none: the others' outputs are those of a step without it."""
     random = np.random.default_rng(0)
-    with Engine.open(golden) as engine:
-        layer = engine.manifest.layers[0]
-        x = random.standard_normal((1, 5, layer.hidden)).astype(np.float32)
-        ids = np.stack([random.permutation(layer.experts)[:3] for _ in range(5)]).astype(np.int64)
+    with make_parts(golden, experts=3) as parts:
+        layer, experts = parts.bundle.manifest.layers[0], parts.model.experts
+        x = random.standard_normal((5, layer.hidden)).astype(np.float32)
+        ids = np.stack([random.permutation(layer.experts)[:3] for _ in range(5)])
         weights = random.random((5, 3)).astype(np.float32)
 
         def run(ids, weights):
-            wires = layer.wires
-            scores = np.zeros((5, layer.experts), np.float32)
-            values = {
-                wires.hidden: x,
-                wires.ids: ids,
-                wires.weights: weights,
-                wires.scores: scores,
-                wires.raw: scores,
-            }
-            values = {
-                name: ort_value(np.ascontiguousarray(array)) for name, array in values.items()
-            }
-            return engine._mixture(0, values, engine._sequence).numpy()
+            outputs = np.zeros((5, 3, layer.hidden), np.float32)
+            available = experts.available(0)
+            dispatch = Dispatch.of(Assignment(ids=ids, weights=weights), available)
+            experts.start(0, dispatch, x, outputs).wait()
+            return combine(outputs, weights)
 
         some = ids.copy()
         some[1, 0] = some[3, 1] = some[4] = layer.experts
         kept = np.where(some == layer.experts, np.float32(0), weights)
-        assert (
-            np.array_equal(run(some, weights), run(ids, kept))
-            and not run(some, weights)[0, 4].any()
-        )
-        with pytest.raises(EngineError, match="not what layer 0 of the manifest takes"):
-            run(some + 1, weights)
+        assert np.array_equal(run(some, weights), run(ids, kept))
+        assert not run(some, weights)[4].any() and run(ids, weights)[4].any()
+
+
+def test_a_chooser_may_leave_slots_without_an_expert(golden, answer):
+    """Which is what an expert of weight 0 gives."""
+    prompt = answer["prompt"][:5].tolist()
+
+    def dropped(none: bool):
+        def choose(routed: Routed, available: Available) -> Assignment:
+            ids, weights = routed.ids.copy(), routed.weights.copy()
+            ids[:, 1] = len(available.level) if none else ids[:, 1]
+            weights[:, 1] = 0
+            return Assignment(ids=ids, weights=weights)
+
+        return choose
+
+    found = []
+    for none in (True, False):
+        with Engine.open(golden, policies=Policies(substitution=dropped(none))) as engine:
+            found.append(np.stack(list(engine.score(prompt))))
+            assert (engine.stats.substituted > 0) == none
+    with Engine.open(golden) as engine:
+        assert np.array_equal(*found)
+        assert not np.array_equal(found[0], np.stack(list(engine.score(prompt))))
+
+
+def test_experts_beyond_those_of_the_layer_are_a_sentence(golden):
+    bundle = open_bundle(golden)
+    first, *others = bundle.manifest.layers
+    fewer = dataclasses.replace(first, experts=2, routing=None)
+    manifest = dataclasses.replace(bundle.manifest, layers=(fewer, *others))
+    backbone = Backbone(bundle.path, manifest)
+    step = Step((prompted(Sequence(backbone.new_state(300)), np.arange(9)),))
+    with pytest.raises(EngineError, match="not what layer 0 of the manifest takes, or experts"):
+        backbone.route(0, backbone.begin(step))
 
 
 @pytest.mark.parametrize("experts", [3, 4, 7, 13])
@@ -170,9 +194,11 @@ def test_kernels_change_no_bit(golden, engine, answer, monkeypatch, variant):
         assert np.array_equal(other.logits(answer["prompt"]), engine.logits(answer["prompt"]))
 
 
-def test_a_budget_below_the_minimum_names_the_minimum(golden, budgets):
+def test_a_budget_below_the_minimum_names_the_minimum(golden):
+    plan = plan_memory(open_bundle(golden), None, 300)
+    least = plan.fixed - plan.prefill + 3 * plan.record  # a prompt can do with one chunk at a time
     with pytest.raises(EngineError, match=r"needs at least ([0-9.]+MiB)") as caught:
-        Engine.open(golden, memory=budgets(3) - 1)
+        Engine.open(golden, memory=least - 1)
     said = str(caught.value).split("at least ")[1].split(" ")[0]
     with Engine.open(golden, memory=said) as engine:  # the figure that it names works
         assert engine.plan.capacity >= 3
@@ -328,39 +354,6 @@ def test_other_sessions_of_the_process_are_left_alone(golden, engine):
     )  # with default options, as a host application makes them
     session = onnxruntime.InferenceSession(segment, providers=["CPUExecutionProvider"])
     assert "input_ids" in [value.name for value in session.get_inputs()]
-
-
-class _Interrupt:
-    """Raises KeyboardInterrupt at the n-th call, as Ctrl-C would; before and after, calls go through."""
-
-    def __init__(self, function, at: int):
-        self._function, self._left = function, at
-
-    def __call__(self, *arguments):
-        self._left -= 1
-        if self._left == 0:
-            raise KeyboardInterrupt
-        return self._function(*arguments)
-
-
-@pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize(
-    "where",
-    ["_experts._reader.demand", "_experts._reader.wait", "_backbone.run", "_experts._kernels"],
-)
-def test_an_interrupt_anywhere_leaves_no_trace(golden, answer, budgets, monkeypatch, where, at):
-    with Engine.open(golden, memory=budgets(4)) as engine:
-        owner, _, name = where.rpartition(".")
-        part = attrgetter(owner)(engine)
-        if name == "_kernels":
-            calls = _Interrupt(lambda kernel, *arguments: kernel(*arguments), at)
-            part._kernels = [partial(calls, kernel) for kernel in part._kernels]
-        else:
-            monkeypatch.setattr(part, name, _Interrupt(getattr(part, name), at))
-        with pytest.raises(KeyboardInterrupt):
-            list(engine.generate(answer["prompt"], max_new_tokens=24))
-        tokens = [t.id for t in engine.generate(answer["prompt"], max_new_tokens=24, reuse=True)]
-        assert tokens == answer["greedy"].tolist()
 
 
 def test_a_paused_generation_that_was_overtaken_says_so(engine, answer):

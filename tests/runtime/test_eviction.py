@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smoe.runtime import EngineError
-from smoe.runtime.cache.eviction import Belady, eviction_named
+from smoe.runtime.cache.eviction import CHUNK, Belady, eviction_named
 from smoe.runtime.cache.residency import Residency
 
 EXPERTS = [3, 5, 4]
-FIRST = [0, 3, 8]
 
 
 @st.composite
@@ -32,15 +31,67 @@ def _replayed(name: str, history, scores=None, warm=None):
     if warm is not None:
         eviction.warm(warm)
     for step, (layer, tokens) in enumerate(history):
-        eviction.begin(layer, len(tokens), None if scores is None else scores[step])
-        flat = [e for ids in tokens for e in ids]
-        for expert in dict.fromkeys(reversed(flat[::-1])):
-            eviction.use(FIRST[layer] + expert, flat.count(expert))
+        eviction.observe(layer, np.array(tokens), None if scores is None else scores[step])
     return eviction
 
 
 def _keys():
     return [(layer, expert) for layer, count in enumerate(EXPERTS) for expert in range(count)]
+
+
+@settings(deadline=None, max_examples=30)
+@given(histories())
+def test_least_recently_used_is_the_order_of_last_uses(history):
+    """Token after token, and of a token's experts rank after rank; what was never used is the first to go."""
+    uses = [
+        (layer, expert) for layer, tokens in _as_passes(history) for ids in tokens for expert in ids
+    ]
+    last = {key: i for i, key in enumerate(uses)}
+    values = _replayed("lru", history).values(np.arange(12))
+    by_value = [key for key, _ in sorted(zip(_keys(), values, strict=True), key=lambda kv: kv[1])]
+    assert [key for key in by_value if key in last] == sorted(last, key=last.__getitem__)
+    assert all(values[i] <= 0 for i, key in enumerate(_keys()) if key not in last)
+
+
+def _as_passes(history):
+    """Round after round of the layers, each token after token."""
+    for start in range(0, len(history), len(EXPERTS)):
+        yield from _token_after_token(history[start : start + len(EXPERTS)])
+
+
+def _token_after_token(steps):
+    for token in range(len(steps[0][1])):
+        for layer, tokens in steps:
+            yield layer, [tokens[token]]
+
+
+@given(st.integers(1, 20), st.integers(0, 2**32 - 1))
+def test_a_prompt_that_passes_layer_after_layer_is_as_recent_as_token_after_token(tokens, seed):
+    """Of a prompt, and of what was generated before and after it."""
+    random = np.random.default_rng(seed)
+    chosen = [
+        np.stack([random.permutation(count)[:2] for _ in range(tokens + 2)]) for count in EXPERTS
+    ]
+    spans = [slice(0, 1), slice(1, tokens + 1), slice(tokens + 1, tokens + 2)]
+    by_layer, by_token = eviction_named("lru", EXPERTS), eviction_named("lru", EXPERTS)
+    for span in spans:
+        for layer, ids in enumerate(chosen):
+            by_layer.observe(layer, ids[span], None)
+    for token in range(tokens + 2):
+        for layer, ids in enumerate(chosen):
+            by_token.observe(layer, ids[token : token + 1], None)
+    found, wanted = by_layer.values(np.arange(12)), by_token.values(np.arange(12))
+    assert np.argsort(found, kind="stable").tolist() == np.argsort(wanted, kind="stable").tolist()
+
+
+@settings(deadline=None, max_examples=30)
+@given(histories())
+def test_a_slot_without_an_expert_is_no_use(history):
+    none = [(layer, [[*ids, EXPERTS[layer]] for ids in tokens]) for layer, tokens in history]
+    for name in ("lru", "lfu", "decay:4", "next-use"):
+        found = _replayed(name, none).values(np.arange(12))
+        wanted = _replayed(name, history).values(np.arange(12))
+        assert np.array_equal(found.argsort(kind="stable"), wanted.argsort(kind="stable"))
 
 
 @given(histories())
@@ -119,15 +170,15 @@ def _misses(requests: list[int], capacity: int) -> int:
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=24), st.integers(1, 4))
 def test_belady_is_the_least_there_is(requests, capacity):
-    eviction = Belady([6], [(0, [expert]) for expert in requests])
+    eviction = Belady([6], [(0, np.array([[expert]])) for expert in requests])
     residency = Residency([6], capacity, eviction)
     misses = 0
     for expert in requests:
-        residency.begin(0, 1, None)
-        residency.use((0, expert))
+        eviction.observe(0, np.array([[expert]]), None)
+        residency.use(0, np.arange(6) == expert)
         if residency.find((0, expert)) is None:
             misses += 1
-            residency.put((0, expert), residency.reserve((0, expert)))
+            residency.commit((0, expert), residency.reserve((0, expert), 1), 1)
     assert misses == _misses(requests, capacity)
     assert all(
         _misses(requests, n) >= _misses(requests, n + 1) for n in itertools.chain(range(1, 4))
@@ -148,9 +199,20 @@ def test_evictions_that_do_not_exist(name, sentence):
 def test_a_very_long_prompt_overflows_nothing():
     policy = eviction_named("decay:1", [4, 4])
     for layer in (0, 1):
-        policy.begin(layer, 1, None)
-        policy.use(4 * layer, 1)
-    policy.begin(0, 10**9, None)
-    policy.use(1, 1)
+        policy.observe(layer, np.array([[0]]), None)
+    policy.observe(0, np.ones((100_000, 1), np.int64), None)
     values = policy.values(np.arange(8))
     assert np.isfinite(values).all() and values[1] > values[4] > values[0]
+
+
+def test_a_prompt_in_one_step_counts_as_in_chunks():
+    """What a policy keeps of a prompt does not depend on how many of its chunks share a read."""
+    random = np.random.default_rng(0)
+    ids = np.stack([random.permutation(5)[:2] for _ in range(500)])
+    scores = random.random((500, 5))
+    for name in ("lfu", "decay:4", "score", "next-use"):
+        whole, parts = eviction_named(name, [5]), eviction_named(name, [5])
+        whole.observe(0, ids, scores)
+        for start in range(0, 500, CHUNK):
+            parts.observe(0, ids[start : start + CHUNK], scores[start : start + CHUNK])
+        assert np.allclose(whole.values(np.arange(5)), parts.values(np.arange(5)), atol=1e-9)

@@ -1,0 +1,301 @@
+"""The one owner of an expert's life: absent → reserved → reading → resident at a level → fewer planes → absent.
+
+`ExpertCache.bring` is the page to read: the loop that the engine and the simulator share. What stays is `residency`'s and
+`eviction`'s word, when something is read `reader`'s, how `storage`'s.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from smoe.runtime.cache.frames import Frames
+from smoe.runtime.cache.reader import Load, Reader, State
+from smoe.runtime.cache.residency import FREE, PINNED, SHIELDED, Key, Residency
+from smoe.runtime.errors import EngineError
+from smoe.runtime.stats import Stats
+
+READERS = 2  # threads that read (python -m bench reads)
+GUESSES = 2  # waiting or on their way at once
+STREAMS = 4  # demands on their way at once, where a step reads more than a token uses
+
+# Reads the planes of a record after the first `since`, up to `level`, into a frame: the bytes, or an exception.
+Read = Callable[[int, int, np.ndarray, int, int], int]
+
+
+class ExpertCache:
+    """Experts in the frames of one memory.
+
+    `residency` says who is there, `frames` hold the bytes (None: there are none, in a simulation), `read` fetches them on
+    `threads` threads (0: at once). `uses` is how many experts of a layer one token uses at most. Without `streams` a
+    step's experts are shielded however many they are, as replays of others do. Counts go to `stats`. `make_reader` is for
+    who wants to say in which order things happen.
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        frames: Frames | None,
+        read: Read,
+        uses: int,
+        stats: Stats,
+        threads: int = READERS,
+        streams: bool = True,
+        make_reader: type[Reader] = Reader,
+    ):
+        self._residency, self._frames, self._read_planes, self.stats = (
+            residency,
+            frames,
+            read,
+            stats,
+        )
+        self._reader = make_reader(self._begin, self._read, self._end, threads)
+        self._at_once = max(STREAMS, uses) if streams else 1 << 62
+        self._pins = np.zeros(residency.eviction.first[-1], np.int8)
+        self._active: object = None  # whose pins these are
+
+    @property
+    def rows(self) -> np.ndarray:
+        """uint8 `[frames, bytes]`, for kernels."""
+        assert self._frames is not None
+        return self._frames.rows
+
+    def frames_of(self, layer: int, experts: np.ndarray) -> np.ndarray:
+        """int64: where these resident experts lie in `rows`."""
+        return self._residency.frames(layer, experts)
+
+    def levels(self, layer: int) -> np.ndarray:
+        """int64 `[E]`: the level at which each expert is resident, 0 where it is not."""
+        with self._reader.lock:
+            return self._residency.levels(layer)
+
+    def room(self, layer: int) -> int:
+        """How many whole records of a layer there may be, if there are no others."""
+        return self._residency.room(layer)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether `observe` wants scores."""
+        return self._residency.eviction.needs_scores
+
+    def close(self) -> None:
+        """End what has begun, forget the rest; whoever waits gets an `EngineError`."""
+        self._reader.close()
+
+    # -- what a step says ------------------------------------------------------------------------
+
+    def observe(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
+        """The router of `layer` chose `ids` int64 `[T, k]` (E: no expert), by `scores` `[T, E]` where they are known: what
+        eviction and the statistics go by, before any substitution."""
+        with self._reader.lock:
+            levels = self._residency.levels(layer)
+            used = np.zeros(len(levels) + 1, bool)
+            used[ids] = True
+            wanted = used[:-1]
+            self.stats.wanted += int(np.count_nonzero(wanted))
+            self.stats.wanted_hits += int(np.count_nonzero(levels[wanted]))
+            self._residency.eviction.observe(layer, ids, scores)
+            self.stats.guesses_used += self._residency.use(layer, wanted)
+
+    def expect(self, guesses: Iterable[Key]) -> None:
+        """Read the likeliest of `guesses` (likeliest first) once nobody waits for a read. Guesses of before whose read has
+        not begun are forgotten. Nothing is evicted before a read begins, and nobody waits for one."""
+        experts = self._residency.eviction.experts
+        wanted = [key for key in dict.fromkeys(guesses) if key[1] < experts[key[0]]]
+        with self._reader.lock:
+            guesses = [load for load in self._reader.loads() if load.guess]
+            self._reader.withdraw([load for load in guesses if load.key not in wanted])
+            loads = {load.key: load for load in self._reader.loads()}
+            room = GUESSES - sum(load.guess for load in loads.values())
+            new = [key for key in wanted if key not in loads and key not in self._residency]
+            for key in new[: max(0, room)]:
+                level = self._residency.full_level(key[0])
+                self._reader.put(Load(key=key, level=level, guess=True))
+
+    # -- what a step needs -----------------------------------------------------------------------
+
+    def bring(
+        self, layer: int, experts: np.ndarray, levels: np.ndarray, tokens: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        """Indices int64 of distinct `experts` that are resident at their `levels`, some at a time until each was given
+        once; what is missing is read meanwhile, most `tokens` first. Whoever iterates computes what it was given before
+        it asks for more, and closes the iterator. An empty array, once, says that nothing is left but to wait.
+
+        What the step still needs is not evicted once it is whole, and what it has used, or has in fewer planes than it
+        needs, only if nothing else can go (SMoE's shield). Where more is missing than may be on its way at once, as for a
+        prompt, experts stream: what was used may go at once, so that a few frames serve them all. A failed read is an
+        `EngineError`.
+        """
+        remaining = np.ones(len(experts), bool)
+        loads: dict[int, Load] = {}
+        run, first, idle = object(), True, False
+        try:
+            while remaining.any():
+                with self._reader.lock:
+                    ready = remaining & (self._residency.levels_of(layer, experts) >= levels)
+                    missing = np.flatnonzero(remaining & ~ready)
+                    if first:
+                        self.stats.hits += len(experts) - len(missing)
+                        self.stats.misses += len(missing)
+                        used = FREE if len(missing) > self._at_once else SHIELDED
+                        first = False
+                    pins = np.where(ready, PINNED, np.where(remaining, SHIELDED, used))
+                    self._pin(run, layer, experts, pins)
+                    self._demand(layer, experts, levels, tokens, missing, loads)
+                given = np.flatnonzero(ready)
+                if len(given):
+                    yield given
+                    remaining[given] = False
+                elif idle or not loads:
+                    self._wait(layer, loads)
+                else:
+                    idle = True
+                    yield missing[:0]
+        finally:
+            with self._reader.lock:
+                self._reader.withdraw(loads.values())
+                if self._active is run:
+                    self._pins[:] = FREE
+        with self._reader.lock:
+            self._residency.end(layer)
+
+    def warm(self, counts: Sequence[np.ndarray], capacity: int, level: int) -> None:
+        """Before the first step: read the `capacity` experts that calibration used most, by `counts` `[E]` of every layer
+        (none: nothing is known, and nothing is read), each layer's within its share."""
+        if not counts:
+            return
+        share = np.concatenate([layer / max(1, layer.sum()) for layer in counts])
+        self._residency.eviction.warm(share)
+        layers = self._residency.eviction.layer_of
+        room = [self._residency.room(layer) for layer in range(len(counts))]
+        keys: list[Key] = []
+        for flat in np.argsort(-share, kind="stable").tolist():
+            layer = int(layers[flat])
+            if room[layer] and len(keys) < capacity:
+                room[layer] -= 1
+                keys.append((layer, flat - int(self._residency.eviction.first[layer])))
+        self.fill(sorted(keys), level)  # in the order of the files
+
+    def fill(self, keys: Iterable[Key], level: int) -> None:
+        """Read these records, in order; a failed read is raised."""
+        left = iter(keys)
+        loads: list[Load] = []
+        while True:
+            for key in itertools.islice(left, self._at_once - len(loads)):
+                loads.append(Load(key=key, level=level))
+                self._reader.put(loads[-1])
+            if not loads:
+                return
+            if not self._reader.wait(loads):
+                self._reader.withdraw(loads)
+            _raise_first([load for load in loads if not _on_its_way(load)])
+            loads = [load for load in loads if _on_its_way(load)]
+
+    def _demand(
+        self,
+        layer: int,
+        experts: np.ndarray,
+        levels: np.ndarray,
+        tokens: np.ndarray,
+        missing: np.ndarray,
+        loads: dict[int, Load],
+    ) -> None:
+        """Ask for as many of `missing` as may be on their way at once."""
+        if loads:
+            done = [i for i, load in loads.items() if not _on_its_way(load)]
+            _raise_first([loads.pop(i) for i in done])
+        if len(loads) == min(len(missing), self._at_once):
+            return
+        begun = {load.key: load for load in self._reader.loads()}
+        for i in missing.tolist():
+            if len(loads) >= self._at_once:
+                return
+            if i in loads:
+                continue
+            key = (layer, int(experts[i]))
+            # Another run's may be of fewer planes: then it is asked for again.
+            loads[i] = load = begun.get(key) or Load(
+                key=key, level=int(levels[i]), tokens=int(tokens[i])
+            )
+            if key not in begun:
+                self._reader.put(load)
+            elif load.guess:
+                self.stats.guesses_used += 1
+                self._reader.demand(load, int(tokens[i]))
+
+    def _wait(self, layer: int, loads: dict[int, Load]) -> None:
+        started = time.perf_counter()
+        arrived = bool(loads) and self._reader.wait(loads.values())
+        self.stats.stall_seconds += time.perf_counter() - started
+        if not arrived:
+            raise EngineError(
+                f"There is no room for {len(loads)} experts of layer {layer}; state more memory, or leave out shares."
+            )
+
+    def _pin(self, run: object, layer: int, experts: np.ndarray, pins: np.ndarray) -> None:
+        """Another run, paused meanwhile, loses its own: what of it was evicted is read again."""
+        if self._active is not run:
+            self._pins[:] = FREE
+            self._active = run
+        self._pins[self._residency.eviction.first[layer] + experts] = pins
+        if self._reader.refused:
+            self._reader.retry()
+
+    # -- in the reader's threads, the first and the last under its lock ---------------------------
+
+    def _begin(self, load: Load) -> bool:
+        """Claim a frame; what has to go for it goes now."""
+        load.since = self._residency.level(load.key)
+        if load.since >= load.level:  # it came on another load
+            load.since = load.level
+            return True
+        frame = self._residency.reserve(load.key, load.level, self._pins)
+        self._trim()
+        if frame is None:
+            return False
+        load.frame = frame
+        return True
+
+    def _read(self, load: Load) -> int:
+        if load.since >= load.level:
+            return 0
+        into = self._frames.rows[load.frame] if self._frames is not None else np.empty(0, np.uint8)
+        return self._read_planes(*load.key, into, load.since, load.level)
+
+    def _end(self, load: Load) -> None:
+        if load.frame < 0:
+            return
+        if load.error is None:
+            self._residency.commit(load.key, load.frame, load.level, load.guess)
+            flat = self._residency.flat(load.key)
+            if self._pins[flat] == SHIELDED:  # the step waits for it: it stays until it was given
+                self._pins[flat] = PINNED
+            self.stats.bytes_read += load.nbytes
+            self.stats.loads += 1
+            self.stats.guesses_read += load.guess
+        else:
+            self._residency.abort(load.key, load.frame)
+            self._trim()
+
+    def _trim(self) -> None:
+        if self._frames is not None:
+            self._frames.trim(self._residency.frame_bytes)
+
+
+def _on_its_way(load: Load) -> bool:
+    return load.state in (State.WAITING, State.READING)
+
+
+def _raise_first(loads: Sequence[Load]) -> None:
+    """The first error of `loads`, as a sentence."""
+    for load in loads:
+        if isinstance(load.error, EngineError):
+            raise load.error
+        if load.error is not None:
+            layer, expert = load.key
+            raise EngineError(
+                f"Reading expert {expert} of layer {layer} failed: {load.error!r}."
+            ) from load.error

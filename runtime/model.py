@@ -1,0 +1,174 @@
+"""One step through the model: the page to read first.
+
+`Model.run` names what happens to a step's tokens in every layer and does nothing else. Everything it calls is a seam:
+`backbone` (attention, routers, state), `choose` (what runs for which slot), `experts` (who computes it), `predict` (what
+will be wanted next).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from smoe.runtime.backbone import Backbone, Flow
+from smoe.runtime.cache.predict import Predictor
+from smoe.runtime.experts import Experts
+from smoe.runtime.routing import (
+    Assignment,
+    Available,
+    Chooser,
+    Dispatch,
+    Routed,
+    assign,
+    combine,
+)
+from smoe.runtime.stats import Stats
+from smoe.runtime.step import Phase, Sequence, Span, Step
+
+# A step on its way: it pauses where another step may run, and ends with each span's logits.
+Run = Generator[None, None, list[np.ndarray]]
+
+
+@dataclass(eq=False)
+class Model:
+    """`choose` decides for tokens that are decoded; a prompt takes what its router says."""
+
+    backbone: Backbone
+    experts: Experts
+    choose: Chooser
+    predict: Predictor
+    stats: Stats
+    layers: int
+
+    def step(self, step: Step) -> list[np.ndarray]:
+        """Consume the tokens of `step`; each span's logits, float32 `[n, vocabulary]` for the n positions it keeps.
+
+        Spans are no longer than `Prefill` makes them. A step that fails leaves its sequences as they were.
+        """
+        return finished(self.run(step))
+
+    def run(self, step: Step) -> Run:
+        """The same in parts: between two of them other steps may run, of other sequences. Closed before its end, it leaves
+        its sequences as they were."""
+        flow = self.backbone.begin(step)
+        for layer in range(self.layers):
+            routed = self.backbone.route(layer, flow)
+            available = self.experts.available(layer)
+            assignment = self._assign(routed, available)
+            dispatch = Dispatch.of(assignment, available)
+            self.experts.observe(routed)
+            outputs = np.zeros((*assignment.ids.shape, routed.hidden.shape[1]), np.float32)
+            pending = self.experts.start(layer, dispatch, routed.hidden, outputs)
+            self._expect(routed)
+            idle = partial(self._look_ahead, layer, flow, outputs, assignment)
+            yield from pending.parts(idle)
+            self.backbone.mix(layer, flow, combine(outputs, assignment.weights))
+        return self.backbone.finish(flow)
+
+    def _assign(self, routed: Routed, available: Available) -> Assignment:
+        """What runs, counted."""
+        assignment = assign(self.choose, routed, available)
+        self.stats.slots += routed.ids.size
+        if assignment.ids is not routed.ids:
+            self.stats.substituted += int((assignment.ids != routed.ids).sum())
+        if assignment.nats is not None:
+            self.stats.nats_spent += float(assignment.nats.sum())
+        return assignment
+
+    def _expect(self, routed: Routed) -> None:
+        """Guesses go by what is decoded: a prompt needs most experts of every layer."""
+        rows = np.flatnonzero(routed.step.decoding)
+        if len(rows):
+            part = routed if len(rows) == routed.tokens else routed.take(rows)
+            self.experts.expect(self.predict(part))
+
+    def _look_ahead(
+        self, layer: int, flow: Flow, outputs: np.ndarray, assignment: Assignment
+    ) -> None:
+        """While nothing is left but to wait: what the next layer would say of what is computed so far (SMoE, III-E)."""
+        wanted = self.predict.looks_ahead and layer + 1 < self.layers
+        if not wanted or not flow.step.decoding.all():
+            return
+        started = time.perf_counter()
+        routed = self.backbone.peek(layer + 1, flow, combine(outputs, assignment.weights))
+        self.experts.expect(self.predict.foresee(routed))
+        self.stats.foresight_seconds += time.perf_counter() - started
+
+
+def finished(run: Run) -> list[np.ndarray]:
+    """What `run` ends with."""
+    try:
+        while True:
+            next(run)
+    except StopIteration as end:
+        return end.value
+
+
+class Prefill:
+    """A prompt on its way, layer after layer: an expert is read once for all chunks that share the read.
+
+    `group` tokens (a whole number of the backbone's chunks) go through the model together; how many follows from the
+    memory, and changes no bit. `advance` does a part and may be followed by steps of other sequences; `discard` leaves the
+    sequence as it was before. `logits` float32 `[n, vocabulary]` are those of the last `keep` positions, once `done`.
+    """
+
+    def __init__(
+        self, model: Model, sequence: Sequence, ids: np.ndarray, group: int, keep: int = 1,
+        phase: Phase = Phase.PREFILL,
+    ):  # fmt: skip
+        self._model, self._sequence, self._phase = model, sequence, phase
+        self._before = sequence.length, sequence.state.snapshot()
+        self._groups = [ids[start : start + group] for start in range(0, len(ids), group)]
+        self._first_kept = len(ids) - keep
+        self._run: Run | None = None
+        self._logits: list[np.ndarray] = []
+        self._consumed = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether the sequence holds the prompt."""
+        return self._run is None and not self._groups
+
+    @property
+    def logits(self) -> np.ndarray:
+        """Of the positions kept so far."""
+        return np.concatenate(self._logits)
+
+    def finish(self) -> np.ndarray:
+        """All that is left; the logits."""
+        while not self.done:
+            self.advance()
+        return self.logits
+
+    def advance(self) -> None:
+        """Some experts of one layer, for one group. After a failure the sequence is as it was before the prompt."""
+        try:
+            if self._run is None:
+                self._run = self._model.run(Step((self._span(self._groups.pop(0)),)))
+            next(self._run)
+        except StopIteration as end:
+            self._run = None
+            self._logits.append(end.value[0])
+        except BaseException:  # an interrupt too
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Throw it away."""
+        if self._run is not None:
+            self._run.close()
+        self._run, self._groups = None, []
+        length, state = self._before
+        del self._sequence.ids[length:]
+        self._sequence.state.restore(state)
+
+    def _span(self, ids: np.ndarray) -> Span:
+        first = max(0, self._first_kept - self._consumed)
+        self._consumed += len(ids)
+        return Span(
+            sequence=self._sequence, ids=ids, keep=np.arange(first, len(ids)), phase=self._phase
+        )

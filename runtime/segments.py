@@ -1,0 +1,170 @@
+"""The executor of the backbone's segments: one ONNX Runtime session each, their weights, and what they remember.
+
+Weights are read once into memory that this process owns and are shared by all segments: a file that shrinks under a
+running engine can then not kill it, and the bytes are counted exactly. State that grows in place is one buffer of the
+context's length, bound as input and output of its segment, so that a step appends without copying.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from smoe.artifacts.errors import first_line
+from smoe.artifacts.manifest import Manifest, State
+from smoe.artifacts.safetensors_file import DTYPES
+from smoe.runtime.errors import EngineError
+
+Values = dict[str, ort.OrtValue]
+
+# ONNX Runtime's exceptions have no base of their own.
+ORT_ERRORS = (
+    ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.InvalidProtobuf,
+    ort_errors.NoModel, ort_errors.NoSuchFile, ort_errors.NotImplemented, ort_errors.RuntimeException,
+    RuntimeError, ValueError,
+)  # fmt: skip
+
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+LARGE = 8 << 20  # bytes of a weight from which on a second thread pays (bench/threads.py)
+
+_arena_made = False
+
+
+def _share_arena() -> None:
+    """One arena for all segments of the process: with one each, every session keeps its own peak."""
+    global _arena_made
+    if not _arena_made:
+        info = ort.OrtMemoryInfo(
+            "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+        )
+        # Strategy 0 grows in powers of two: requests that grow with the context then find what was freed before.
+        ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 0}))
+        _arena_made = True
+
+
+def session_options(threads: int, prepack: bool = False) -> ort.SessionOptions:
+    """How every segment runs. The choices and their figures are in docs/log.md (2026-11-21)."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # Idle workers that spin take the cores from the segment that runs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    # A second copy of every weight, which MatMulNBits needs to be fast, and float products hardly gain from.
+    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
+    options.log_severity_level = 4  # what fails is raised
+    return options
+
+
+def ort_value(array: np.ndarray) -> ort.OrtValue:
+    """An OrtValue over `array`'s own memory; the caller keeps the array alive."""
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+class SegmentState:
+    """What the segments remember of one sequence (`step.SequenceState`): ONNX Runtime's values by the name of the input
+    that receives them.
+
+    State that grows in place lies in one buffer of `context` tokens, and what is behind a sequence's length is overwritten
+    before it is read. Other state is replaced, never written to, so that an older one is kept by keeping its values.
+    """
+
+    def __init__(self, specs: tuple[State, ...], context: int):
+        self._specs, self._context = specs, context
+        self.values: Values = {}
+        self._clear()
+
+    def rewind(self, length: int) -> int:
+        """All or nothing, unless all of it grows in place."""
+        if all(spec.in_place for spec in self._specs):
+            return length
+        self._clear()
+        return 0
+
+    def fork(self) -> SegmentState:
+        """Buffers are copied; what is replaced is shared."""
+        copy = SegmentState(self._specs, self._context)
+        for spec in self._specs:
+            if spec.in_place:
+                copy.values[spec.input].numpy()[...] = self.values[spec.input].numpy()
+            else:
+                copy.values[spec.input] = self.values[spec.input]
+        return copy
+
+    def snapshot(self) -> Values:
+        """The values themselves: those that are replaced are never written to, the others only behind the length."""
+        return dict(self.values)
+
+    def restore(self, snapshot: object) -> None:
+        assert isinstance(snapshot, dict)
+        self.values = snapshot
+
+    def _clear(self) -> None:
+        for spec in self._specs:
+            if spec.in_place and spec.input in self.values:
+                continue
+            shape = list(spec.shape)
+            if spec.growing >= 0:
+                shape[spec.growing] = self._context if spec.in_place else 0
+            self.values[spec.input] = ort_value(np.zeros(shape, DTYPES[spec.dtype]))
+
+
+def segment_threads(manifest: Manifest, threads: int | None) -> list[int]:
+    """How many threads run each segment: `threads`, or as many as pay by the size of its largest weight."""
+    nbytes = {w.name: w.nbytes for w in manifest.backbone.initializers}
+    segments = manifest.backbone.segments
+    largest = [max((nbytes[name] for name in s.weights), default=0) for s in segments]
+    return [threads or (2 if size >= LARGE else 1) for size in largest]
+
+
+def open_sessions(
+    path: Path, manifest: Manifest, threads: list[int]
+) -> tuple[list[ort.InferenceSession], Values]:
+    """A session for every segment of the bundle at `path`, and the weights in their memory, which must live as long. An
+    `EngineError` if one does not load."""
+    _share_arena()
+    weights = _read_weights(path, manifest)
+    # Weights come from memory alone. ONNX Runtime would map whatever file an untrusted graph names,
+    # and a mapped file that shrinks kills the process: so it is shown a folder where the weight file
+    # is empty.
+    with tempfile.TemporaryDirectory() as empty:
+        (Path(empty) / Path(manifest.backbone.weights).name).touch()
+        sessions = [
+            _session(path, manifest, index, count, weights, empty)
+            for index, count in enumerate(threads)
+        ]
+    return sessions, weights
+
+
+def _session(
+    path: Path, manifest: Manifest, index: int, threads: int, weights: Values, external: str
+) -> ort.InferenceSession:
+    segment = manifest.backbone.segments[index]
+    options = session_options(threads, prepack=manifest.backbone.precision != "f32")
+    options.add_session_config_entry(EXTERNAL_FOLDER, external)
+    for name in segment.weights:  # shared; external initializers would be copied
+        options.add_initializer(name, weights[name])
+    file = path / segment.file
+    try:
+        return ort.InferenceSession(
+            file.read_bytes(), options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
+    except (*ORT_ERRORS, OSError) as error:
+        raise EngineError(
+            f"{file} does not load in ONNX Runtime {ort.__version__}: {first_line(error)}"
+        ) from error
+
+
+def _read_weights(path: Path, manifest: Manifest) -> Values:
+    file = path / manifest.backbone.weights
+    data = np.fromfile(file, np.uint8)  # no longer than its last weight: the door has checked
+    weights = {}
+    for w in manifest.backbone.initializers:
+        piece = data[w.offset : w.offset + w.nbytes]
+        if piece.size != w.nbytes:
+            raise EngineError(f"{file} became shorter while it was read; copy the bundle again.")
+        weights[w.name] = ort_value(piece.view(DTYPES[w.dtype]).reshape(w.shape))
+    return weights

@@ -1,0 +1,117 @@
+"""Who advances by which tokens: phase and owner are data, never inferred from a shape.
+
+A step is a set of spans, each a run of new tokens of one sequence. Nothing here knows an executor: what the segments
+remember of a sequence is theirs (`SequenceState`).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from smoe.runtime.choose.priced import LossLedger
+
+
+class Phase(enum.Enum):
+    """What a span's tokens are: a prompt, the next token of a generation, or given tokens whose logits are wanted.
+
+    A prompt takes no shortcuts and spends no nats; the other two are decoding.
+    """
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    VERIFY = "verify"
+
+
+class SequenceState(Protocol):
+    """What the segments remember of one sequence: the executor's own arrays."""
+
+    def rewind(self, length: int) -> int:
+        """Forget all but the first `length` tokens; how many are left (0 where state cannot be shortened)."""
+        ...
+
+    def fork(self) -> SequenceState:
+        """A copy that goes its own way."""
+        ...
+
+    def snapshot(self) -> object:
+        """What `restore` needs to undo the steps from now on, as long as nothing was rewound."""
+        ...
+
+    def restore(self, snapshot: object) -> None:
+        """Back to where `snapshot` was taken."""
+        ...
+
+
+class Sequence:
+    """One request's past: the token `ids` it consumed, the `state` that the segments left, and its own loss `ledger`
+    (None: lossless)."""
+
+    def __init__(self, state: SequenceState, ledger: LossLedger | None = None):
+        self.ids: list[int] = []
+        self.state = state
+        self.ledger = ledger
+
+    @property
+    def length(self) -> int:
+        """Tokens consumed."""
+        return len(self.ids)
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens. State that cannot be shortened is rebuilt from nothing, so look at
+        `length` afterwards."""
+        if length < self.length:
+            del self.ids[self.state.rewind(length) :]
+
+    def fork(self) -> Sequence:
+        """A sequence with the same past that goes its own way, with the ledger as it is now."""
+        copy = Sequence(self.state.fork(), None if self.ledger is None else self.ledger.fork())
+        copy.ids = list(self.ids)
+        return copy
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """A run of new tokens of one sequence: `ids` int64 `[t]`, and `keep` int64 `[n]`, positions among them whose logits
+    are wanted."""
+
+    sequence: Sequence
+    ids: np.ndarray
+    keep: np.ndarray
+    phase: Phase
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Tokens that advance together, span after span: T in all."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return sum(len(span.ids) for span in self.spans)
+
+    @cached_property
+    def owner(self) -> np.ndarray:
+        """int64 `[T]`: the span of every token."""
+        return np.repeat(np.arange(len(self.spans)), [len(span.ids) for span in self.spans])
+
+    @cached_property
+    def decoding(self) -> np.ndarray:
+        """bool `[T]`: the tokens that are no prompt."""
+        return np.repeat(
+            [span.phase is not Phase.PREFILL for span in self.spans],
+            [len(span.ids) for span in self.spans],
+        )
+
+    @cached_property
+    def ledgers(self) -> SequenceOf[LossLedger | None]:
+        """Of every span, its sequence's."""
+        return [span.sequence.ledger for span in self.spans]
