@@ -139,16 +139,31 @@ def study_of(path: Path) -> Path:
 
 def save_tables(path: Path, layers: list[dict[str, np.ndarray]], metadata: dict[str, str]) -> None:
     """Write one dict of tables per MoE layer, names as in `TABLES`: at `path` what a device reads,
-    at `study_of(path)` the others."""
-    study_of(path).parent.mkdir(exist_ok=True)
-    for file, study in ((study_of(path), True), (path, False)):
+    at `study_of(path)` the others. Where `path` has all of them, as before version 4, it keeps
+    them."""
+    files = {path: TABLES} if _has_study(path) else _files(path)
+    for file, names in files.items():
+        file.parent.mkdir(exist_ok=True)
         arrays = {
             key(i, name): array
             for i, tables in enumerate(layers)
             for name, array in tables.items()
-            if TABLES[name].study == study
+            if name in names
         }
         safetensors_file.save(file, arrays, metadata)
+
+
+def _files(path: Path) -> dict[Path, Collection[str]]:
+    """Which tables lie where; the device's last, which a reader looks for first."""
+    return {study_of(path): names_in(True), path: names_in(False)}
+
+
+def _has_study(path: Path) -> bool:
+    """Whether the tables at `path` are those of a device and of a study in one."""
+    if not path.is_file():
+        return False
+    entries = safetensors_file.read_header(path).entries
+    return any(key(0, name) in entries for name in names_in(True))
 
 
 class Tables:
@@ -203,8 +218,9 @@ def load_tables(
     """Those tables of `names` that layers of so many `experts` have, checked; no others are read.
     They are at `path`, and where there is a study beside it, there; without one, all of them may be
     at `path`, as version 3 has them."""
-    study = study_of(path)
-    files = {path: names_in(False), study: names_in(True)} if study.is_file() else {path: TABLES}
+    files: dict[Path, Collection[str]] = {path: TABLES}
+    if not _has_study(path):
+        files = {file: names for file, names in _files(path).items() if file.is_file()}
     return Tables(files, experts).layers(*names)
 
 
