@@ -1,6 +1,7 @@
 """Native kernels against their NumPy twin, bit for bit, on every instruction set there is; and the
 twin against float64."""
 
+import os
 import subprocess
 import sys
 
@@ -362,6 +363,7 @@ assert not layer(records, work, x).any()
 
 
 @pytest.mark.skipif(not NATIVE or sys.platform != "linux", reason="native kernels on Linux")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="ASan needs the memory")
 def test_a_thread_that_the_system_does_not_give_is_a_sentence():
     done = subprocess.run([sys.executable, "-c", WITHOUT_THREADS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
