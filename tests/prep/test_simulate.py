@@ -1,4 +1,5 @@
-"""Replays against published answers, against a plain program, and against the best there can be; broken traces."""
+"""Replays against published answers, against a plain program, and against the best there can be;
+broken traces."""
 
 import csv
 import dataclasses
@@ -75,7 +76,7 @@ def test_the_default_beats_lru_lfu_and_layer_lfu_on_both_traces(published, qwen)
         assert best.peak <= budget and all(best.hit_rate > other.hit_rate for other in others)
 
 
-# -- traces made here ------------------------------------------------------------------------------------------------------
+# -- traces made here ------------------------------------------------------------------------------
 
 ROUTE = """# route_trace v1
 # model=pico n_layer=2 n_expert=4 n_expert_used=2
@@ -98,7 +99,8 @@ turn,phase,step,layer,slot,expert
 
 
 def test_a_replay_by_eye(tmp_path):
-    """The prompt wants 3 1 2 and 0 1 3, each once; then 1 0 and 0 3. 600 bytes hold 3 of each layer, less one."""
+    """The prompt wants 3 1 2 and 0 1 3, each once; then 1 0 and 0 3. 600 bytes hold 3 of each
+    layer, less one."""
     file = tmp_path / "pico.route.csv"
     file.write_text(ROUTE)
     trace = read_trace(file)

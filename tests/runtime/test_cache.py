@@ -1,4 +1,5 @@
-"""The cache with threads: guesses never stand in the way, what fails is said, what is closed says so."""
+"""The cache with threads: guesses never stand in the way, what fails is said, what is closed says
+so."""
 
 import threading
 import time
