@@ -270,7 +270,11 @@ def test_turns_reuse_the_state(engine, answer):
     ([-1], {}, "this model has 0 to 306"),
     ([1.5], {}, "flat sequence of integers"),
     ([[1, 2]], {}, "flat sequence of integers"),
-    ([1] * 290, dict(max_new_tokens=11), "290 prompt tokens and 11 new ones are more than the context of 300"),
+    (
+        [1] * 290,
+        dict(max_new_tokens=11),
+        "290 prompt tokens and 11 new ones are more than the context of 300",
+    ),
     ([1], dict(max_new_tokens=0), "max_new_tokens is 0"),
     ([1], {"temperature": -1.0}, "temperature is -1"),
     ([1], {"temperature": 1e-308}, "temperature is 1e-308"),

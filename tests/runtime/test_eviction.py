@@ -98,8 +98,14 @@ def test_a_slot_without_an_expert_is_no_use(history):
 
 @given(histories())
 def test_frequencies(history):
-    uses = {key: [i for i, (layer, tokens) in enumerate(history)
-                  if layer == key[0] and any(key[1] in ids for ids in tokens)] for key in _keys()}  # fmt: skip
+    uses = {
+        key: [
+            i
+            for i, (layer, tokens) in enumerate(history)
+            if layer == key[0] and any(key[1] in ids for ids in tokens)
+        ]
+        for key in _keys()
+    }
     found = _replayed("lfu", history).values(np.arange(12))
     assert np.array_equal(np.floor(found), [len(uses[key]) for key in _keys()])
     found = _replayed("decay:4", history).values(np.arange(12))

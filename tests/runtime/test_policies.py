@@ -156,7 +156,10 @@ def test_smoe_at_zero_is_lossless(golden, answer, budget, wanted):
 @pytest.mark.parametrize("policies, sentence", [
     (Policies(eviction="mru"), "no eviction 'mru'; there are lru"),
     (Policies(substitution="smo:1"), "no substitution 'smo'; there are none, smoe"),
-    (Policies(substitution="smoe:x"), "'smoe:x': after the colon comes the alpha, a number from 0 to 10"),
+    (
+        Policies(substitution="smoe:x"),
+        "'smoe:x': after the colon comes the alpha, a number from 0 to 10",
+    ),
     (Policies(substitution="smoe:"), "after the colon comes the alpha"),
     (Policies(substitution="smoe:-1"), "the alpha is -1.0; it goes from 0 to 10"),
     (Policies(substitution="zero:nan"), "the weight below is nan"),
