@@ -183,3 +183,11 @@ def test_a_step_that_is_overtaken_while_it_is_paused_goes_on():
     assert sorted(given) == [0, 1, 2, 3]
     script.end_all()
     assert accounted(script.residency, SIZES)
+
+
+def test_a_step_waits_where_a_guess_that_is_being_read_holds_the_only_frame():
+    script = Script([], capacity=5)
+    script.cache.expect([(1, 3)])
+    assert script.begin()
+    script.step(0, [0], 2)
+    assert script.residency.level((0, 0)) == 2 and len(script.residency) == 1
