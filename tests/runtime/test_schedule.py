@@ -186,9 +186,8 @@ def test_a_step_that_is_overtaken_while_it_is_paused_goes_on():
 
 
 def test_a_step_waits_where_a_guess_that_is_being_read_holds_the_only_frame():
-    script = Script(
-        [ACTIONS.index("begin")], capacity=5
-    )  # tried, and refused, before the guess ends
+    # It is tried, and refused, twice before the guess ends.
+    script = Script([ACTIONS.index("begin")] * 2, capacity=5)
     script.cache.expect([(1, 3)])
     assert script.begin()
     script.step(0, [0], 2)
