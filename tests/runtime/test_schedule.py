@@ -184,3 +184,12 @@ def test_a_step_that_is_overtaken_while_it_is_paused_goes_on():
     assert sorted(given) == [0, 1, 2, 3]
     script.end_all()
     assert accounted(script.residency, SIZES)
+
+
+def test_a_step_waits_where_a_guess_that_is_being_read_holds_the_only_frame():
+    # It is tried, and refused, twice before the guess ends.
+    script = Script([ACTIONS.index("begin")] * 2, capacity=5)
+    script.cache.expect([(1, 3)])
+    assert script.begin()
+    script.step(0, [0], 2)
+    assert script.residency.level((0, 0)) == 2 and len(script.residency) == 1
