@@ -67,6 +67,11 @@ class MemoryPlan:
         return self.backbone + self.state + self.workspace + self.prefill
 
     @property
+    def minimum(self) -> int:
+        """The least that such an engine takes: few experts, and prompts in single chunks."""
+        return self.fixed - self.prefill + self.smallest * self.record
+
+    @property
     def total(self) -> int:
         return self.fixed + self.capacity * self.record
 

@@ -292,7 +292,7 @@ def _about(bundle: Path, context: int | None) -> dict[str, Any]:
         "longest_context": manifest.model.context,
         "bytes": sum(file.size for file in manifest.files.values()),
         "context": full.context,
-        "memory_minimum": full.fixed + full.smallest * full.record,
+        "memory_minimum": full.minimum,
         "memory_one_token_cycle": full.fixed + full.token_cycle * full.record,
         "memory_all_resident": full.total,
         "substitution": refusals[0] if refusals else "possible",

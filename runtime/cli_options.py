@@ -139,10 +139,10 @@ def open_exact_twin(bundle: Path, options: dict[str, Any], say: Callable[[str], 
         opened, policies = open_bundle(bundle), _policies(exact)
         tables = tables_bytes(policies, opened)
         plan = plan_memory(opened, None, options["context"], tables=tables)
-        least = plan.fixed + plan.smallest * plan.record
-        if parse_size(options["memory"]) < least:
-            exact["memory"] = least
-            say(f"exact run for comparison: needs {show_size(least, up=True)}, beyond --memory")
+        if parse_size(options["memory"]) < plan.minimum:
+            exact["memory"] = plan.minimum
+            needs = show_size(plan.minimum, up=True)
+            say(f"exact run for comparison: needs {needs}, beyond --memory")
     return open_engine(bundle, exact)
 
 

@@ -140,7 +140,11 @@ class ScriptedShortcuts:
 
 
 def outcomes(
-    bundle: Path, prices: Prices, rows: Sequence[np.ndarray], perturbations: Sequence[Perturbation], seed: int,
+    bundle: Path,
+    prices: Prices,
+    rows: Sequence[np.ndarray],
+    perturbations: Sequence[Perturbation],
+    seed: int,
     counted: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> list[Outcome]:  # fmt: skip
     """What each of `perturbations` costs over `rows` of token ids, `prices` being those without a
@@ -183,7 +187,8 @@ def cheapest(kind: str, prices: Prices, nats: float) -> Perturbation:
     lowest price, up to `nats` per token."""
 
     def perturbation(seen: Seen, random: np.random.Generator) -> Kinds:
-        p = [_price(kind, prices, layer, ids, w) for layer, (ids, w) in enumerate(zip(seen.ids, seen.weights, strict=True))]  # fmt: skip
+        slots = zip(seen.ids, seen.weights, strict=True)
+        p = [_price(kind, prices, layer, ids, w) for layer, (ids, w) in enumerate(slots)]
         missing = [random.random(of.shape) < ABLE for of in p]
         every = np.sort(np.concatenate([of[m] for of, m in zip(p, missing, strict=True)]))
         within = np.searchsorted(np.cumsum(every), nats * len(seen.ids[0]))

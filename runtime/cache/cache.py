@@ -227,7 +227,7 @@ class ExpertCache:
             if key not in begun:
                 self._reader.put(load)
             elif load.guess:
-                self.stats.guesses_used += 1
+                self.stats.guesses_used += load.state is State.READING
                 self._reader.demand(load, int(tokens[i]))
 
     def _wait(self, layer: int, loads: dict[int, Load]) -> None:
@@ -262,6 +262,7 @@ class ExpertCache:
         if frame is None:
             return False
         load.frame = frame
+        self.stats.guesses_read += load.guess
         return True
 
     def _read(self, load: Load) -> int:
@@ -280,7 +281,6 @@ class ExpertCache:
                 self._pins[flat] = PINNED
             self.stats.bytes_read += load.nbytes
             self.stats.loads += 1
-            self.stats.guesses_read += load.guess
         else:
             self._residency.abort(load.key, load.frame)
             self._trim()

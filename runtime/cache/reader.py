@@ -70,7 +70,8 @@ class Reader:
         threads: int,
     ):
         self._begin, self._read, self._end = begin, read, end
-        # An RLock itself is entered and left without a moment at which Ctrl-C could come in between; a Condition is not.
+        # An RLock itself is entered and left without a moment at which Ctrl-C could come in
+        # between; a Condition is not.
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self._waiting: list[Load] = []

@@ -1,4 +1,5 @@
-"""Plans: what the replay expects is what the engine does, wishes are granted or refused, and the command says so."""
+"""Plans: what the replay expects is what the engine does, wishes are granted or refused, and the
+command says so."""
 
 import dataclasses
 import itertools
@@ -65,7 +66,8 @@ def test_what_is_expected_is_what_the_engine_does(reference_bundle, budget, shor
             tables_bytes(policies, open_bundle(reference_bundle)),
         )
         assert expected.resident == held.capacity and expected.memory == held.total <= budget
-        # With shortcuts the real run's hidden states are a little others, and so is what its routers choose.
+        # With shortcuts the real run's hidden states are a little others, and so is what its
+        # routers choose.
         close = 1e-9 if loss == 0 else 0.1
         assert np.isclose(expected.bytes_per_token, stats["bytes_read"] / TOKENS, rtol=close)
         assert np.isclose(expected.loss, stats["nats_spent"] / TOKENS, rtol=close)

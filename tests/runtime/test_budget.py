@@ -1,4 +1,5 @@
-"""What is allowed where no memory is stated: all experts where they fit, what the machine leaves where they do not."""
+"""What is allowed where no memory is stated: all experts where they fit, what the machine leaves
+where they do not."""
 
 import json
 import os
@@ -45,7 +46,8 @@ def test_without_a_budget_an_engine_takes_what_the_machine_leaves(golden, monkey
 
 
 class Cgroup:
-    """A memory cgroup of version 1 or 2, below that of this process; an `OSError` where none can be made."""
+    """A memory cgroup of version 1 or 2, below that of this process; an `OSError` where none can be
+    made."""
 
     def __init__(self):
         lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
@@ -95,7 +97,8 @@ with Engine.open(bundle, context=300) as engine:
 
 
 def test_in_a_memory_cgroup_the_default_is_what_its_limit_leaves(golden, cgroup):
-    """Not all experts fit below the limit: the engine takes fewer, says the same, and is not killed."""
+    """Not all experts fit below the limit: the engine takes fewer, says the same, and is not
+    killed."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(golden), str(cgroup.limit)],
         preexec_fn=cgroup.enter,

@@ -1,4 +1,5 @@
-"""The cache with threads: guesses never stand in the way, what fails is said, what is closed says so."""
+"""The cache with threads: guesses never stand in the way, what fails is said, what is closed says
+so."""
 
 import threading
 import time
@@ -104,7 +105,7 @@ def test_a_step_never_waits_for_its_own_guess(setup):
     case.disk.until_begun((1, 3))
     assert sorted(in_time(case.step, 0, [0, 1])) == [0, 1]  # all are resident
     assert sorted(in_time(case.step, 0, [0, 2])) == [0, 2]  # one is read on the other thread
-    assert case.stats.guesses_read == 0
+    assert case.stats.guesses_used == 0
     case.disk.let_go()
     assert in_time(case.step, 1, [3]) == [3]
     assert case.stats.guesses_read == case.stats.guesses_used == 1
@@ -164,7 +165,8 @@ def test_a_guess_that_a_step_wants_is_read_once(setup):
     case.disk.until_begun((0, 1))
     case.disk.let_go()
     step.join(PATIENCE)
-    assert case.disk.begun.count((0, 0)) == 1 and case.stats.guesses_used == 1
+    assert case.disk.begun.count((0, 0)) == 1
+    assert case.stats.guesses_read == case.stats.guesses_used == 1
 
 
 @pytest.mark.parametrize(

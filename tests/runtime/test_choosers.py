@@ -1,4 +1,5 @@
-"""Choosers and predictors, each against its rule: word for word, by eye, and by what all of them must keep."""
+"""Choosers and predictors, each against its rule: word for word, by eye, and by what all of them
+must keep."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -120,7 +121,8 @@ def test_nothing_changes_where_all_is_resident():
 
 
 def test_cache_prior_by_eye():
-    """Logits 4 3 2 1 0, k = 2, range 4: with lambda .3 residents gain 1.2. The best one is always taken."""
+    """Logits 4 3 2 1 0, k = 2, range 4: with lambda .3 residents gain 1.2. The best one is always
+    taken."""
     scores, ids = np.array([[4.0, 3, 2, 1, 0]], np.float32), np.array([[0, 1]])
     rule = Routing("softmax", 1, 0)
     routed = routed_step(ids, weigh(rule, scores, ids), scores, rule)

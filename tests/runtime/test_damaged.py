@@ -1,4 +1,5 @@
-"""Bundles that are damaged, or shrink under a running engine: a sentence each, and no file stays open."""
+"""Bundles that are damaged, or shrink under a running engine: a sentence each, and no file stays
+open."""
 
 import dataclasses
 import json

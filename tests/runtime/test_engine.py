@@ -1,4 +1,5 @@
-"""The engine on the golden bundle: against what `transformers` said, across budgets, and under misuse."""
+"""The engine on the golden bundle: against what `transformers` said, across budgets, and under
+misuse."""
 
 import numpy as np
 import pytest
@@ -39,7 +40,8 @@ def test_scoring_token_by_token_gives_the_same(engine, answer):
 
 
 def test_every_golden_bundle_says_what_it_said(goldens):
-    """Versions, and with them kinds of state: v2 takes one token at a time and replaces its state whole; v3 has planes."""
+    """Versions, and with them kinds of state: v2 takes one token at a time and replaces its state
+    whole; v3 has planes."""
     for path in goldens:
         answer = safetensors_file.load(path.with_suffix(".answer.safetensors"))
         close = {
@@ -93,7 +95,8 @@ def test_a_level_that_is_not_there_is_refused(goldens, level):
 
 
 def test_a_slot_without_an_expert_adds_nothing(golden):
-    """An id that is the number of experts means none: the others' outputs are those of a step without it."""
+    """An id that is the number of experts means none: the others' outputs are those of a step
+    without it."""
     random = np.random.default_rng(0)
     with make_parts(golden, experts=3) as parts:
         layer, experts = parts.bundle.manifest.layers[0], parts.model.experts
@@ -267,7 +270,11 @@ def test_turns_reuse_the_state(engine, answer):
     ([-1], {}, "this model has 0 to 306"),
     ([1.5], {}, "flat sequence of integers"),
     ([[1, 2]], {}, "flat sequence of integers"),
-    ([1] * 290, dict(max_new_tokens=11), "290 prompt tokens and 11 new ones are more than the context of 300"),
+    (
+        [1] * 290,
+        dict(max_new_tokens=11),
+        "290 prompt tokens and 11 new ones are more than the context of 300",
+    ),
     ([1], dict(max_new_tokens=0), "max_new_tokens is 0"),
     ([1], {"temperature": -1.0}, "temperature is -1"),
     ([1], {"temperature": 1e-308}, "temperature is 1e-308"),

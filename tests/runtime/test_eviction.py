@@ -1,4 +1,5 @@
-"""Evictions against their definitions, written out naively from the whole history, and Belady against all that is possible."""
+"""Evictions against their definitions, written out naively from the whole history, and Belady
+against all that is possible."""
 
 import itertools
 
@@ -42,7 +43,8 @@ def _keys():
 @settings(deadline=None, max_examples=30)
 @given(histories())
 def test_least_recently_used_is_the_order_of_last_uses(history):
-    """Token after token, and of a token's experts rank after rank; what was never used is the first to go."""
+    """Token after token, and of a token's experts rank after rank; what was never used is the first
+    to go."""
     uses = [
         (layer, expert) for layer, tokens in _as_passes(history) for ids in tokens for expert in ids
     ]
@@ -96,8 +98,14 @@ def test_a_slot_without_an_expert_is_no_use(history):
 
 @given(histories())
 def test_frequencies(history):
-    uses = {key: [i for i, (layer, tokens) in enumerate(history)
-                  if layer == key[0] and any(key[1] in ids for ids in tokens)] for key in _keys()}  # fmt: skip
+    uses = {
+        key: [
+            i
+            for i, (layer, tokens) in enumerate(history)
+            if layer == key[0] and any(key[1] in ids for ids in tokens)
+        ]
+        for key in _keys()
+    }
     found = _replayed("lfu", history).values(np.arange(12))
     assert np.array_equal(np.floor(found), [len(uses[key]) for key in _keys()])
     found = _replayed("decay:4", history).values(np.arange(12))
@@ -123,7 +131,8 @@ def test_scores_are_means_over_a_window_of_tokens(history, seed):
 @settings(deadline=None)
 @given(histories())
 def test_next_use_is_its_docstring(history):
-    """Everything from the history, nothing kept on the way. Every token of a step counts alike, and a step as at most 8."""
+    """Everything from the history, nothing kept on the way. Every token of a step counts alike, and
+    a step as at most 8."""
     found = _replayed("next-use:16", history).values(np.arange(12))
     now = history[-1][0]
     for i, (layer, expert) in enumerate(_keys()):

@@ -1,4 +1,5 @@
-"""Ctrl-C anywhere: at every so-many-th line that the engine runs, no frame is lost and the next answer is the same."""
+"""Ctrl-C anywhere: at every so-many-th line that the engine runs, no frame is lost and the next
+answer is the same."""
 
 import linecache
 import random
@@ -31,9 +32,11 @@ def _leaves_with(frame: FrameType) -> bool:
 
 
 class Lines:
-    """Counts the lines of `FILES` that this thread runs, and raises KeyboardInterrupt at the one of number `at`.
+    """Counts the lines of `FILES` that this thread runs, and raises KeyboardInterrupt at the one of
+    number `at`.
 
-    The way out of a `with` is a line event too; a lock is left there without a moment for Ctrl-C, so those do not count.
+    The way out of a `with` is a line event too; a lock is left there without a moment for Ctrl-C,
+    so those do not count.
     """
 
     def __init__(self, at: int | None = None):

@@ -181,7 +181,7 @@ def _smoe_bench(*arguments: object) -> subprocess.CompletedProcess:
 
 def test_fewer_planes_are_compared_with_all_of_them_where_only_the_fewer_fit(goldens, text):
     plan = plan_memory(open_bundle(goldens[2]), None, 200, level=1)
-    least = plan.fixed + plan.smallest * plan.record
+    least = plan.minimum
     with pytest.raises(EngineError, match="too small"):
         Engine.open(goldens[2], memory=least, context=200)
     options = ("--memory", least, "--context", 200, "--level", 1, "--tokens", 40, "--json")

@@ -1,4 +1,5 @@
-"""An engine used where it cannot be: closed, in a second thread, in a forked child, on a system that lacks a call."""
+"""An engine used where it cannot be: closed, in a second thread, in a forked child, on a system
+that lacks a call."""
 
 import multiprocessing
 import os

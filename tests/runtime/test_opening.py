@@ -38,7 +38,6 @@ def test_an_unlisted_tables_file_is_not_used(copied):
         Engine.open(copied, _budget(copied, 8), 200, policies=policies)
 
 
-@pytest.mark.xfail(strict=True, reason="a warm start asks for counts that are not there")
 def test_a_bundle_without_tables_opens_and_runs_under_a_budget(copied, answer):
     _unlist(copied, "tables.safetensors")
     (copied / "tables.safetensors").unlink()

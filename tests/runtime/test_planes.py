@@ -1,4 +1,5 @@
-"""Slots at levels and loss budgets in the engine: bits, bytes, planes that come and go, failures, misuse."""
+"""Slots at levels and loss budgets in the engine: bits, bytes, planes that come and go, failures,
+misuse."""
 
 import os
 

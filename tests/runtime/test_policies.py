@@ -1,4 +1,5 @@
-"""Policies in the engine: lossless ones change no bit, lossy ones do what their rule says, and misuse is a sentence."""
+"""Policies in the engine: lossless ones change no bit, lossy ones do what their rule says, and
+misuse is a sentence."""
 
 import itertools
 import json
@@ -31,7 +32,7 @@ def wanted(golden, answer):
         return engine.logits(answer["prompt"]), np.stack(list(engine.score(answer["prompt"][:40])))
 
 
-# -- lossless ------------------------------------------------------------------------------------------------------
+# -- lossless --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("experts", [3, 6, 11])
@@ -97,7 +98,8 @@ def test_a_warm_start_holds_what_calibration_used_most(golden, budget):
 def test_guesses_are_read_counted_and_used(golden, answer, prefetch):
     bundle = open_bundle(golden)
     predict = make_predictor(prefetch, bundle.manifest, bundle.tables)
-    # Whether a guess comes in time is chance with threads on a model this small; without them it is read at once.
+    # Whether a guess comes in time is chance with threads on a model this small; without them it is
+    # read at once.
     with make_parts(golden, experts=5, predict=predict, threads=0) as parts:
         sequence = parts.sequence()
         for token in answer["prompt"].tolist():
@@ -116,7 +118,7 @@ def test_guesses_are_read_counted_and_used(golden, answer, prefetch):
         assert np.array_equal(np.concatenate([first, *later]), exact)
 
 
-# -- lossy ---------------------------------------------------------------------------------------------------------
+# -- lossy -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SUBSTITUTIONS)
@@ -148,13 +150,16 @@ def test_smoe_at_zero_is_lossless(golden, answer, budget, wanted):
         assert engine.stats.substituted == 0
 
 
-# -- misuse --------------------------------------------------------------------------------------------------------
+# -- misuse ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policies, sentence", [
     (Policies(eviction="mru"), "no eviction 'mru'; there are lru"),
     (Policies(substitution="smo:1"), "no substitution 'smo'; there are none, smoe"),
-    (Policies(substitution="smoe:x"), "'smoe:x': after the colon comes the alpha, a number from 0 to 10"),
+    (
+        Policies(substitution="smoe:x"),
+        "'smoe:x': after the colon comes the alpha, a number from 0 to 10",
+    ),
     (Policies(substitution="smoe:"), "after the colon comes the alpha"),
     (Policies(substitution="smoe:-1"), "the alpha is -1.0; it goes from 0 to 10"),
     (Policies(substitution="zero:nan"), "the weight below is nan"),
@@ -200,7 +205,7 @@ def test_a_model_whose_routing_is_not_known_takes_no_substitution(copied, budget
         assert len(list(engine.generate([1, 2, 3], max_new_tokens=4))) == 4
 
 
-# -- faults --------------------------------------------------------------------------------------------------------
+# -- faults ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefetch", ["none", "previous"])

@@ -1,4 +1,5 @@
-"""A prompt layer after layer: the same bits whatever shares a read, paused, thrown away or failing on the way."""
+"""A prompt layer after layer: the same bits whatever shares a read, paused, thrown away or failing
+on the way."""
 
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,8 @@ def _chunk(bundle: Path) -> int:
 
 
 def _unit(bundle: Path) -> int:
-    """Tokens of which a group may have one, two or three: where tokens run one by one, so many of them."""
+    """Tokens of which a group may have one, two or three: where tokens run one by one, so many of
+    them."""
     return 30 if _chunk(bundle) == 1 else 128
 
 
@@ -56,8 +58,9 @@ def _budget(bundle: Path, experts: int, prefill: float) -> int:
 
 @cache
 def _by_chunks(bundle: Path, keep: int = 300) -> tuple[np.ndarray, np.ndarray]:
-    """The reference, chunk by chunk with all experts resident: logits at up to so many last positions of every chunk (one
-    row is another product than many), and those of two more tokens."""
+    """The reference, chunk by chunk with all experts resident: logits at up to so many last
+    positions of every chunk (one row is another product than many), and those of two more
+    tokens."""
     ids, logits, chunk = _prompt(bundle), [], _chunk(bundle)
     with Engine.open(bundle, context=CONTEXT) as engine:
         sequence = engine.new_sequence()
@@ -226,7 +229,8 @@ def test_a_step_that_decodes_and_reads_a_prompt_gives_each_its_own_bits(bundle, 
 
 
 def test_a_prompt_beside_a_chooser_takes_the_routers_word(bundle):
-    """What stands in for a missing expert is for tokens that are decoded, whoever they share the step with."""
+    """What stands in for a missing expert is for tokens that are decoded, whoever they share the
+    step with."""
     seen: list[tuple[int, int]] = []
 
     def choose(routed, available):

@@ -107,7 +107,10 @@ def test_a_bundle_of_one_level_has_no_level_prices(tables):
 
 
 def test_prices_load_numpy_and_nothing_of_prep():
-    code = "import sys, smoe.runtime.choose.prices; print([n for n in sys.modules if n.startswith(('torch', 'smoe.prep'))])"
+    code = (
+        "import sys, smoe.runtime.choose.prices;"
+        "print([n for n in sys.modules if n.startswith(('torch', 'smoe.prep'))])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
         == "[]\n"

@@ -1,4 +1,5 @@
-"""The pure parts of a step: routing rules by hand, dispatches against brute force, phase and owner as data."""
+"""The pure parts of a step: routing rules by hand, dispatches against brute force, phase and owner
+as data."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""The reader and the cache by every order of request, guess, arrival, error, withdrawal, interrupt and close.
+"""The reader and the cache by every order of request, guess, arrival, error, withdrawal, interrupt
+and close.
 
 No threads: a script says what happens next, where threads would leave it to chance.
 """

@@ -1,4 +1,5 @@
-"""A model put together from its public parts, for tests that choose what the engine would choose itself."""
+"""A model put together from its public parts, for tests that choose what the engine would choose
+itself."""
 
 from __future__ import annotations
 
@@ -135,7 +136,8 @@ def routed_step(
     hidden: np.ndarray | None = None,
     spans: tuple[Span, ...] = (),
 ) -> Routed:
-    """What a router said: by default of one sequence's decoded tokens, with `scores` for raw weights too."""
+    """What a router said: by default of one sequence's decoded tokens, with `scores` for raw
+    weights too."""
     if not spans:
         tokens = np.zeros(len(ids), np.int64)
         spans = (Span(Sequence(StateOfNothing()), tokens, tokens[:0], Phase.DECODE),)
@@ -183,7 +185,7 @@ def greedy(
 
 
 def accounted(residency: Residency, sizes: list[np.ndarray]) -> bool:
-    """Whether all that is held is held by an expert that is resident, once nothing is on its way: no frame is lost.
-    `sizes[l][j]` bytes of the first j planes."""
+    """Whether all that is held is held by an expert that is resident, once nothing is on its way:
+    no frame is lost. `sizes[l][j]` bytes of the first j planes."""
     held = sum(int(sizes[layer][residency.levels(layer)].sum()) for layer in range(len(sizes)))
     return held == residency.total == int(residency.frame_bytes.sum())

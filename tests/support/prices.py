@@ -15,7 +15,8 @@ from smoe.artifacts.tables import load_tables, save_tables
 def price_tables(
     random: np.random.Generator, experts: int, levels: int, size: float = 1e-2
 ) -> dict[str, np.ndarray]:
-    """Those of one layer, whose moments are those of random products, so that every quadratic form is one."""
+    """Those of one layer, whose moments are those of random products, so that every quadratic form
+    is one."""
     products = random.standard_normal((experts, 30, experts)) * np.sqrt(size)
     cross = np.stack([(products[e, :, [e]].T * products[e]).mean(0) for e in range(experts)])
     level = np.sort(random.random((experts, levels)), 1)[:, ::-1] * size
