@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import cgroup, options, page_cache
-from bench.harness import (  # fmt: skip
+from bench.harness import (
     Rows,
     Run,
     Table,

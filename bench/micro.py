@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench import onnx_models, options
-from bench.harness import (  # fmt: skip
+from bench.harness import (
     Rows,
     Run,
     Table,

@@ -26,7 +26,7 @@ from typing import Any
 
 from bench import cgroup, options, page_cache
 from bench.engines import Request
-from bench.harness import (  # fmt: skip
+from bench.harness import (
     ROOT,
     Record,
     Rows,

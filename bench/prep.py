@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bench import options
-from bench.harness import (  # fmt: skip
+from bench.harness import (
     Rows,
     Run,
     Table,

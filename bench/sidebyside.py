@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import options
-from bench.harness import (  # fmt: skip
+from bench.harness import (
     Rows,
     Run,
     Table,
