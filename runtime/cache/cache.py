@@ -58,6 +58,7 @@ class ExpertCache:
         self._at_once = max(STREAMS, uses) if streams else 1 << 62
         self._pins = np.zeros(residency.eviction.first[-1], np.int8)
         self._active: object = None  # whose pins these are
+        self._claiming = False
 
     @property
     def rows(self) -> np.ndarray:
@@ -134,26 +135,42 @@ class ExpertCache:
         go at once, so that a few frames serve them all. A failed read is an `EngineError`."""
         remaining = np.ones(len(experts), bool)
         loads: dict[int, Load] = {}
-        run, first, idle = object(), True, False
+        run, first, idle, ordered = object(), True, False, False
         try:
             while remaining.any():
                 with self._reader.lock:
                     ready = remaining & (self._residency.levels_of(layer, experts) >= levels)
                     missing = np.flatnonzero(remaining & ~ready)
+                    given = np.flatnonzero(ready)
                     if first:
-                        self.stats.hits += len(experts) - len(missing)
+                        self.stats.hits += len(given)
                         self.stats.misses += len(missing)
-                        used = FREE if len(missing) > self._at_once else SHIELDED
-                        first = False
+                        ordered = len(missing) > self._at_once
+                        used = FREE if ordered else SHIELDED
+                    elif ordered:
+                        given = given[:1] if not len(missing) else given[given < missing[0]][:1]
+                    first = False
                     pins = np.where(ready, PINNED, np.where(remaining, SHIELDED, used))
                     self._pin(run, layer, experts, pins)
                     self._demand(layer, experts, levels, tokens, missing, loads)
-                given = np.flatnonzero(ready)
+                    # Where frames are few, one after another, so that what goes does not depend on
+                    # when reads arrive: a lossy run repeats.
+                    ordered |= bool(self._reader.refused)
+                    waiting = [load for load in loads.values() if _on_its_way(load)]
                 if len(given):
                     yield given
                     remaining[given] = False
+                    for i in given.tolist():
+                        loads.pop(i, None)
                 elif idle or not loads:
-                    self._wait(layer, loads)
+                    if self._wait(waiting):
+                        continue
+                    if not ready.any():
+                        raise EngineError(
+                            f"There is no room for {len(missing)} experts of layer {layer}; state "
+                            "more memory, or leave out shares."
+                        )
+                    ordered = False  # what is ready holds the frames that the others need
                 else:
                     idle = True
                     yield missing[:0]
@@ -193,7 +210,7 @@ class ExpertCache:
                 self._reader.put(loads[-1])
             if not loads:
                 return
-            if not self._reader.wait(loads):
+            if not self._reader.wait(loads) and not self._reader.retry():
                 self._reader.withdraw(loads)
             _raise_first([load for load in loads if not _on_its_way(load)])
             loads = [load for load in loads if _on_its_way(load)]
@@ -209,9 +226,11 @@ class ExpertCache:
     ) -> None:
         """Ask for as many of `missing` as may be on their way at once."""
         if loads:
-            done = [i for i, load in loads.items() if not _on_its_way(load)]
-            _raise_first([loads.pop(i) for i in done])
-        if len(loads) == min(len(missing), self._at_once):
+            _raise_first(list(loads.values()))
+            # What came and went again meanwhile, or was another run's, is asked for once more.
+            for i in [i for i in missing.tolist() if i in loads and not _on_its_way(loads[i])]:
+                del loads[i]
+        if len(loads) >= min(len(missing), self._at_once):
             return
         begun = {load.key: load for load in self._reader.loads()}
         for i in missing.tolist():
@@ -230,15 +249,12 @@ class ExpertCache:
                 self.stats.guesses_used += load.state is State.READING
                 self._reader.demand(load, int(tokens[i]))
 
-    def _wait(self, layer: int, loads: dict[int, Load]) -> None:
+    def _wait(self, waiting: list[Load]) -> bool:
+        """Until one of these arrives; False where none will, for want of a frame."""
         started = time.perf_counter()
-        arrived = bool(loads) and self._reader.wait(loads.values())
+        arrived = bool(waiting) and (self._reader.wait(waiting) or self._reader.retry())
         self.stats.stall_seconds += time.perf_counter() - started
-        if not arrived:
-            raise EngineError(
-                f"There is no room for {len(loads)} experts of layer {layer}; state more memory, "
-                f"or leave out shares."
-            )
+        return arrived
 
     def _pin(self, run: object, layer: int, experts: np.ndarray, pins: np.ndarray) -> None:
         """Another run, paused meanwhile, loses its own: what of it was evicted is read again."""
@@ -249,10 +265,19 @@ class ExpertCache:
         if self._reader.refused:
             self._reader.retry()
 
-    # -- in the reader's threads, the first and the last under its lock ---------------------------
+    # -- for the reader, the first and the last under its lock -------------------------------------
 
     def _begin(self, load: Load) -> bool:
         """Claim a frame; what has to go for it goes now."""
+        if self._claiming:  # an interrupt left it half done
+            loads = [load for load in self._reader.loads() if load.frame >= 0]
+            self._residency.repair([(load.key, load.frame, load.level) for load in loads])
+        self._claiming = True
+        claimed = self._claim(load)
+        self._claiming = False
+        return claimed
+
+    def _claim(self, load: Load) -> bool:
         load.since = self._residency.level(load.key)
         if load.since >= load.level:  # it came on another load
             load.since = load.level
@@ -274,7 +299,7 @@ class ExpertCache:
     def _end(self, load: Load) -> None:
         if load.frame < 0:
             return
-        if load.error is None:
+        if load.error is None and load.state is not State.WITHDRAWN:
             self._residency.commit(load.key, load.frame, load.level, load.guess)
             flat = self._residency.flat(load.key)
             if self._pins[flat] == SHIELDED:  # the step waits for it: it stays until it was given

@@ -45,6 +45,7 @@ class Load:
     tokens: int = 0
     guess: bool = False
     state: State = State.WAITING
+    claimed: bool = False
     frame: int = -1
     since: int = 0
     nbytes: int = 0
@@ -92,6 +93,8 @@ class Reader:
             if self.closed:
                 raise EngineError("This engine is closed; open the bundle again.")
             self._waiting.append(load)
+            if not load.guess:
+                self._claim(load)
             self.changed.notify_all()
         if not self._threads:
             self.serve()
@@ -100,24 +103,28 @@ class Reader:
         """A guess is wanted now, by so many tokens."""
         with self.lock:
             load.guess, load.tokens = False, tokens
+            if load.state is State.WAITING:
+                self._claim(load)
             self.changed.notify_all()
 
     def withdraw(self, loads: Iterable[Load]) -> None:
-        """Forget those of `loads` whose read has not begun."""
+        """Forget those of `loads` whose read has not begun; their frames are free again."""
         with self.lock:
             for load in loads:
                 if load.state is State.WAITING:
                     load.state = State.WITHDRAWN
+                    self._attempt(self._end, load)
             self._waiting = [load for load in self._waiting if load.state is State.WAITING]
 
-    def retry(self) -> None:
-        """There may be a frame now where there was none."""
+    def retry(self) -> bool:
+        """There may be a frame now where there was none; whether there was one."""
         with self.lock:
-            if self.refused:
-                self.refused.clear()
-                self.changed.notify_all()
+            again = sorted(self.refused, key=lambda load: load.key)
+            claimed = [self._claim(load) for load in again if load in self._waiting]
+            self.changed.notify_all()
         if not self._threads:
             self.serve()
+        return any(claimed)
 
     def wait(self, loads: Iterable[Load]) -> bool:
         """Until one of `loads` has ended, or no frame can be had for any of them, nor will be when
@@ -129,12 +136,16 @@ class Reader:
                 lambda: (
                     self.closed
                     or any(load.state in ENDED for load in loads)
-                    or (not self._reading and all(load in self.refused for load in loads))
+                    or (not self._busy() and all(load in self.refused for load in loads))
                 )
             )
             if self.closed:
                 raise EngineError("This engine is closed; open the bundle again.")
             return any(load.state in ENDED for load in loads)
+
+    def _busy(self) -> bool:
+        """Whether a frame is being read into, or about to be."""
+        return bool(self._reading) or any(load.claimed for load in self._waiting)
 
     def loads(self) -> list[Load]:
         """Those that are not done."""
@@ -159,18 +170,29 @@ class Reader:
             for load in sorted(self._waiting, key=Load.urgency):
                 if load.guess and (demanded or not self._may_guess()):
                     return None
-                if load in self.refused:
-                    continue
-                if self._attempt(self._begin, load):
+                if load.claimed or (load.guess and self._claim(load)):
                     self._waiting.remove(load)
                     self._reading.append(load)
                     load.state = State.READING
                     return load
-                self._refuse(load)
             return None
 
     def _may_guess(self) -> bool:
         return sum(load.guess for load in self._reading) < self._guesses_at_once
+
+    def _claim(self, load: Load) -> bool:
+        """A frame for it, if there is one now. A guess is not worth waiting for one."""
+        self.refused.discard(load)
+        load.claimed = bool(self._attempt(self._begin, load))
+        if load.claimed:
+            return True
+        if load.error is None and not load.guess:
+            self.refused.add(load)
+        else:
+            self._waiting.remove(load)
+            load.state = State.WITHDRAWN if load.error is None else State.DONE
+        self.changed.notify_all()
+        return False
 
     def finish(self, load: Load) -> None:
         """Read what `take` gave; whoever waits for it hears of it."""
@@ -179,7 +201,6 @@ class Reader:
             self._reading.remove(load)
             self._attempt(self._end, load)
             load.state = State.DONE
-            self.refused.clear()
             self.changed.notify_all()
 
     def serve(self) -> bool:
@@ -189,15 +210,6 @@ class Reader:
             self.finish(load)
             served = True
         return served
-
-    def _refuse(self, load: Load) -> None:
-        """No frame for it now. A guess is not worth waiting for one."""
-        if load.error is None and not load.guess:
-            self.refused.add(load)
-        else:
-            self._waiting.remove(load)
-            load.state = State.WITHDRAWN if load.error is None else State.DONE
-        self.changed.notify_all()
 
     def _attempt(self, action: Callable[[Load], T], load: Load) -> T | None:
         """A thread ends here: what fails belongs to whoever waits for the load."""

@@ -3,7 +3,7 @@ the same code."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -190,6 +190,26 @@ class Residency:
         self._keys[frame] = self._layers[frame] = -1
         self._guessed[frame] = self._expired[frame] = False
         self._release(layer, frame)
+
+    def repair(self, reading: Iterable[tuple[Key, int, int]]) -> None:
+        """After an interrupt in the middle of a change. Which expert holds which frame is the
+        truth; all else follows from it and from what is being read: keys, frames and levels."""
+        first = np.array(self._first[:-1])
+        self._keys[:] = self._layers[:] = -1
+        for flat in np.flatnonzero(self._frame >= 0):
+            self._keys[self._frame[flat]] = flat
+            self._layers[self._frame[flat]] = np.searchsorted(first, flat, side="right") - 1
+        self._reserved[:] = False
+        self._guessed &= self._keys >= 0
+        self._expired &= self._keys >= 0
+        layers, levels = self._layers.copy(), self._levels.copy()
+        for key, frame, level in reading:
+            self._reserved[frame], layers[frame], levels[frame] = True, key[0], level
+        self.used, self.total = [0] * len(self.used), 0
+        self.frame_bytes[:] = 0
+        for frame in np.flatnonzero(layers >= 0).tolist():
+            self._hold(frame, int(layers[frame]), self._sizes[layers[frame]][levels[frame]])
+        self._free = np.flatnonzero((self._keys < 0) & ~self._reserved).tolist()[::-1]
 
     def _release(self, layer: int, frame: int) -> None:
         self._hold(frame, layer, 0)

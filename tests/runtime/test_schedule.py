@@ -108,7 +108,7 @@ class Script:
     def check(self) -> None:
         assert self.residency.total == self.residency.frame_bytes.sum()
         assert self.residency.total <= self.residency.capacity
-        if not self.reading:
+        if not any(load.claimed for load in self.reader.loads()):
             assert accounted(self.residency, SIZES)
 
     def step(self, layer: int, experts: list[int], level: int) -> None:
