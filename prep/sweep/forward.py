@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from smoe.prep.checkpoint.checkpoint import Checkpoint
+from smoe.prep.checkpoint.checkpoint import Checkpoint, one_small_heap
 from smoe.prep.checkpoint.seam import experts_run_by, mixed_outputs
 from smoe.prep.errors import NotDifferentiableError, PrepError
 from smoe.prep.progress import Progress
@@ -177,6 +177,7 @@ def sweep(
     """
     progress = progress or Progress(quiet=True)
     progress.say(f"sweep: {sum(len(row) for row in rows)} tokens on {device}")
+    one_small_heap()
     checkpoint.move_backbone(device)
     batches = batches_of(rows, 1 if logits else BATCH)
     plain = [_Plain(checkpoint.model, batch, device, logits is not None) for batch in batches]
