@@ -260,7 +260,7 @@ def _storage(bundle: Bundle, io: str) -> tuple[float, float]:
             shards.forget(*keys[i])
         before = time.perf_counter()
         reads = [
-            pool.submit(shards.read, *keys[i], frame)
+            pool.submit(shards.read, keys[i][0], keys[i][1], frame)
             for i, frame in zip(picked, frames, strict=False)
         ]
         for read in reads:

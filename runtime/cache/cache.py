@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 import numpy as np
 
@@ -110,8 +110,8 @@ class ExpertCache:
         experts = self._residency.eviction.experts
         wanted = [key for key in dict.fromkeys(guesses) if key[1] < experts[key[0]]]
         with self._reader.lock:
-            guesses = [load for load in self._reader.loads() if load.guess]
-            self._reader.withdraw([load for load in guesses if load.key not in wanted])
+            before = [load for load in self._reader.loads() if load.guess]
+            self._reader.withdraw([load for load in before if load.key not in wanted])
             loads = {load.key: load for load in self._reader.loads()}
             room = GUESSES - sum(load.guess for load in loads.values())
             new = [key for key in wanted if key not in loads and key not in self._residency]
@@ -123,7 +123,7 @@ class ExpertCache:
 
     def bring(
         self, layer: int, experts: np.ndarray, levels: np.ndarray, tokens: np.ndarray
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray, None, None]:
         """Indices int64 of distinct `experts` that are resident at their `levels`, some at a time
         until each was given once; what is missing is read meanwhile, most `tokens` first. Whoever
         iterates computes what it was given before it asks for more, and closes the iterator. An
