@@ -32,6 +32,8 @@ from smoe.runtime.segments import (
 )
 from smoe.runtime.step import Span, Step
 
+# hidden, ids, weights, scores, raw weights
+KINDS = [np.dtype(kind) for kind in (np.float32, np.int64, np.float32, np.float32, np.float32)]
 ITEM_BYTES = {"tensor(bool)": 1, "tensor(float16)": 2, "tensor(float)": 4, "tensor(int32)": 4}
 
 
@@ -309,21 +311,19 @@ class Backbone:
         return [values[name] for name in names]
 
     def _routed(self, index: int, step: Step, parts: list[list[np.ndarray]]) -> Routed:
-        layer = self._manifest.layers[index]
-        k, tokens = layer.top_k, step.tokens
-        widths = [layer.hidden, k, k, layer.experts, layer.experts][: len(parts[0])]
-        wanted = [np.float32, np.int64, np.float32, np.float32, np.float32]
-        arrays = [_joined([part[i] for part in parts], width) for i, width in enumerate(widths)]
-        if [(a.dtype, a.size) for a in arrays] != [
-            (np.dtype(kind), tokens * width) for kind, width in zip(wanted, widths, strict=False)
-        ] or not (arrays[1].min() >= 0 and arrays[1].max() <= layer.experts):
+        layer, tokens = self._manifest.layers[index], step.tokens
+        k, experts = layer.top_k, layer.experts
+        widths = (layer.hidden, k, k, experts, experts)[: len(parts[0])]
+        arrays = [_joined([part[i] for part in parts]) for i in range(len(widths))]
+        ids = arrays[1]
+        fits = all(a.size == tokens * width for a, width in zip(arrays, widths, strict=True))
+        kinds = [a.dtype for a in arrays] == KINDS[: len(arrays)]
+        if not (fits and kinds and ids.min() >= 0 and ids.max() <= experts):
             shapes = ", ".join(f"{part.dtype} {part.shape}" for part in parts[0])
             raise EngineError(
                 f"Segment {index} gives hidden, ids, weights (scores, raw weights) as {shapes}, "
-                f"which is not what layer "
-                f"{index} of the manifest takes, or experts beyond {layer.experts}; copy the "
-                f"bundle again, or build it "
-                "again."
+                f"which is not what layer {index} of the manifest takes, or experts beyond "
+                f"{experts}; copy the bundle again, or build it again."
             )
         hidden, ids, weights, *scored = (a.reshape(tokens, -1) for a in arrays)
         scores, raw = scored if scored else (None, None)
@@ -339,8 +339,8 @@ class Backbone:
         )
 
 
-def _joined(parts: list[np.ndarray], width: int) -> np.ndarray:
-    """All pieces' rows, flat where they are not of that width."""
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """All pieces' rows, flat where there are several."""
     if len(parts) == 1:
         return parts[0]
     return np.concatenate([part.reshape(-1) for part in parts])

@@ -81,10 +81,11 @@ class Model:
 
     def _expect(self, routed: Routed) -> None:
         """Guesses go by what is decoded: a prompt needs most experts of every layer."""
-        rows = np.flatnonzero(routed.step.decoding)
-        if len(rows):
-            part = routed if len(rows) == routed.tokens else routed.take(rows)
-            self.experts.expect(self.predict(part))
+        if self.predict.silent or not routed.step.decoding.any():
+            return
+        if not routed.step.decodes:
+            routed = routed.take(np.flatnonzero(routed.step.decoding))
+        self.experts.expect(self.predict(routed))
 
     def _look_ahead(
         self, layer: int, flow: Flow, outputs: np.ndarray, assignment: Assignment
@@ -92,7 +93,7 @@ class Model:
         """While nothing is left but to wait: what the next layer would say of what is computed so
         far (SMoE, III-E)."""
         wanted = self.predict.looks_ahead and layer + 1 < self.layers
-        if not wanted or not flow.step.decoding.all():
+        if not wanted or not flow.step.decodes:
             return
         started = time.perf_counter()
         routed = self.backbone.peek(layer + 1, flow, combine(outputs, assignment.weights))

@@ -115,9 +115,9 @@ def as_routed(routed: Routed, available: Available) -> Assignment:
 
 def assign(chooser: Chooser, routed: Routed, available: Available) -> Assignment:
     """The chooser's word for the tokens that are decoded, the router's for prompts."""
-    decoding = routed.step.decoding
-    if decoding.all():
+    if routed.step.decodes:
         return chooser(routed, available)
+    decoding = routed.step.decoding
     if not decoding.any():
         return as_routed(routed, available)
     rows = np.flatnonzero(decoding)
@@ -149,20 +149,21 @@ class Dispatch:
     def of(cls, assignment: Assignment, available: Available) -> Dispatch:
         """What `assignment` makes of a layer; slots without a level are at the full one."""
         experts, full, k = len(available.level), available.full, assignment.ids.shape[1]
-        flat = assignment.ids.reshape(-1)
-        if assignment.levels is None:
-            keys = flat * (full + 1) + full
-        else:
-            keys = flat * (full + 1) + assignment.levels.reshape(-1)
+        keys = assignment.ids.reshape(-1)
+        if assignment.levels is not None:
+            keys = keys * (full + 1) + assignment.levels.reshape(-1)
+            experts *= full + 1
         slots = keys.argsort(kind="stable")
         ordered = keys[slots]
-        slots = slots[: ordered.searchsorted(experts * (full + 1))]
+        slots = slots[: ordered.searchsorted(experts)]
         ordered = ordered[: len(slots)]
         first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
         first = first[: len(ordered)]  # none, where there is no slot
+        groups = ordered[first]
+        one_level = assignment.levels is None
         return cls(
-            experts=ordered[first] // (full + 1),
-            levels=ordered[first] % (full + 1),
+            experts=groups if one_level else groups // (full + 1),
+            levels=np.full(len(groups), full) if one_level else groups % (full + 1),
             starts=np.append(first, len(slots)),
             tokens=slots // k,
             ranks=slots % k,

@@ -113,6 +113,11 @@ class Step:
         )
 
     @cached_property
+    def decodes(self) -> bool:
+        """Whether all of its tokens are decoded."""
+        return bool(self.decoding.all())
+
+    @cached_property
     def ledgers(self) -> SequenceOf[LossLedger | None]:
         """Of every span, its sequence's."""
         return [span.sequence.ledger for span in self.spans]

@@ -133,15 +133,15 @@ class ExpertCache:
         fewer planes than it needs, only if nothing else can go (SMoE's shield). Where more is
         missing than may be on its way at once, as for a prompt, experts stream: what was used may
         go at once, so that a few frames serve them all. A failed read is an `EngineError`."""
-        remaining = np.ones(len(experts), bool)
+        left, remaining = len(experts), np.ones(len(experts), bool)
         loads: dict[int, Load] = {}
         run, first, idle, ordered = object(), True, False, False
         try:
-            while remaining.any():
+            while left:
                 with self._reader.lock:
                     ready = remaining & (self._residency.levels_of(layer, experts) >= levels)
-                    missing = np.flatnonzero(remaining & ~ready)
-                    given = np.flatnonzero(ready)
+                    missing = (remaining & ~ready).nonzero()[0]
+                    given = ready.nonzero()[0]
                     if first:
                         self.stats.hits += len(given)
                         self.stats.misses += len(missing)
@@ -152,7 +152,8 @@ class ExpertCache:
                     first = False
                     pins = np.where(ready, PINNED, np.where(remaining, SHIELDED, used))
                     self._pin(run, layer, experts, pins)
-                    self._demand(layer, experts, levels, tokens, missing, loads)
+                    if len(missing):
+                        self._demand(layer, experts, levels, tokens, missing, loads)
                     # Where frames are few, one after another, so that what goes does not depend on
                     # when reads arrive: a lossy run repeats.
                     ordered |= bool(self._reader.refused)
@@ -160,8 +161,10 @@ class ExpertCache:
                 if len(given):
                     yield given
                     remaining[given] = False
-                    for i in given.tolist():
-                        loads.pop(i, None)
+                    left -= len(given)
+                    if loads:
+                        for i in given.tolist():
+                            loads.pop(i, None)
                 elif idle or not loads:
                     if self._wait(waiting):
                         continue

@@ -21,6 +21,7 @@ Guesses = list[Key]
 class Predictor:
     """No guesses, and the base of the others."""
 
+    silent = True  # never guesses
     looks_ahead = (
         False  # wants the next layer's scores, which cost a run of its attention and router
     )
@@ -37,6 +38,8 @@ class Predictor:
 class Previous(Predictor):
     """What the step before used in the next layer; after the last layer, in the first."""
 
+    silent = False
+
     def __init__(self, layers: int):
         self._last = [np.zeros((0, 1), np.int64) for _ in range(layers)]
 
@@ -50,6 +53,8 @@ class Transition(Predictor):
     """What follows the experts of this layer most often in calibration: sum over active p of P(e |
     p) (the table `transition`). As many as the next layer uses; nothing is known of the next
     token's first layer."""
+
+    silent = False
 
     def __init__(self, counts: list[np.ndarray | None], top_k: list[int]):
         """`counts[l]` `[experts of layer l - 1, experts of layer l]`, None for the first."""
@@ -73,6 +78,8 @@ class Predicted(Predictor):
     from this layer's hidden state. `linear[l]` are weights `[H, experts]` and bias `[experts]` for
     layer l, None where there are none."""
 
+    silent = False
+
     def __init__(
         self, distance: int, linear: list[tuple[np.ndarray, np.ndarray] | None], top_k: list[int]
     ):
@@ -91,6 +98,7 @@ class TopScore(Predictor):
     attention and router run on it, and only experts whose score is at least (1 + alpha) S_{k+1} are
     read: the others may be substituted."""
 
+    silent = False
     looks_ahead = True
 
     def __init__(self, alpha: float = 0.35):

@@ -43,12 +43,12 @@ class Residency:
         self._free = list(range(frames))[::-1]
         self._keys = np.full(frames, -1)  # the flat number of what each frame holds
         self._layers = np.full(frames, -1)
-        self._levels = np.zeros(frames, np.int64)
         self._guessed = np.zeros(frames, bool)
         self._expired = np.zeros(frames, bool)
         self._reserved = np.zeros(frames, bool)  # a read into it is on its way
         self.frame_bytes = np.zeros(frames, np.int64)  # of the capacity; of reserved frames too
         self._frame = np.full(self._first[-1], -1)  # of each expert
+        self._level = np.zeros(self._first[-1], np.int64)  # of each expert, 0: not resident
         self.used = [0] * len(experts)  # of the capacity, by layer
         self.total = 0
 
@@ -64,18 +64,15 @@ class Residency:
 
     def levels(self, layer: int) -> np.ndarray:
         """int64 `[E]`: the level at which each expert is resident, 0 where it is not."""
-        frames = self._frame[self._first[layer] : self._first[layer + 1]]
-        return np.where(frames >= 0, self._levels[frames], 0)
+        return self._level[self._first[layer] : self._first[layer + 1]].copy()
 
     def levels_of(self, layer: int, experts: np.ndarray) -> np.ndarray:
         """The same of some experts of a layer."""
-        frames = self._frame[self._first[layer] + experts]
-        return np.where(frames >= 0, self._levels[frames], 0)
+        return self._level[self._first[layer] + experts]
 
     def level(self, key: Key) -> int:
         """The same of one."""
-        frame = self._frame[self.flat(key)]
-        return int(self._levels[frame]) if frame >= 0 else 0
+        return int(self._level[self.flat(key)])
 
     def find(self, key: Key) -> int | None:
         """The frame that holds `key`, if one does."""
@@ -132,7 +129,7 @@ class Residency:
     def commit(self, key: Key, frame: int, level: int, guessed: bool = False) -> None:
         """The reserved frame holds `key` now up to `level`."""
         flat = self.flat(key)
-        self._levels[frame], self._reserved[frame] = level, False
+        self._level[flat], self._reserved[frame] = level, False
         if self._frame[flat] == frame:
             return
         self._keys[frame], self._layers[frame], self._frame[flat] = flat, key[0], frame
@@ -142,7 +139,7 @@ class Residency:
         """The reserved frame was not filled, or nothing was added to what it holds."""
         self._reserved[frame] = False
         if self._keys[frame] >= 0:
-            self._hold(frame, key[0], self._sizes[key[0]][self._levels[frame]])
+            self._hold(frame, key[0], self._sizes[key[0]][self.level(key)])
         else:
             self._release(key[0], frame)
 
@@ -170,23 +167,25 @@ class Residency:
             frames = frames[expired]
         if not len(frames):
             return None
-        worth = self.eviction.planes(self._keys[frames], self._levels[frames])
+        worth = self.eviction.planes(self._keys[frames], self._level[self._keys[frames]])
         return int(frames[worth.argmin()])
 
     def shrink(self, frame: int) -> None:
         """Evict the highest plane, where eviction goes by planes and it is not the only one; the
         record otherwise."""
-        if not self.eviction.by_planes or self._levels[frame] == 1:
+        flat = self._keys[frame]
+        if not self.eviction.by_planes or self._level[flat] == 1:
             self.evict(frame)
             return
         layer = int(self._layers[frame])
-        self._levels[frame] -= 1
-        self._hold(frame, layer, self._sizes[layer][self._levels[frame]])
+        self._level[flat] -= 1
+        self._hold(frame, layer, self._sizes[layer][self._level[flat]])
 
     def evict(self, frame: int) -> None:
         """What the frame holds is gone."""
         layer = int(self._layers[frame])
         self._frame[self._keys[frame]] = -1
+        self._level[self._keys[frame]] = 0
         self._keys[frame] = self._layers[frame] = -1
         self._guessed[frame] = self._expired[frame] = False
         self._release(layer, frame)
@@ -202,7 +201,8 @@ class Residency:
         self._reserved[:] = False
         self._guessed &= self._keys >= 0
         self._expired &= self._keys >= 0
-        layers, levels = self._layers.copy(), self._levels.copy()
+        self._level[self._frame < 0] = 0
+        layers, levels = self._layers.copy(), self._level[self._keys]
         for key, frame, level in reading:
             self._reserved[frame], layers[frame], levels[frame] = True, key[0], level
         self.used, self.total = [0] * len(self.used), 0
