@@ -260,7 +260,12 @@ class _Sizes:
 
     @classmethod
     def of(
-        cls, model: torch.nn.Module, encoding: str, tokens: int, prices: int, shape: ExpertShape
+        cls,
+        model: transformers.PreTrainedModel,
+        encoding: str,
+        tokens: int,
+        prices: int,
+        shape: ExpertShape,
     ) -> _Sizes:
         modules = [module for _, module in experts_modules(model)]
         layers = [expert_geometry(module) for module in modules]

@@ -53,7 +53,8 @@ class Text:
         cls, calibration: Calibration | None, rows: list[np.ndarray], price_tokens: int
     ) -> Text:
         """`rows`, with so many tokens for prices."""
-        drawn, held_out = [], []
+        drawn: list[np.ndarray] = []
+        held_out: list[np.ndarray] = []
         if calibration is not None and price_tokens and rows:
             drawn, held_out = sampled(rows, price_tokens, calibration.seed)
         return cls(calibration=calibration, rows=rows, drawn=drawn, held_out=held_out)
@@ -153,8 +154,10 @@ def _backward(checkpoint: Checkpoint, directory: Path, text: Text, prices: Price
 
 def _copy_profile(profiled: Path | None, directory: Path) -> None:
     (directory / "study").mkdir(exist_ok=True)
-    for name in PROFILE_FILES if profiled else ():
-        shutil.copyfile(Path(profiled) / name, directory / name)
+    if profiled is None:
+        return
+    for name in PROFILE_FILES:
+        shutil.copyfile(profiled / name, directory / name)
 
 
 def _add_tables(checkpoint: Checkpoint, file: Path, more: list[list[Arrays]]) -> None:

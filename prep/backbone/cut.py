@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from smoe.prep.backbone import router_pattern
+from smoe.prep.backbone.router_pattern import name_of
 from smoe.prep.errors import PrepError
 
 OPSET = 23  # the first with RMSNormalization
@@ -53,17 +54,17 @@ def cut(graph: ir.Graph) -> Pieces:
             "follow one another, one per layer."
         )
     nodes = [_experts_node(layer, node) for layer, node in enumerate(experts)]
-    wanted = {value.name for value in graph.outputs}
-    for node in nodes:
-        wanted |= {node.hidden, node.ids, node.weights}
-        wanted |= {node.found.scores, node.found.raw} if node.found else set()
+    wanted = {name_of(value) for value in graph.outputs}
+    for wires in nodes:
+        wanted |= {wires.hidden, wires.ids, wires.weights}
+        wanted |= {wires.found.scores, wires.found.raw} if wires.found else set()
     by_stage: list[list[ir.Node]] = [[] for _ in range(len(experts) + 1)]
     for node, stage in stages.items():
         if node.op_type != "Experts":
             by_stage[stage].append(node)
     segments = [_segment(stage, members, stages, wanted) for stage, members in enumerate(by_stage)]
     weights = {
-        v.name: v.const_value
+        name_of(v): v.const_value
         for n in graph
         for v in n.inputs
         if v is not None and v.const_value is not None
@@ -87,12 +88,12 @@ def _stages(graph: ir.Graph) -> dict[ir.Node, int]:
 def _experts_node(layer: int, node: ir.Node) -> ExpertsNode:
     hidden, ids, weights = node.inputs
     return ExpertsNode(
-        layer,
-        hidden.name,
-        ids.name,
-        weights.name,
-        node.outputs[0].name,
-        router_pattern.find(ids, weights),
+        layer=layer,
+        hidden=name_of(hidden),
+        ids=name_of(ids),
+        weights=name_of(weights),
+        output=name_of(node.outputs[0]),
+        found=router_pattern.find(ids, weights),
     )
 
 
@@ -101,28 +102,28 @@ def _segment(
 ) -> onnx.ModelProto:
     own = set(members)
     inputs: dict[str, ir.Value] = {}
-    constants: dict[str, ir.Value] = {}
+    constants: dict[str, ir.TensorProtocol] = {}
     outputs: dict[str, ir.Value] = {}
     for node in members:
         for value in node.inputs:
             if value is None:
                 continue
             if value.const_value is not None:
-                constants[value.name] = value
+                constants[name_of(value)] = value.const_value
             elif value.producer() not in own:
-                inputs[value.name] = value
+                inputs[name_of(value)] = value
         for value in node.outputs:
             leaves = any(
                 stages[user] != stage for user, _ in value.uses() if user.op_type != "Experts"
             )
-            if value.name in wanted or leaves:
-                outputs[value.name] = value
+            if leaves or name_of(value) in wanted:
+                outputs[name_of(value)] = value
     graph = onnx.helper.make_graph(
         [_node(node) for node in members],
         f"segment-{stage:02d}",
         [_value_info(v) for v in inputs.values()],
         [_value_info(v) for v in outputs.values()],
-        [_tensor(v) for v in constants.values()],
+        [_tensor(name, tensor) for name, tensor in constants.items()],
     )
     opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid("com.microsoft", 1)]
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="smoe")
@@ -139,11 +140,11 @@ def _node(node: ir.Node) -> onnx.NodeProto:
     return proto
 
 
-def _tensor(value: ir.Value) -> onnx.TensorProto:
-    proto = ir.to_proto(value.const_value)
+def _tensor(name: str, tensor: ir.TensorProtocol) -> onnx.TensorProto:
+    proto = ir.to_proto(tensor)
     if not proto.HasField("raw_data"):  # one form for all, so that the writer can move it out
-        proto = onnx.numpy_helper.from_array(value.const_value.numpy())
-    proto.name = value.name
+        proto = onnx.numpy_helper.from_array(tensor.numpy())
+    proto.name = name
     return proto
 
 
@@ -156,4 +157,4 @@ def _value_info(value: ir.Value) -> onnx.ValueInfoProto:
     shape = (
         None if value.shape is None else [d if isinstance(d, int) else None for d in value.shape]
     )
-    return onnx.helper.make_tensor_value_info(value.name, value.dtype.value, shape)
+    return onnx.helper.make_tensor_value_info(name_of(value), value.dtype.value, shape)

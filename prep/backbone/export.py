@@ -21,6 +21,7 @@ from smoe.artifacts.safetensors_file import DTYPES
 from smoe.prep.backbone import cut
 from smoe.prep.backbone import onnx_graph as tracing
 from smoe.prep.backbone.onnx_graph import Sample
+from smoe.prep.backbone.router_pattern import name_of
 from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.errors import PrepError
 
@@ -84,20 +85,20 @@ def _state(graph: ir.Graph, sample: Sample) -> list[State]:
     State is updated in place where one GroupQueryAttention alone reads the input and writes the
     output: bound to one buffer it appends without copying.
     """
-    outputs = {value.name: value for value in graph.outputs}
+    outputs = {name_of(value): value for value in graph.outputs}
     found = []
-    inputs = [value for value in graph.inputs if value.name.startswith("input.")]
+    inputs = [value for value in graph.inputs if name_of(value).startswith("input.")]
     for value, leaf, axis in zip(inputs, sample.leaves, sample.growing, strict=True):
-        name = value.name.replace("input.", "output.", 1)
-        if name not in outputs:
-            raise PrepError(
-                f"The exported graph takes the state {value.name} but does not return it."
-            )
+        given = name_of(value)
+        returned = given.replace("input.", "output.", 1)
+        if returned not in outputs:
+            raise PrepError(f"The exported graph takes the state {given} but does not return it.")
         readers = {node for node, _ in value.uses() if node.op_type != "Shape"}
-        writer = outputs[name].producer()
-        in_place = axis >= 0 and readers == {writer} and writer.op_type == "GroupQueryAttention"
+        writer = outputs[returned].producer()
+        attends = writer is not None and writer.op_type == "GroupQueryAttention"
+        in_place = axis >= 0 and attends and readers == {writer}
         dtype = next(n for n, d in DTYPES.items() if d == leaf.numpy().dtype)
-        found.append(State(-1, value.name, name, dtype, tuple(leaf.shape), axis, in_place))
+        found.append(State(-1, given, returned, dtype, tuple(leaf.shape), axis, in_place))
     return found
 
 
@@ -113,9 +114,9 @@ def _lengths_from_input(graph: ir.Graph, state: list[State]) -> None:
     graph.inputs.append(length)
     by_name = {s.input: s for s in state}
     for node in list(graph):
-        if node.op_type != "Shape" or node.inputs[0].name not in by_name:
+        if node.op_type != "Shape" or name_of(node.inputs[0]) not in by_name:
             continue
-        spec = by_name[node.inputs[0].name]
+        spec = by_name[name_of(node.inputs[0])]
         start = node.attributes.get_int("start", 0)
         end = node.attributes.get_int("end", len(spec.shape))
         axes = range(len(spec.shape))[start:end]
@@ -147,13 +148,14 @@ def _keep_positions(graph: ir.Graph) -> None:
     while node is not None and node.op_type in ELEMENTWISE:
         varying = [v for v in node.inputs if v is not None and v.const_value is None]
         node = varying[0].producer() if len(varying) == 1 else None
-    if node is None or node.op_type not in PRODUCTS or len(node.inputs[0].shape or ()) != 3:
+    hidden = node.inputs[0] if node is not None and node.op_type in PRODUCTS else None
+    if node is None or hidden is None or len(hidden.shape or ()) != 3:
         return  # all logits then; the runtime picks
     keep = ir.Value(
         name="logits_to_keep", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([None])
     )
-    gather = ir.node("Gather", [node.inputs[0], keep], attributes={"axis": 1})
-    gather.outputs[0].dtype = node.inputs[0].dtype
+    gather = ir.node("Gather", [hidden, keep], attributes={"axis": 1})
+    gather.outputs[0].type = hidden.type
     graph.inputs.append(keep)
     graph.insert_before(node, gather)
     node.replace_input_with(0, gather.outputs[0])
@@ -165,7 +167,7 @@ def _constant(graph: ir.Graph, value: int) -> ir.Value:
         tensor = ir.tensor(np.array([value], np.int64), name=name)
         graph.register_initializer(
             ir.Value(
-                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
+                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape([1])
             )
         )
     return graph.initializers[name]

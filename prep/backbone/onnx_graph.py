@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -35,7 +36,7 @@ class Sample:
     """Inputs to trace with: a cache of `PAST` tokens and some after it. `leaves` are the cache's
     tensors, and `growing` says along which axis each grows (-1: it does not)."""
 
-    inputs: dict[str, object]
+    inputs: dict[str, Any]
     shapes: dict[str, object]
     leaves: list[torch.Tensor]
     growing: list[int]

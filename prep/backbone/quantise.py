@@ -106,7 +106,9 @@ def _routers(graph: onnx.GraphProto, ids: str) -> set[str]:
 def _rewrite(graph: onnx.GraphProto, kept: set[str], bits: int) -> tuple[int, int]:
     """Replace what can be, in place: how many nodes were, and how many have a constant matrix."""
     constants = {t.name: t for t in graph.initializer}
-    nodes, added, candidates = [], {}, 0
+    nodes: list[onnx.NodeProto] = []
+    added: dict[str, TensorProto] = {}
+    candidates = 0
     for node in graph.node:
         found = _matrix(node, constants)
         candidates += found is not None

@@ -31,7 +31,7 @@ class Found:
 _SHAPING = ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze")
 
 
-def find(ids: ir.Value, weights: ir.Value) -> Found | None:
+def find(ids: ir.Value | None, weights: ir.Value | None) -> Found | None:
     """The routing behind `ids` and `weights`, or None where no pattern fits."""
     top = _producer(_unshaped(ids))
     if top is None or top.op_type != "TopK" or _unshaped(ids) is not top.outputs[1]:
@@ -53,7 +53,8 @@ def find(ids: ir.Value, weights: ir.Value) -> Found | None:
         raw = node.inputs[0]
     else:
         return None
-    return Found(scores.name, raw.name, Routing(normaliser, scale, epsilon))
+    rule = Routing(normaliser, scale, epsilon)
+    return Found(scores=name_of(scores), raw=name_of(raw), rule=rule)
 
 
 def check(
@@ -72,11 +73,18 @@ def check(
     return ""
 
 
+def name_of(value: ir.Value | None) -> str:
+    """The name of a value that a graph holds. For `onnx_ir` any input may be left out, and a value
+    outside of a graph be without a name."""
+    assert value is not None and value.name is not None
+    return value.name
+
+
 def _producer(value: ir.Value | None) -> ir.Node | None:
     return value.producer() if value is not None else None
 
 
-def _unshaped(value: ir.Value) -> ir.Value:
+def _unshaped(value: ir.Value | None) -> ir.Value | None:
     """`value` before casts and reshapes."""
     node = _producer(value)
     while node is not None and node.op_type in _SHAPING:
@@ -91,7 +99,7 @@ def _scalar(value: ir.Value | None) -> float | None:
     return float(value.const_value.numpy().reshape(()))
 
 
-def _peel_scale(value: ir.Value) -> tuple[float, ir.Value]:
+def _peel_scale(value: ir.Value | None) -> tuple[float, ir.Value | None]:
     """(c, x) where value = x * c with a constant c; (1, value) otherwise."""
     node = _producer(value)
     if node is not None and node.op_type == "Mul":
@@ -101,7 +109,7 @@ def _peel_scale(value: ir.Value) -> tuple[float, ir.Value]:
     return 1.0, value
 
 
-def _peel_normaliser(value: ir.Value) -> tuple[str, float, ir.Value]:
+def _peel_normaliser(value: ir.Value | None) -> tuple[str, float, ir.Value | None]:
     """(normaliser, epsilon, x): what was done to the selected weights x."""
     node = _producer(value)
     if node is not None and node.op_type == "Softmax":
@@ -121,7 +129,7 @@ def _peel_normaliser(value: ir.Value) -> tuple[str, float, ir.Value]:
     return "none", 0.0, value
 
 
-def _peel_epsilon(value: ir.Value) -> tuple[float, ir.Value]:
+def _peel_epsilon(value: ir.Value | None) -> tuple[float, ir.Value | None]:
     node = _producer(value)
     if node is not None and node.op_type in ("Add", "Max", "Clip"):
         for constant, rest in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):

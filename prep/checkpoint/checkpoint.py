@@ -22,7 +22,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from smoe.artifacts.errors import first_line
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam
-from smoe.prep.checkpoint.seam import ExpertsLayer, experts_modules, layers_used
+from smoe.prep.checkpoint.seam import ExpertsLayer, ExpertsModule, experts_modules, layers_used
 from smoe.prep.checkpoint.weights import Weights, open_weights
 from smoe.prep.errors import PrepError
 
@@ -91,7 +91,7 @@ class Checkpoint:
                 tensor.data = tensor.data.to(device)
 
     @contextlib.contextmanager
-    def experts(self, layer: int, device: str = "cpu") -> Iterator[torch.nn.Module]:
+    def experts(self, layer: int, device: str = "cpu") -> Iterator[ExpertsModule]:
         """The module of one layer's experts with its weights read to `device`, for the length of
         the block.
 

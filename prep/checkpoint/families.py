@@ -24,7 +24,9 @@ MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
 
 def text_class(config: type) -> type[transformers.PreTrainedModel] | None:
     """The class that generates text for a class of configs, or None."""
-    return next((mapping[config] for mapping in MAPPINGS if config in mapping), None)
+    classes = (mapping[config] for mapping in MAPPINGS if config in mapping)
+    # transformers annotates its mappings as if all of them held pairs; these hold classes.
+    return next(classes, None)  # type: ignore[return-value]
 
 
 def empty_model(

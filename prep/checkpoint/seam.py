@@ -9,28 +9,53 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from smoe.artifacts.manifest import ExpertActivation
 from smoe.prep.errors import PrepError
 from smoe.runtime.kernels import activations, reference
 
-Run = Callable[[int, torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-ExpertsLayer = tuple[str, torch.nn.Module]
+
+class ExpertsModule(torch.nn.Module):
+    """What a module on the seam has, whatever its class: for annotations only. The flags are always
+    there; the rest is where they say so."""
+
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    is_transposed: bool
+    is_concatenated: bool
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
+    post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
+    down_proj: torch.Tensor
+    down_proj_bias: torch.Tensor
+    up_proj_bias: torch.Tensor
+    gate_up_proj_bias: torch.Tensor
+
+
+Run = Callable[[int, ExpertsModule, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+ExpertsLayer = tuple[str, ExpertsModule]
 _NAME = "smoe"
 
 
 def experts_modules(model: torch.nn.Module) -> list[ExpertsLayer]:
     """Every module on the seam with its name, as they are listed in the model."""
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
-    return [(n, m) for n, m in model.named_modules() if all(hasattr(m, flag) for flag in flags)]
+    return [
+        (name, cast(ExpertsModule, module))
+        for name, module in model.named_modules()
+        if all(hasattr(module, flag) for flag in flags)
+    ]
 
 
 @torch.no_grad()
-def layers_used(model: torch.nn.Module) -> list[ExpertsLayer]:
+def layers_used(model: PreTrainedModel) -> list[ExpertsLayer]:
     """The modules on the seam that text reaches, in the order in which they run: seen by running a
     few tokens.
 
@@ -57,7 +82,7 @@ def layers_used(model: torch.nn.Module) -> list[ExpertsLayer]:
 
 
 @contextmanager
-def experts_run_by(model: torch.nn.Module, modules: list[ExpertsLayer], run: Run) -> Iterator[None]:
+def experts_run_by(model: PreTrainedModel, modules: list[ExpertsLayer], run: Run) -> Iterator[None]:
     """Within the block the model's experts are `run(layer, module, hidden, ids, weights)`, layer
     being the place in `modules`.
 
@@ -99,28 +124,28 @@ def zeros(layer, module, hidden, ids, weights):
     return torch.zeros_like(hidden)
 
 
-def expert_outputs(module: torch.nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+def expert_outputs(module: ExpertsModule, expert: int, x: torch.Tensor) -> torch.Tensor:
     """The output of one expert on `x` `[n, H]`, before its mixing weight, as the module itself
     defines it."""
     y = _linear(module, "down_proj", expert, expert_inner(module, expert, x))
     return module.post_expert_norm(y) if module.has_post_expert_norm else y
 
 
-def expert_inner(module: torch.nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+def expert_inner(module: ExpertsModule, expert: int, x: torch.Tensor) -> torch.Tensor:
     """What the last matrix of an expert receives, `[n, width]`."""
     if module.has_gate:
         return module._apply_gate(_linear(module, "gate_up_proj", expert, x))
     return module.act_fn(_linear(module, "up_proj", expert, x))
 
 
-def _linear(module: torch.nn.Module, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+def _linear(module: ExpertsModule, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
     w = getattr(module, name)[expert].float()  # stored in half precision, perhaps
     y = x @ (w if module.is_transposed else w.T)
     return y + getattr(module, f"{name}_bias")[expert].float() if module.has_bias else y
 
 
 def mixed_outputs(
-    module: torch.nn.Module, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    module: ExpertsModule, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted sum of the chosen experts' outputs `[T, H]`, and the norm of each output `[T,
     k]`.
@@ -145,7 +170,7 @@ def slots_of(ids: torch.Tensor, experts: int) -> Iterator[tuple[int, torch.Tenso
             yield expert, its // ids.shape[1], its
 
 
-def expert_weights(module: torch.nn.Module, expert: int) -> dict[str, np.ndarray]:
+def expert_weights(module: ExpertsModule, expert: int) -> dict[str, np.ndarray]:
     """One expert's float32 matrices `[n_out, n_in]` and biases, named as in
     `artifacts.layout.ExpertShape`."""
 
@@ -154,7 +179,8 @@ def expert_weights(module: torch.nn.Module, expert: int) -> dict[str, np.ndarray
         return w.T if module.is_transposed else w
 
     def halves(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(rows.chunk(2)) if module.is_concatenated else (rows[0::2], rows[1::2])
+        first, second = rows.chunk(2) if module.is_concatenated else (rows[0::2], rows[1::2])
+        return first, second
 
     tensors = {"down": rows("down_proj")}
     if module.has_gate:
@@ -172,17 +198,16 @@ def expert_weights(module: torch.nn.Module, expert: int) -> dict[str, np.ndarray
     return {name: t.detach().float().cpu().contiguous().numpy() for name, t in tensors.items()}
 
 
-def expert_geometry(module: torch.nn.Module) -> tuple[int, int, int]:
+def expert_geometry(module: ExpertsModule) -> tuple[int, int, int]:
     """(number of experts, hidden, width) of a module on the seam, from its down projection."""
-    down = module.down_proj
-    experts, out, width = (
-        down.shape if not module.is_transposed else (down.shape[0], down.shape[2], down.shape[1])
-    )
-    return int(experts), int(out), int(width)
+    experts, hidden, width = module.down_proj.shape
+    if module.is_transposed:
+        hidden, width = width, hidden
+    return experts, hidden, width
 
 
 @torch.no_grad()
-def probe_gate(module: torch.nn.Module) -> ExpertActivation:
+def probe_gate(module: ExpertsModule) -> ExpertActivation:
     """Which known function the module's gate is, found by comparing values; a `PrepError` if none
     fits.
 
@@ -222,7 +247,7 @@ def probe_gate(module: torch.nn.Module) -> ExpertActivation:
     )
 
 
-def _limited_candidates(module: torch.nn.Module) -> list[ExpertActivation]:
+def _limited_candidates(module: ExpertsModule) -> list[ExpertActivation]:
     """Gates with limits, the limits read off the function itself.
 
     With up = 0 the clamped gate is g * sigmoid(alpha * g) below its limit, and limit *
@@ -258,7 +283,7 @@ def _limited_candidates(module: torch.nn.Module) -> list[ExpertActivation]:
 
 
 @torch.no_grad()
-def probe_norm(module: torch.nn.Module) -> torch.Tensor:
+def probe_norm(module: ExpertsModule) -> torch.Tensor:
     """The scale `[H]` with which `reference.normalise` is the module's norm of an expert's output,
     found by comparing values; a `PrepError` if there is none.
 

@@ -156,7 +156,9 @@ class Weights:
     def _convert(self, model: transformers.PreTrainedModel, tensors: dict, device: str):
         mapping = get_model_conversion_mapping(model)
         config = LoadStateDictConfig(
-            device_map={"": device}, dtype=torch.float32, weight_mapping=mapping
+            device_map={"": device},
+            dtype=torch.float32,
+            weight_mapping=mapping,  # type: ignore[arg-type]  # as transformers itself passes it
         )
         with _quiet():
             return convert_and_load_state_dict_in_model(model, tensors, config)

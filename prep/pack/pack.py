@@ -25,7 +25,13 @@ from smoe.artifacts.layout import ExpertShape, RecordLayout
 from smoe.artifacts.manifest import ExpertActivation, Experts, Manifest
 from smoe.artifacts.shard import write_shard
 from smoe.prep.checkpoint.checkpoint import Checkpoint
-from smoe.prep.checkpoint.seam import expert_geometry, expert_inner, expert_weights, probe_gate
+from smoe.prep.checkpoint.seam import (
+    ExpertsModule,
+    expert_geometry,
+    expert_inner,
+    expert_weights,
+    probe_gate,
+)
 from smoe.prep.errors import PrepError
 from smoe.prep.pack.quantise import Quantised, quantise, second_moment
 from smoe.prep.progress import Progress
@@ -77,7 +83,7 @@ class Packing:
     def finish(self) -> list[Arrays]:
         return []
 
-    def round(self, layer: int, module: torch.nn.Module) -> None:
+    def round(self, layer: int, module: ExpertsModule) -> None:
         """Write a layer's shard without calibration; `module` has its weights."""
         layout, encoding = self._layout(module), self._experts.encoding
         experts = range(expert_geometry(module)[0])
@@ -87,11 +93,11 @@ class Packing:
     def _shard(self, layer: int) -> Path:
         return self._directory / Manifest.shard(layer)
 
-    def _write(self, layer: int, module: torch.nn.Module, records: Iterator[np.ndarray]) -> None:
+    def _write(self, layer: int, module: ExpertsModule, records: Iterator[np.ndarray]) -> None:
         count = expert_geometry(module)[0]
         write_shard(self._shard(layer), self._layout(module), PAGE, records, count)
 
-    def _layout(self, module: torch.nn.Module) -> RecordLayout:
+    def _layout(self, module: ExpertsModule) -> RecordLayout:
         return _layout(self._experts, module)
 
 
@@ -145,7 +151,7 @@ def common_kind(checkpoint: Checkpoint) -> tuple[ExpertActivation, bool, bool]:
     return kinds.pop()
 
 
-def _layout(experts: Experts, module: torch.nn.Module) -> RecordLayout:
+def _layout(experts: Experts, module: ExpertsModule) -> RecordLayout:
     _, hidden, width = expert_geometry(module)
     shape = ExpertShape(hidden, width, experts.gate.kind != "plain", experts.biased, experts.normed)
     return record_layout(shape, experts.encoding, PAGE)
@@ -179,7 +185,7 @@ class _Calibrated:
     def _some(self, experts: range) -> Iterator[np.ndarray]:
         weights = [expert_weights(self._module, e) for e in experts]
         moments = [self._moments(e) for e in experts]
-        first = [name for name in ("gate", "up") if name in weights[0]]
+        first: list[str] = [name for name in ("gate", "up") if name in weights[0]]
         codes = self._quantised(first, weights, [m[0] for m in moments])
         codes |= self._quantised(["down"], weights, [m[1] for m in moments])
         for i, w in enumerate(weights):

@@ -20,7 +20,7 @@ from smoe.artifacts.layout import ExpertShape
 from smoe.artifacts.manifest import Experts, Manifest
 from smoe.artifacts.shard import shard_start
 from smoe.prep.checkpoint.checkpoint import Checkpoint
-from smoe.prep.checkpoint.seam import expert_geometry, expert_outputs
+from smoe.prep.checkpoint.seam import ExpertsModule, expert_geometry, expert_outputs
 from smoe.prep.prices.sums import PriceSums
 from smoe.prep.statistics.sums import activity
 from smoe.prep.sweep.forward import Arrays, AtExperts
@@ -110,20 +110,20 @@ def _add_levels(sums: PriceSums, packed: Packed, at: AtExperts, active: np.ndarr
     """The errors of each level of each expert, on the tokens routed to it."""
     assert at.gradients is not None
     outputs = _PackedExperts(packed, at.layer, at.module)
-    for expert in np.flatnonzero(active.any(0)):
+    for expert in np.flatnonzero(active.any(0)).tolist():
         tokens = torch.from_numpy(np.flatnonzero(active[:, expert]))
         x = at.hidden[tokens.to(at.hidden.device)]
         g = at.gradients[:, tokens.to(at.gradients.device)].cpu().numpy()
         by_level = outputs(expert, x.cpu().numpy())
-        exact = expert_outputs(at.module, int(expert), x).cpu().numpy()
+        exact = expert_outputs(at.module, expert, x).cpu().numpy()
         errors = np.einsum("dnh,jnh->dnj", g, by_level - by_level[-1])
-        sums.add_levels(int(expert), errors, np.einsum("dnh,nh->dn", g, by_level[-1] - exact))
+        sums.add_levels(expert, errors, np.einsum("dnh,nh->dn", g, by_level[-1] - exact))
 
 
 class _PackedExperts:
     """The experts of one layer as the device will compute them."""
 
-    def __init__(self, packed: Packed, layer: int, module: torch.nn.Module):
+    def __init__(self, packed: Packed, layer: int, module: ExpertsModule):
         count, hidden, width = expert_geometry(module)
         common = packed.experts
         shape = ExpertShape(

@@ -191,7 +191,7 @@ def cheapest(kind: str, prices: Prices, nats: float) -> Perturbation:
         p = [_price(kind, prices, layer, ids, w) for layer, (ids, w) in enumerate(slots)]
         missing = [random.random(of.shape) < ABLE for of in p]
         every = np.sort(np.concatenate([of[m] for of, m in zip(p, missing, strict=True)]))
-        within = np.searchsorted(np.cumsum(every), nats * len(seen.ids[0]))
+        within = int(np.searchsorted(np.cumsum(every), nats * len(seen.ids[0])))
         limit = every[min(within, len(every) - 1)]
         return [
             np.where(m & (of < limit), KINDS.index(kind), -1)

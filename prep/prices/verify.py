@@ -159,8 +159,8 @@ def _drawing(sets: list[dict], width: int = 64, height: int = 20) -> list[str]:
     low, high = math.log10(min(values)), math.log10(max(values))
     span = max(high - low, 1e-9)
     canvas = [[" "] * width for _ in range(height)]
-    for x in range(width):
-        canvas[round(x / (width - 1) * (height - 1))][x] = "."
+    for column in range(width):
+        canvas[round(column / (width - 1) * (height - 1))][column] = "."
     for s in sets:
         x, y = ((math.log10(max(s[name], 1e-9)) - low) / span for name in ("predicted", "measured"))
         canvas[round(y * (height - 1))][round(x * (width - 1))] = marks[s["kind"]]

@@ -57,7 +57,7 @@ class Candidate:
     def options(self) -> str:
         """For `smoe run`."""
         p = self.policies
-        given = {
+        given: dict[str, object] = {
             "--level": self.level or None,
             "--eviction": p.eviction if p.eviction != Policies().eviction else None,
         }

@@ -111,15 +111,16 @@ def simulate(
     rows = []
     for budget, policy in over([(budget, policy) for budget in budgets for policy in policies]):
         eviction = _eviction(policy, trace)
-        if warm:
+        if warm and trace.share is not None:
             eviction.warm(trace.share)
         replay, held_in = COUNTINGS[counting]
         shares = policy.startswith(PER_LAYER)
         residency = held_in(
             trace.experts, min(budget, trace.total), eviction, trace.records, shares
         )
-        lossless = policy.endswith(BOUND) or substitute is None
-        chooser = as_routed if lossless else substitute()
+        chooser = as_routed
+        if substitute is not None and not policy.endswith(BOUND):
+            chooser = substitute()
         rows.append(replay(trace, residency, chooser).run(policy, budget))
     return rows
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,7 @@ class Statistics:
         self._before: np.ndarray | None = None  # the previous layer's activity, bool [T, P]
 
     def visit(self, at: AtExperts) -> Arrays:
+        assert at.norms is not None
         sums = self.sums[at.layer]
         experts = len(sums.counts)
         self._run_all(at, sums)
@@ -67,7 +69,7 @@ class Statistics:
         return {name: np.asarray(value) for name, value in vars(sums).items()}
 
     def resume(self, at: AtExperts, known: Arrays) -> None:
-        fields = {name: int(a) if a.ndim == 0 else a for name, a in known.items()}
+        fields: dict[str, Any] = {name: int(a) if a.ndim == 0 else a for name, a in known.items()}
         self.sums[at.layer] = LayerSums(**fields)
         self._before = self._activity(at)
 

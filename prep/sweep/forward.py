@@ -24,7 +24,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from smoe.prep.checkpoint.checkpoint import Checkpoint, one_small_heap
-from smoe.prep.checkpoint.seam import experts_run_by, mixed_outputs
+from smoe.prep.checkpoint.seam import ExpertsModule, experts_run_by, mixed_outputs
 from smoe.prep.errors import NotDifferentiableError, PrepError
 from smoe.prep.progress import Progress
 from smoe.prep.sweep.scores import Scores
@@ -51,7 +51,7 @@ class AtExperts:
     """
 
     layer: int
-    module: torch.nn.Module
+    module: ExpertsModule
     starts: tuple[int, ...]
     hidden: torch.Tensor
     ids: torch.Tensor
@@ -221,6 +221,8 @@ def _arrive(layer, module, hidden, ids, weights):
 class _Plain(Pass):
     """A forward pass over a batch of token ids int64 `[n, length]`."""
 
+    result: torch.Tensor | None  # its logits, where they were asked for
+
     def __init__(self, model: torch.nn.Module, batch: np.ndarray, device: str, logits: bool):
         super().__init__(partial(self._forward, model, batch, device, logits))
         self._scores = Scores()
@@ -305,16 +307,17 @@ class _Lockstep:
         outputs = list(outputs)
         if self._plain:
             parts = _parts(outputs.pop(0), self._arrived)
-            for i, each in enumerate(self._plain):
-                self._arrived[i] = each.go(next(parts))
+            for i, plain in enumerate(self._plain):
+                self._arrived[i] = plain.go(next(parts))
                 if logits is not None and self._arrived[i] is None:
-                    logits(each.result)
-                    each.result = None
+                    assert plain.result is not None
+                    logits(plain.result)
+                    plain.result = None
         with self._refusing():
             if self._arrived_graph:
                 parts = _parts(outputs.pop(0), self._arrived_graph)
-                for i, each in enumerate(self._graph):
-                    self._arrived_graph[i] = each.go(next(parts))
+                for i, graph in enumerate(self._graph):
+                    self._arrived_graph[i] = graph.go(next(parts))
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -337,7 +340,7 @@ class _Lockstep:
             )
 
 
-def _together(module: torch.nn.Module, arrived: list[_Arrival]) -> AtExperts:
+def _together(module: ExpertsModule, arrived: list[_Arrival]) -> AtExperts:
     scores = [each.scores for each in arrived]
     known = [part for part in scores if part is not None]
     return AtExperts(

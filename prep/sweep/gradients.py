@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from smoe.prep.checkpoint.checkpoint import Checkpoint
-from smoe.prep.checkpoint.seam import expert_geometry, expert_outputs, slots_of
+from smoe.prep.checkpoint.seam import ExpertsModule, expert_geometry, expert_outputs, slots_of
 from smoe.prep.errors import NotDifferentiableError
 from smoe.prep.progress import Progress
 from smoe.prep.sweep.forward import BATCH, AtExperts, Observer, Pass, batches_of
@@ -115,7 +115,7 @@ def _generator(device: str, seed: int, draw: int) -> torch.Generator:
 
 def _together(
     layer: int,
-    module: torch.nn.Module,
+    module: ExpertsModule,
     received: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     arrived: list[list[tuple[int, torch.Tensor]]],
 ) -> AtExperts:
@@ -196,6 +196,8 @@ class SavedTensors:
 class _Graph(Pass):
     """A pass forward under autograd; `result` is what `_OwnScore` gives."""
 
+    result: torch.Tensor
+
     def __init__(self, checkpoint: Checkpoint, batch: np.ndarray, device: str, saved: SavedTensors):
         super().__init__(partial(self._forward, checkpoint.model, batch, device))
         self.anchor = torch.zeros(0, requires_grad=True, device=device)
@@ -269,7 +271,9 @@ class _OwnScore(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (logits,) = ctx.saved_tensors
-        return Pass.current().own_gradient(logits)
+        back = Pass.current()
+        assert isinstance(back, _Back)
+        return back.own_gradient(logits)
 
 
 @contextlib.contextmanager
