@@ -46,7 +46,7 @@ from smoe.runtime.options import (
 )
 from smoe.runtime.sampling import Sampler, Sampling
 from smoe.runtime.stats import Stats
-from smoe.runtime.step import Phase, Sequence, Span, Step
+from smoe.runtime.step import Phase, Sequence, Span, Step, checked_ids
 from smoe.runtime.text import StopWhen, Stream, Text
 
 
@@ -385,27 +385,8 @@ class Engine:
         with self._used():
             # closed, another thread's or another process's: said now rather than at the first token
             pass
-        try:
-            array, vocabulary = np.asarray(ids), self.manifest.model.vocabulary
-        except (ValueError, OverflowError) as error:
-            raise EngineError("Token ids must be a flat sequence of integers.") from error
-        if array.size == 0:
-            raise EngineError("The prompt is empty; give at least one token.")
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise EngineError("Token ids must be a flat sequence of integers.")
-        if not (array.min() >= 0 and array.max() < vocabulary):
-            raise EngineError(
-                f"Token ids go from {array.min()} to {array.max()}; this model has 0 to "
-                f"{vocabulary - 1}."
-            )
-        if len(array) + more > self.context:
-            raise EngineError(
-                f"{len(array)} prompt tokens and {more} new ones are more than the context of "
-                f"{self.context}; shorten "
-                f"the prompt, ask for fewer tokens, or open the bundle with a longer context "
-                f"(this model takes up to {self.manifest.model.context})."
-            )
-        return array.astype(np.int64)
+        model = self.manifest.model
+        return checked_ids(ids, model.vocabulary, self.context, model.context, more)
 
 
 def _shared(held: list[int], ids: np.ndarray) -> int:

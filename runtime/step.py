@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from smoe.runtime.errors import EngineError
+
 if TYPE_CHECKING:
     from smoe.runtime.choose.priced import LossLedger
 
@@ -121,3 +123,30 @@ class Step:
     def ledgers(self) -> SequenceOf[LossLedger | None]:
         """Of every span, its sequence's."""
         return [span.sequence.ledger for span in self.spans]
+
+
+def checked_ids(
+    ids: SequenceOf[int] | np.ndarray, vocabulary: int, context: int, longest: int, more: int = 0
+) -> np.ndarray:
+    """`ids` as int64 `[T]`; an `EngineError` if they are not of the vocabulary, or if they and
+    `more` new tokens are more than a `context`, which may be up to `longest`."""
+    try:
+        array = np.asarray(ids)
+    except (ValueError, OverflowError) as error:
+        raise EngineError("Token ids must be a flat sequence of integers.") from error
+    if array.size == 0:
+        raise EngineError("The prompt is empty; give at least one token.")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise EngineError("Token ids must be a flat sequence of integers.")
+    if not (array.min() >= 0 and array.max() < vocabulary):
+        raise EngineError(
+            f"Token ids go from {array.min()} to {array.max()}; this model has 0 to "
+            f"{vocabulary - 1}."
+        )
+    if len(array) + more > context:
+        raise EngineError(
+            f"{len(array)} prompt tokens and {more} new ones are more than the context of "
+            f"{context}; shorten the prompt, ask for fewer tokens, or open the bundle with a "
+            f"longer context (this model takes up to {longest})."
+        )
+    return array.astype(np.int64)

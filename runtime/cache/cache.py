@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +27,33 @@ STREAMS = 4  # demands on their way at once, where a step reads more than a toke
 # Reads the planes of a record after the first `since`, up to `level`, into a frame: the bytes, or
 # an exception.
 Read = Callable[[int, int, np.ndarray, int, int], int]
+
+
+@dataclass(eq=False)
+class _Run:
+    """One step's way through a layer's experts: which of them `remaining` were not taken yet, bool
+    `[n]`, the `loads` of the others by index, and whether they are taken in order."""
+
+    layer: int
+    experts: np.ndarray
+    levels: np.ndarray
+    tokens: np.ndarray
+    loads: dict[int, Load] = field(default_factory=dict)
+    waiting: list[Load] = field(default_factory=list)
+    first: bool = True
+    ordered: bool = False
+    used: int = SHIELDED  # the pin of what was taken
+
+    def __post_init__(self) -> None:
+        self.remaining = np.ones(len(self.experts), bool)
+        self.ready = np.zeros(len(self.experts), bool)
+
+    def took(self, given: np.ndarray) -> None:
+        """These were computed."""
+        self.remaining[given] = False
+        if self.loads:
+            for i in given.tolist():
+                self.loads.pop(i, None)
 
 
 class ExpertCache:
@@ -48,12 +76,8 @@ class ExpertCache:
         streams: bool = True,
         make_reader: type[Reader] = Reader,
     ):
-        self._residency, self._frames, self._read_planes, self.stats = (
-            residency,
-            frames,
-            read,
-            stats,
-        )
+        self._residency, self._frames = residency, frames
+        self._read_planes, self.stats = read, stats
         self._reader = make_reader(self._begin, self._read, self._end, threads)
         self._at_once = max(STREAMS, uses) if streams else 1 << 62
         self._pins = np.zeros(residency.eviction.first[-1], np.int8)
@@ -133,57 +157,63 @@ class ExpertCache:
         fewer planes than it needs, only if nothing else can go (SMoE's shield). Where more is
         missing than may be on its way at once, as for a prompt, experts stream: what was used may
         go at once, so that a few frames serve them all. A failed read is an `EngineError`."""
-        left, remaining = len(experts), np.ones(len(experts), bool)
-        loads: dict[int, Load] = {}
-        run, first, idle, ordered = object(), True, False, False
+        run = _Run(layer=layer, experts=experts, levels=levels, tokens=tokens)
+        idle = False
         try:
-            while left:
-                with self._reader.lock:
-                    ready = remaining & (self._residency.levels_of(layer, experts) >= levels)
-                    missing = (remaining & ~ready).nonzero()[0]
-                    given = ready.nonzero()[0]
-                    if first:
-                        self.stats.hits += len(given)
-                        self.stats.misses += len(missing)
-                        ordered = len(missing) > self._at_once
-                        used = FREE if ordered else SHIELDED
-                    elif ordered:
-                        given = given[:1] if not len(missing) else given[given < missing[0]][:1]
-                    first = False
-                    pins = np.where(ready, PINNED, np.where(remaining, SHIELDED, used))
-                    self._pin(run, layer, experts, pins)
-                    if len(missing):
-                        self._demand(layer, experts, levels, tokens, missing, loads)
-                    # Where frames are few, one after another, so that what goes does not depend on
-                    # when reads arrive: a lossy run repeats.
-                    ordered |= bool(self._reader.refused)
-                    waiting = [load for load in loads.values() if _on_its_way(load)]
+            while run.remaining.any():
+                given = self._look(run)
                 if len(given):
                     yield given
-                    remaining[given] = False
-                    left -= len(given)
-                    if loads:
-                        for i in given.tolist():
-                            loads.pop(i, None)
-                elif idle or not loads:
-                    if self._wait(waiting):
-                        continue
-                    if not ready.any():
-                        raise EngineError(
-                            f"There is no room for {len(missing)} experts of layer {layer}; state "
-                            "more memory, or leave out shares."
-                        )
-                    ordered = False  # what is ready holds the frames that the others need
+                    run.took(given)
+                elif idle or not run.loads:
+                    self._go_on(run)
                 else:
                     idle = True
-                    yield missing[:0]
+                    yield given
         finally:
             with self._reader.lock:
-                self._reader.withdraw(loads.values())
+                self._reader.withdraw(run.loads.values())
                 if self._active is run:
                     self._pins[:] = FREE
         with self._reader.lock:
             self._residency.end(layer)
+
+    def _look(self, run: _Run) -> np.ndarray:
+        """What of `run` can be taken now, indices int64; what is missing is asked for."""
+        with self._reader.lock:
+            here = self._residency.levels_of(run.layer, run.experts) >= run.levels
+            run.ready = run.remaining & here
+            given, missing = run.ready.nonzero()[0], (run.remaining & ~here).nonzero()[0]
+            if run.first:
+                self.stats.hits += len(given)
+                self.stats.misses += len(missing)
+                run.ordered = len(missing) > self._at_once
+                run.used = FREE if run.ordered else SHIELDED
+            elif run.ordered:
+                given = given[:1] if not len(missing) else given[given < missing[0]][:1]
+            run.first = False
+            pins = np.where(run.ready, PINNED, np.where(run.remaining, SHIELDED, run.used))
+            self._pin(run, pins)
+            if len(missing):
+                self._demand(run, missing)
+            # Where frames are few, one after another, so that what goes does not depend on when
+            # reads arrive: a lossy run repeats.
+            run.ordered |= bool(self._reader.refused)
+            run.waiting = [load for load in run.loads.values() if _on_its_way(load)]
+        return given
+
+    def _go_on(self, run: _Run) -> None:
+        """Wait for a read. Where none will arrive for want of a frame, order no longer matters:
+        what is ready may hold the frame that the others need."""
+        started = time.perf_counter()
+        arrived = bool(run.waiting) and (self._reader.wait(run.waiting) or self._reader.retry())
+        self.stats.stall_seconds += time.perf_counter() - started
+        if not arrived and not run.ready.any():
+            raise EngineError(
+                f"There is no room for {len(run.waiting)} experts of layer {run.layer}; state more "
+                "memory, or leave out shares."
+            )
+        run.ordered = run.ordered and arrived
 
     def warm(self, counts: Sequence[np.ndarray], capacity: int, level: int) -> None:
         """Before the first step: read the `capacity` experts that calibration used most, by
@@ -218,16 +248,9 @@ class ExpertCache:
             _raise_first([load for load in loads if not _on_its_way(load)])
             loads = [load for load in loads if _on_its_way(load)]
 
-    def _demand(
-        self,
-        layer: int,
-        experts: np.ndarray,
-        levels: np.ndarray,
-        tokens: np.ndarray,
-        missing: np.ndarray,
-        loads: dict[int, Load],
-    ) -> None:
+    def _demand(self, run: _Run, missing: np.ndarray) -> None:
         """Ask for as many of `missing` as may be on their way at once."""
+        loads = run.loads
         if loads:
             _raise_first(list(loads.values()))
             # What came and went again meanwhile, or was another run's, is asked for once more.
@@ -241,30 +264,23 @@ class ExpertCache:
                 return
             if i in loads:
                 continue
-            key = (layer, int(experts[i]))
+            key = (run.layer, int(run.experts[i]))
             # Another run's may be of fewer planes: then it is asked for again.
             loads[i] = load = begun.get(key) or Load(
-                key=key, level=int(levels[i]), tokens=int(tokens[i])
+                key=key, level=int(run.levels[i]), tokens=int(run.tokens[i])
             )
             if key not in begun:
                 self._reader.put(load)
             elif load.guess:
                 self.stats.guesses_used += load.state is State.READING
-                self._reader.demand(load, int(tokens[i]))
+                self._reader.demand(load, int(run.tokens[i]))
 
-    def _wait(self, waiting: list[Load]) -> bool:
-        """Until one of these arrives; False where none will, for want of a frame."""
-        started = time.perf_counter()
-        arrived = bool(waiting) and (self._reader.wait(waiting) or self._reader.retry())
-        self.stats.stall_seconds += time.perf_counter() - started
-        return arrived
-
-    def _pin(self, run: object, layer: int, experts: np.ndarray, pins: np.ndarray) -> None:
+    def _pin(self, run: _Run, pins: np.ndarray) -> None:
         """Another run, paused meanwhile, loses its own: what of it was evicted is read again."""
         if self._active is not run:
             self._pins[:] = FREE
             self._active = run
-        self._pins[self._residency.eviction.first[layer] + experts] = pins
+        self._pins[self._residency.eviction.first[run.layer] + run.experts] = pins
         if self._reader.refused:
             self._reader.retry()
 
