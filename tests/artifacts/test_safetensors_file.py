@@ -73,7 +73,8 @@ BROKEN = {
     "file too long": _file({"t": _tensor()}, b"12345"),
     "file too short": _file({"t": _tensor()}, b"123"),
     "twice the same name": _file(
-        b'{"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        b'{"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+        b'"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
         b"1",
     ),
     "metadata that is no text": _file({"__metadata__": {"a": 1}}),
