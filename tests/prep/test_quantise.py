@@ -1,5 +1,6 @@
 """The quantiser against plain rounding and an oracle, and packing with it."""
 
+import dataclasses
 import itertools
 import json
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from smoe.artifacts import nested, open_bundle, record_layout
+from smoe.artifacts import Bundle, nested, open_bundle
+from smoe.artifacts.bundle import layouts_of
 from smoe.artifacts.encodings import decode_expert
+from smoe.artifacts.shard import shard_start
 from smoe.prep.build import build
 from smoe.prep.checkpoint.checkpoint import open_checkpoint
 from smoe.prep.checkpoint.seam import expert_weights
@@ -101,13 +104,16 @@ def test_packed_records_hold_calibrated_codes(checkpoints, bundles, ids_file, tm
     name = "nested:2+1+1/3+1+1:32"
     experts = pack(checkpoint, tmp_path, name, QUIET, rows)
     assert experts.encoding == name
-    import dataclasses
-
-    manifest = dataclasses.replace(open_bundle(bundles(family)).manifest, experts=experts)
-    shards = Shards(tmp_path, manifest)
-    for layer in range(len(manifest.layers)):
+    whole = open_bundle(bundles(family))
+    manifest = dataclasses.replace(whole.manifest, experts=experts)
+    layouts = layouts_of(manifest)
+    starts = [
+        shard_start(tmp_path / manifest.shard(layer), layouts[layer], experts.page, spec.experts)
+        for layer, spec in enumerate(manifest.layers)
+    ]
+    shards = Shards(Bundle(tmp_path, manifest, layouts, tuple(starts), whole.tables))
+    for layer, layout in enumerate(layouts):
         shape = manifest.expert_shape(layer)
-        layout = record_layout(shape, name, experts.page)
         record = np.empty(layout.nbytes, np.uint8)
         with checkpoint.experts(layer) as module:
             for expert in range(manifest.layers[layer].experts):
