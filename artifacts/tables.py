@@ -133,7 +133,7 @@ def nbytes(tables: Mapping[str, Table], sizes: Mapping[str, int]) -> int:
     of `Table.shape`."""
     total = 0
     for table in tables.values():
-        shape = [sizes.get(part) or int(part) for part in table.shape.split(",")]
+        shape = [sizes[s] if s in sizes else int(s) for s in table.shape.split(",")]
         total += math.prod(shape) * safetensors_file.DTYPES[table.dtype].itemsize
     return total
 

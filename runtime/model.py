@@ -142,24 +142,32 @@ class Prefill:
         return np.concatenate(self._logits)
 
     def finish(self) -> np.ndarray:
-        """All that is left; the logits."""
-        while not self.done:
-            self.advance()
+        """All that is left; the logits. After a failure the sequence is as it was before."""
+        try:
+            while not self.done:
+                self._advance()
+        except BaseException:  # an interrupt too
+            self.discard()
+            raise
         return self.logits
 
     def advance(self) -> None:
         """Some experts of one layer, for one group. After a failure the sequence is as it was
         before the prompt."""
         try:
-            if self._run is None:
-                self._run = self._model.run(Step((self._span(self._groups.pop(0)),)))
+            self._advance()
+        except BaseException:
+            self.discard()
+            raise
+
+    def _advance(self) -> None:
+        if self._run is None:
+            self._run = self._model.run(Step((self._span(self._groups.pop(0)),)))
+        try:
             next(self._run)
         except StopIteration as end:
             self._run = None
             self._logits.append(end.value[0])
-        except BaseException:  # an interrupt too
-            self.discard()
-            raise
 
     def discard(self) -> None:
         """Throw it away."""

@@ -24,6 +24,8 @@ READERS = 2  # threads that read (python -m bench reads)
 GUESSES = 2  # waiting or on their way at once
 STREAMS = 4  # demands on their way at once, where a step reads more than a token uses
 
+NONE = np.zeros(0, np.int64)
+
 # Reads the planes of a record after the first `since`, up to `level`, into a frame: the bytes, or
 # an exception.
 Read = Callable[[int, int, np.ndarray, int, int], int]
@@ -47,10 +49,16 @@ class _Run:
     def __post_init__(self) -> None:
         self.remaining = np.ones(len(self.experts), bool)
         self.ready = np.zeros(len(self.experts), bool)
+        self.left = len(self.experts)
+
+    def waits(self) -> bool:
+        """Whether there is something left, and none of it has arrived since the last look."""
+        return bool(self.waiting) and all(_on_its_way(load) for load in self.waiting)
 
     def took(self, given: np.ndarray) -> None:
         """These were computed."""
         self.remaining[given] = False
+        self.left -= len(given)
         if self.loads:
             for i in given.tolist():
                 self.loads.pop(i, None)
@@ -82,7 +90,7 @@ class ExpertCache:
         self._at_once = max(STREAMS, uses) if streams else 1 << 62
         self._pins = np.zeros(residency.eviction.first[-1], np.int8)
         self._active: object = None  # whose pins these are
-        self._claiming = False
+        self._unsettled = False  # where an interrupt may have left a change half done
 
     @property
     def rows(self) -> np.ndarray:
@@ -97,6 +105,7 @@ class ExpertCache:
     def levels(self, layer: int) -> np.ndarray:
         """int64 `[E]`: the level at which each expert is resident, 0 where it is not."""
         with self._reader.lock:
+            self._settle()
             return self._residency.levels(layer)
 
     def room(self, layer: int) -> int:
@@ -160,27 +169,31 @@ class ExpertCache:
         run = _Run(layer=layer, experts=experts, levels=levels, tokens=tokens)
         idle = False
         try:
-            while run.remaining.any():
+            while run.left:
                 given = self._look(run)
                 if len(given):
                     yield given
                     run.took(given)
-                elif idle or not run.loads:
-                    self._go_on(run)
-                else:
+                    if run.ordered or not run.waits():
+                        continue
+                if run.loads and not idle:
                     idle = True
-                    yield given
+                    yield NONE
+                self._go_on(run)
         finally:
             with self._reader.lock:
+                unsettled, self._unsettled = self._unsettled, True
                 self._reader.withdraw(run.loads.values())
                 if self._active is run:
                     self._pins[:] = FREE
+                self._unsettled = unsettled
         with self._reader.lock:
             self._residency.end(layer)
 
     def _look(self, run: _Run) -> np.ndarray:
         """What of `run` can be taken now, indices int64; what is missing is asked for."""
         with self._reader.lock:
+            self._settle()
             here = self._residency.levels_of(run.layer, run.experts) >= run.levels
             run.ready = run.remaining & here
             given, missing = run.ready.nonzero()[0], (run.remaining & ~here).nonzero()[0]
@@ -288,13 +301,18 @@ class ExpertCache:
 
     def _begin(self, load: Load) -> bool:
         """Claim a frame; what has to go for it goes now."""
-        if self._claiming:  # an interrupt left it half done
+        self._settle()
+        self._unsettled = True
+        claimed = self._claim(load)
+        self._unsettled = False
+        return claimed
+
+    def _settle(self) -> None:
+        """Mend what an interrupt left half done."""
+        if self._unsettled:
             loads = [load for load in self._reader.loads() if load.frame >= 0]
             self._residency.repair([(load.key, load.frame, load.level) for load in loads])
-        self._claiming = True
-        claimed = self._claim(load)
-        self._claiming = False
-        return claimed
+            self._unsettled = False
 
     def _claim(self, load: Load) -> bool:
         load.since = self._residency.level(load.key)

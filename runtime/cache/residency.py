@@ -193,11 +193,10 @@ class Residency:
     def repair(self, reading: Iterable[tuple[Key, int, int]]) -> None:
         """After an interrupt in the middle of a change. Which expert holds which frame is the
         truth; all else follows from it and from what is being read: keys, frames and levels."""
-        first = np.array(self._first[:-1])
+        held = np.flatnonzero(self._frame >= 0)
         self._keys[:] = self._layers[:] = -1
-        for flat in np.flatnonzero(self._frame >= 0):
-            self._keys[self._frame[flat]] = flat
-            self._layers[self._frame[flat]] = np.searchsorted(first, flat, side="right") - 1
+        self._keys[self._frame[held]] = held
+        self._layers[self._frame[held]] = self.eviction.layer_of[held]
         self._reserved[:] = False
         self._guessed &= self._keys >= 0
         self._expired &= self._keys >= 0

@@ -140,8 +140,8 @@ class Priced:
         prices, sizes = self.prices.layers[routed.layer], self._sizes[routed.layer]
         payers = self._payers(routed)
         short = _used(routed.ids, len(level)) & (level < full)
-        exact = ~np.isin(routed.owner, [payer.owner for payer in payers])
-        if exact.any():
+        if len(payers) < len(routed.step.spans):  # some are exact: what they use is read whole
+            exact = ~np.isin(routed.owner, [payer.owner for payer in payers])
             short &= ~_used(routed.ids[exact], len(level))
         missing = np.flatnonzero(short)
         if not len(missing):

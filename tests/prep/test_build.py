@@ -198,10 +198,9 @@ def test_mistakes_are_found_before_the_long_part(
     from smoe.prep import build as module
 
     def never(*_):
-        raise AssertionError("profiling or packing began")
+        raise AssertionError("the sweep began")
 
-    monkeypatch.setattr(module, "profile", never)
-    monkeypatch.setattr(module, "pack", never)
+    monkeypatch.setattr(module, "learn", never)
     text = Calibration(str(ids_file) if source == "ids" else str(tmp_path / source))
     with pytest.raises((PrepError, BundleError), match=said):
         build(checkpoints("mixtral"), tmp_path / "b", text, recipe, progress=QUIET)

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from smoe.artifacts import open_bundle
+from bench.budgets import budget_for_share
 from smoe.runtime import Engine, EngineError
-from smoe.runtime.budget import plan_memory
 
 PROMPTS = 20
 
@@ -45,8 +44,7 @@ def test_logits_and_scores(reference_bundle, reference_model, prompts):
 
 
 def test_a_quarter_of_the_experts_gives_the_same_bits(reference_bundle, prompts):
-    plan = plan_memory(open_bundle(reference_bundle), None, 2048)
-    quarter = plan.fixed + plan.experts // 4 * plan.record
+    quarter = budget_for_share(reference_bundle, 0.25, 2048)
     with (
         Engine.open(reference_bundle) as whole,
         Engine.open(reference_bundle, memory=quarter) as small,
