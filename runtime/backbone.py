@@ -285,7 +285,7 @@ class Backbone:
         values.update(zip(segment.outputs, binding.get_outputs(), strict=True))
         if index < len(self._wires):
             piece.shape = values[self._wires[index].hidden].shape()
-        if remember:
+        if remember and self._replaced:
             span.replaced.update(
                 (self._replaced[name], values[name])
                 for name in segment.outputs

@@ -95,8 +95,11 @@ class _LocalPending:
         self._cache, self._kernel = experts.cache, experts.kernels[layer]
         self._layer, self._dispatch, self._x, self._out = layer, dispatch, x, out
         last = dispatch.highest
-        self._first, self._last = np.concatenate([[0], last[:-1] + 1])[: len(last)], last
-        tokens = dispatch.starts[last + 1] - dispatch.starts[self._first]
+        first = last
+        if len(last) < len(dispatch.experts):  # some expert has several levels
+            first = np.concatenate([[0], last[:-1] + 1])
+        self._first, self._last = first, last
+        tokens = dispatch.starts[last + 1] - dispatch.starts[first]
         bring = self._cache.bring(layer, dispatch.experts[last], dispatch.levels[last], tokens)
         self._bring, self._ready = bring, next(bring, None)
 
@@ -109,7 +112,9 @@ class _LocalPending:
             ready = self._ready
             while ready is not None:
                 if len(ready):
-                    groups = _ranges(self._first[ready], self._last[ready] + 1)
+                    groups = ready
+                    if self._first is not self._last:
+                        groups = _ranges(self._first[ready], self._last[ready] + 1)
                     self._compute(self._dispatch.take(groups))
                     yield
                 elif idle is not None:

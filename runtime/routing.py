@@ -155,19 +155,30 @@ class Dispatch:
             experts *= full + 1
         slots = keys.argsort(kind="stable")
         ordered = keys[slots]
-        slots = slots[: ordered.searchsorted(experts)]
-        ordered = ordered[: len(slots)]
-        first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-        first = first[: len(ordered)]  # none, where there is no slot
-        groups = ordered[first]
-        one_level = assignment.levels is None
+        count = int(ordered.searchsorted(experts))
+        slots, ordered = slots[:count], ordered[:count]
+        changes = np.ones(count + 1, bool)
+        np.not_equal(ordered[1:], ordered[:-1], out=changes[1:-1])
+        starts = changes.nonzero()[0]
+        groups = ordered[starts[:-1]]
+        if assignment.levels is None:
+            levels = np.full(len(groups), full)
+        else:
+            groups, levels = groups // (full + 1), groups % (full + 1)
         return cls(
-            experts=groups if one_level else groups // (full + 1),
-            levels=np.full(len(groups), full) if one_level else groups % (full + 1),
-            starts=np.append(first, len(slots)),
+            experts=groups,
+            levels=levels,
+            starts=starts,
             tokens=slots // k,
             ranks=slots % k,
         )
+
+    @property
+    def highest(self) -> np.ndarray:
+        """int64: of every expert the group of its highest level."""
+        changes = np.ones(len(self.experts), bool)
+        np.not_equal(self.experts[1:], self.experts[:-1], out=changes[:-1])
+        return changes.nonzero()[0]
 
     @property
     def slots(self) -> int:
@@ -175,20 +186,16 @@ class Dispatch:
         return len(self.tokens)
 
     @property
-    def highest(self) -> np.ndarray:
-        """int64: of every expert the group of its highest level."""
-        changes = np.concatenate([self.experts[1:] != self.experts[:-1], [True]])
-        return np.flatnonzero(changes[: len(self.experts)])
-
-    @property
     def counts(self) -> np.ndarray:
         """int64 `[groups]`: the slots of each."""
-        return np.diff(self.starts)
+        return self.starts[1:] - self.starts[:-1]
 
     def take(self, groups: np.ndarray) -> Dispatch:
         """A part: these groups (int64, rising)."""
         if len(groups) == len(self.experts):
             return self
+        if len(groups) == 1:
+            return self._one(int(groups[0]))
         counts = self.counts[groups]
         starts = np.concatenate([[0], np.cumsum(counts)])
         slots = np.repeat(self.starts[groups] - starts[:-1], counts) + np.arange(starts[-1])
@@ -198,6 +205,16 @@ class Dispatch:
             starts=starts,
             tokens=self.tokens[slots],
             ranks=self.ranks[slots],
+        )
+
+    def _one(self, group: int) -> Dispatch:
+        low, high = self.starts[group : group + 2].tolist()
+        return Dispatch(
+            experts=self.experts[group : group + 1],
+            levels=self.levels[group : group + 1],
+            starts=np.array([0, high - low]),
+            tokens=self.tokens[low:high],
+            ranks=self.ranks[low:high],
         )
 
     def batches(self, slots: int) -> Iterator[Dispatch]:

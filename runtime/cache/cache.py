@@ -204,7 +204,10 @@ class ExpertCache:
                 run.used = FREE if run.ordered else SHIELDED
             elif run.ordered:
                 given = given[:1] if not len(missing) else given[given < missing[0]][:1]
-            run.first = False
+            whole, run.first = run.first and not len(missing), False
+            if whole:
+                self._pin(run, PINNED)
+                return given
             pins = np.where(run.ready, PINNED, np.where(run.remaining, SHIELDED, run.used))
             self._pin(run, pins)
             if len(missing):
@@ -288,7 +291,7 @@ class ExpertCache:
                 self.stats.guesses_used += load.state is State.READING
                 self._reader.demand(load, int(run.tokens[i]))
 
-    def _pin(self, run: _Run, pins: np.ndarray) -> None:
+    def _pin(self, run: _Run, pins: np.ndarray | int) -> None:
         """Another run, paused meanwhile, loses its own: what of it was evicted is read again."""
         if self._active is not run:
             self._pins[:] = FREE

@@ -13,7 +13,9 @@ import numpy as np
 
 from smoe.runtime.errors import EngineError
 
-CHUNK = 128  # tokens of a prompt that count as much as `most` that are decoded
+# Tokens of a step that count as one: what is kept of a prompt must not depend on how many of its
+# chunks share a read.
+CHUNK = 128
 
 
 class Eviction:
@@ -27,22 +29,28 @@ class Eviction:
         self.experts = list(experts)
         self.first = np.concatenate([[0], np.cumsum(experts)])
         self.layer_of = np.repeat(np.arange(len(experts)), experts)
-        self.clock = 0  # steps that passed a layer, summed over layers
+        self.clock = 0  # chunks that passed a layer, summed over layers
         self.last = np.zeros(self.first[-1])  # when each was used last, by that clock
 
     def observe(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
         """The router of `layer` chose `ids` int64 `[T, k]` (E: no expert) for the tokens of a step,
         whether their experts are resident or not; selection `scores` `[T, E]` where they are
         known."""
-        slots = ids.reshape(-1)
-        used = slots < self.experts[layer]
+        for start in range(0, len(ids), CHUNK):
+            part = slice(start, start + CHUNK)
+            self._use(layer, ids[part].reshape(-1))
+            self.count(layer, ids[part], None if scores is None else scores[part])
+
+    def _use(self, layer: int, slots: np.ndarray) -> None:
         when = self.clock + np.arange(1, len(slots) + 1) / (len(slots) + 1)
-        self.last[self.first[layer] + slots[used]] = when[used]  # of several uses the latest
+        used = slots < self.experts[layer]
+        if not used.all():
+            slots, when = slots[used], when[used]
+        self.last[self.first[layer] + slots] = when  # of several uses the latest
         self.clock += 1
-        self.count(layer, ids, scores)
 
     def count(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
-        """The same: what a policy keeps beside times."""
+        """The same for up to `CHUNK` tokens: what a policy keeps beside times."""
 
     def warm(self, share: np.ndarray) -> None:
         """Before the first step: `share` float64 `[all experts]` of its layer's slots that each got
@@ -185,10 +193,6 @@ class NextUse(Eviction):
         self.ahead = np.ones(len(experts))
 
     def count(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
-        for start in range(0, len(ids), CHUNK):
-            self._count_chunk(layer, ids[start : start + CHUNK])
-
-    def _count_chunk(self, layer: int, ids: np.ndarray) -> None:
         low, high = self.first[layer], self.first[layer + 1]
         fade = self.growth ** -min(len(ids), self.most)
         weight = (1 - fade) / (1 - 1 / self.growth)  # of all tokens, the last counting 1
