@@ -179,7 +179,8 @@ class ExpertCache:
                 if run.loads and not idle:
                     idle = True
                     yield NONE
-                self._go_on(run)
+                if run.waiting or not run.loads:
+                    self._go_on(run)
         finally:
             with self._reader.lock:
                 unsettled, self._unsettled = self._unsettled, True

@@ -135,7 +135,7 @@ def test_every_substitution_runs_and_is_counted(golden, answer, budget, wanted, 
 
 
 def test_fewer_planes_are_lossy_whatever_the_policies(goldens):
-    for level, said in ((1, "(lossy; prompts are not)"), (None, "(lossless)")):
+    for level, said in ((1, "(lossy)"), (None, "(lossless)")):
         plan = plan_memory(open_bundle(goldens[2]), None, 300, level)
         with Engine.open(
             goldens[2], plan.total - plan.record * (plan.capacity // 2), 300, level=level
