@@ -21,16 +21,6 @@ PAGES = (
     "docs/walkthrough.md",
     "docs/wheels.md",
 )
-# Files that come and go with what is about to land: not held to the tree until then.
-MOVING = {
-    "bench/hollow.py",
-    "prep/backbone/checked.py",
-    "prep/learn.py",
-    "prep/replay/report.py",
-    "prep/show.py",
-    "prep/steps.py",
-    "prep/sweep/scores.py",
-}
 
 
 @pytest.fixture(params=PAGES)
@@ -65,7 +55,7 @@ def test_every_path_that_a_page_names_exists(page, root):
     folders = "artifacts|prep|runtime|tests|bench|docs|examples"
     text = page.read_text("utf-8")
     for path in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", text):
-        assert (root / path).exists() or path in MOVING, path
+        assert (root / path).exists(), path
 
 
 def test_every_make_target_that_a_page_names_exists(page, root):
@@ -181,8 +171,8 @@ def _tree(text: str) -> dict[str, str]:
 def test_the_tree_is_what_git_tracks(root):
     tree = _tree((root / "docs" / "architecture.md").read_text("utf-8"))
     for path, caption in tree.items():
-        assert (root / path).exists() or path in MOVING, path
-        assert (root / path).is_dir() == path.endswith("/") or path in MOVING, path
+        assert (root / path).exists(), path
+        assert (root / path).is_dir() == path.endswith("/"), path
         assert len(caption) > 10, path
     done = subprocess.run(["git", "-C", root, "ls-files"], capture_output=True, text=True)
     if not done.stdout:
@@ -193,7 +183,7 @@ def test_the_tree_is_what_git_tracks(root):
         path for path in tracked if re.match(r"(artifacts|prep|runtime|bench)/.*\.py$", path)
     }
     assert tops <= tree.keys()
-    assert {path for path in modules if "/__" not in path} - MOVING <= tree.keys()
+    assert {path for path in modules if "/__" not in path} <= tree.keys()
 
 
 # -- words -----------------------------------------------------------------------------------------
