@@ -42,6 +42,7 @@ class _Run:
     tokens: np.ndarray
     loads: dict[int, Load] = field(default_factory=dict)
     waiting: list[Load] = field(default_factory=list)
+    arrived: bool = False  # while it was looked at
     first: bool = True
     ordered: bool = False
     used: int = SHIELDED  # the pin of what was taken
@@ -179,7 +180,7 @@ class ExpertCache:
                 if run.loads and not idle:
                     idle = True
                     yield NONE
-                if run.waiting or not run.loads:
+                if not run.arrived:
                     self._go_on(run)
         finally:
             with self._reader.lock:
@@ -217,6 +218,9 @@ class ExpertCache:
             # reads arrive: a lossy run repeats.
             run.ordered |= bool(self._reader.refused)
             run.waiting = [load for load in run.loads.values() if _on_its_way(load)]
+            run.arrived = any(
+                not run.ready[i] for i, load in run.loads.items() if not _on_its_way(load)
+            )
         return given
 
     def _go_on(self, run: _Run) -> None:
@@ -273,14 +277,11 @@ class ExpertCache:
             # What came and went again meanwhile, or was another run's, is asked for once more.
             for i in [i for i in missing.tolist() if i in loads and not _on_its_way(loads[i])]:
                 del loads[i]
-        if len(loads) >= min(len(missing), self._at_once):
+        absent = [i for i in missing.tolist() if i not in loads]
+        if not absent:
             return
         begun = {load.key: load for load in self._reader.loads()}
-        for i in missing.tolist():
-            if len(loads) >= self._at_once:
-                return
-            if i in loads:
-                continue
+        for i in absent[: max(0, self._at_once - len(loads))]:
             key = (run.layer, int(run.experts[i]))
             # Another run's may be of fewer planes: then it is asked for again.
             loads[i] = load = begun.get(key) or Load(
