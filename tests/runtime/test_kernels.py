@@ -354,6 +354,11 @@ unlimited = resource.getrlimit(resource.RLIMIT_AS)
 room = pages * resource.getpagesize() + (12 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (room, unlimited[1]))
 try:
+    np.empty(64 << 20, np.uint8)
+    print("not limited")
+except MemoryError:
+    pass
+try:
     layer(records, work, x)
 except EngineError as error:
     print(error)
@@ -367,6 +372,8 @@ assert not layer(records, work, x).any()
 def test_a_thread_that_the_system_does_not_give_is_a_sentence():
     done = subprocess.run([sys.executable, "-c", WITHOUT_THREADS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    if done.stdout.startswith("not limited"):
+        pytest.skip("RLIMIT_AS holds nothing back here: an emulator")
     assert done.stdout.startswith("The system gives no thread more than")
 
 
