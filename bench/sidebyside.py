@@ -2,12 +2,14 @@
 
 The old commit is a folder that `pip install --no-deps --target DIR CHECKOUT` made; a process whose
 path begins there runs it. It runs twice in every round, as two alternatives: what these two differ
-by is the noise that a ratio has to be judged by. Bundles are opened by both.
+by is the noise that a ratio has to be judged by. Both open the same files; where the old one would
+not know the layout, they lie once more as version 3 has them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from bench.harness import (
     option,
     spread,
 )
+from smoe.artifacts import open_bundle, safetensors_file, validate
 
 CONTEXT = 512
 WARM = 32  # tokens before the clock starts
@@ -64,18 +67,46 @@ def sidebyside(run: Run) -> Rows:
 
 
 def _cases(run: Run) -> list[Case]:
-    limited = f"{run.share:.0%}"
-    cases = [
-        Case("example, resident", run.bundle, None),
-        Case(f"example, {limited}", run.bundle, run.share),
-    ]
-    if run.bundle2:
-        cases += [
-            Case("padded, resident", run.bundle2, None),
-            Case(f"padded, {limited}", run.bundle2, run.share),
-            Case(f"padded, {limited}, --loss {run.loss:g}", run.bundle2, run.share, run.loss),
-        ]
+    limited, cases = f"{run.share:.0%}", []
+    for name, path in (("example", run.bundle), ("padded", run.bundle2)):
+        if path:
+            bundle = version_3(path)
+            cases += [
+                Case(f"{name}, resident", bundle, None),
+                Case(f"{name}, {limited}", bundle, run.share),
+                Case(f"{name}, {limited}, --loss {run.loss:g}", bundle, run.share, run.loss),
+            ]
     return cases
+
+
+def version_3(bundle: Path) -> Path:
+    """The same bundle as commits until 2026-11 read it, beside it, with links to its files: before
+    version 4 there was no folder `study`."""
+    opened = open_bundle(bundle)
+    old = bundle.with_name(f"{bundle.stem}-v3.smoe")
+    if not opened.manifest.study:
+        return bundle
+    if old.exists():
+        return old
+    manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
+    files, folder = manifest["files"], opened.manifest.study
+    for name in list(files):
+        to = old / name.removeprefix(folder)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if not to.exists():
+            os.link(bundle / name, to)
+        if name.startswith(folder):
+            files.setdefault(name.removeprefix(folder), files[name])
+            del files[name]
+    tables = old / "tables.safetensors"
+    tables.unlink()
+    header = safetensors_file.read_header(bundle / tables.name)
+    both = [safetensors_file.load(bundle / part / tables.name) for part in ("", folder)]
+    safetensors_file.save(tables, both[0] | both[1], header.metadata)
+    files[tables.name] = {"size": tables.stat().st_size, "sha256": validate.sha256(tables)}
+    (old / "manifest.json").write_text(json.dumps(manifest | {"version": 3}), "utf-8")
+    open_bundle(old)
+    return old
 
 
 def _line(case: Case, run: Run) -> list[Any]:

@@ -41,6 +41,13 @@ class Routed:
         return self.step.owner if self.rows is None else self.step.owner[self.rows]
 
     @property
+    def counts(self) -> list[int]:
+        """Tokens of every span."""
+        if self.rows is None:
+            return [len(span.ids) for span in self.step.spans]
+        return np.bincount(self.owner, minlength=len(self.step.spans)).tolist()
+
+    @property
     def tokens(self) -> int:
         """T."""
         return len(self.ids)

@@ -17,6 +17,7 @@ import numpy as np
 
 from smoe.artifacts.bundle import Bundle
 from smoe.artifacts.encodings import checked_level, encoding_named, float_fields
+from smoe.artifacts.layout import RecordLayout
 from smoe.artifacts.validate import all_finite
 from smoe.runtime.budget import MemoryPlan
 from smoe.runtime.errors import EngineError
@@ -34,6 +35,7 @@ class Shards:
         self.level = checked_level(encoding_named(bundle.manifest.experts.encoding), level)
         self.io = io
         self.layouts = bundle.layouts
+        self._floats = [_float_runs(layout) for layout in self.layouts]
         self._seeking = threading.Lock()
         self._files: list[tuple[Path, int, int]] = []  # path, descriptor, start of record 0
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -91,12 +93,20 @@ class Shards:
 
     def _check_floats(self, layer: int, expert: int, record: np.ndarray) -> None:
         """Scales, biases and norms must be finite. All of them lie in the base plane."""
+        for dtype, start, end in self._floats[layer]:
+            if not all_finite(record[start:end], dtype):
+                raise EngineError(
+                    f"{self._files[layer][0]}: {self._not_finite(layer, record)} of expert "
+                    f"{expert} holds values that are not finite; copy the bundle again, or build "
+                    "it again."
+                )
+
+    def _not_finite(self, layer: int, record: np.ndarray) -> str:
+        """The first field that is not."""
         for field in float_fields(self.layouts[layer]):
             if not all_finite(record[field.offset : field.offset + field.nbytes], field.dtype):
-                raise EngineError(
-                    f"{self._files[layer][0]}: {field.name} of expert {expert} holds values that "
-                    "are not finite; copy the bundle again, or build it again."
-                )
+                return field.name
+        return "a value"
 
     def forget(self, layer: int, expert: int) -> None:
         """Take a record out of the page cache, so that the next read is one of the device, where
@@ -115,6 +125,18 @@ class Shards:
         for _, file, _ in self._files:
             os.close(file)
         self._files = []
+
+
+def _float_runs(layout: RecordLayout) -> list[tuple[str, int, int]]:
+    """Dtype, start and end of a record's float fields, those that lie side by side as one: a check
+    costs by the call."""
+    runs: list[tuple[str, int, int]] = []
+    for field in float_fields(layout):
+        if runs and runs[-1][0] == field.dtype and runs[-1][2] == field.offset:
+            runs[-1] = field.dtype, runs[-1][1], field.offset + field.nbytes
+        else:
+            runs.append((field.dtype, field.offset, field.offset + field.nbytes))
+    return runs
 
 
 @dataclass(frozen=True)

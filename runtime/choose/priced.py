@@ -149,27 +149,25 @@ class Priced:
         slots = _slots(routed, available, prices, short)
         each = _nats_by_level(slots, prices, full)
         saved = _bytes_saved(sizes, level[missing], full)
-        costs = []
-        for payer in payers:
-            own = slots.owners == payer.owner
-            nats = np.zeros((len(missing), full + 1))
-            np.add.at(nats, np.searchsorted(missing, slots.experts[own]), each[own])
-            nats[:, 1:][np.arange(1, full + 1) < level[missing][:, None]] = np.inf
-            costs.append(nats)
+        costs = np.zeros((len(payers), len(missing), full + 1))
+        paying = np.searchsorted([payer.owner for payer in payers], slots.owners)
+        np.add.at(costs, (paying, np.searchsorted(missing, slots.experts)), each)
+        costs[:, :, 1:][:, np.arange(1, full + 1) < level[missing][:, None]] = np.inf
         alternatives = np.full(len(level), full)
-        alternatives[missing] = self._cheapest(np.array(costs), saved, payers)
+        alternatives[missing] = self._cheapest(costs, saved, payers)
         return _assigned(routed, slots, each, alternatives, full)
 
     def _payers(self, routed: Routed) -> list[_Payer]:
         """The sequences with a ledger that have tokens here; a token's worth comes in."""
-        counts = np.bincount(routed.owner, minlength=len(routed.step.spans))
         payers = []
-        for owner, ledger in enumerate(routed.step.ledgers):
-            if ledger is not None and counts[owner]:
-                ledger.begin(routed.layer, int(counts[owner]))
+        each = zip(routed.step.ledgers, routed.counts, strict=True)
+        for owner, (ledger, tokens) in enumerate(each):
+            if ledger is not None and tokens:
+                ledger.begin(routed.layer, tokens)
                 payers.append(_Payer(owner=owner, ledger=ledger))
         if payers:
-            self.nats_per_byte = float(np.mean([payer.ledger.nats_per_byte for payer in payers]))
+            rates = [payer.ledger.nats_per_byte for payer in payers]
+            self.nats_per_byte = sum(rates) / len(rates)
         return payers
 
     def _cheapest(
@@ -185,20 +183,19 @@ class Priced:
         weighted = (costs * (self.nats_per_byte / rates)[:, None, None]).sum(0)
         picked = (weighted - self.nats_per_byte * saved).argmin(1)
         rows, reading = np.arange(len(picked)), saved.shape[1] - 1
-        wanted = costs[:, rows, picked].sum(1)
-        for index, payer in enumerate(payers):
+        paid = costs[:, rows, picked]
+        wanted = paid.sum(1).tolist()
+        for cost, payer in zip(paid, payers, strict=True):
             limit = max(payer.ledger.balance, 0)
-            cost = costs[index, rows, picked]
             if cost.sum() <= limit:
                 continue
             gain = saved[rows, picked]
             dearest_first = np.argsort(-cost / np.maximum(gain, 1), kind="stable")
-            for row in dearest_first:
-                picked[row], cost[row] = reading, 0.0
+            for row in dearest_first:  # what is read costs nobody anything
+                picked[row], paid[:, row] = reading, 0.0
                 if cost.sum() <= limit:
                     break
-        paid = costs[:, rows, picked].sum(1)
-        for payer, nats, asked in zip(payers, paid.tolist(), wanted.tolist(), strict=True):
+        for payer, nats, asked in zip(payers, paid.sum(1).tolist(), wanted, strict=True):
             payer.ledger.spend(nats, asked)
         return picked
 
