@@ -223,24 +223,21 @@ class Backbone:
         pays = f"a second thread pays from weights of {show_size(LARGE)} on, unless told"
         return f"backbone threads: {shown} ({pays})"
 
-    def prompt_line(self, group: int) -> str:
-        """How prompts run, where so many tokens may wait for the same experts; for people."""
+    def prompt_line(self, together: int) -> str:
+        """How prompts run, where so many pieces may wait for the same experts; for people."""
         if not self.layer_major:
             why = "since a segment of this model looks at another's state"
             return f"prompts: chunks of {self.chunk} tokens one after another, {why}"
         if self.chunk == 1:
-            return f"prompts: token by token, up to {group} tokens share the read of an expert"
-        shared = group // self.chunk
-        share = f"of which up to {shared} share the read of an expert"
+            return f"prompts: token by token, up to {together} tokens share the read of an expert"
+        share = f"of which up to {together} share the read of an expert"
         return f"prompts: chunks of {self.chunk} tokens, {share}"
 
-    def pieces_within(self, nbytes: int, context: int) -> int:
-        """How many pieces of one span may wait for the same experts, where all but one of them may
-        keep `nbytes`."""
-        if not self.layer_major:
-            return 1
+    def piece_bytes(self, length: int) -> int:
+        """What a piece of a span that ends at `length` of its sequence keeps, at most, while
+        another one runs."""
         slots = max(slot_bytes(layer) for layer in self._manifest.layers)
-        return 1 + nbytes // (self._kept_bytes(self.chunk, context) + self.chunk * slots)
+        return self._kept_bytes(self.chunk, length) + self.chunk * slots
 
     def _kept_bytes(self, tokens: int, length: int) -> int:
         """At most what passes between segments for a piece of so many tokens that ends at `length`

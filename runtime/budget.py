@@ -32,6 +32,7 @@ _UNITS = {
 CHUNK = 128
 PREFILL_CHUNKS = 64  # of a prompt that share a read at most: beyond, reading hides behind computing
 PREFILL_SHARE = 4  # the budget over what a prompt's chunks may take, so that experts keep the most
+LENDING = 2  # the memory of experts over what of it they lend, so that decoding finds some left
 RESERVE = 10  # the part of what is spare that is left alone where no budget is stated
 SLOTS = 256  # of one call of the kernels, before the last expert is added: more would be no faster
 
@@ -46,8 +47,9 @@ TOKENIZER = 16
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes by purpose. Experts: `capacity` may be resident, `experts` there are, `smallest` are
-    needed to run at all, `token_cycle` are used by one token. `prefill` is for what is kept of a
-    prompt's chunks, beyond the first, while they share the reads of a layer's experts."""
+    needed to run at all, `token_cycle` are used by one token. `prefill` is the most that is kept of
+    a prompt's chunks, beyond the first, while they share the reads of a layer's experts; `lent` of
+    it are the experts', who give way for as long as the prompt takes."""
 
     context: int
     budget: int | None
@@ -55,6 +57,7 @@ class MemoryPlan:
     state: int
     workspace: int
     prefill: int
+    lent: int
     record: int
     capacity: int
     experts: int
@@ -63,17 +66,36 @@ class MemoryPlan:
 
     @property
     def fixed(self) -> int:
-        """What is not experts."""
-        return self.backbone + self.state + self.workspace + self.prefill
+        """What neither experts nor prompts take."""
+        return self.backbone + self.state + self.workspace
 
     @property
     def minimum(self) -> int:
         """The least that such an engine takes: few experts, and prompts in single chunks."""
-        return self.fixed - self.prefill + self.smallest * self.record
+        return self.fixed + self.smallest * self.record
 
     @property
     def total(self) -> int:
-        return self.fixed + self.capacity * self.record
+        """The most that is held at any time."""
+        return self.fixed + self.capacity * self.record + self.prefill - self.lent
+
+    def pieces(self, count: int, piece: int) -> int:
+        """How many of a prompt's `count` pieces share the reads of a layer's experts, where each
+        keeps `piece` bytes meanwhile: as many as make for the fewest bytes read. What experts lend
+        has to be read once more for every group, and afterwards."""
+        missing = (self.experts - self.capacity) * self.record
+
+        def cost(together: int) -> tuple[int, int]:
+            lent = self.lent_to(together, piece)
+            return -(-count // together) * (missing + lent) + lent, -together
+
+        most = min(count, 1 + self.prefill // piece)
+        groups = -(-count // min(range(1, most + 1), key=cost))
+        return -(-count // groups)
+
+    def lent_to(self, together: int, piece: int) -> int:
+        """Bytes that experts lend where so many pieces go together."""
+        return max(0, (together - 1) * piece - (self.prefill - self.lent))
 
     def lines(self, eviction: str = "") -> list[str]:
         """For people: what the memory is used for, and a warning where the budget lies below a
@@ -84,9 +106,9 @@ class MemoryPlan:
         out = [
             f"memory: {show_size(self.total)} {stated}: backbone {show_size(self.backbone)}, state "
             f"{show_size(self.state)}, "
-            f"workspace {show_size(self.workspace)}, prompts {show_size(self.prefill)}, "
-            f"{self.capacity} of {self.experts} experts "
-            f"{show_size(self.capacity * self.record)}"
+            f"workspace {show_size(self.workspace)}, {self.capacity} of {self.experts} experts "
+            f"{show_size(self.capacity * self.record)}; prompts take up to "
+            f"{show_size(self.prefill)} more, of which experts lend {show_size(self.lent)}"
         ]
         if self.capacity < min(self.token_cycle, self.experts):
             enough = show_size(
@@ -142,12 +164,14 @@ def plan_memory(
             f"{smallest} experts {show_size(smallest * record)}). State more memory or a shorter "
             f"context."
         )
-    prefill = _prefill(manifest, context)
-    if budget is not None:
-        prefill = min(prefill, budget // PREFILL_SHARE, budget - fixed - smallest * record)
-    fixed += prefill
-    capacity = experts if budget is None else min(experts, (budget - fixed) // record)
     cycle = sum(layer.top_k for layer in layers)
+    capacity, prefill, lent = experts, _prefill(manifest, context), 0
+    if budget is not None:
+        room = budget - fixed
+        prefill = min(prefill, budget // PREFILL_SHARE, max(0, room - cycle * record))
+        capacity, lent = _shared(room, prefill, record, smallest, experts)
+        if capacity >= experts:  # nobody gives way where all are resident
+            capacity, prefill, lent = experts, min(prefill, room - experts * record), 0
     return MemoryPlan(
         context=context,
         budget=budget,
@@ -155,12 +179,41 @@ def plan_memory(
         state=state,
         workspace=workspace,
         prefill=prefill,
+        lent=lent,
         record=record,
         capacity=capacity,
         experts=experts,
         smallest=smallest,
         token_cycle=cycle,
     )
+
+
+def memory_for(
+    bundle: Bundle,
+    experts: int,
+    context: int | None = None,
+    level: int | None = None,
+    tables: int = 0,
+) -> int:
+    """The least budget, in bytes, in which so many `experts` stay; the rest as in `plan_memory`.
+    More memory never holds fewer."""
+    whole = plan_memory(bundle, None, context, level, tables)
+    low, high = whole.minimum, whole.total
+    while low < high:
+        middle = (low + high) // 2
+        enough = plan_memory(bundle, middle, context, level, tables).capacity >= experts
+        low, high = (low, middle) if enough else (middle + 1, high)
+    return high
+
+
+def _shared(room: int, prefill: int, record: int, smallest: int, experts: int) -> tuple[int, int]:
+    """How many of the `experts` of `record` bytes are resident in `room`, and what they lend of the
+    bytes that a prompt wants: what they cannot lend is kept free for it."""
+    for capacity in range(min(room // record, experts), smallest, -1):
+        lent = min(prefill, capacity * record // LENDING, (capacity - smallest) * record)
+        if capacity * record + prefill - lent <= room:
+            return capacity, lent
+    return smallest, 0
 
 
 def _prefill(manifest: Manifest, context: int) -> int:

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from smoe.artifacts import open_bundle
 from smoe.artifacts.errors import printable
-from smoe.runtime.budget import MemoryPlan, plan_memory, show_size
+from smoe.runtime.budget import MemoryPlan, memory_for, plan_memory, show_size
 from smoe.runtime.cli_options import (
     engine_options,
     generation_options,
@@ -293,7 +293,7 @@ def _about(bundle: Path, context: int | None) -> dict[str, Any]:
         "bytes": sum(file.size for file in manifest.files.values()),
         "context": full.context,
         "memory_minimum": full.minimum,
-        "memory_one_token_cycle": full.fixed + full.token_cycle * full.record,
+        "memory_one_token_cycle": memory_for(opened, full.token_cycle, context),
         "memory_all_resident": full.total,
         "substitution": refusals[0] if refusals else "possible",
         "provenance": manifest.provenance,

@@ -20,7 +20,7 @@ import numpy as np
 
 from smoe.artifacts import Bundle, open_bundle, safetensors_file
 from smoe.runtime import kernels
-from smoe.runtime.budget import plan_memory
+from smoe.runtime.budget import memory_for, plan_memory
 from smoe.runtime.cache import storage
 from smoe.runtime.cache.cache import READERS
 from smoe.runtime.engine import Engine
@@ -144,8 +144,8 @@ def measure_device(path: Path, io: str | None = None) -> Device:
     plan = plan_memory(bundle, None, min(256, manifest.model.context))
     spare = spare_memory(0)
     room = plan.total if spare is None else spare // 2
-    records = max(plan.smallest, min(plan.experts // 2, (room - plan.fixed) // plan.record))
-    budget = plan.fixed + records * plan.record
+    half = memory_for(bundle, plan.experts // 2, plan.context)
+    budget = max(plan.minimum, min(half, room))
     chosen = storage.choose(bundle, None, io, plan_memory(bundle, budget, plan.context))
     latency, bandwidth = _storage(bundle, chosen.io)
     backbone, layers = _engine(bundle, budget, plan.context, chosen.io)

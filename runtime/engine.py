@@ -46,7 +46,7 @@ from smoe.runtime.options import (
 )
 from smoe.runtime.sampling import Sampler, Sampling
 from smoe.runtime.stats import Stats
-from smoe.runtime.step import Phase, Sequence, Span, Step, checked_ids
+from smoe.runtime.step import Phase, Sequence, Span, Step, checked_ids, shared_start
 from smoe.runtime.text import StopWhen, Stream, Text
 
 
@@ -78,7 +78,7 @@ class Engine:
         self.plan, self.context, self.policies = plan, plan.context, policies
         self.stats = Stats()
         self.text = Text(bundle.path, self.manifest.files)
-        self._process, self._using = os.getpid(), threading.Lock()
+        self._process, self._using = os.getpid(), threading.RLock()
         self._turn = 0  # counts what has used the sequence, so that a paused generation notices
         self._kernels = kernels.choose(threads=threads)
         self._backbone = Backbone(bundle.path, self.manifest, threads)
@@ -119,10 +119,6 @@ class Engine:
             stats=self.stats,
             layers=len(layers),
         )
-        # What is kept of a prompt's chunks while they share the reads of a layer's experts.
-        most_chunks = -(-plan.context // self._backbone.chunk)
-        within = self._backbone.pieces_within(plan.prefill, plan.context)
-        self._group = min(within, most_chunks) * self._backbone.chunk
 
     @classmethod
     def open(
@@ -216,7 +212,7 @@ class Engine:
             self._backbone.threads_line(),
             *self.plan.lines(self.policies.eviction),
             f"reads: {self.reading.io} ({self.reading.reason}){self._pinned}",
-            self._backbone.prompt_line(self._group),
+            self._backbone.prompt_line(self._pieces(0, self.context)[0]),
             *policy_lines(self.policies, self.plan, level, self.bundle.levels),
             *([f"substitution: not possible with this model: {refused[0]}"] if refused else []),
         ]
@@ -242,8 +238,21 @@ class Engine:
         self, sequence: Sequence, ids: np.ndarray, keep: int = 1, phase: Phase = Phase.PREFILL
     ) -> Prefill:
         """A prompt int64 `[T]` on its way into `sequence`, with the logits of its last `keep`
-        positions."""
-        return Prefill(self._model, sequence, ids, self._group, keep, phase)
+        positions. Until it is done or discarded it may hold memory of the experts."""
+        chunk = self._backbone.chunk
+        together, memory = self._pieces(sequence.length, len(ids))
+        return Prefill(
+            self._model, sequence, ids, together * chunk, keep, phase, memory, chunk, self._used
+        )
+
+    def _pieces(self, before: int, tokens: int) -> tuple[int, int]:
+        """How many pieces of a prompt of so many `tokens` go through the model together, and the
+        bytes that experts lend them."""
+        if not self._backbone.layer_major:
+            return 1, 0
+        piece = self._backbone.piece_bytes(before + tokens)
+        together = self.plan.pieces(-(-tokens // self._backbone.chunk), piece)
+        return together, self.plan.lent_to(together, piece)
 
     @contextlib.contextmanager
     def _used(self) -> Iterator[None]:
@@ -251,8 +260,7 @@ class Engine:
         if os.getpid() != self._process:
             raise EngineError(
                 "This engine was opened in another process, whose reading threads are not here; "
-                "open the bundle again in "
-                "this one."
+                "open the bundle again in this one."
             )
         if self._shards.closed:
             raise EngineError("This engine is closed; open the bundle again.")
@@ -356,7 +364,7 @@ class Engine:
         started, sequence = time.perf_counter(), self._sequence
         with self._used():
             self._turn += 1
-            shared = min(_shared(sequence.ids, ids), len(ids) - 1) if reuse else 0
+            shared = min(shared_start(sequence.ids, ids), len(ids) - 1) if reuse else 0
             sequence.rewind(shared)
             rest = ids[sequence.length :]
             logits = self.prefill(sequence, rest).finish()
@@ -387,10 +395,3 @@ class Engine:
             pass
         model = self.manifest.model
         return checked_ids(ids, model.vocabulary, self.context, model.context, more)
-
-
-def _shared(held: list[int], ids: np.ndarray) -> int:
-    """How many tokens two sequences share at their start."""
-    n = min(len(held), len(ids))
-    differ = np.flatnonzero(np.asarray(held[:n], np.int64) != ids[:n])
-    return int(differ[0]) if len(differ) else n

@@ -17,6 +17,7 @@ from smoe.runtime.cache.cache import ExpertCache
 from smoe.runtime.cache.residency import Key
 from smoe.runtime.kernels import LayerKernel, Work
 from smoe.runtime.routing import Available, Dispatch, Routed
+from smoe.runtime.system import trim_heap
 
 
 class Pending(Protocol):
@@ -53,6 +54,11 @@ class Experts(Protocol):
         H]`."""
         ...
 
+    def lend(self, borrower: object, nbytes: int) -> bool:
+        """Do with so much less memory until `borrower` asks for another amount (0: it needs no
+        more); whether that was possible."""
+        ...
+
     def close(self) -> None:
         """Give back what it holds; whoever waits gets an `EngineError`."""
         ...
@@ -82,6 +88,12 @@ class LocalExperts:
         """What is missing is asked for now, so that a guess comes after it; what runs, runs in
         `parts` or `wait`."""
         return _LocalPending(self, layer, dispatch, x, out)
+
+    def lend(self, borrower: object, nbytes: int) -> bool:
+        """Of the cache's frames. What comes back comes back to the system first."""
+        if not nbytes:
+            trim_heap()
+        return self.cache.lend(borrower, nbytes)
 
     def close(self) -> None:
         """The cache's reads end."""

@@ -6,8 +6,9 @@ it calls is a seam: `backbone` (attention, routers, state), `choose` (what runs 
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -114,18 +115,22 @@ class Prefill:
     """A prompt on its way, layer after layer: an expert is read once for all chunks that share the
     read.
 
-    `group` tokens (a whole number of the backbone's chunks) go through the model together; how many
-    follows from the memory, and changes no bit. `advance` does a part and may be followed by steps
-    of other sequences; `discard` leaves the sequence as it was before. `logits` float32 `[n,
-    vocabulary]` are those of the last `keep` positions, once `done`."""
+    `group` tokens (a whole number of the backbone's chunks) go through the model together, for
+    which the experts lend so much `memory`; if they cannot, `chunk` tokens do. It changes no bit.
+    `advance` does a part and may be followed by steps of other sequences; `discard` leaves the
+    sequence as it was before. One of them has to be called to the end, for the memory's sake.
+    `logits` float32 `[n, vocabulary]` are those of the last `keep` positions, once `done`. `using`
+    guards every call."""
 
     def __init__(
         self, model: Model, sequence: Sequence, ids: np.ndarray, group: int, keep: int = 1,
-        phase: Phase = Phase.PREFILL,
+        phase: Phase = Phase.PREFILL, memory: int = 0, chunk: int | None = None,
+        using: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ):  # fmt: skip
-        self._model, self._sequence, self._phase = model, sequence, phase
+        self._model, self._sequence, self._phase, self._using = model, sequence, phase, using
         self._before = sequence.length, sequence.state.snapshot()
-        self._groups = [ids[start : start + group] for start in range(0, len(ids), group)]
+        self._ids, self._group, self._memory = ids, group, memory
+        self._chunk = chunk or group
         self._first_kept = len(ids) - keep
         self._run: Run | None = None
         self._logits: list[np.ndarray] = []
@@ -134,7 +139,7 @@ class Prefill:
     @property
     def done(self) -> bool:
         """Whether the sequence holds the prompt."""
-        return self._run is None and not self._groups
+        return self._run is None and self._consumed == len(self._ids)
 
     @property
     def logits(self) -> np.ndarray:
@@ -143,42 +148,55 @@ class Prefill:
 
     def finish(self) -> np.ndarray:
         """All that is left; the logits. After a failure the sequence is as it was before."""
-        try:
+        with self._using(), self._undone_by_failure():
             while not self.done:
                 self._advance()
-        except BaseException:  # an interrupt too
-            self.discard()
-            raise
         return self.logits
 
     def advance(self) -> None:
         """Some experts of one layer, for one group. After a failure the sequence is as it was
         before the prompt."""
-        try:
+        with self._using(), self._undone_by_failure():
             self._advance()
-        except BaseException:
-            self.discard()
+
+    def discard(self) -> None:
+        """Throw it away."""
+        with self._using():
+            self._discard()
+
+    @contextlib.contextmanager
+    def _undone_by_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:  # an interrupt too
+            self._discard()
             raise
 
     def _advance(self) -> None:
         if self._run is None:
-            self._run = self._model.run(Step((self._span(self._groups.pop(0)),)))
+            if not self._consumed and not self._model.experts.lend(self, self._memory):
+                self._group = self._chunk
+            self._run = self._model.run(Step((self._span(),)))
         try:
             next(self._run)
         except StopIteration as end:
             self._run = None
             self._logits.append(end.value[0])
+            if self.done:
+                self._model.experts.lend(self, 0)
 
-    def discard(self) -> None:
-        """Throw it away."""
+    def _discard(self) -> None:
         if self._run is not None:
             self._run.close()
-        self._run, self._groups = None, []
+        self._run, self._ids, self._consumed = None, self._ids[:0], 0
+        self._model.experts.lend(self, 0)
         length, state = self._before
         del self._sequence.ids[length:]
         self._sequence.state.restore(state)
 
-    def _span(self, ids: np.ndarray) -> Span:
+    def _span(self) -> Span:
+        """The next group."""
+        ids = self._ids[self._consumed : self._consumed + self._group]
         first = max(0, self._first_kept - self._consumed)
         self._consumed += len(ids)
         return Span(

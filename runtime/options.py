@@ -77,7 +77,8 @@ def check_policies(policies: Policies, plan: MemoryPlan, manifest: Manifest) -> 
     most = max(layer.top_k for layer in manifest.layers)
     share = plan.capacity // len(manifest.layers)
     if policies.shares and share < most:
-        enough = plan.fixed + most * len(manifest.layers) * plan.record
+        missing = most * len(manifest.layers) - plan.capacity
+        enough = plan.total + missing * plan.record
         raise EngineError(
             f"Shares by layer cannot work with {plan.capacity} resident experts: {share} for each "
             f"of "
@@ -141,14 +142,13 @@ def make_eviction(text: str, manifest: Manifest) -> Eviction:
 def make_residency(
     plan: MemoryPlan, sizes: list[np.ndarray], eviction: Eviction, policies: Policies
 ) -> Residency:
-    """The frames of `plan`: as many as there are records where nothing is lost; otherwise counted
-    in bytes, so that more of them fit where records are resident in fewer planes. `sizes[l][j]`
-    bytes of the first j planes, from j = 0."""
+    """The frames of `plan`, in bytes: of a whole record each where nothing is lost; otherwise more
+    of them fit where records are resident in fewer planes. `sizes[l][j]` bytes of the first j
+    planes, from j = 0."""
     experts, ends = eviction.experts, [layer[1:] for layer in sizes]
-    capacity = plan.capacity * plan.record
     if policies.lossless:
-        capacity, ends = plan.capacity, [np.ones_like(layer) for layer in ends]
-    return Residency(experts, capacity, eviction, ends, policies.shares)
+        ends = [np.full_like(layer, plan.record) for layer in ends]
+    return Residency(experts, plan.capacity * plan.record, eviction, ends, policies.shares)
 
 
 def level_sizes(bundle: Bundle, level: int) -> list[np.ndarray]:

@@ -150,3 +150,10 @@ def checked_ids(
             f"longer context (this model takes up to {longest})."
         )
     return array.astype(np.int64)
+
+
+def shared_start(held: list[int], ids: np.ndarray) -> int:
+    """How many tokens two sequences share at their start."""
+    n = min(len(held), len(ids))
+    differ = np.flatnonzero(np.asarray(held[:n], np.int64) != ids[:n])
+    return int(differ[0]) if len(differ) else n

@@ -49,6 +49,14 @@ def pin(array: np.ndarray) -> str:
     return f"not pinned ({os.strerror(ctypes.get_errno())}; RLIMIT_MEMLOCK allows {allowed})"
 
 
+def trim_heap() -> None:
+    """Give the system back what was freed, where the C library keeps it and can be asked to
+    (glibc)."""
+    trim = None if resource is None else getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def spare_memory(budget: int) -> int | None:
     """Bytes that this process could still get beside `budget`: of the machine, or of its memory
     cgroup if that is less. None where the system does not say."""

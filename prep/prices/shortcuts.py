@@ -16,7 +16,7 @@ import numpy as np
 
 from smoe.artifacts import Bundle, open_bundle
 from smoe.runtime import Engine, Policies
-from smoe.runtime.budget import plan_memory
+from smoe.runtime.budget import memory_for
 from smoe.runtime.choose.prices import KINDS, Prices
 from smoe.runtime.evaluate import log_softmax
 from smoe.runtime.routing import Assignment, Available, Routed, as_routed
@@ -174,9 +174,11 @@ def outcomes(
 
 def _budget(bundle: Bundle, context: int) -> int | None:
     """Two layers' experts: a chunk of text passes every layer once, and most experts of it."""
-    plan = plan_memory(bundle, None, context)
-    most = 2 * max(layer.experts for layer in bundle.manifest.layers)
-    return None if most >= plan.experts else plan.fixed + most * plan.record
+    layers = bundle.manifest.layers
+    most = 2 * max(layer.experts for layer in layers)
+    if most >= sum(layer.experts for layer in layers):
+        return None
+    return memory_for(bundle, most, context)
 
 
 # -- perturbations ---------------------------------------------------------------------------------

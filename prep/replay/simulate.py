@@ -329,8 +329,13 @@ class WholeSteps(Residency):
         shares: bool = False,
     ):
         total = sum(n * size for n, size in zip(experts, sizes, strict=True))
-        super().__init__(experts, total, eviction, sizes)
-        self._limit, self.share = capacity, capacity // len(experts) if shares else None
+        super().__init__(experts, total, eviction, sizes, shares)
+        self._limit = capacity
+
+    @property
+    def share(self) -> int | None:
+        """Of the budget that it is trimmed to."""
+        return self._limit // self._shares if self._shares else None
 
     def full(self, layer: int, size: int) -> bool:
         """Never, before `trim`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -41,6 +42,7 @@ class _Run:
     levels: np.ndarray
     tokens: np.ndarray
     loads: dict[int, Load] = field(default_factory=dict)
+    adopted: set[Load] = field(default_factory=set)  # others asked for these first
     waiting: list[Load] = field(default_factory=list)
     arrived: bool = False  # while it was looked at
     first: bool = True
@@ -89,6 +91,8 @@ class ExpertCache:
         self._read_planes, self.stats = read, stats
         self._reader = make_reader(self._begin, self._read, self._end, threads)
         self._at_once = max(STREAMS, uses) if streams else 1 << 62
+        self._capacity = residency.capacity
+        self._lent = weakref.WeakKeyDictionary[object, int]()  # bytes, by who borrowed them
         self._pins = np.zeros(residency.eviction.first[-1], np.int8)
         self._active: object = None  # whose pins these are
         self._unsettled = False  # where an interrupt may have left a change half done
@@ -112,6 +116,22 @@ class ExpertCache:
     def room(self, layer: int) -> int:
         """How many whole records of a layer there may be, if there are no others."""
         return self._residency.room(layer)
+
+    def lend(self, borrower: object, nbytes: int) -> bool:
+        """Do with so much less memory until `borrower` asks for another amount (0: it needs no
+        more); whether that was possible. What is worth least goes."""
+        with self._reader.lock:
+            self._settle()
+            self._lent[borrower] = nbytes
+            self._unsettled = True
+            lent = self._residency.resize(self._capacity - sum(self._lent.values()), self._pins)
+            if not lent:
+                del self._lent[borrower]
+                self._residency.capacity = self._capacity - sum(self._lent.values())
+            self._unsettled = False
+            if nbytes and self._frames is not None:
+                self._frames.release(self._residency.frame_bytes)
+            return lent
 
     @property
     def needs_scores(self) -> bool:
@@ -273,7 +293,7 @@ class ExpertCache:
         """Ask for as many of `missing` as may be on their way at once."""
         loads = run.loads
         if loads:
-            _raise_first(list(loads.values()))
+            _raise_first([load for load in loads.values() if load not in run.adopted])
             # What came and went again meanwhile, or was another run's, is asked for once more.
             for i in [i for i in missing.tolist() if i in loads and not _on_its_way(loads[i])]:
                 del loads[i]
@@ -289,7 +309,9 @@ class ExpertCache:
             )
             if key not in begun:
                 self._reader.put(load)
-            elif load.guess:
+                continue
+            run.adopted.add(load)
+            if load.guess:
                 self.stats.guesses_used += load.state is State.READING
                 self._reader.demand(load, int(run.tokens[i]))
 

@@ -23,13 +23,24 @@ class Frames:
             aligned(1, most)  # where the system would not give that, it says so here
         self.rows = aligned(count, nbytes, reserve=most is None)
         self._used = np.zeros(count, np.int64)
-        self._advise = _madvise() if most is not None else None
-        if self._advise:
+        self._trims, self._advise = most is not None, _madvise()
+        if self._trims and self._advise:
             self._advise(self.rows.ctypes.data, self.rows.nbytes, mmap.MADV_NOHUGEPAGE)
 
     def trim(self, nbytes: np.ndarray) -> None:
-        """Of each frame only so many bytes are in use now: give the others back to the system. What
-        a frame will hold from now on counts as used."""
+        """Of each frame only so many bytes are in use now: give the others back to the system,
+        where there may be more frames than fit. What a frame will hold from now on counts as
+        used."""
+        if self._trims:
+            self._give_back(nbytes)
+
+    def release(self, nbytes: np.ndarray) -> None:
+        """The same wherever there are frames."""
+        if not self._trims:
+            self._used[:] = self.rows.shape[1]  # nobody kept count
+        self._give_back(nbytes)
+
+    def _give_back(self, nbytes: np.ndarray) -> None:
         if self._advise is None:
             return
         for frame in np.flatnonzero(self._used > nbytes).tolist():

@@ -37,7 +37,7 @@ class Residency:
         self.capacity, self.eviction = capacity, eviction
         self._first = eviction.first.tolist()
         self._sizes = [[0, *np.atleast_1d(ends).tolist()] for ends in sizes or [1] * len(experts)]
-        self.share = capacity // len(experts) if shares else None
+        self._shares = len(experts) if shares else 0
         smallest = min(ends[1] for ends in self._sizes)
         frames = min(capacity // smallest, self._first[-1])
         self._free = list(range(frames))[::-1]
@@ -86,6 +86,25 @@ class Residency:
     def full_level(self, layer: int) -> int:
         """Planes of a whole record of a layer."""
         return len(self._sizes[layer]) - 1
+
+    @property
+    def share(self) -> int | None:
+        """Of the capacity, what each layer keeps to; None where all share it."""
+        return self.capacity // self._shares if self._shares else None
+
+    def resize(self, capacity: int, pins: np.ndarray | None = None) -> bool:
+        """Another capacity, no more than at the start; what has to go goes now. False if that is
+        not possible beside what is pinned, or would leave some layer without room for a record."""
+        self.capacity = capacity
+        for layer in range(len(self.used)):
+            if not self.room(layer):
+                return False
+            while self.full(layer, 0):
+                victim = self.victim(layer, 0, None, pins)
+                if victim is None:
+                    return False
+                self.shrink(victim)
+        return True
 
     def room(self, layer: int) -> int:
         """How many whole records of a layer there may be, if there are no others."""

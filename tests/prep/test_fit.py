@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 
+from bench.budgets import budget_for_share
 from smoe.artifacts import open_bundle
 from smoe.artifacts.tables import load_tables
 from smoe.prep.checkpoint.checkpoint import open_checkpoint
@@ -15,7 +16,6 @@ from smoe.prep.prices.price import sampled
 from smoe.prep.prices.shortcuts import Outcome, Seen, at_random, cheapest, outcomes
 from smoe.prep.progress import Progress
 from smoe.runtime import Engine, Policies
-from smoe.runtime.budget import plan_memory
 from smoe.runtime.choose.prices import KINDS, Prices
 from smoe.runtime.evaluate import exact, measure, read_documents, rows
 
@@ -56,8 +56,7 @@ def test_a_loss_budget_is_what_is_lost(root, reference_bundle, tmp_path):
     """KL within 0.5 to 1.5 of what was allowed, here on 500 tokens; on more of them:
     python -m bench
     prices."""
-    plan = plan_memory(open_bundle(reference_bundle), None, 256)
-    budget = plan.fixed + int(0.4 * plan.experts) * plan.record
+    budget = budget_for_share(reference_bundle, 0.4, 256)
     documents = read_documents(root / "examples" / "heldout.jsonl")
     with Engine.open(reference_bundle, budget, 256) as engine:
         texts = rows(engine, documents, 512, 256)

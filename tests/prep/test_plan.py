@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from bench.budgets import budget_for_share
 from smoe.artifacts import open_bundle, safetensors_file
 from smoe.artifacts.encodings import record_layout
 from smoe.prep.errors import PrepError
@@ -34,8 +35,7 @@ TOKENS = 220
 
 @pytest.fixture(scope="module")
 def budget(reference_bundle):
-    held = plan_memory(open_bundle(reference_bundle), None, 256)
-    return held.fixed + int(0.4 * held.experts) * held.record
+    return budget_for_share(reference_bundle, 0.4, 256)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from smoe.prep.errors import PrepError
 from smoe.prep.replay.routing_trace import read_trace
 from smoe.prep.replay.simulate import simulate
 from smoe.runtime import Engine, Policies
-from smoe.runtime.budget import plan_memory
+from smoe.runtime.budget import memory_for
 from smoe.runtime.cache.eviction import DEFAULT_EVICTION
 
 MIB = 1 << 20
@@ -166,8 +166,7 @@ def test_the_engine_misses_what_its_replay_says(golden):
     spec = safetensors_file.load(golden / "trace.safetensors")
     starts = [*np.flatnonzero(spec["starts"]).tolist(), len(spec["tokens"])]
     tokens = spec["tokens"][starts[0] : starts[1]]
-    plan = plan_memory(open_bundle(golden), None, 300)
-    budget = plan.total - (plan.capacity - 6) * plan.record
+    budget = memory_for(open_bundle(golden), 6, 300)
     with Engine.open(golden, memory=budget, context=300, policies=Policies(warm=False)) as engine:
         list(engine.score(tokens))
         stats = engine.stats

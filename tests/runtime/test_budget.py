@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from smoe.artifacts import open_bundle
 from smoe.runtime import Engine, EngineError, system
-from smoe.runtime.budget import RESERVE, default_budget, plan_memory
+from smoe.runtime.budget import RESERVE, default_budget, memory_for, plan_memory
 
 MIB = 1 << 20
 
@@ -30,9 +30,11 @@ def test_the_default_leaves_a_reserve_of_what_is_spare(whole, spare):
 
 
 def test_without_a_budget_an_engine_takes_what_the_machine_leaves(golden, monkeypatch):
-    plan = plan_memory(open_bundle(golden), None, 300)
+    opened = open_bundle(golden)
     for experts, held in ((14, 14), (6, 6)):
-        room = plan.total - (14 - experts) * plan.record
+        room = plan_memory(opened, None, 300).total
+        if experts < 14:
+            room = memory_for(opened, experts, 300)
         spare = -(-room * RESERVE // (RESERVE - 1))
         monkeypatch.setattr(system, "spare_memory", lambda budget, spare=spare: spare - budget)
         with Engine.open(golden, context=300) as engine:
@@ -81,11 +83,11 @@ import json, sys
 from pathlib import Path
 from smoe.artifacts import open_bundle
 from smoe.runtime import Engine
-from smoe.runtime.budget import RESERVE, plan_memory
+from smoe.runtime.budget import RESERVE, memory_for, plan_memory
 
 bundle, limit = sys.argv[1], Path(sys.argv[2])
 plan = plan_memory(open_bundle(bundle), None, 300)
-room = plan.total - 7 * plan.record  # for half of the experts
+room = memory_for(open_bundle(bundle), 7, 300)
 spare = room * RESERVE // (RESERVE - 1) + plan.record
 fields = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
 used = int(fields.get("total_rss", fields.get("anon", 0)))

@@ -26,6 +26,7 @@ class Disk:
         self.begun: list[tuple[int, int]] = []
         self.held: set[tuple[int, int]] = set()
         self.error: Exception | None = None
+        self.once = False  # whether it is raised no more than once
         self.changed = threading.Condition()
 
     def read(self, layer: int, expert: int, into: np.ndarray, since: int, level: int) -> int:
@@ -33,8 +34,9 @@ class Disk:
             self.begun.append((layer, expert))
             self.changed.notify_all()
             self.changed.wait_for(lambda: (layer, expert) not in self.held)
-            if self.error is not None:
-                raise self.error
+            error, self.error = self.error, None if self.once else self.error
+            if error is not None:
+                raise error
         return 1
 
     def until_begun(self, key: tuple[int, int]) -> None:
@@ -45,6 +47,10 @@ class Disk:
         with self.changed:
             self.held = set()
             self.changed.notify_all()
+
+
+class Borrower:
+    """Somebody who may be referred to weakly."""
 
 
 class Setup:
@@ -240,3 +246,53 @@ def test_more_experts_than_frames_stream_through_and_are_read_once_each(setup):
     before = case.stats.loads
     assert sorted(in_time(case.step, 0, [0, 1, 2, 3])) == [0, 1, 2, 3]
     assert case.stats.loads - before == 4
+
+
+def test_a_guess_that_failed_is_read_again_by_whoever_needs_it(setup):
+    case = setup(8)
+    case.disk.held, case.disk.once = {(1, 3)}, True
+    case.disk.error = EngineError("the disk is gone")
+    case.cache.expect([(1, 3)])
+    case.disk.until_begun((1, 3))
+    waiting = threading.Thread(target=case.step, args=(1, [3]), daemon=True)
+    waiting.start()
+    while case.stats.guesses_used == 0:  # until the step waits for the guess
+        time.sleep(0.001)
+    case.disk.let_go()
+    waiting.join(PATIENCE)
+    assert case.disk.begun == [(1, 3)] * 2 and (1, 3) in case.resident()
+
+
+# -- memory that is lent ---------------------------------------------------------------------------
+
+
+def test_what_is_lent_goes_by_eviction_and_comes_back(setup):
+    case, prompt, other = setup(6), Borrower(), Borrower()
+    for expert in (0, 1, 2):
+        for layer in (0, 1):
+            case.step(layer, [expert])
+    assert case.cache.lend(prompt, 2)
+    assert case.resident() == {(0, 1), (1, 1), (0, 2), (1, 2)}  # least recently used first
+    assert sorted(in_time(case.step, 0, [0, 3])) == [0, 3] and len(case.resident()) == 4
+    assert case.cache.lend(other, 1) and len(case.resident()) == 3
+    assert case.cache.lend(prompt, 0) and case.cache.lend(other, 0)
+    before = case.resident()
+    for layer, expert in ((0, 1), (1, 0), (1, 3)):
+        case.step(layer, [expert])
+    assert len(case.resident()) == 6 and before < case.resident()
+
+
+def test_what_a_step_is_computing_is_not_lent(setup):
+    case, prompt = setup(4), Borrower()
+    ones = np.ones(3, np.int64)
+    step = case.cache.bring(0, np.arange(3), ones, ones)
+    taken = [i for _ in range(2) for i in next(step).tolist()]
+    assert not case.cache.lend(prompt, 4)  # not even one frame would be left
+    assert case.cache.lend(prompt, 0) and len(case.resident() & {(0, i) for i in taken})
+    assert sorted(taken + [i for part in step for i in part.tolist()]) == [0, 1, 2]
+
+
+def test_a_share_that_would_hold_nothing_is_not_lent():
+    residency = Residency(EXPERTS, 4, LeastRecentlyUsed(EXPERTS), shares=True)
+    assert residency.share == 2 and residency.resize(2) and residency.share == 1
+    assert not residency.resize(1)

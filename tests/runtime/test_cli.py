@@ -9,7 +9,7 @@ import pytest
 
 from smoe.artifacts import open_bundle
 from smoe.artifacts.errors import first_line, printable
-from smoe.runtime.budget import plan_memory
+from smoe.runtime.budget import memory_for
 
 
 def smoe(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
@@ -128,9 +128,9 @@ def _with_model_type(bundle, name):
     ("info", "{0}"),
 ])  # fmt: skip
 def test_no_command_lets_a_bundle_speak_to_the_terminal(copied, arguments):
-    plan = plan_memory(open_bundle(copied), None, None)
+    budget = memory_for(open_bundle(copied), 13)
     bundle = _with_model_type(copied, CONTROL)
-    done = smoe(*(a.format(bundle, plan.total - plan.record) for a in arguments), stdin="hi\n\n")
+    done = smoe(*(a.format(bundle, budget) for a in arguments), stdin="hi\n\n")
     assert "owned" in done.stdout + done.stderr
     assert not {"\x1b", "\x07"} & set(done.stdout + done.stderr)
 

@@ -15,15 +15,15 @@ from smoe.artifacts import BundleError, open_bundle
 from smoe.artifacts.validate import sha256
 from smoe.runtime import Engine, EngineError
 from smoe.runtime.backbone import Backbone
-from smoe.runtime.budget import plan_memory
+from smoe.runtime.budget import memory_for, plan_memory
 from smoe.runtime.step import Sequence, Step
 
 
 @pytest.fixture(scope="module")
 def budgets(golden):
     """Bytes that leave room for so many experts."""
-    plan = plan_memory(open_bundle(golden), None, 300)
-    return lambda experts: plan.total - (plan.capacity - experts) * plan.record
+    opened = open_bundle(golden)
+    return lambda experts: memory_for(opened, experts, 300)
 
 
 def test_experts_beyond_those_of_the_layer_are_a_sentence(golden):

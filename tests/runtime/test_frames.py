@@ -55,3 +55,17 @@ def test_frames_that_are_all_in_use_keep_their_pages():
     frames.rows[:] = 7
     frames.trim(np.array([1, 0, 0]))  # of records: not to be taken for bytes
     assert (frames.rows == 7).all()
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/pagemap"),
+    reason="this system does not say which pages are resident",
+)
+def test_frames_that_are_lent_take_no_memory():
+    nbytes = 4 * mmap.PAGESIZE
+    frames = Frames(3, nbytes)
+    for _ in range(2):
+        frames.rows[:] = 7
+        frames.release(np.array([nbytes, 0, nbytes]))
+        assert _resident(frames.rows) == 2 * nbytes
+        assert (frames.rows[[0, 2]] == 7).all()

@@ -9,7 +9,7 @@ import pytest
 
 from smoe.artifacts import open_bundle
 from smoe.runtime import Engine, EngineError, Policies
-from smoe.runtime.budget import plan_memory
+from smoe.runtime.budget import memory_for, plan_memory
 from smoe.runtime.evaluate import (
     OPTIONS,
     bench,
@@ -40,8 +40,7 @@ def text(tmp_path_factory):
 def small(golden):
     """Opens the golden bundle with room for 5 of 14 experts; as `bench` wants it, so that policies
     can be taken out."""
-    plan = plan_memory(open_bundle(golden), None, 200)
-    budget = plan.total - (plan.capacity - 5) * plan.record
+    budget = memory_for(open_bundle(golden), 5, 200)
     lossy = {"substitution": "zero:1"}
     return lambda **changed: Engine.open(
         golden,

@@ -10,7 +10,7 @@ import pytest
 
 from smoe.artifacts import open_bundle
 from smoe.runtime import Engine, EngineError, Policies
-from smoe.runtime.budget import plan_memory
+from smoe.runtime.budget import memory_for
 from smoe.runtime.cache.storage import Shards
 from smoe.runtime.routing import as_routed
 from smoe.runtime.system import aligned
@@ -21,8 +21,7 @@ PATIENCE = 10.0  # seconds until what should happen at once has not
 @pytest.fixture(scope="module")
 def budget(golden):
     """Bytes that leave room for four experts of 14."""
-    plan = plan_memory(open_bundle(golden), None, 300)
-    return plan.total - (plan.capacity - 4) * plan.record
+    return memory_for(open_bundle(golden), 4, 300)
 
 
 def _said(call) -> str:

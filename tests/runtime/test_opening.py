@@ -8,13 +8,12 @@ import pytest
 
 from smoe.artifacts import open_bundle, safetensors_file
 from smoe.runtime import Engine, EngineError, Policies
-from smoe.runtime.budget import plan_memory
+from smoe.runtime.budget import memory_for
 from smoe.runtime.cache.storage import IO
 
 
 def _budget(bundle, experts):
-    plan = plan_memory(open_bundle(bundle), None, 200)
-    return plan.total - (plan.capacity - experts) * plan.record
+    return memory_for(open_bundle(bundle), experts, 200)
 
 
 def _unlist(bundle, name):

@@ -10,7 +10,7 @@ from support.prices import add_prices
 
 from smoe.artifacts import open_bundle
 from smoe.runtime import Engine, EngineError, Policies
-from smoe.runtime.budget import plan_memory
+from smoe.runtime.budget import memory_for
 from smoe.runtime.choose.priced import SAVINGS_TOKENS, LossLedger, Priced
 from smoe.runtime.choose.prices import PRICE_TABLES, Prices
 from smoe.runtime.routing import Assignment, Available, Routed
@@ -29,8 +29,7 @@ def prompt():
 
 
 def _budget(bundle, experts: int, level: int | None = None) -> int:
-    plan = plan_memory(open_bundle(bundle), None, 300, level)
-    return plan.total - (plan.capacity - experts) * plan.record
+    return memory_for(open_bundle(bundle), experts, 300, level)
 
 
 def _scored(engine, ids):

@@ -12,7 +12,7 @@ from support.parts import accounted, decoded, greedy, make_parts, prompted, step
 
 from smoe.artifacts import open_bundle
 from smoe.runtime import Engine, EngineError, Policies
-from smoe.runtime.budget import plan_memory
+from smoe.runtime.budget import memory_for
 from smoe.runtime.cache.eviction import EVICTIONS
 from smoe.runtime.options import SUBSTITUTIONS, make_predictor, tables_bytes
 from smoe.runtime.routing import Available, Routed, as_routed
@@ -22,8 +22,8 @@ from smoe.runtime.step import Step
 @pytest.fixture(scope="module")
 def budget(golden):
     """Bytes that leave room for so many experts of 14."""
-    plan = plan_memory(open_bundle(golden), None, 300)
-    return lambda experts: plan.total - (plan.capacity - experts) * plan.record
+    opened = open_bundle(golden)
+    return lambda experts: memory_for(opened, experts, 300)
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +136,8 @@ def test_every_substitution_runs_and_is_counted(golden, answer, budget, wanted, 
 
 def test_fewer_planes_are_lossy_whatever_the_policies(goldens):
     for level, said in ((1, "(lossy)"), (None, "(lossless)")):
-        plan = plan_memory(open_bundle(goldens[2]), None, 300, level)
-        with Engine.open(
-            goldens[2], plan.total - plan.record * (plan.capacity // 2), 300, level=level
-        ) as engine:
+        half = memory_for(open_bundle(goldens[2]), 7, 300, level)
+        with Engine.open(goldens[2], half, 300, level=level) as engine:
             assert f"substitution none {said}" in "\n".join(engine.mode_lines())
             assert engine.lossless == (level is None)
 
@@ -247,8 +245,7 @@ def test_a_shard_that_shrinks_and_comes_back(copied, answer, budget, prefetch):
 
 def test_a_lossy_run_repeats(golden, answer):
     """What stands in depends on what is resident, and that never on when reads arrive."""
-    plan = plan_memory(open_bundle(golden), None, 300)
-    budget = plan.total - (plan.capacity - 5) * plan.record
+    budget = memory_for(open_bundle(golden), 5, 300)
     runs = []
     for _ in range(4):
         with Engine.open(golden, budget, 300, policies=Policies(substitution="zero:1")) as engine:

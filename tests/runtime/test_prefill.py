@@ -52,7 +52,7 @@ def _plan(bundle: Path) -> MemoryPlan:
 def _budget(bundle: Path, experts: int, prefill: float) -> int:
     """Bytes that leave room for so many experts, and for a part of what a prompt likes to keep."""
     plan = _plan(bundle)
-    fixed = plan.fixed - plan.prefill + int(prefill * plan.prefill)
+    fixed = plan.fixed + int(prefill * plan.prefill)
     return fixed + experts * plan.record
 
 
@@ -110,9 +110,12 @@ def test_an_expert_is_read_once_for_all_chunks_that_share_the_read(bundle, exper
 
 
 def test_a_prompt_of_an_engine_reads_every_expert_once(bundle):
-    ids = _prompt(bundle)[:150]  # two chunks
-    with Engine.open(bundle, _budget(bundle, 3, 1), CONTEXT) as engine:
-        assert engine.plan.capacity < 7
+    ids, opened, whole = _prompt(bundle)[:150], open_bundle(bundle), _plan(bundle)  # two chunks
+    budgets = range(whole.minimum, whole.total, whole.record)
+    plans = (plan_memory(opened, budget, CONTEXT) for budget in budgets)
+    budget = next(plan.budget for plan in plans if plan.prefill >= whole.prefill // 2)
+    with Engine.open(bundle, budget, CONTEXT) as engine:
+        assert engine.plan.capacity < 14 and engine.plan.lent
         engine.prefill(engine.new_sequence(), ids).finish()
         every = sum(7 * layout.levels[-1] for layout in engine.bundle.layouts)
         assert 0 < engine.stats.bytes_read <= every

@@ -24,7 +24,7 @@ from random import Random
 
 from smoe.artifacts import SmoeError, open_bundle
 from smoe.runtime import Engine, Policies
-from smoe.runtime.budget import plan_memory
+from smoe.runtime.budget import memory_for
 from smoe.runtime.options import tables_bytes
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("v*.smoe"))
@@ -97,8 +97,8 @@ def outcome(bundle: Path, policies: Policies | None = None) -> str:
 def _half(bundle: Path, policies: Policies) -> int:
     """Bytes that half of the experts fit in."""
     opened = open_bundle(bundle)
-    plan = plan_memory(opened, None, 64, tables=tables_bytes(policies, opened))
-    return plan.fixed + max(plan.smallest, plan.experts // 2) * plan.record
+    half = sum(layer.experts for layer in opened.manifest.layers) // 2
+    return memory_for(opened, half, 64, tables=tables_bytes(policies, opened))
 
 
 # -- the manifest ----------------------------------------------------------------------------------
