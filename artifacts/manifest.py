@@ -236,17 +236,17 @@ class Manifest:
         return _parse(cls, data, where)
 
 
-def _parse(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
-    """`value` as an instance of the type `wanted`, recursively; nothing is converted but int to
+def _parse(hint: typing.Any, value: typing.Any, where: str) -> typing.Any:
+    """`value` as an instance of the type `hint`, recursively; nothing is converted but int to
     float."""
-    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         inner = next(a for a in args if a is not type(None))
         return None if value is None else _parse(inner, value, where)
-    if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise _wrong(where, "an object", value)
-        hints, later = _schema(wanted)
+        hints, later = _schema(hint)
         odd = sorted(
             (set(value) ^ set(hints)) - (later - set(value))
         )  # older versions lack what has a default
@@ -255,7 +255,7 @@ def _parse(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
                 f"{where}: the fields {', '.join(odd)} are missing or unknown; build the bundle "
                 "again."
             )
-        return wanted(**{key: _parse(hints[key], value[key], f"{where}: {key}") for key in value})
+        return hint(**{key: _parse(hints[key], value[key], f"{where}: {key}") for key in value})
     if origin is tuple:
         if not isinstance(value, list):
             raise _wrong(where, "a list", value)
@@ -264,21 +264,21 @@ def _parse(wanted: typing.Any, value: typing.Any, where: str) -> typing.Any:
         if not isinstance(value, dict):
             raise _wrong(where, "an object", value)
         return {key: _parse(args[1], item, f"{where}: {key}") for key, item in value.items()}
-    if wanted is float and type(value) is int and abs(value) < 2**53:
+    if hint is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
-    if type(value) is not wanted:
-        raise _wrong(where, wanted.__name__, value)
+    if type(value) is not hint:
+        raise _wrong(where, hint.__name__, value)
     return value
 
 
 @functools.cache
-def _schema(wanted: type) -> tuple[dict[str, typing.Any], frozenset[str]]:
+def _schema(data_class: type) -> tuple[dict[str, typing.Any], frozenset[str]]:
     """The fields of a dataclass with their types, and those that older versions lack."""
-    later = (field.name for field in dataclasses.fields(wanted) if "since" in field.metadata)
-    return typing.get_type_hints(wanted), frozenset(later)
+    later = (field.name for field in dataclasses.fields(data_class) if "since" in field.metadata)
+    return typing.get_type_hints(data_class), frozenset(later)
 
 
-def _wrong(where: str, wanted: str, value: object) -> BundleError:
+def _wrong(where: str, expected: str, value: object) -> BundleError:
     return BundleError(
-        f"{where}: {wanted} was wanted, found {str(value)[:60]!r}; build the bundle again."
+        f"{where}: {expected} was wanted, found {str(value)[:60]!r}; build the bundle again."
     )

@@ -141,9 +141,9 @@ def pack_matrix(
     split, out = encoding.of(name), {f"{name}_scale": _tiled_scale(to_bf16(scale))}
     first = 0
     for p, bits in enumerate(split.planes):
-        wanted = range(first, first + bits)
+        positions = range(first, first + bits)
         out[f"{name}_plane{p}"] = np.stack(
-            [_slice(codes >> (split.total - 1 - t) & 1, t) for t in wanted], axis=2
+            [_slice(codes >> (split.total - 1 - t) & 1, t) for t in positions], axis=2
         )
         first += bits
     return out
@@ -189,17 +189,18 @@ def round_matrix(encoding: Nested, name: str, w: np.ndarray) -> tuple[np.ndarray
         np.full((n_out, groups), np.inf, np.float32),
     )
     for candidate in scale_candidates(split, padded, n_in):
-        found = nearest(split, padded / np.where(candidate > 0, candidate, 1)[..., None])
+        rounded = nearest(split, padded / np.where(candidate > 0, candidate, 1)[..., None])
         cost = sum(
             np.square(
                 padded
-                - candidate[..., None] * split.values(n)[found >> (split.total - split.bits(n))]
+                - candidate[..., None] * split.values(n)[rounded >> (split.total - split.bits(n))]
             ).sum(-1)
             * level_weight(split, n)
             for n in range(1, len(split.planes) + 1)
         )
         better = cost < best
-        codes[better], scale[better], best[better] = found[better], candidate[better], cost[better]
+        codes[better], scale[better] = rounded[better], candidate[better]
+        best[better] = cost[better]
     return codes.reshape(n_out, -1)[:, :n_in], scale
 
 

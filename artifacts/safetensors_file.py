@@ -153,10 +153,10 @@ def _entry(path: Path, name: str, fields: object, data_start: int) -> Entry:
             f"{path}: tensor {name!r} needs a known dtype, a shape and two data_offsets."
         )
     begin, end = (data_start + offset for offset in fields["data_offsets"])
-    wanted = math.prod(fields["shape"]) * DTYPES[fields["dtype"]].itemsize
-    if end - begin != wanted:
+    nbytes = math.prod(fields["shape"]) * DTYPES[fields["dtype"]].itemsize
+    if end - begin != nbytes:
         raise BundleError(
-            f"{path}: tensor {name!r} has {end - begin} bytes, its shape wants {wanted}."
+            f"{path}: tensor {name!r} has {end - begin} bytes, its shape wants {nbytes}."
         )
     return Entry(fields["dtype"], tuple(fields["shape"]), begin, end)
 

@@ -61,19 +61,21 @@ def _parsed_start(path: str | Path, layout: RecordLayout, page: int, count: int)
             f"{path}: records start at byte {start}, not on a page of {page}; build the bundle "
             "again."
         )
-    wanted = {}
+    expected = {}
     for expert in range(count):
         offset = start + expert * layout.nbytes
         for tensor in layout.tensors(expert):
-            wanted[tensor.name] = safetensors_file.Entry(
+            expected[tensor.name] = safetensors_file.Entry(
                 tensor.dtype, tensor.shape, offset, offset + tensor.nbytes
             )
             offset += tensor.nbytes
-    if header.entries != wanted:
-        odd = next(n for n in [*wanted, *header.entries] if header.entries.get(n) != wanted.get(n))
+    if header.entries != expected:
+        odd = next(
+            n for n in [*expected, *header.entries] if header.entries.get(n) != expected.get(n)
+        )
         raise BundleError(
             f"{path}: tensor {odd!r} is {header.entries.get(odd)}, the manifest wants "
-            f"{wanted.get(odd)}; "
+            f"{expected.get(odd)}; "
             "the shard belongs to another bundle or is damaged: copy it again."
         )
     return start

@@ -202,12 +202,12 @@ class Tables:
         names = names or tuple(TABLES)
         loaded: dict[str, np.ndarray] = {}
         for file, (header, there) in self._files.items():
-            wanted = {
+            keys = {
                 key(layer, name)
                 for name in set(names).intersection(there)
                 for layer in range(len(self._experts))
             }
-            loaded |= safetensors_file.load_some(file, wanted, header)
+            loaded |= safetensors_file.load_some(file, keys, header)
         return [
             {name: loaded[key(layer, name)] for name in names if key(layer, name) in loaded}
             for layer in range(len(self._experts))
@@ -245,9 +245,9 @@ def _check_header(
 ) -> None:
     known = {} if levels is None else {"J": levels}
     for layer, count in enumerate(experts):
-        wanted = {n: TABLES[n] for n in names if n != "transition" or layer > 0}
+        tables = {n: TABLES[n] for n in names if n != "transition" or layer > 0}
         sizes = known | ({} if hidden is None else {"H": hidden[layer]})
-        _check(path, header, layer, wanted, {"E": count, "P": experts[layer - 1]} | sizes)
+        _check(path, header, layer, tables, {"E": count, "P": experts[layer - 1]} | sizes)
 
 
 def check_trace(path: Path, layers: list[tuple[int, int]]) -> None:
@@ -268,10 +268,10 @@ def _check(
     path: Path,
     header: safetensors_file.Header,
     layer: int,
-    wanted: dict[str, Table],
+    tables: dict[str, Table],
     sizes: dict[str, int],
 ) -> None:
-    for name, table in wanted.items():
+    for name, table in tables.items():
         entry = header.entries.get(key(layer, name))
         if entry is None and table.optional:
             continue
@@ -280,17 +280,17 @@ def _check(
             or entry.dtype != table.dtype
             or not _fits(entry.shape, table.shape, sizes)
         ):
-            found = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+            actual = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
             raise BundleError(
-                f"{path}: table {key(layer, name)} is {found}, {table.dtype} [{table.shape}] with "
+                f"{path}: table {key(layer, name)} is {actual}, {table.dtype} [{table.shape}] with "
                 f"{sizes} was wanted; "
                 "profile and build again."
             )
 
 
 def _fits(shape: tuple[int, ...], letters: str, sizes: dict[str, int]) -> bool:
-    wanted = letters.split(",")
-    return len(shape) == len(wanted) and all(
+    dimensions = letters.split(",")
+    return len(shape) == len(dimensions) and all(
         size == (int(letter) if letter.isdigit() else sizes.get(letter, size))
-        for size, letter in zip(shape, wanted, strict=True)
+        for size, letter in zip(shape, dimensions, strict=True)
     )

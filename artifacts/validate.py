@@ -65,8 +65,8 @@ def manifest_problems(manifest: Manifest) -> Iterator[str]:
 
 
 def _geometry(m: Manifest) -> Iterator[str]:
-    def bad(what: str, found: object, wanted: str) -> str:
-        return f"manifest.json: {what} is {found!r}, {wanted} was wanted; build the bundle again."
+    def bad(what: str, value: object, expected: str) -> str:
+        return f"manifest.json: {what} is {value!r}, {expected} was wanted; build the bundle again."
 
     if not m.layers or len(m.layers) > 4096:
         yield bad("the number of layers", len(m.layers), "1 to 4096")
@@ -85,9 +85,9 @@ def _geometry(m: Manifest) -> Iterator[str]:
             f"one of {KINDS} with one of {ACTIVATIONS}",
         )
     elif gate.kind not in ("gated", "plain"):
-        wanted = [gate.limit, *([gate.alpha] if gate.kind != "bounded" else [])]
+        numbers = [gate.limit, *([gate.alpha] if gate.kind != "bounded" else [])]
         if not all(
-            1e-6 < number < 1e6 for number in wanted
+            1e-6 < number < 1e6 for number in numbers
         ):  # far inside float32, in which they are used
             yield bad(
                 "experts.gate limit, alpha", (gate.limit, gate.alpha), "numbers from 1e-6 to 1e6"
@@ -192,11 +192,11 @@ def _states(m: Manifest) -> Iterator[str]:
 def file_problems(path: Path, m: Manifest, hashes: bool = False) -> Iterator[str]:
     """Every file that is missing, of another size, or outside the bundle; with `hashes` of another
     SHA-256."""
-    wanted = {segment.file for segment in m.backbone.segments} | {m.backbone.weights}
-    wanted |= {m.shard(i) for i in range(len(m.layers))}
+    required = {segment.file for segment in m.backbone.segments} | {m.backbone.weights}
+    required |= {m.shard(i) for i in range(len(m.layers))}
     optional = {"tables.safetensors", f"{m.study}tables.safetensors", *TEXT_FILES}
     optional |= {m.study + name for name in STUDY_FILES}
-    for name in sorted(wanted - set(m.files)):
+    for name in sorted(required - set(m.files)):
         yield f"manifest.json: files does not list {name}; build the bundle again."
     for name, file in m.files.items():
         pure = PurePosixPath(name)
@@ -210,7 +210,7 @@ def file_problems(path: Path, m: Manifest, hashes: bool = False) -> Iterator[str
                 f"manifest.json: files names {name[:80]!r}, a path outside the bundle; do not "
                 "trust this bundle."
             )
-        elif name not in wanted | optional:
+        elif name not in required | optional:
             yield (
                 f"manifest.json: files lists {name}, which no part of a bundle is; build the "
                 "bundle again."

@@ -102,8 +102,8 @@ def simulate(
         counting,
         lambda runs: progress.over(runs, "simulate", "runs", len(runs)),
     )
-    about = simulation_report(trace, rows)
-    show_text(about, simulation_text(trace, about, substitute is not None), as_json)
+    report = simulation_report(trace, rows)
+    show_text(report, simulation_text(trace, report, substitute is not None), as_json)
 
 
 @click.command()
@@ -146,19 +146,19 @@ def plan(
     """Say how fast BUNDLE will run on a device, at which loss, and with which options."""
     if speed is not None and loss is not None:
         raise click.UsageError("Wish for a --speed or for a --loss; the other one follows.")
-    about, progress = Device.load(device), Progress()
-    budgets = [parse_size(size) for size in memory] or [about.memory]
-    found = make_plan(
+    machine, progress = Device.load(device), Progress()
+    budgets = [parse_size(size) for size in memory] or [machine.memory]
+    candidates = make_plan(
         bundle,
-        about,
+        machine,
         budgets,
         context,
         smoe,
         lambda runs: progress.over(runs, "plan", "runs", len(runs)),
     )
-    wished = choose(found, speed, loss) if speed is not None or loss is not None else None
+    wished = choose(candidates, speed, loss) if speed is not None or loss is not None else None
     data = {
-        "candidates": [c.as_dict() for c in found],
+        "candidates": [c.as_dict() for c in candidates],
         "chosen": wished.as_dict() if wished else None,
     }
-    show_text(data, plan_text(bundle, about, found, wished, context), as_json)
+    show_text(data, plan_text(bundle, machine, candidates, wished, context), as_json)

@@ -189,23 +189,23 @@ def families() -> Families:
 
 
 def _layout(flags: str) -> str:
-    said = {
+    words = {
         "is_transposed=True": "transposed",
         "is_concatenated=False": "interleaved",
         "has_bias=True": "biased",
         "has_gate=False": "not gated",
         "has_post_expert_norm=True": "normalised",
     }
-    return ", ".join(word for flag, word in said.items() if flag in flags) or "gated"
+    return ", ".join(word for flag, word in words.items() if flag in flags) or "gated"
 
 
 def _text_class(family: str) -> str:
     """The class that generates text: of the text decoder, where a family has more parts than "
     "one."""
     for name in (f"{family}_text", family, f"{family}_mm_model"):
-        found = text_class(CONFIG_MAPPING[name]) if name in CONFIG_MAPPING else None
-        if found:
-            return found.__name__
+        model_class = text_class(CONFIG_MAPPING[name]) if name in CONFIG_MAPPING else None
+        if model_class:
+            return model_class.__name__
     return ""
 
 

@@ -65,10 +65,10 @@ class Counter:
             self._progress.line(f"{self._stage}: {self._unit} {count}/{self._total}{left}")
             return
         before = self._total - len(self._paces)
-        kept = f" ({before} of an earlier run kept)" if before else ""
+        note = f" ({before} of an earlier run kept)" if before else ""
         self._progress.line("")
         self._progress.say(
-            f"{self._stage}: {count} {self._unit} in {duration(now - self._started)}{kept}"
+            f"{self._stage}: {count} {self._unit} in {duration(now - self._started)}{note}"
         )
 
 

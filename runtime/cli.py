@@ -265,11 +265,11 @@ def _write(file: Path, text: str) -> None:
 @json_option
 def info(bundle: Path, context: int | None, as_json: bool) -> None:
     """Say what a bundle holds, and how much memory it needs."""
-    about = _about(bundle, context)
+    description = _about(bundle, context)
     if as_json:
-        _show(json.dumps(about))
+        _show(json.dumps(description))
         return
-    for name, value in about.items():
+    for name, value in description.items():
         sized = isinstance(value, int) and (name.startswith("memory") or name.endswith("bytes"))
         _show(f"{name.replace('_', ' '):24} {show_size(value) if sized else value}")
 

@@ -131,9 +131,9 @@ def open_engine(bundle: Path, options: dict[str, Any]) -> Engine:
     )
 
 
-def open_exact_twin(bundle: Path, options: dict[str, Any], say: Callable[[str], None]) -> Engine:
+def open_exact_twin(bundle: Path, options: dict[str, Any], log: Callable[[str], None]) -> Engine:
     """The same engine without what is lossy: what its quality is compared with. Where the full
-    level of an expert needs more memory than was stated, it gets that, and `say` hears of it."""
+    level of an expert needs more memory than was stated, it gets that, and `log` hears of it."""
     exact = options | {"level": None, "substitution": None, "loss": None}
     if options["memory"] is not None:
         opened, policies = open_bundle(bundle), _policies(exact)
@@ -142,7 +142,7 @@ def open_exact_twin(bundle: Path, options: dict[str, Any], say: Callable[[str], 
         if parse_size(options["memory"]) < plan.minimum:
             exact["memory"] = plan.minimum
             needs = show_size(plan.minimum, up=True)
-            say(f"exact run for comparison: needs {needs}, beyond --memory")
+            log(f"exact run for comparison: needs {needs}, beyond --memory")
     return open_engine(bundle, exact)
 
 

@@ -18,10 +18,10 @@ class Conversation:
 
     def messages(self, line: str, first: int = 0) -> list[Message]:
         """The conversation from turn `first` on, and `line` as the user's next message."""
-        said = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [{"role": "system", "content": self.system}] if self.system else []
         for user, answer in self.turns[first:]:
-            said += [_message("user", user), _message("assistant", answer)]
-        return [*said, _message("user", line)]
+            messages += [_message("user", user), _message("assistant", answer)]
+        return [*messages, _message("user", line)]
 
     def fitting(
         self, line: str, encode: Callable[[list[Message]], list[int]], room: int

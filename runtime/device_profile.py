@@ -67,20 +67,20 @@ class Device:
     def load(cls, path: Path) -> Device:
         """The description at `path`; an `EngineError` says what is wrong with it."""
         try:
-            found = json.loads(path.read_text("utf-8"))
+            data = json.loads(path.read_text("utf-8"))
             names = {field.name for field in dataclasses.fields(cls)}
-            if not isinstance(found, dict) or set(found) != names:
+            if not isinstance(data, dict) or set(data) != names:
                 raise ValueError(f"it needs {', '.join(sorted(names))}")
             made = cls(
-                str(found["bundle"]),
-                int(found["memory"]),
-                str(found["io"]),
-                float(found["read_latency"]),
-                float(found["read_bandwidth"]),
-                float(found["backbone_seconds"]),
-                tuple(tuple(map(float, row)) for row in found["layer_seconds"]),
-                tuple(map(int, found["record_bytes"])),
-                str(found["kernels"]),
+                str(data["bundle"]),
+                int(data["memory"]),
+                str(data["io"]),
+                float(data["read_latency"]),
+                float(data["read_bandwidth"]),
+                float(data["backbone_seconds"]),
+                tuple(tuple(map(float, row)) for row in data["layer_seconds"]),
+                tuple(map(int, data["record_bytes"])),
+                str(data["kernels"]),
             )
         except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise EngineError(
@@ -177,18 +177,20 @@ class ScriptedMisses:
         self._random = np.random.default_rng(0)
 
     def __call__(self, routed: Routed, available: Available) -> Assignment:
-        (wanted,), experts = routed.ids, len(available.level)
-        read = self._some(available.level == 0, wanted, min(self.missing, len(wanted)))
-        left = min(self.computed, len(wanted)) - len(read)
-        used = self._some(available.level >= self.level, wanted, left)
+        (chosen,), experts = routed.ids, len(available.level)
+        read = self._some(available.level == 0, chosen, min(self.missing, len(chosen)))
+        left = min(self.computed, len(chosen)) - len(read)
+        used = self._some(available.level >= self.level, chosen, left)
         ids = np.full(routed.ids.shape, experts)
         ids[:, : len(read) + len(used)] = np.concatenate([read, used])
         return Assignment(ids=ids, weights=routed.weights, levels=np.full(ids.shape, self.level))
 
-    def _some(self, able: np.ndarray, wanted: np.ndarray, count: int) -> np.ndarray:
-        """Up to `count` experts that are `able` (bool `[E]`), the `wanted` ones first."""
+    def _some(self, able: np.ndarray, preferred: np.ndarray, count: int) -> np.ndarray:
+        """Up to `count` experts that are `able` (bool `[E]`), the `preferred` ones first."""
         order = self._random.permutation(len(able))
-        order = np.concatenate([wanted[wanted < len(able)], order[~np.isin(order, wanted)]])
+        order = np.concatenate(
+            [preferred[preferred < len(able)], order[~np.isin(order, preferred)]]
+        )
         return order[able[order]][:count]
 
 

@@ -52,26 +52,26 @@ def bench(
     length: int,
     prompt: int,
     choices: int,
-    say: Callable[..., None] = lambda *lines: None,
+    log: Callable[..., None] = lambda *lines: None,
 ) -> Measured:
     """All of this page for the engine that `opened()` gives; `exact_twin()` is one that loses
     nothing, and is opened only where the engine is lossy. `text` is cut into rows of `length`,
-    `tokens` in all; `choices` questions. `say` receives the mode lines."""
+    `tokens` in all; `choices` questions. `log` receives the mode lines."""
     documents = read_documents(text)
     with opened() as engine:
         texts = rows(engine, documents, tokens, length)
         questions = items(engine, documents, choices) if choices else []
         if engine.lossless:
-            say(*engine.mode_lines())
+            log(*engine.mode_lines())
             return _measured(engine, texts, prompt, questions)
     with tempfile.TemporaryDirectory() as scratch:
         with exact_twin() as twin:
-            wanted = exact(twin, texts, prompt, Path(scratch) / "exact")
+            reference = exact(twin, texts, prompt, Path(scratch) / "exact")
             answers = choose(twin, questions)
         reset_peak_memory()
         with opened() as engine:
-            say(*engine.mode_lines())
-            return _measured(engine, texts, prompt, questions, wanted, answers)
+            log(*engine.mode_lines())
+            return _measured(engine, texts, prompt, questions, reference, answers)
 
 
 def _measured(
@@ -79,11 +79,11 @@ def _measured(
     texts: list[np.ndarray],
     prompt: int,
     questions: list[Item],
-    wanted: np.ndarray | None = None,
+    reference: np.ndarray | None = None,
     answers: np.ndarray | None = None,
 ) -> Measured:
-    found = measure(engine, texts, prompt, wanted)
-    return found | (graded(choose(engine, questions), answers) if questions else {})
+    results = measure(engine, texts, prompt, reference)
+    return results | (graded(choose(engine, questions), answers) if questions else {})
 
 
 def bench_lines(measured: Measured) -> list[str]:
@@ -133,16 +133,16 @@ def rows(
     encoded = [np.array(engine.text.encode(text), np.int64) for _, text in documents]
     longest = max(map(len, encoded), default=0)
     pieces = [ids[at : at + length] for at in range(0, longest, length) for ids in encoded]
-    found: list[np.ndarray] = []
+    texts: list[np.ndarray] = []
     for piece in pieces:
-        left = tokens - sum(len(row) for row in found)
+        left = tokens - sum(len(row) for row in texts)
         if min(left, len(piece)) >= 2:
-            found.append(piece[:left])
-    if not found:
+            texts.append(piece[:left])
+    if not texts:
         raise EngineError(
             f"The text has no row of 2 tokens and more within {tokens} tokens; give more text."
         )
-    return found
+    return texts
 
 
 def items(
@@ -184,20 +184,22 @@ def exact(engine: Engine, texts: Sequence[np.ndarray], prompt: int, file: Path) 
     """Log-probabilities after every scored position of `texts`, float32 `[positions, vocabulary]`,
     kept in `file`."""
     positions = sum(len(row) - _prompt(row, prompt) + 1 for row in texts)
-    kept = np.memmap(file, np.float32, "w+", shape=(positions, engine.manifest.model.vocabulary))
+    log_probabilities = np.memmap(
+        file, np.float32, "w+", shape=(positions, engine.manifest.model.vocabulary)
+    )
     at = 0
     for row in texts:
         for logits in engine.score(row, _prompt(row, prompt)):
-            kept[at] = log_softmax(logits)
+            log_probabilities[at] = log_softmax(logits)
             at += 1
-    return kept
+    return log_probabilities
 
 
 def measure(
-    engine: Engine, texts: Sequence[np.ndarray], prompt: int, wanted: np.ndarray | None = None
+    engine: Engine, texts: Sequence[np.ndarray], prompt: int, reference: np.ndarray | None = None
 ) -> Measured:
     """Run `engine` over `texts`, of which the first `prompt` tokens of each are a prompt. With
-    `wanted` (from `exact`) also the KL divergence from it in nats per token, with its standard
+    `reference` (from `exact`) also the KL divergence from it in nats per token, with its standard
     error, and how often both have the same best token. Times are those of the engine, in
     seconds."""
     engine.reset_stats()
@@ -212,19 +214,19 @@ def measure(
             q = log_softmax(logits)
             if position < len(row):
                 nats.append(-float(q[row[position]]))
-            if wanted is not None:
-                p = wanted[at].astype(np.float64)
+            if reference is not None:
+                p = reference[at].astype(np.float64)
                 kl.append(float((np.exp(p) * (p - q)).sum()))
                 same.append(bool(p.argmax() == q.argmax()))
             at += 1
-    found = _speed(engine, first) | {"perplexity": float(np.exp(np.mean(nats))) if nats else None}
-    if wanted is not None:
-        found |= {
+    results = _speed(engine, first) | {"perplexity": float(np.exp(np.mean(nats))) if nats else None}
+    if reference is not None:
+        results |= {
             "kl": float(np.mean(kl)),
             "kl_error": float(np.std(kl) / len(kl) ** 0.5),
             "top1": float(np.mean(same)),
         }
-    return found
+    return results
 
 
 def choose(engine: Engine, questions: Sequence[Item]) -> np.ndarray:
@@ -239,20 +241,20 @@ def graded(answers: np.ndarray, exact: np.ndarray | None = None) -> Measured:
     """The share of right `answers` (from `choose`), and with those of the exact run also its share,
     and the share of questions that both answer alike: that tells policies apart by fewer questions
     than accuracy does, since each is its own control."""
-    found = {"choice_accuracy": float(np.mean(answers == 0))}
+    results = {"choice_accuracy": float(np.mean(answers == 0))}
     if exact is not None:
-        found |= {
+        results |= {
             "choice_accuracy_exact": float(np.mean(exact == 0)),
             "choice_same": float(np.mean(answers == exact)),
         }
-    return found
+    return results
 
 
 def _likelihood(engine: Engine, context: np.ndarray, option: np.ndarray) -> float:
     ids = np.concatenate([context, option])
     logits = engine.score(ids[:-1], len(context), reuse=True)
     return sum(
-        float(log_softmax(found)[token]) for found, token in zip(logits, option, strict=True)
+        float(log_softmax(scores)[token]) for scores, token in zip(logits, option, strict=True)
     )
 
 

@@ -93,8 +93,8 @@ class Model:
     ) -> None:
         """While nothing is left but to wait: what the next layer would say of what is computed so
         far (SMoE, III-E)."""
-        wanted = self.predict.looks_ahead and layer + 1 < self.layers
-        if not wanted or not flow.step.decodes:
+        looks_ahead = self.predict.looks_ahead and layer + 1 < self.layers
+        if not looks_ahead or not flow.step.decodes:
             return
         started = time.perf_counter()
         routed = self.backbone.peek(layer + 1, flow, combine(outputs, assignment.weights))

@@ -113,10 +113,10 @@ def peak_memory() -> int | None:
     """The most memory that this process has had resident at once, anonymous and mapped. None where
     Linux does not say."""
     try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
         return None
-    return int(found[1]) * 1024 if found else None
+    return int(match[1]) * 1024 if match else None
 
 
 def reset_peak_memory() -> None:

@@ -168,10 +168,10 @@ class Stream:
         if self._decoder is None or self.stopped:
             return ""
         self._held += self._decoder.push(token)
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
+        positions = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if positions:
             self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            shown, self._held = self._held[: min(positions)], ""
             return shown
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         shown, self._held = (

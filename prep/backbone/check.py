@@ -39,8 +39,8 @@ def check_backbone(
         logits, seen = _run(directory, manifest, ids, nodes)
     except EngineError as error:
         return manifest, str(error)
-    wanted = _original(checkpoint, ids)
-    difference = np.abs(logits - wanted).max() / np.abs(wanted).max()
+    expected = _original(checkpoint, ids)
+    difference = np.abs(logits - expected).max() / np.abs(expected).max()
     if not difference <= CLOSE:
         return (
             manifest,

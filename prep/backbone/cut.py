@@ -54,15 +54,17 @@ def cut(graph: ir.Graph) -> Pieces:
             "follow one another, one per layer."
         )
     nodes = [_experts_node(layer, node) for layer, node in enumerate(experts)]
-    wanted = {name_of(value) for value in graph.outputs}
+    output_names = {name_of(value) for value in graph.outputs}
     for wires in nodes:
-        wanted |= {wires.hidden, wires.ids, wires.weights}
-        wanted |= {wires.found.scores, wires.found.raw} if wires.found else set()
+        output_names |= {wires.hidden, wires.ids, wires.weights}
+        output_names |= {wires.found.scores, wires.found.raw} if wires.found else set()
     by_stage: list[list[ir.Node]] = [[] for _ in range(len(experts) + 1)]
     for node, stage in stages.items():
         if node.op_type != "Experts":
             by_stage[stage].append(node)
-    segments = [_segment(stage, members, stages, wanted) for stage, members in enumerate(by_stage)]
+    segments = [
+        _segment(stage, members, stages, output_names) for stage, members in enumerate(by_stage)
+    ]
     weights = {
         name_of(v): v.const_value
         for n in graph
@@ -98,7 +100,7 @@ def _experts_node(layer: int, node: ir.Node) -> ExpertsNode:
 
 
 def _segment(
-    stage: int, members: list[ir.Node], stages: dict[ir.Node, int], wanted: set[str]
+    stage: int, members: list[ir.Node], stages: dict[ir.Node, int], output_names: set[str]
 ) -> onnx.ModelProto:
     own = set(members)
     inputs: dict[str, ir.Value] = {}
@@ -116,7 +118,7 @@ def _segment(
             leaves = any(
                 stages[user] != stage for user, _ in value.uses() if user.op_type != "Experts"
             )
-            if leaves or name_of(value) in wanted:
+            if leaves or name_of(value) in output_names:
                 outputs[name_of(value)] = value
     graph = onnx.helper.make_graph(
         [_node(node) for node in members],

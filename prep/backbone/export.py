@@ -86,7 +86,7 @@ def _state(graph: ir.Graph, sample: Sample) -> list[State]:
     output: bound to one buffer it appends without copying.
     """
     outputs = {name_of(value): value for value in graph.outputs}
-    found = []
+    states = []
     inputs = [value for value in graph.inputs if name_of(value).startswith("input.")]
     for value, leaf, axis in zip(inputs, sample.leaves, sample.growing, strict=True):
         given = name_of(value)
@@ -98,8 +98,8 @@ def _state(graph: ir.Graph, sample: Sample) -> list[State]:
         attends = writer is not None and writer.op_type == "GroupQueryAttention"
         in_place = axis >= 0 and attends and readers == {writer}
         dtype = next(n for n, d in DTYPES.items() if d == leaf.numpy().dtype)
-        found.append(State(-1, given, returned, dtype, tuple(leaf.shape), axis, in_place))
-    return found
+        states.append(State(-1, given, returned, dtype, tuple(leaf.shape), axis, in_place))
+    return states
 
 
 def _lengths_from_input(graph: ir.Graph, state: list[State]) -> None:

@@ -41,8 +41,8 @@ def reduce(
     models = [onnx.load(str(directory / segment.file)) for segment in backbone.segments]
     done = total = 0
     for model, layer in zip(models, [*layers, None], strict=True):
-        kept = set() if layer is None else _routers(model.graph, layer.wires.ids)
-        rewritten, candidates = _rewrite(model.graph, kept, BITS[precision])
+        routers = set() if layer is None else _routers(model.graph, layer.wires.ids)
+        rewritten, candidates = _rewrite(model.graph, routers, BITS[precision])
         done, total = done + rewritten, total + candidates
     if not done:
         raise PrepError(
@@ -89,7 +89,7 @@ def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
 def _routers(graph: onnx.GraphProto, ids: str) -> set[str]:
     """Outputs of the products that lead to `ids` without another product between."""
     producer = {name: node for node in graph.node for name in node.output}
-    found, seen, open_ = set(), set(), [ids]
+    outputs, seen, open_ = set(), set(), [ids]
     while open_:
         name = open_.pop()
         node = producer.get(name)
@@ -97,27 +97,27 @@ def _routers(graph: onnx.GraphProto, ids: str) -> set[str]:
             continue
         seen.add(name)
         if node.op_type in ("MatMul", "Gemm", "FusedMatMul"):
-            found.add(node.output[0])
+            outputs.add(node.output[0])
         else:
             open_.extend(node.input)
-    return found
+    return outputs
 
 
-def _rewrite(graph: onnx.GraphProto, kept: set[str], bits: int) -> tuple[int, int]:
+def _rewrite(graph: onnx.GraphProto, routers: set[str], bits: int) -> tuple[int, int]:
     """Replace what can be, in place: how many nodes were, and how many have a constant matrix."""
     constants = {t.name: t for t in graph.initializer}
     nodes: list[onnx.NodeProto] = []
     added: dict[str, TensorProto] = {}
     candidates = 0
     for node in graph.node:
-        found = _matrix(node, constants)
-        candidates += found is not None
-        if found is None or node.output[0] in kept or found.shape[1] < BLOCK:
+        matrix = _matrix(node, constants)
+        candidates += matrix is not None
+        if matrix is None or node.output[0] in routers or matrix.shape[1] < BLOCK:
             nodes.append(node)
         elif node.op_type == "Gather":
-            nodes.append(_embedding(node, found, bits, added))
+            nodes.append(_embedding(node, matrix, bits, added))
         else:
-            nodes.append(_product(node, found, bits, added))
+            nodes.append(_product(node, matrix, bits, added))
     rewritten = sum(node.op_type in ("MatMulNBits", "GatherBlockQuantized") for node in nodes)
     used = {name for node in nodes for name in node.input}
     initializers = [t for t in graph.initializer if t.name in used] + list(added.values())

@@ -58,16 +58,17 @@ def find(ids: ir.Value | None, weights: ir.Value | None) -> Found | None:
 
 
 def check(
-    found: Found, scores: np.ndarray, raw: np.ndarray, ids: np.ndarray, weights: np.ndarray
+    pattern: Found, scores: np.ndarray, raw: np.ndarray, ids: np.ndarray, weights: np.ndarray
 ) -> str:
     """Why the rule does not reproduce `ids` and `weights` `[T, k]` from `scores` and `raw` `[T,
     E]`; '' if it does."""
     k = ids.shape[-1]
-    again, mixed = route(found.rule, scores, raw, k)
+    again, mixed = route(pattern.rule, scores, raw, k)
     if not np.array_equal(np.sort(again, -1), np.sort(ids, -1)):
         return "the top scores are not the experts that the router chose"
-    order, wanted = np.argsort(again, -1), np.argsort(ids, -1)
-    mixed, weights = np.take_along_axis(mixed, order, -1), np.take_along_axis(weights, wanted, -1)
+    order, ids_order = np.argsort(again, -1), np.argsort(ids, -1)
+    mixed = np.take_along_axis(mixed, order, -1)
+    weights = np.take_along_axis(weights, ids_order, -1)
     if not np.allclose(mixed, weights, rtol=1e-4, atol=1e-6):
         return "the mixing weights do not follow from the raw weights"
     return ""

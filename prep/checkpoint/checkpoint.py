@@ -140,12 +140,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     layers = layers_used(model)
     targets = weights.targets(model)
     sources: list[dict[str, list[str]]] = [{} for _ in layers]
-    for (name, module), found in zip(layers, sources, strict=True):
+    for (name, module), layer_sources in zip(layers, sources, strict=True):
         for source, target in targets.items():
             if target.startswith(f"{name}."):
-                found.setdefault(target, []).append(source)
+                layer_sources.setdefault(target, []).append(source)
         _keep_stored_dtype(
-            module, [weights.stored[source].dtype for names in found.values() for source in names]
+            module,
+            [weights.stored[source].dtype for names in layer_sources.values() for source in names],
         )
     return Checkpoint(path, model, weights, layers, end_ids, sources)
 

@@ -61,14 +61,14 @@ def layers_used(model: PreTrainedModel) -> list[ExpertsLayer]:
 
     A multimodal model may have experts for pictures besides. The experts themselves are left out.
     """
-    found = experts_modules(model)
+    modules = experts_modules(model)
     seen: list[int] = []
 
     def note(layer, module, hidden, ids, weights):
         seen.append(layer)
         return torch.zeros_like(hidden)
 
-    with experts_run_by(model, found, note):
+    with experts_run_by(model, modules, note):
         try:
             model(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
         except (
@@ -78,7 +78,7 @@ def layers_used(model: PreTrainedModel) -> list[ExpertsLayer]:
                 f"{type(model).__name__} does not run on text alone ({type(error).__name__}: "
                 f"{error}); it cannot be prepared."
             ) from error
-    return [found[layer] for layer in seen]
+    return [modules[layer] for layer in seen]
 
 
 @contextmanager
@@ -153,10 +153,10 @@ def mixed_outputs(
     On the seam an id that is the number of experts means no expert.
     """
     mixed, norms = torch.zeros_like(x), torch.zeros_like(weights)
-    for expert, tokens, its in slots_of(ids, expert_geometry(module)[0]):
+    for expert, tokens, slots in slots_of(ids, expert_geometry(module)[0]):
         y = expert_outputs(module, expert, x[tokens])
-        norms.view(-1)[its] = y.norm(dim=-1)
-        mixed.index_add_(0, tokens, y * weights.reshape(-1)[its, None])
+        norms.view(-1)[slots] = y.norm(dim=-1)
+        mixed.index_add_(0, tokens, y * weights.reshape(-1)[slots, None])
     return mixed, norms
 
 
@@ -164,10 +164,10 @@ def slots_of(ids: torch.Tensor, experts: int) -> Iterator[tuple[int, torch.Tenso
     """Every expert that `ids` int64 `[T, k]` name, with its tokens and its places in the flattened
     ids, in order."""
     flat = ids.reshape(-1)
-    of = flat.argsort(stable=True).split(flat.bincount(minlength=experts + 1).tolist())
-    for expert, its in enumerate(of[:experts]):
-        if len(its):
-            yield expert, its // ids.shape[1], its
+    slots_by_expert = flat.argsort(stable=True).split(flat.bincount(minlength=experts + 1).tolist())
+    for expert, slots in enumerate(slots_by_expert[:experts]):
+        if len(slots):
+            yield expert, slots // ids.shape[1], slots
 
 
 def expert_weights(module: ExpertsModule, expert: int) -> dict[str, np.ndarray]:
@@ -221,7 +221,7 @@ def probe_gate(module: ExpertsModule) -> ExpertActivation:
     up = torch.randn(gate.shape, generator=torch.Generator().manual_seed(0)) * 4
     up[1], up[2] = gate[1].flip(0), 50 * up[2]
     if not module.has_gate:
-        found = module.act_fn(up).numpy()
+        actual = module.act_fn(up).numpy()
         candidates = [ExpertActivation("plain", name) for name in activations.ACTIVATIONS]
     else:
         pair = (
@@ -229,7 +229,7 @@ def probe_gate(module: ExpertsModule) -> ExpertActivation:
             if module.is_concatenated
             else torch.stack([gate, up], -1).flatten(-2)
         )
-        found = module._apply_gate(pair).numpy()
+        actual = module._apply_gate(pair).numpy()
         candidates = [
             ExpertActivation("gated", name) for name in activations.ACTIVATIONS
         ] + _limited_candidates(module)
@@ -237,8 +237,8 @@ def probe_gate(module: ExpertsModule) -> ExpertActivation:
     rounding = 1e-6 * (1 + (gate * up if module.has_gate else up).abs().numpy())
     for candidate in candidates:
         with np.errstate(over="ignore"):
-            wanted = activations.gate(candidate, gate.numpy(), up.numpy())
-        if np.all(np.abs(wanted - found) <= 1e-5 * np.abs(found) + rounding):
+            expected = activations.gate(candidate, gate.numpy(), up.numpy())
+        if np.all(np.abs(expected - actual) <= 1e-5 * np.abs(actual) + rounding):
             return candidate
     raise PrepError(
         f"The experts' activation in {type(module).__name__} is none of the {len(candidates)} "
@@ -260,7 +260,7 @@ def _limited_candidates(module: ExpertsModule) -> list[ExpertActivation]:
         pair = torch.tensor([[g, u]])  # one pair reads the same concatenated and interleaved
         return float(module._apply_gate(pair))
 
-    found = []
+    candidates = []
     ratio = at(0.5, 0) / 0.5
     if 0 < ratio < 1:
         alpha = float(np.log(ratio / (1 - ratio)) / 0.5)
@@ -269,17 +269,17 @@ def _limited_candidates(module: ExpertsModule) -> list[ExpertActivation]:
         )  # limit * sigmoid(alpha * limit): solved by iteration, which contracts
         for _ in range(50):
             limit = ceiling * (1 + np.exp(-alpha * limit))
-        found.append(ExpertActivation("clamped", "", round(alpha, 4), round(float(limit), 4)))
+        candidates.append(ExpertActivation("clamped", "", round(alpha, 4), round(float(limit), 4)))
     highest, small = at(1e4, 1e4), 2.0**-10
     if 0 < highest < 1e6:
         bound = at(1e4, small) / small  # act(limit), or the gate's cap
-        found += [
+        candidates += [
             ExpertActivation("bounded", name, 0.0, round(highest / bound, 4))
             for name in activations.ACTIVATIONS
         ]
         for up_cap in (highest / bound, round(highest / bound)):
-            found.append(ExpertActivation("softcapped", "", round(up_cap, 4), round(bound, 4)))
-    return found
+            candidates.append(ExpertActivation("softcapped", "", round(up_cap, 4), round(bound, 4)))
+    return candidates
 
 
 @torch.no_grad()
@@ -300,9 +300,9 @@ def probe_norm(module: ExpertsModule) -> torch.Tensor:
         torch.randn(16, hidden, generator=torch.Generator().manual_seed(0))
         * torch.logspace(-4, 2, 16)[:, None]
     )
-    wanted = module.post_expert_norm(y)
+    expected = module.post_expert_norm(y)
     if not torch.allclose(
-        torch.from_numpy(reference.normalise(y.numpy(), scale.numpy())), wanted, 1e-4, 1e-6
+        torch.from_numpy(reference.normalise(y.numpy(), scale.numpy())), expected, 1e-4, 1e-6
     ):
         raise PrepError(
             f"The norm of the experts' outputs in {type(module).__name__} is not one that the "

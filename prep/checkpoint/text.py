@@ -43,9 +43,9 @@ class Calibration:
     def rows(self, checkpoint: Checkpoint) -> list[np.ndarray]:
         """Sequences of token ids, int64 `[length]` each but the last; a `PrepError` if there is too
         little text."""
-        wanted = DEFAULT_TOKENS if self.tokens is None else self.tokens
-        if wanted < MINIMUM:
-            raise PrepError(f"--tokens is {wanted}; at least {MINIMUM} are needed for statistics.")
+        tokens = DEFAULT_TOKENS if self.tokens is None else self.tokens
+        if tokens < MINIMUM:
+            raise PrepError(f"--tokens is {tokens}; at least {MINIMUM} are needed for statistics.")
         if self.length < 2 or self.seed < 0:
             raise PrepError(
                 f"length is {self.length} and seed {self.seed}; 2 and more, and 0 and more, are "
@@ -56,18 +56,18 @@ class Calibration:
         for ids in _encode(documents, checkpoint, self.source):
             pieces.append(ids)
             total += len(ids)
-            if total >= wanted:
+            if total >= tokens:
                 break
-        stream = np.concatenate(pieces)[:wanted] if pieces else np.zeros(0, np.int64)
+        stream = np.concatenate(pieces)[:tokens] if pieces else np.zeros(0, np.int64)
         if len(stream) < MINIMUM:
             raise PrepError(
                 f"{self.source} holds {len(stream)} tokens; at least {MINIMUM} are needed, "
                 f"{DEFAULT_TOKENS} are usual. "
                 "Give more text."
             )
-        if self.tokens is not None and len(stream) < wanted:
+        if self.tokens is not None and len(stream) < tokens:
             raise PrepError(
-                f"{self.source} holds {len(stream)} tokens, fewer than the {wanted} asked for; "
+                f"{self.source} holds {len(stream)} tokens, fewer than the {tokens} asked for; "
                 "give more text or a smaller --tokens."
             )
         return [stream[i : i + self.length] for i in range(0, len(stream), self.length)]
@@ -169,17 +169,17 @@ def _read_dataset(
         on_disk = (Path(name) / "state.json").is_file() or (
             Path(name) / "dataset_dict.json"
         ).is_file()
-        found = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name, subset)
+        dataset = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name, subset)
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise PrepError(f"The dataset {name!r} cannot be loaded: {first_line(error)}") from error
-    if isinstance(found, dict):
-        split = split or ("train" if "train" in found else next(iter(found)))
-        if split not in found:
+    if isinstance(dataset, dict):
+        split = split or ("train" if "train" in dataset else next(iter(dataset)))
+        if split not in dataset:
             raise PrepError(
-                f"The dataset {name!r} has the splits {', '.join(found)}, not {split!r}."
+                f"The dataset {name!r} has the splits {', '.join(dataset)}, not {split!r}."
             )
-        found = found[split]
-    for index, record in enumerate(found):
+        dataset = dataset[split]
+    for index, record in enumerate(dataset):
         if limit is not None and index >= limit:
             return
         yield _document(record, f"dataset {name}, record {index}")

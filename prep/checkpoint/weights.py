@@ -104,15 +104,15 @@ class Weights:
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         state = model.state_dict()
-        found = {}
+        targets = {}
         for name in self.stored:
             target, _ = rename_source_key(
                 name, renamings, converters, model.base_model_prefix, state
             )
             if target not in state and name in state:
                 target, _ = rename_source_key(name, [], [], model.base_model_prefix, state)
-            found[name] = target
-        return found
+            targets[name] = target
+        return targets
 
     def load(self, model: transformers.PreTrainedModel, names: Iterable[str]) -> None:
         """Read the tensors `names` and put what they make into `model`, in the dtype its parameters
@@ -120,15 +120,15 @@ class Weights:
 
         A file that cannot be read is a `PrepError`.
         """
-        wanted = set(names)
+        requested = set(names)
         with contextlib.ExitStack() as opened:
             slices = {}
-            for file in sorted({self.stored[name].file for name in wanted}):
+            for file in sorted({self.stored[name].file for name in requested}):
                 handle = opened.enter_context(_opened(file))
                 slices.update(
                     {
                         name: handle.get_slice(name)
-                        for name in wanted
+                        for name in requested
                         if self.stored[name].file == file
                     }
                 )

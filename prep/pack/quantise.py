@@ -73,10 +73,10 @@ def quantise(w: torch.Tensor, moment: torch.Tensor, split: Split, group: int) ->
         errors = torch.empty(levels, experts, n_out, last - first, device=w.device)
         inverse = torch.where(scale > 0, 1 / scale, 0)
         for column in range(first, last):
-            wanted = rest[..., column]
-            code = grid.choose(wanted * inverse)
+            target = rest[..., column]
+            code = grid.choose(target * inverse)
             codes[..., column] = code
-            error = (wanted - grid.look_up(code) * scale) / factor[:, column, column, None]
+            error = (target - grid.look_up(code) * scale) / factor[:, column, column, None]
             errors[..., column - first] = error
             rest[..., column + 1 : last] -= (
                 error[..., None] * factor[:, None, column, column + 1 : last]
@@ -134,11 +134,11 @@ def _fitted_scale(
         )  # what one unit of this scale does to the output
         for other, rest in enumerate(torch.arange(w.shape[-1], device=w.device).split(group)):
             matrix[..., g, other] = (acted[..., rest] * values[..., rest]).sum((0, -1))
-    wanted = (weights * values * (w @ moment)).sum(0)
-    wanted = torch.stack([part.sum(-1) for part in wanted.split(group, -1)], -1)
+    target = (weights * values * (w @ moment)).sum(0)
+    target = torch.stack([part.sum(-1) for part in target.split(group, -1)], -1)
     tiny = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * 1e-6 + 1e-30
     fitted = torch.linalg.solve(
-        matrix + tiny * torch.eye(groups, device=w.device), wanted[..., None]
+        matrix + tiny * torch.eye(groups, device=w.device), target[..., None]
     )[..., 0]
     usable = fitted.isfinite() & (fitted > 0.5 * scale) & (fitted < 2 * scale)
     return torch.where(usable, fitted, scale).bfloat16().float()
@@ -214,10 +214,11 @@ def _best_scale(grid: _Grid, rest: torch.Tensor, importance: torch.Tensor) -> to
         scale = (middle * (k / 127)).bfloat16().float()
         codes = torch.bucketize(full / scale.clamp(min=1e-38)[..., None], grid.edges[-1])
         error = (rest - grid.look_up(codes) * scale[..., None]).square() * importance
-        found = (error.sum(-1) * torch.tensor(grid.weights, device=rest.device)[:, None, None]).sum(
-            0
-        )
-        best, cost = torch.where(found < cost, scale, best), torch.minimum(found, cost)
+        candidate_cost = (
+            error.sum(-1) * torch.tensor(grid.weights, device=rest.device)[:, None, None]
+        ).sum(0)
+        best = torch.where(candidate_cost < cost, scale, best)
+        cost = torch.minimum(candidate_cost, cost)
     return best
 
 

@@ -116,9 +116,9 @@ class ScriptedShortcuts:
         return Assignment(ids=ids, weights=weights, levels=levels)
 
     def _remember(self, routed: Routed, start: int) -> None:
-        for kept, new in ((self.seen.ids, routed.ids), (self.seen.weights, routed.weights)):
-            before = kept[routed.layer]
-            kept[routed.layer] = np.concatenate([before, new]) if start else new.copy()
+        for layers, new in ((self.seen.ids, routed.ids), (self.seen.weights, routed.weights)):
+            before = layers[routed.layer]
+            layers[routed.layer] = np.concatenate([before, new]) if start else new.copy()
 
     def _count(self, kind: int, w: np.ndarray, p: np.ndarray) -> None:
         assert self._outcome is not None
@@ -145,11 +145,11 @@ def outcomes(
     rows: Sequence[np.ndarray],
     perturbations: Sequence[Perturbation],
     seed: int,
-    counted: Callable[[Iterable[int]], Iterable[int]] = iter,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> list[Outcome]:  # fmt: skip
     """What each of `perturbations` costs over `rows` of token ids, `prices` being those without a
     fit."""
-    told, found = ScriptedShortcuts(prices), [Outcome() for _ in perturbations]
+    told, results = ScriptedShortcuts(prices), [Outcome() for _ in perturbations]
     opened = open_bundle(bundle)
     longest = max(len(row) for row in rows)
     with Engine.open(
@@ -159,17 +159,17 @@ def outcomes(
         policies=Policies(substitution=told),
         io="buffered",
     ) as engine:
-        for number in counted(range(len(rows))):
+        for number in progress(range(len(rows))):
             row = rows[number]
             told.begin(None, None, np.random.default_rng(seed))
             exact, seen = log_softmax(engine.logits(row)), told.seen
-            for perturb, outcome in zip(perturbations, found, strict=True):
+            for perturb, outcome in zip(perturbations, results, strict=True):
                 random = np.random.default_rng([seed, number])
                 told.begin(perturb(seen, random), outcome, random)
                 q = log_softmax(engine.logits(row))
                 outcome.kl += float((np.exp(exact) * (exact - q)).sum())
                 outcome.tokens += len(row)
-    return found
+    return results
 
 
 def _budget(bundle: Bundle, context: int) -> int | None:
@@ -191,13 +191,15 @@ def cheapest(kind: str, prices: Prices, nats: float) -> Perturbation:
     def perturbation(seen: Seen, random: np.random.Generator) -> Kinds:
         slots = zip(seen.ids, seen.weights, strict=True)
         p = [_price(kind, prices, layer, ids, w) for layer, (ids, w) in enumerate(slots)]
-        missing = [random.random(of.shape) < ABLE for of in p]
-        every = np.sort(np.concatenate([of[m] for of, m in zip(p, missing, strict=True)]))
-        within = int(np.searchsorted(np.cumsum(every), nats * len(seen.ids[0])))
-        limit = every[min(within, len(every) - 1)]
+        missing = [random.random(layer_prices.shape) < ABLE for layer_prices in p]
+        sorted_prices = np.sort(
+            np.concatenate([layer_prices[m] for layer_prices, m in zip(p, missing, strict=True)])
+        )
+        within = int(np.searchsorted(np.cumsum(sorted_prices), nats * len(seen.ids[0])))
+        limit = sorted_prices[min(within, len(sorted_prices) - 1)]
         return [
-            np.where(m & (of < limit), KINDS.index(kind), -1)
-            for of, m in zip(p, missing, strict=True)
+            np.where(m & (layer_prices < limit), KINDS.index(kind), -1)
+            for layer_prices, m in zip(p, missing, strict=True)
         ]
 
     return perturbation
@@ -206,10 +208,10 @@ def cheapest(kind: str, prices: Prices, nats: float) -> Perturbation:
 def _price(kind: str, prices: Prices, layer: int, ids: np.ndarray, w: np.ndarray) -> np.ndarray:
     """p of every slot; for a stand-in that of nothing in its place, which bounds it; infinite for
     no expert."""
-    of = prices.layers[layer]
-    e = np.minimum(ids, len(of.cross) - 1)
-    p = of.at_level(e, w, 1) if kind == "level" else of.skip(e, w)
-    return np.where(ids < len(of.cross), p, np.inf)
+    layer_prices = prices.layers[layer]
+    e = np.minimum(ids, len(layer_prices.cross) - 1)
+    p = layer_prices.at_level(e, w, 1) if kind == "level" else layer_prices.skip(e, w)
+    return np.where(ids < len(layer_prices.cross), p, np.inf)
 
 
 def at_random(
@@ -221,7 +223,7 @@ def at_random(
 
     def perturbation(seen: Seen, random: np.random.Generator) -> Kinds:
         fixed = np.random.default_rng(seed)  # the same layers and experts in every row
-        total, count = sum(of.size for of in seen.ids), len(seen.ids)
+        total, count = sum(layer_ids.size for layer_ids in seen.ids), len(seen.ids)
         used = fixed.permutation(count)[: max(1, round(layers * count))]
         keys = []
         for layer in range(count):
@@ -231,15 +233,15 @@ def at_random(
             keys.append(
                 np.where(np.isin(layer, used), tilt * z + random.gumbel(size=ids.shape), -np.inf)
             )
-        flat = np.concatenate([of.reshape(-1) for of in keys])
+        flat = np.concatenate([layer_keys.reshape(-1) for layer_keys in keys])
         able = int(np.isfinite(flat).sum())
         take = np.argsort(-flat, kind="stable")[: min(able, round(share * total))]
         marked = np.full(total, -1)
         marked[take] = random.choice([KINDS.index(kind) for kind in kinds], len(take))
-        ends = np.cumsum([of.size for of in keys])
+        ends = np.cumsum([layer_keys.size for layer_keys in keys])
         return [
-            part.reshape(of.shape)
-            for part, of in zip(np.split(marked, ends[:-1]), keys, strict=True)
+            part.reshape(layer_keys.shape)
+            for part, layer_keys in zip(np.split(marked, ends[:-1]), keys, strict=True)
         ]
 
     return perturbation

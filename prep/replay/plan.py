@@ -79,7 +79,7 @@ def plan(
     budgets: Sequence[int],
     context: int | None = None,
     smoe: bool = False,
-    over: Callable[[list], Iterable] = iter,
+    progress: Callable[[list], Iterable] = iter,
 ) -> list[Candidate]:
     """Every candidate for each of `budgets` (bytes): lossless, with loss budgets, and all experts
     at a lower level; with `smoe` instead SMoE's eviction and substitution at several alphas. A
@@ -94,7 +94,7 @@ def plan(
             "smoe bench --machine with this bundle."
         )
     needed = {"price_fit", "price_level"} if levels > 1 else {"price_fit"}
-    priced = all(needed <= set(of) for of in tables.layers(*PRICE_TABLES))
+    priced = all(needed <= set(layer_tables) for layer_tables in tables.layers(*PRICE_TABLES))
     ways: list[tuple[int, Policies]] = [
         (levels, Policies(loss=loss)) for loss in LOSSES if priced or not loss
     ]
@@ -104,12 +104,12 @@ def plan(
     prices = Prices.of(tables.layers(*PRICE_TABLES)) if priced else None
     trace = _shortened(bundle_trace(bundle), len(manifest.layers))
     runs = [(budget, level, policies) for budget in budgets for level, policies in ways]
-    found = [
+    candidates = [
         _candidate(opened, device, trace, budget, context, level, policies, prices)
-        for budget, level, policies in over(runs)
+        for budget, level, policies in progress(runs)
     ]
     return list(
-        {(c.memory, c.options): c for c in found}.values()
+        {(c.memory, c.options): c for c in candidates}.values()
     )  # where all fits, loss budgets have no effect
 
 

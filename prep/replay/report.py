@@ -5,7 +5,7 @@ from __future__ import annotations
 from smoe.prep.replay.routing_trace import Trace
 
 
-def simulation_text(trace: Trace, about: dict, substituted: bool) -> str:
+def simulation_text(trace: Trace, report: dict, substituted: bool) -> str:
     """A line for every policy and budget."""
     cycle, tokens = (
         trace.show(trace.token_cycle),
@@ -16,7 +16,7 @@ def simulation_text(trace: Trace, about: dict, substituted: bool) -> str:
         f"{trace.show(trace.total)}; "
         f"{tokens} tokens decoded, each of which uses {cycle}",
     ]
-    if not about["trace"]["exact_bound"]:
+    if not report["trace"]["exact_bound"]:
         lines.append(
             "records differ in length between layers: belady is then near the bound in bytes, not "
             "it"
@@ -26,7 +26,7 @@ def simulation_text(trace: Trace, about: dict, substituted: bool) -> str:
         f"{'read':>12}  {'per token':>10}"
         + ("  after substitution  substituted" if substituted else "")
     )
-    for row in about["rows"]:
+    for row in report["rows"]:
         read = row["bytes_read"]
         lines.append(
             f"{trace.show(row['budget']):>12}  {row['policy']:14} {row['hit_rate']:7.2%}  "

@@ -211,13 +211,13 @@ def route_csv(name: str, lines: Iterable[str]) -> Trace:
     for number, line in enumerate(lines, 1):
         where = f"{name}, line {number}"
         if line.startswith("#"):
-            found = {
+            fields = {
                 k: _number(v, where, k)
                 for k, v in re.findall(r"(layer|expert_bytes|n_layer|n_expert)=(\S+)", line)
             }
-            if "layer" in found and "expert_bytes" in found:
-                records[found["layer"]] = found["expert_bytes"]
-            shape |= {k: v for k, v in found.items() if k.startswith("n_")}
+            if "layer" in fields and "expert_bytes" in fields:
+                records[fields["layer"]] = fields["expert_bytes"]
+            shape |= {k: v for k, v in fields.items() if k.startswith("n_")}
         elif not columns:
             columns = line.strip().split(",")
             _wanted_columns(columns, where)

@@ -86,7 +86,7 @@ def simulate(
     substitution: str | None = None,
     warm: bool = False,
     counting: str = "step",
-    over: Callable[[list], Iterable] = iter,
+    progress: Callable[[list], Iterable] = iter,
 ) -> list[Row]:
     """Every policy at every budget (bytes, or records where their sizes are not known), in this
     order.
@@ -94,7 +94,7 @@ def simulate(
     Policies are `runtime.cache.eviction.EVICTIONS` with their parameter (`decay:64`), `belady`, and
     any of these after `layer-`. `substitution` is one of `runtime.options.SUBSTITUTIONS`, as for
     the engine; Belady is without it. `warm` starts from the calibration's counts. `counting` is one
-    of `COUNTINGS`. `over` may report progress over the list of runs."""
+    of `COUNTINGS`. `progress` may report progress over the list of runs."""
     if counting not in COUNTINGS:
         raise PrepError(f"There is no counting {counting!r}; there are {', '.join(COUNTINGS)}.")
     if substitution is not None and counting == "slot":
@@ -109,7 +109,7 @@ def simulate(
     if substitute:
         substitute()  # a wrong name, again
     rows = []
-    for budget, policy in over([(budget, policy) for budget in budgets for policy in policies]):
+    for budget, policy in progress([(budget, policy) for budget in budgets for policy in policies]):
         eviction = _eviction(policy, trace)
         if warm and trace.share is not None:
             eviction.warm(trace.share)

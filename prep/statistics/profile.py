@@ -107,13 +107,13 @@ class Trace:
 
     def visit(self, at: AtExperts) -> Arrays:
         experts = expert_geometry(at.module)[0]
-        kept = {
+        arrays = {
             "ids": at.ids[:TRACE].cpu().numpy().astype(np.int16),
             "weights": at.weights[:TRACE].float().cpu().numpy(),
         }
         if at.scores is not None:  # a score for "no expert" comes last
-            kept["scores"] = at.scores[:TRACE, :experts].cpu().numpy().astype(np.float16)
-        self.arrays |= {key(at.layer, name): array for name, array in kept.items()}
+            arrays["scores"] = at.scores[:TRACE, :experts].cpu().numpy().astype(np.float16)
+        self.arrays |= {key(at.layer, name): array for name, array in arrays.items()}
         return {}
 
     def resume(self, at: AtExperts, known: Arrays) -> None:
@@ -213,18 +213,18 @@ def open_profile(directory: Path, checkpoint: Checkpoint) -> dict:
             f"{directory} has no {missing[0]}; give a directory that `smoe-prep profile` wrote."
         )
     try:
-        about = json.loads((directory / "study" / "profile.json").read_text("utf-8"))
-        fingerprint = about["fingerprint"]
+        data = json.loads((directory / "study" / "profile.json").read_text("utf-8"))
+        fingerprint = data["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise PrepError(
             f"{directory}/study/profile.json is damaged ({error}); profile again."
         ) from error
     if fingerprint != checkpoint.fingerprint():
         raise PrepError(
-            f"{directory} is the profile of another checkpoint ({about.get('model')}); profile "
+            f"{directory} is the profile of another checkpoint ({data.get('model')}); profile "
             "this one."
         )
-    return about
+    return data
 
 
 def _summary(

@@ -181,11 +181,11 @@ def _correlation(total: np.ndarray, product: np.ndarray, n: int) -> np.ndarray:
 def _rank(error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Stand-ins of each expert, best first: ids int16 and errors float32 `[E, R]`. An expert is
     not its own."""
-    others = error.copy()
-    np.fill_diagonal(others, np.nan)
+    masked = error.copy()
+    np.fill_diagonal(masked, np.nan)
     ranks = min(MAX_RANKS, max(1, len(error) - 1))
-    order = np.argsort(others, axis=1, kind="stable")[:, :ranks]  # NaN sorts last
-    picked = np.take_along_axis(others, order, axis=1)
+    order = np.argsort(masked, axis=1, kind="stable")[:, :ranks]  # NaN sorts last
+    picked = np.take_along_axis(masked, order, axis=1)
     alone = np.isnan(picked)
     return np.where(alone, -1, order).astype(np.int16), np.where(alone, np.inf, picked).astype(
         np.float32

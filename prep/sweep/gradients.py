@@ -179,11 +179,11 @@ class SavedTensors:
         self._file.write(flat.data)
         return start, copy.shape, copy.stride(), copy.dtype, tensor.device
 
-    def get(self, kept) -> torch.Tensor:
+    def get(self, packed) -> torch.Tensor:
         """The tensor again."""
-        if isinstance(kept, torch.Tensor):
-            return kept
-        start, shape, strides, dtype, device = kept
+        if isinstance(packed, torch.Tensor):
+            return packed
+        start, shape, strides, dtype, device = packed
         flat = torch.empty(math.prod(shape), dtype=dtype)
         self._file.seek(start)
         self._file.readinto(flat.view(torch.uint8).numpy().data)

@@ -151,24 +151,24 @@ class ExpertCache:
             levels = self._residency.levels(layer)
             used = np.zeros(len(levels) + 1, bool)
             used[ids] = True
-            wanted = used[:-1]
-            self.stats.wanted += int(np.count_nonzero(wanted))
-            self.stats.wanted_hits += int(np.count_nonzero(levels[wanted]))
+            chosen = used[:-1]
+            self.stats.wanted += int(np.count_nonzero(chosen))
+            self.stats.wanted_hits += int(np.count_nonzero(levels[chosen]))
             self._residency.eviction.observe(layer, ids, scores)
-            self.stats.guesses_used += self._residency.use(layer, wanted)
+            self.stats.guesses_used += self._residency.use(layer, chosen)
 
     def expect(self, guesses: Iterable[Key]) -> None:
         """Read the likeliest of `guesses` (likeliest first) once nobody waits for a read. Guesses
         of before whose read has not begun are forgotten. Nothing is evicted before a read begins,
         and nobody waits for one."""
         experts = self._residency.eviction.experts
-        wanted = [key for key in dict.fromkeys(guesses) if key[1] < experts[key[0]]]
+        keys = [key for key in dict.fromkeys(guesses) if key[1] < experts[key[0]]]
         with self._reader.lock:
             before = [load for load in self._reader.loads() if load.guess]
-            self._reader.withdraw([load for load in before if load.key not in wanted])
+            self._reader.withdraw([load for load in before if load.key not in keys])
             loads = {load.key: load for load in self._reader.loads()}
             room = GUESSES - sum(load.guess for load in loads.values())
-            new = [key for key in wanted if key not in loads and key not in self._residency]
+            new = [key for key in keys if key not in loads and key not in self._residency]
             for key in new[: max(0, room)]:
                 level = self._residency.full_level(key[0])
                 self._reader.put(Load(key=key, level=level, guess=True))
@@ -216,9 +216,9 @@ class ExpertCache:
         """What of `run` can be taken now, indices int64; what is missing is asked for."""
         with self._reader.lock:
             self._settle()
-            here = self._residency.levels_of(run.layer, run.experts) >= run.levels
-            run.ready = run.remaining & here
-            given, missing = run.ready.nonzero()[0], (run.remaining & ~here).nonzero()[0]
+            resident = self._residency.levels_of(run.layer, run.experts) >= run.levels
+            run.ready = run.remaining & resident
+            given, missing = run.ready.nonzero()[0], (run.remaining & ~resident).nonzero()[0]
             if run.first:
                 self.stats.hits += len(given)
                 self.stats.misses += len(missing)

@@ -291,6 +291,8 @@ def eviction_named(name: str, experts: Sequence[int]) -> Eviction:
     except ValueError:
         value = math.nan
     if not takes or not 1 <= value <= 1e6:
-        wanted = f"it takes {takes[0].name} from 1 to 1000000" if takes else "it takes no parameter"
-        raise EngineError(f"Eviction {name[:40]!r}: {wanted}.")
+        requirement = (
+            f"it takes {takes[0].name} from 1 to 1000000" if takes else "it takes no parameter"
+        )
+        raise EngineError(f"Eviction {name[:40]!r}: {requirement}.")
     return make(experts, int(value) if isinstance(takes[0].default, int) else value)

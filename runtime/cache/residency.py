@@ -111,12 +111,12 @@ class Residency:
         most = self.capacity if self.share is None else self.share
         return most // self._sizes[layer][-1]
 
-    def use(self, layer: int, wanted: np.ndarray) -> int:
+    def use(self, layer: int, experts: np.ndarray) -> int:
         """A step uses these experts, bool `[E]`, resident or not; how many of them were read on a
         guess and are used for the first time."""
         if not self._guessed.any():
             return 0
-        frames = self._frame[self._first[layer] + np.flatnonzero(wanted)]
+        frames = self._frame[self._first[layer] + np.flatnonzero(experts)]
         frames = frames[frames >= 0]
         used = frames[self._guessed[frames]]
         self._guessed[used] = self._expired[used] = False

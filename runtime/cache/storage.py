@@ -147,33 +147,33 @@ class Choice:
     reason: str
 
 
-def choose(bundle: Bundle, level: int | None, wanted: str | None, plan: MemoryPlan) -> Choice:
-    """The way to read: `wanted`, or the better one by a measurement from the device. Reading past
-    the page cache is right where nothing else could hold the records; where the machine has memory
-    to spare beside the budget, the page cache holds some of them for nothing. An `EngineError` if
-    `wanted` cannot be had."""
-    if wanted is not None and wanted not in IO:
+def choose(bundle: Bundle, level: int | None, requested: str | None, plan: MemoryPlan) -> Choice:
+    """The way to read: `requested`, or the better one by a measurement from the device. Reading
+    past the page cache is right where nothing else could hold the records; where the machine has
+    memory to spare beside the budget, the page cache holds some of them for nothing. An
+    `EngineError` if `requested` cannot be had."""
+    if requested is not None and requested not in IO:
         raise EngineError(
-            f"There is no way to read called {wanted!r}; there are {' and '.join(IO)}."
+            f"There is no way to read called {requested!r}; there are {' and '.join(IO)}."
         )
-    if wanted is None and plan.capacity == plan.experts:
+    if requested is None and plan.capacity == plan.experts:
         return Choice("buffered", "every record is read once")
-    found: dict[str, float] = {}
-    for io in [wanted] if wanted else IO:
+    speeds: dict[str, float] = {}
+    for io in [requested] if requested else IO:
         try:
-            found[io] = _rate(bundle, level, io)
+            speeds[io] = _rate(bundle, level, io)
         except (
             EngineError,
             OSError,
             AttributeError,
         ) as error:  # AttributeError: a system without O_DIRECT
-            if wanted:
-                raise EngineError(f"Records cannot be read {wanted} here: {error}") from error
-    if wanted:
-        return Choice(wanted, f"asked for; {found[wanted]:.2f} GB/s from the device")
-    if "direct" not in found:
+            if requested:
+                raise EngineError(f"Records cannot be read {requested} here: {error}") from error
+    if requested:
+        return Choice(requested, f"asked for; {speeds[requested]:.2f} GB/s from the device")
+    if "direct" not in speeds:
         return Choice("buffered", "this file system reads no other way")
-    rates = ", ".join(f"{io} {rate:.2f}" for io, rate in found.items()) + " GB/s from the device"
+    rates = ", ".join(f"{io} {rate:.2f}" for io, rate in speeds.items()) + " GB/s from the device"
     experts = sum(
         file.size for name, file in bundle.manifest.files.items() if name.startswith("experts/")
     )
@@ -182,7 +182,7 @@ def choose(bundle: Bundle, level: int | None, wanted: str | None, plan: MemoryPl
         return Choice(
             "buffered", f"{spare / 2**20:.0f}MiB beyond the budget can cache records; {rates}"
         )
-    best = max(found, key=lambda io: found[io])
+    best = max(speeds, key=lambda io: speeds[io])
     return Choice(best, rates)
 
 

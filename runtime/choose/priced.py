@@ -60,11 +60,11 @@ class LossLedger:
         self.balance += self.rate * tokens / self._layers
         self.balance = min(self.rate * SAVINGS_TOKENS, self.balance)
 
-    def spend(self, nats: float, wanted: float) -> None:
-        """Of `wanted`, which is what the multiplier would have bought, `nats` could be paid."""
+    def spend(self, nats: float, demand: float) -> None:
+        """Of `demand`, which is what the multiplier would have bought, `nats` could be paid."""
         self.balance -= nats
         self.spent += nats
-        self._wanted += wanted
+        self._wanted += demand
 
     def _follow(self) -> None:
         if not self._tokens:
@@ -184,7 +184,7 @@ class Priced:
         picked = (weighted - self.nats_per_byte * saved).argmin(1)
         rows, reading = np.arange(len(picked)), saved.shape[1] - 1
         paid = costs[:, rows, picked]
-        wanted = paid.sum(1).tolist()
+        demands = paid.sum(1).tolist()
         for cost, payer in zip(paid, payers, strict=True):
             limit = max(payer.ledger.balance, 0)
             if cost.sum() <= limit:
@@ -195,8 +195,8 @@ class Priced:
                 picked[row], paid[:, row] = reading, 0.0
                 if cost.sum() <= limit:
                     break
-        for payer, nats, asked in zip(payers, paid.sum(1).tolist(), wanted, strict=True):
-            payer.ledger.spend(nats, asked)
+        for payer, nats, demand in zip(payers, paid.sum(1).tolist(), demands, strict=True):
+            payer.ledger.spend(nats, demand)
         return picked
 
 
@@ -240,14 +240,14 @@ def _slots(routed: Routed, available: Available, prices: LayerPrices, short: np.
     weights = np.zeros(len(e), np.float32)
     able = np.flatnonzero(available.level >= available.full)
     if len(able):
-        others = np.full(experts, experts)
-        others[short] = prices.best_stand_in(np.flatnonzero(short), able)
-        others = others[e]
-        best = prices.best_weight(e, w, others)
-        costs = prices.stand_in(e, w, others, best)
+        candidates = np.full(experts, experts)
+        candidates[short] = prices.best_stand_in(np.flatnonzero(short), able)
+        candidates = candidates[e]
+        best = prices.best_weight(e, w, candidates)
+        costs = prices.stand_in(e, w, candidates, best)
         better = costs < nats
         nats = np.where(better, costs, nats)
-        stand_ins = np.where(better, others, stand_ins)
+        stand_ins = np.where(better, candidates, stand_ins)
         weights = np.where(better, best, weights).astype(np.float32)
     return _Slots(
         tokens=tokens,

@@ -86,21 +86,27 @@ class Prices:
     def of(cls, tables: Sequence[dict[str, np.ndarray]], fitted: bool = True) -> Prices:
         """Prices from what `artifacts.tables.load_tables` gives; an `EngineError` if there are
         none. Without `fitted` nats are p itself: what the fit is made from."""
-        wanted = ["price_cross", "price_standin", *(["price_fit"] if fitted else [])]
-        missing = [name for of in tables for name in wanted if name not in of]
+        required = ["price_cross", "price_standin", *(["price_fit"] if fitted else [])]
+        missing = [name for layer in tables for name in required if name not in layer]
         if missing or not tables:
             raise EngineError(
                 f"This bundle has no prices (its tables lack "
                 f"{', '.join(sorted(set(missing))) or 'all layers'}); build "
                 "it again with --prices, or run it without a loss budget."
             )
-        for name, of in ((name, of) for of in tables for name in PRICE_TABLES if name in of):
-            if not np.isfinite(of[name]).all() or (name != "price_cross" and (of[name] < 0).any()):
+        for name, layer in (
+            (name, layer) for layer in tables for name in PRICE_TABLES if name in layer
+        ):
+            if not np.isfinite(layer[name]).all() or (
+                name != "price_cross" and (layer[name] < 0).any()
+            ):
                 raise EngineError(
                     f"This bundle's {name} holds values that are no prices; build it again, or run "
                     f"it without --loss."
                 )
-        return cls(tuple(_layer(of, of["price_fit"] if fitted else AS_IT_IS) for of in tables))
+        return cls(
+            tuple(_layer(layer, layer["price_fit"] if fitted else AS_IT_IS) for layer in tables)
+        )
 
 
 def _layer(tables: dict[str, np.ndarray], fit: np.ndarray) -> LayerPrices:

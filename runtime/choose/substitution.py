@@ -51,9 +51,9 @@ class Smoe:
         active = active[:, :-1]
         limit = np.where(active, -np.inf, score).max(1, keepdims=True)  # S_{k+1}
         top = active & (score >= (1 + self.alpha) * limit)
-        here = available.resident | top.any(0)
-        may = ~active & here & (score >= (1 - self.alpha) * limit) & np.isfinite(score)
-        gives = active & ~top & ~here
+        resident = available.resident | top.any(0)
+        may = ~active & resident & (score >= (1 - self.alpha) * limit) & np.isfinite(score)
+        gives = active & ~top & ~resident
         ids = routed.ids.copy()
         for t in np.flatnonzero(gives.any(1) & may.any(1)):
             stand_ins = np.flatnonzero(may[t])
@@ -216,9 +216,9 @@ def _weighed(routed: Routed, ids: np.ndarray) -> Assignment:
 
 def _in_place(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     """The set `new` with what is also in `old` at the same ranks."""
-    kept = np.isin(old, new)
+    common = np.isin(old, new)
     out = old.copy()
-    out[~kept] = new[~np.isin(new, old)]
+    out[~common] = new[~np.isin(new, old)]
     return out
 
 

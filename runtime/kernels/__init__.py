@@ -83,20 +83,20 @@ def available() -> list[str]:
 def choose(name: str | None = None, threads: int | None = None) -> Kernels:
     """The kernels called `name`, or by `SMOE_KERNELS`, or the best there are, on `threads` (None:
     as many as this process may use). An unknown name is an `EngineError`."""
-    wanted = name or os.environ.get("SMOE_KERNELS")
+    requested = name or os.environ.get("SMOE_KERNELS")
     names = available()
-    if wanted and wanted not in names:
+    if requested and requested not in names:
         raise EngineError(
-            f"There are no kernels {wanted!r} on this machine; it has {', '.join(names)}."
+            f"There are no kernels {requested!r} on this machine; it has {', '.join(names)}."
         )
     reason = (
         "asked for"
-        if wanted
+        if requested
         else "best of " + ", ".join(names)
         if _native
         else "built with SMOE_NO_NATIVE=1"
     )
-    return Kernels(wanted or names[0], reason, threads or processors())
+    return Kernels(requested or names[0], reason, threads or processors())
 
 
 def processors() -> int:
