@@ -253,8 +253,9 @@ def shard_start_checked(
 def all_finite(data: bytes | np.ndarray, dtype: str) -> bool:
     """Whether no exponent of F32 or BF16 values is all ones, as those of infinities and NaNs
     are."""
-    kind, exponent = (np.uint16, 0x7F80) if dtype == "BF16" else (np.uint32, 0x7F800000)
-    return bool((np.frombuffer(data, kind) & exponent).max(initial=0) < exponent)
+    if dtype == "BF16":
+        return bool((np.frombuffer(data, np.uint16) & 0x7F80).max(initial=0) < 0x7F80)
+    return bool((np.frombuffer(data, np.uint32) & 0x7F800000).max(initial=0) < 0x7F800000)
 
 
 def check_weights(m: Manifest) -> None:

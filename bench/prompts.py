@@ -26,8 +26,9 @@ SHARE = option("--share", type=float, default=0.4, help="of the experts that is 
 def prompt(run: Run) -> Rows:
     """A prompt with a share of the experts in memory: bytes, time, and the first tokens after it.
 
-    Beside it the same prompt with everything in memory, and one read of as many records as are
-    missing. Early tokens are the first 32 after the prompt, late ones the 200th to 232nd.
+    Beside it the same prompt with everything in memory, one read of as many records as are missing,
+    and the same text decoded token by token. Early tokens are the first 32 after the prompt, late
+    ones the 200th to 232nd.
     """
     settings = {
         "bundle": run.bundle,
@@ -39,6 +40,9 @@ def prompt(run: Run) -> Rows:
         {
             "limited": lambda: child("prompts:prompt_once", share=run.share, io=run.io, **settings),
             "resident": lambda: child("prompts:prompt_once", share=None, io=None, **settings),
+            "decoded": lambda: child(
+                "prompts:prompt_once", share=run.share, io=run.io, at_once=1, **settings
+            ),
             "read": lambda: child(
                 "prompts:read_missing", bundle=run.bundle, share=run.share, io=run.io
             ),
@@ -49,6 +53,7 @@ def prompt(run: Run) -> Rows:
     seconds = {n: spread([r["seconds"] for r in rs]).median for n, rs in results.items()}
     longer = max(seconds["resident"], seconds["read"])
     early, late = (spread([r[n] for r in limited]).median for n in ("early", "late"))
+    before, after = (spread([r[n] for r in results["decoded"]]).median for n in ("early", "late"))
     read, experts = spread([r["bytes_read"] for r in limited]).median, limited[0]["experts"]
     same = {r["logits"] for r in limited} == {r["logits"] for r in resident}
     lines = [
@@ -61,6 +66,12 @@ def prompt(run: Run) -> Rows:
         ["tokens/s, 1 to 32 after the prompt", f"{early:.1f}"],
         ["tokens/s, 200 to 232", f"{late:.1f}"],
         ["early / late", f"{early / late:.3f}"],
+        ["early / late, the same text decoded", f"{before / after:.3f}"],
+        ["MB a token, 1 to 32 after the prompt", f"{limited[0]['early_bytes'] / 1e6:.1f}"],
+        [
+            "MB a token, the same text decoded",
+            f"{results['decoded'][0]['early_bytes'] / 1e6:.1f}",
+        ],
         ["same logits as with everything in memory", "yes" if same else "no"],
     ]
     title = f"{run.length} tokens, {run.share:.0%} of the experts in memory, {run.io} reads"
@@ -68,9 +79,16 @@ def prompt(run: Run) -> Rows:
 
 
 def prompt_once(
-    bundle: str, text: str, length: int, context: int, share: float | None, io: str | None
+    bundle: str,
+    text: str,
+    length: int,
+    context: int,
+    share: float | None,
+    io: str | None,
+    at_once: int | None = None,
 ) -> dict[str, Any]:
-    """Read a prompt, then the text that follows, one token at a time."""
+    """Read a prompt, `at_once` tokens of it (None: all) and the others one at a time, then the text
+    that follows."""
     from bench.budgets import budget_for_share
     from smoe.runtime import Engine
 
@@ -79,13 +97,17 @@ def prompt_once(
         lines = Path(text).read_text("utf-8").splitlines()
         words = "\n".join(json.loads(line)["text"] for line in lines[:64])
         ids = engine.text.encode(words)[: length + LATE[1]]
-        stream = engine.score(ids, prompt=length)
+        stream = engine.score(ids, prompt=at_once or length)
         logits, steps = next(stream), []
+        for _ in range(length - (at_once or length)):
+            logits = next(stream)
+        read = [engine.stats.bytes_read]
         stats = {"bytes_read": engine.stats.bytes_read, "seconds": engine.stats.prefill_seconds}
         digest = hashlib.sha256(logits.tobytes())
         before = time.perf_counter()
         for logits in stream:
             steps.append(time.perf_counter() - before)
+            read.append(engine.stats.bytes_read)
             digest.update(logits.tobytes())
             before = time.perf_counter()
     rates = {
@@ -93,6 +115,7 @@ def prompt_once(
         for name, (start, stop) in (("early", EARLY), ("late", LATE))
     }
     experts = engine.plan.experts * engine.plan.record
+    rates["early_bytes"] = (read[EARLY[1]] - read[EARLY[0]]) / (EARLY[1] - EARLY[0])
     return stats | rates | {"experts": experts, "logits": digest.hexdigest()}
 
 

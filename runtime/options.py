@@ -19,9 +19,10 @@ from smoe.runtime.cache import predict
 from smoe.runtime.cache.eviction import DEFAULT_EVICTION, Eviction, NextUse, eviction_named
 from smoe.runtime.cache.residency import Residency
 from smoe.runtime.choose import substitution
-from smoe.runtime.choose.priced import SAVINGS_TOKENS, LossLedger, PlaneValue, Priced
+from smoe.runtime.choose.priced import PlaneValue, Priced
 from smoe.runtime.choose.prices import PRICE_TABLES, Prices
 from smoe.runtime.errors import EngineError
+from smoe.runtime.ledger import SAVINGS_TOKENS, LossLedger
 from smoe.runtime.routing import Chooser, as_routed
 
 MOST_LOSS = 1.0  # nats per token: far beyond what leaves a text readable

@@ -9,14 +9,12 @@ import enum
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from smoe.runtime.errors import EngineError
-
-if TYPE_CHECKING:
-    from smoe.runtime.choose.priced import LossLedger
+from smoe.runtime.ledger import LossLedger
 
 
 class Phase(enum.Enum):

@@ -66,7 +66,7 @@ def sampled(
 
 
 class Prices:
-    """An observer of the way back: adds up the moments that prices are made of."""
+    """A visitor of the way back: adds up the moments that prices are made of."""
 
     name = "prices"
 
@@ -84,9 +84,6 @@ class Prices:
         if self._packed is not None:
             _add_levels(sums, self._packed, at, active)
         return {}
-
-    def resume(self, at: AtExperts, known: Arrays) -> None:
-        raise NotImplementedError("the way back is walked as a whole")
 
     def finish(self) -> list[Arrays]:
         return [sums.tables() for sums in self.sums]

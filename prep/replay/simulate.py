@@ -23,7 +23,7 @@ from smoe.runtime.budget import parse_size
 from smoe.runtime.cache.cache import ExpertCache
 from smoe.runtime.cache.eviction import EVICTIONS, Belady, Eviction, eviction_named
 from smoe.runtime.cache.residency import PINNED, Residency
-from smoe.runtime.choose.priced import LossLedger
+from smoe.runtime.ledger import LossLedger
 from smoe.runtime.options import substitution_named
 from smoe.runtime.routing import (
     Assignment,

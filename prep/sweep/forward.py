@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from smoe.prep.errors import NotDifferentiableError, PrepError
 from smoe.prep.progress import Progress
 from smoe.prep.sweep.scores import Scores
 from smoe.prep.workdir import FinishedLayers
-
-if TYPE_CHECKING:
-    from smoe.prep.sweep.gradients import Backward
 
 Arrays = dict[str, np.ndarray]
 BATCH = 4  # rows of a pass
@@ -66,7 +63,7 @@ class AtExperts:
             yield slice(start, end)
 
 
-class Observer(Protocol):
+class Visitor(Protocol):
     """Somebody who learns from a sweep, layer by layer."""
 
     name: str
@@ -74,11 +71,28 @@ class Observer(Protocol):
     def visit(self, at: AtExperts) -> Arrays:
         """Learn from a layer whose experts are in memory; what `resume` will need of that."""
 
+    def finish(self) -> list[Arrays]:
+        """After the last layer: its tables per layer, none if it leaves no tables."""
+
+
+class Observer(Visitor, Protocol):
+    """A visitor of the way forward, which may be interrupted and goes on. The way back is walked as
+    a whole."""
+
     def resume(self, at: AtExperts, known: Arrays) -> None:
         """An interrupted run had visited this layer, and left what its visit returned."""
 
-    def finish(self) -> list[Arrays]:
-        """After the last layer: its tables per layer, none if it leaves no tables."""
+
+class WayBack(Protocol):
+    """Rows that go along and then back (`gradients`); `refusal` says why they cannot."""
+
+    refusal: str
+
+    def passes(self, device: str) -> list[Pass]:
+        """The passes forward."""
+
+    def walk_back(self, device: str, progress: Progress) -> None:
+        """All of them back, once they have arrived."""
 
 
 class AbandonedError(BaseException):
@@ -162,7 +176,7 @@ def sweep(
     rows: Sequence[np.ndarray],
     observers: Sequence[Observer],
     device: str = "cpu",
-    backward: Backward | None = None,
+    backward: WayBack | None = None,
     finished: FinishedLayers | None = None,
     progress: Progress | None = None,
     logits: Callable[[torch.Tensor], None] | None = None,
@@ -256,7 +270,7 @@ class _Lockstep:
         plain: list[_Plain],
         graph: list[Pass],
         device: str,
-        backward: Backward | None,
+        backward: WayBack | None,
     ):
         self._checkpoint, self._device, self._backward = checkpoint, device, backward
         self._plain, self._graph = plain, graph

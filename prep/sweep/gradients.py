@@ -30,7 +30,7 @@ from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.seam import ExpertsModule, expert_geometry, expert_outputs, slots_of
 from smoe.prep.errors import NotDifferentiableError
 from smoe.prep.progress import Progress
-from smoe.prep.sweep.forward import BATCH, AtExperts, Observer, Pass, batches_of
+from smoe.prep.sweep.forward import BATCH, AtExperts, Pass, Visitor, batches_of
 
 IN_MEMORY = 128 << 20  # bytes that are saved for the way back and not in the file
 SMALL = 64 << 10  # bytes of a tensor that is never worth the file
@@ -50,7 +50,7 @@ class Backward:
         rows: np.ndarray,
         draws: int,
         seed: int,
-        observers: Sequence[Observer],
+        observers: Sequence[Visitor],
         directory: Path | None = None,
     ):
         self.refusal = ""
@@ -230,7 +230,9 @@ class _Back(Pass):
         self._generator = generator
 
     def _walk(self, graph: _Graph) -> None:
-        with _refusing():
+        # In this thread, on an accelerator too: autograd's own is one for all draws, and would wait
+        # in the first of them for ever.
+        with _refusing(), torch.autograd.set_multithreading_enabled(False):
             torch.autograd.grad(graph.result, graph.anchor, retain_graph=True)
 
     def own_gradient(self, logits: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,9 @@ from support.prices import add_prices
 from smoe.artifacts import open_bundle
 from smoe.runtime import Engine, EngineError, Policies
 from smoe.runtime.budget import memory_for
-from smoe.runtime.choose.priced import SAVINGS_TOKENS, LossLedger, Priced
+from smoe.runtime.choose.priced import Priced
 from smoe.runtime.choose.prices import PRICE_TABLES, Prices
+from smoe.runtime.ledger import SAVINGS_TOKENS, LossLedger
 from smoe.runtime.routing import Assignment, Available, Routed
 from smoe.runtime.step import Sequence
 
