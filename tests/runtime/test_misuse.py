@@ -63,13 +63,16 @@ def test_a_second_thread_in_a_running_engine_gets_a_sentence(golden):
         if not second:
             second.append(_said(lambda: engine.generate([1, 2, 3])))
             second.append(_said(lambda: engine.logits([1, 2, 3])))
+            second.append(_said(prefill.advance))
+            second.append(_said(prefill.discard))
         return as_routed(routed, available)
 
     with Engine.open(golden, policies=Policies(substitution=choose)) as engine:
+        prefill = engine.prefill(engine.new_sequence(), np.arange(9))
         tokens = [token.id for token in engine.generate([1, 2, 3], max_new_tokens=5)]
         assert (
             second
-            == ["Another thread is using this engine; take turns, or open a second engine."] * 2
+            == ["Another thread is using this engine; take turns, or open a second engine."] * 4
         )
         assert tokens == [token.id for token in engine.generate([1, 2, 3], max_new_tokens=5)]
 

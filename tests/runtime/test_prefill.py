@@ -142,16 +142,37 @@ def test_a_prompt_that_is_paused_after_every_part_changes_no_bit_of_either(bundl
         assert accounted(parts.residency, parts.sizes)
 
 
+@pytest.mark.parametrize("lent", [1, 3, 99])
+def test_experts_lend_a_prompt_memory_and_have_it_back(bundle, lent):
+    logits, more = _by_chunks(bundle)
+    with make_parts(bundle, experts=6) as parts:
+        record, whole = parts.cache.rows.shape[1], parts.residency.capacity
+        one, other = parts.sequence(), parts.sequence()
+        step(parts.model, prompted(other, np.array([9])))
+        unit, ids = _unit(bundle), _prompt(bundle)
+        prefill = Prefill(parts.model, one, ids, 2 * unit, 300, memory=lent * record, chunk=unit)
+        left = whole - lent * record if lent < 6 else whole  # all of it cannot be had
+        while not prefill.done:
+            prefill.advance()
+            step(parts.model, decoded(other, 5))
+            assert prefill.done or parts.residency.total <= parts.residency.capacity == left
+        assert np.array_equal(prefill.logits, logits)
+        assert np.array_equal(_more(parts.model, one), more)
+        assert parts.residency.capacity == whole
+    assert accounted(parts.residency, parts.sizes)
+
+
 @pytest.mark.parametrize("parts_done", [0, 1, 2, 5, 9])
 def test_a_prompt_that_is_thrown_away_leaves_its_sequence_as_it_was(bundle, parts_done):
     with make_parts(bundle, experts=3) as parts:
         sequence = parts.sequence()
         Prefill(parts.model, sequence, _prompt(bundle)[:20], 300).finish()
         wanted = _more(parts.model, sequence.fork())
-        prefill = Prefill(parts.model, sequence, _prompt(bundle)[20:220], _unit(bundle))
+        prefill = Prefill(parts.model, sequence, _prompt(bundle)[20:220], _unit(bundle), memory=1)
         for _ in range(parts_done):
             prefill.advance()
         prefill.discard()
+        assert parts.residency.capacity == 3 * parts.cache.rows.shape[1]
         assert prefill.done and sequence.ids == _prompt(bundle)[:20].tolist()
         assert np.array_equal(_more(parts.model, sequence), wanted)
     assert accounted(parts.residency, parts.sizes)
