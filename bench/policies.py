@@ -31,7 +31,7 @@ STEPS = {
     "+ eviction by score": Policies("score"),
     "+ substitution .35": Policies("score", substitution="smoe:0.35"),
     "+ prefetch": Policies("score", substitution="smoe:0.35", prefetch="smoe:0.35"),
-    "our eviction alone": Policies(),
+    "our eviction alone": Policies(prefetch="none"),
     "our eviction, previous": Policies(prefetch="previous"),
     "our eviction, transition": Policies(prefetch="transition"),
 }
@@ -174,7 +174,7 @@ def equalbytes(run: Run) -> Rows:
     kls: dict[float, list[float]] = {}
     with subject(run, run.choices) as on:
         for share in run.residency:
-            lossless = on.short_run(Policies(), share)["bytes_read"]
+            lossless = on.short_run(Policies(prefetch="none"), share)["bytes_read"]
             lines = []
             for part in run.parts:
                 for name in run.policies:

@@ -100,7 +100,7 @@ class Engine:
         eviction = make_eviction(policies.eviction, manifest)
         choice = make_chooser(policies, manifest, bundle.tables, sizes, plan, eviction)
         self._new_ledger = choice.new_ledger
-        predictor = make_predictor(policies.prefetch, manifest, bundle.tables)
+        predictor = make_predictor(policies.guesses, manifest, bundle.tables)
         residency = make_residency(plan, sizes, eviction, policies)
         most = None if policies.lossless else plan.capacity * plan.record
         frames = Frames(len(residency.frame_bytes), plan.record, most)

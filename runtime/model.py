@@ -93,13 +93,15 @@ class Model:
     ) -> None:
         """While nothing is left but to wait: what the next layer would say of what is computed so
         far (SMoE, III-E)."""
-        looks_ahead = self.predict.looks_ahead and layer + 1 < self.layers
+        stats, looks_ahead = self.stats, self.predict.looks_ahead and layer + 1 < self.layers
         if not looks_ahead or not flow.step.decodes:
+            return
+        if not self.predict.pays(stats.stall_seconds, stats.foresight_seconds):
             return
         started = time.perf_counter()
         routed = self.backbone.peek(layer + 1, flow, combine(outputs, assignment.weights))
         self.experts.expect(self.predict.foresee(routed))
-        self.stats.foresight_seconds += time.perf_counter() - started
+        stats.foresight_seconds += time.perf_counter() - started
 
 
 def finished(run: Run) -> list[np.ndarray]:

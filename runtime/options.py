@@ -35,7 +35,8 @@ class Policies:
     eviction: which resident expert goes (`EVICTIONS`). shares: every layer has an equal part of the
     pool for itself. warm: start with the experts that calibration used most, rather than with none.
     substitution: what stands in for a missing expert while decoding (`SUBSTITUTIONS`, or a chooser
-    of one's own; none is lossless). prefetch: what is read on a guess (`PREFETCHES`). loss: nats
+    of one's own; none is lossless). prefetch: what is read on a guess (`PREFETCHES`; "auto" is
+    SMoE's look-ahead while it pays, and none where something may be lost). loss: nats
     per decoded token that the priced scheduler may spend on reading less (0: none, lossless); the
     bundle must have prices."""
 
@@ -43,7 +44,7 @@ class Policies:
     shares: bool = False
     warm: bool = True
     substitution: str | Chooser = "none"
-    prefetch: str = "none"
+    prefetch: str = "auto"
     loss: float = 0.0
 
     @property
@@ -51,8 +52,15 @@ class Policies:
         """Whether nothing but the level can change the logits."""
         return self.substitution == "none" and not self.loss
 
+    @property
+    def guesses(self) -> str:
+        """`prefetch` as it is done: a run that may lose something has to repeat, and what a guess
+        has brought is a matter of time."""
+        return "none" if self.prefetch == "auto" and not self.lossless else self.prefetch
+
 
 DEFAULT = Policies()
+GUESSING = {"auto": "auto (looks a layer ahead while waits outlast that)"}
 
 
 def check_policies(policies: Policies, plan: MemoryPlan, manifest: Manifest) -> None:
@@ -106,7 +114,7 @@ def policy_lines(policies: Policies, plan: MemoryPlan, level: int, levels: int) 
     return [
         f"policies: eviction {policies.eviction}{shares}, {'warm' if policies.warm else 'cold'} "
         f"start, "
-        f"prefetch {policies.prefetch}, {takes} ({loses})"
+        f"prefetch {GUESSING.get(policies.guesses, policies.guesses)}, {takes} ({loses})"
     ]
 
 
@@ -269,11 +277,11 @@ def usual_weights(counts: np.ndarray, mass: np.ndarray) -> np.ndarray:
 
 # -- prefetch ------------------------------------------------------------------------------------
 
-PREFETCHES = ("none", "previous", "transition", "predicted", "smoe")
+PREFETCHES = ("auto", "none", "previous", "transition", "predicted", "smoe")
 
 
 def make_predictor(text: str, manifest: Manifest, tables: Tables) -> predict.Predictor:
-    """The prefetch called `text`."""
+    """The prefetch called `text`; "auto" is none where it is not known how a router chooses."""
     name, colon, number = text.partition(":")
     layers = manifest.layers
     if name not in PREFETCHES:
@@ -286,6 +294,8 @@ def make_predictor(text: str, manifest: Manifest, tables: Tables) -> predict.Pre
         return _predicted(text, int(distance), manifest, tables)
     if colon:
         raise EngineError(f"Prefetch {name} takes no number; write {name} instead of {text}.")
+    if name == "auto" and all(layer.routing is not None for layer in layers):
+        return predict.WhileItPays()
     if name == "previous":
         return predict.Previous(len(layers))
     if name == "transition":

@@ -165,6 +165,8 @@ class ExpertCache:
         keys = [key for key in dict.fromkeys(guesses) if key[1] < experts[key[0]]]
         with self._reader.lock:
             before = [load for load in self._reader.loads() if load.guess]
+            if not keys and not before:
+                return
             self._reader.withdraw([load for load in before if load.key not in keys])
             loads = {load.key: load for load in self._reader.loads()}
             room = GUESSES - sum(load.guess for load in loads.values())

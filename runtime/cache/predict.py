@@ -17,6 +17,10 @@ from smoe.runtime.routing import Routed
 
 Guesses = list[Key]
 
+# Looking ahead pays where a wait lasts so many times as long; over how many waits that is judged;
+# and one in how many is tried in any case.
+MARGIN, WAITS, TRIED = 2.0, 16, 64
+
 
 class Predictor:
     """No guesses, and the base of the others."""
@@ -29,6 +33,11 @@ class Predictor:
     def __call__(self, routed: Routed) -> Guesses:
         """After a layer's router spoke."""
         return []
+
+    def pays(self, stalled: float, looked: float) -> bool:
+        """Whether to look ahead in a wait that begins now, where the run has waited for `stalled`
+        seconds so far, beside `looked` in which it looked ahead."""
+        return True
 
     def foresee(self, routed: Routed) -> Guesses:
         """A later layer would say this of the step, computed without what is missing."""
@@ -114,6 +123,29 @@ class TopScore(Predictor):
         rejected = np.take_along_axis(scores, best[:, k:], axis=1)
         able = np.take_along_axis(scores, best[:, :k], axis=1) >= (1 + self.alpha) * rejected
         return _guesses(routed.layer, np.where(able, best[:, :k], -1))
+
+
+class WhileItPays(TopScore):
+    """The same, in waits that are expected to last `MARGIN` times as long as looking ahead, which
+    costs nothing then. Both are means over some waits; now and then it is tried all the same."""
+
+    def __init__(self, alpha: float = 0.35):
+        super().__init__(alpha)
+        self._before = 0.0, 0.0
+        self._wait = self._look = 0.0  # seconds, means
+        self._waits = 0
+
+    def pays(self, stalled: float, looked: float) -> bool:
+        wait, look = (
+            max(0.0, now - before)
+            for now, before in zip((stalled, looked), self._before, strict=True)
+        )
+        self._before = stalled, looked
+        self._wait += (wait + look - self._wait) / WAITS
+        if look:
+            self._look += (look - self._look) / WAITS if self._look else look
+        self._waits += 1
+        return self._wait > MARGIN * self._look or self._waits % TRIED == 0
 
 
 def _best(scores: np.ndarray, k: int) -> np.ndarray:

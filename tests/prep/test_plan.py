@@ -56,7 +56,7 @@ def _engine(bundle, budget, policies) -> dict:
 def test_what_is_expected_is_what_the_engine_does(reference_bundle, budget, short):
     found = {c.policies.loss: c for c in plan(reference_bundle, DEVICE, [budget], 256)}
     for loss, expected in found.items():
-        policies = Policies(loss=loss)
+        policies = Policies(loss=loss, prefetch="none")
         stats = _engine(reference_bundle, budget, policies)
         held = plan_memory(
             open_bundle(reference_bundle),

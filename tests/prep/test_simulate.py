@@ -167,7 +167,8 @@ def test_the_engine_misses_what_its_replay_says(golden):
     starts = [*np.flatnonzero(spec["starts"]).tolist(), len(spec["tokens"])]
     tokens = spec["tokens"][starts[0] : starts[1]]
     budget = memory_for(open_bundle(golden), 6, 300)
-    with Engine.open(golden, memory=budget, context=300, policies=Policies(warm=False)) as engine:
+    policies = Policies(warm=False, prefetch="none")
+    with Engine.open(golden, memory=budget, context=300, policies=policies) as engine:
         list(engine.score(tokens))
         stats = engine.stats
     trace = read_trace(golden)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support.parts import routed_step
 
 from smoe.artifacts.manifest import Routing
-from smoe.runtime.cache.predict import Predicted, Previous, TopScore, Transition
+from smoe.runtime.cache.predict import Predicted, Previous, TopScore, Transition, WhileItPays
 from smoe.runtime.choose.substitution import Buddy, CachePrior, Smoe, ThresholdControls
 from smoe.runtime.routing import Available, Routed, gate_scores, weigh
 
@@ -195,8 +195,30 @@ def test_what_prefetches_guess():
     assert predicted(_routed(0, [[0]], [[1, 1]])) == [(2, 2), (2, 1)]
     assert predicted(_routed(1, [[0]])) == []  # beyond the last layer
     assert Predicted(1, [None, None], [1, 1])(_routed(0, [[0]])) == []
-    scores = np.array([[0.5, 0.1, 0.12, 0.28]], np.float32)
-    looked = _routed(1, [[0, 3]], scores=scores, rule=Routing("none", 1, 0))
+    looked = _looked()
     assert TopScore(0.1).foresee(looked) == [(1, 0), (1, 3)]
     assert TopScore(2).foresee(looked) == [(1, 0)]
     assert TopScore(0.1)(looked) == []
+
+
+def _looked() -> Routed:
+    scores = np.array([[0.5, 0.1, 0.12, 0.28]], np.float32)
+    return _routed(1, [[0, 3]], scores=scores, rule=Routing("none", 1, 0))
+
+
+def test_looking_ahead_goes_on_while_waits_outlast_it():
+    """Seconds of waiting and of looking ahead, as the engine counts them: a look of 1 in waits of
+    10, of 1 and of 10 again."""
+    predict, stalled, looked = WhileItPays(), 0.0, 0.0
+    shares = []
+    for wait in (10.0, 1.0, 10.0):
+        looks = 0
+        for _ in range(640):
+            looking = predict.pays(stalled, looked)
+            looks += looking
+            looked += looking
+            stalled += max(0.0, wait - looking)
+        shares.append(looks / 640)
+    assert shares[0] > 0.95 and shares[1] < 0.1 and shares[2] > 0.95
+    assert predict.pays(0.0, 0.0)  # counting may begin again
+    assert WhileItPays().foresee(_looked()) == TopScore(0.35).foresee(_looked())

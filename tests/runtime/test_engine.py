@@ -161,7 +161,7 @@ def test_all_resident_never_misses(golden, answer):
 
 
 def test_bytes_read_are_records_missed(golden, answer, budgets):
-    with Engine.open(golden, memory=budgets(4)) as engine:
+    with Engine.open(golden, budgets(4), policies=Policies(prefetch="none")) as engine:
         list(engine.score(answer["prompt"][:30]))
         assert engine.stats.bytes_read == engine.stats.misses * engine.plan.record
         assert (

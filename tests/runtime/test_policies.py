@@ -39,6 +39,8 @@ def wanted(golden, answer):
 @pytest.mark.parametrize("policies, io", [
     *[(Policies(eviction=name), "buffered") for name in EVICTIONS],
     (Policies(warm=False), "direct"),
+    (Policies(prefetch="none"), "buffered"),
+    (Policies(prefetch="auto"), "direct"),
     (Policies(prefetch="previous"), "direct"),
     (Policies(prefetch="transition"), "buffered"),
     (Policies(prefetch="smoe:0.1", warm=False), "buffered"),
