@@ -156,10 +156,11 @@ class Prefill:
         return self.logits
 
     def advance(self) -> None:
-        """Some experts of one layer, for one group. After a failure the sequence is as it was
-        before the prompt."""
+        """Some experts of one layer, for one group; nothing once it is done. After a failure the
+        sequence is as it was before the prompt."""
         with self._using(), self._undone_by_failure():
-            self._advance()
+            if not self.done:
+                self._advance()
 
     def discard(self) -> None:
         """Throw it away."""
@@ -176,7 +177,7 @@ class Prefill:
 
     def _advance(self) -> None:
         if self._run is None:
-            if not self._consumed and not self._model.experts.lend(self, self._memory):
+            if not self._consumed and not self._borrow(self._memory):
                 self._group = self._chunk
             self._run = self._model.run(Step((self._span(),)))
         try:
@@ -185,16 +186,20 @@ class Prefill:
             self._run = None
             self._logits.append(end.value[0])
             if self.done:
-                self._model.experts.lend(self, 0)
+                self._borrow(0)
 
     def _discard(self) -> None:
         if self._run is not None:
             self._run.close()
         self._run, self._ids, self._consumed = None, self._ids[:0], 0
-        self._model.experts.lend(self, 0)
+        self._borrow(0)
         length, state = self._before
         del self._sequence.ids[length:]
         self._sequence.state.restore(state)
+
+    def _borrow(self, nbytes: int) -> bool:
+        """So much instead of what it had; whether that was possible."""
+        return not self._memory or self._model.experts.lend(self, nbytes)
 
     def _span(self) -> Span:
         """The next group."""
