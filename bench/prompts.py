@@ -142,10 +142,10 @@ def read_missing(bundle: str, share: float, io: str) -> dict[str, float]:
     option("--length", type=int, default=16384, help="tokens of the prompt"),
     option("--memory", help="budget, instead of what holds the share of the experts"),
     option("--layers", type=int, default=4),
-    option("--experts", type=int, default=32),
+    option("--experts", type=int, default=64),
     option("--hidden", type=int, default=2048),
-    option("--width", type=int, default=512),
-    option("--encoding", default="nested:2+1+1:128"),
+    option("--width", type=int, default=1024),
+    option("--encoding", default="bf16"),
 )
 def longprompt(run: Run) -> Rows:
     """A long prompt on a random bundle: peak memory against the budget, and bytes read."""

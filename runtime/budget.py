@@ -31,7 +31,7 @@ _UNITS = {
 # tokens of a prompt that run at once; a constant, so that logits do not depend on the budget
 CHUNK = 128
 PREFILL_CHUNKS = 64  # of a prompt that share a read at most: beyond, reading hides behind computing
-PREFILL_SHARE = 4  # the budget over what a prompt's chunks may take, so that experts keep the most
+PREFILL_SHARE = 4  # the budget over what a prompt's chunks are to have at least, lent or kept free
 LENDING = 2  # the memory of experts over what of it they lend, so that decoding finds some left
 RESERVE = 10  # the part of what is spare that is left alone where no budget is stated
 SLOTS = 256  # of one call of the kernels, before the last expert is added: more would be no faster
@@ -168,10 +168,12 @@ def plan_memory(
     capacity, prefill, lent = experts, _prefill(manifest, context), 0
     if budget is not None:
         room = budget - fixed
-        prefill = min(prefill, budget // PREFILL_SHARE, max(0, room - cycle * record))
-        capacity, lent = _shared(room, prefill, record, smallest, experts)
-        if capacity >= experts:  # nobody gives way where all are resident
-            capacity, prefill, lent = experts, min(prefill, room - experts * record), 0
+        least = min(prefill, budget // PREFILL_SHARE, max(0, room - cycle * record))
+        capacity = _resident(room, least, record, smallest, experts)
+        spare = room - capacity * record
+        lendable = _lendable(capacity, record, smallest) if capacity < experts else 0
+        prefill = min(prefill, spare + lendable)
+        lent = max(0, prefill - spare)
     return MemoryPlan(
         context=context,
         budget=budget,
@@ -206,14 +208,19 @@ def memory_for(
     return high
 
 
-def _shared(room: int, prefill: int, record: int, smallest: int, experts: int) -> tuple[int, int]:
-    """How many of the `experts` of `record` bytes are resident in `room`, and what they lend of the
-    bytes that a prompt wants: what they cannot lend is kept free for it."""
+def _resident(room: int, prefill: int, record: int, smallest: int, experts: int) -> int:
+    """How many of the `experts` of `record` bytes are resident in `room`, where a prompt is to have
+    `prefill` bytes at least: what they cannot lend of it is kept free."""
     for capacity in range(min(room // record, experts), smallest, -1):
-        lent = min(prefill, capacity * record // LENDING, (capacity - smallest) * record)
+        lent = min(prefill, _lendable(capacity, record, smallest))
         if capacity * record + prefill - lent <= room:
-            return capacity, lent
-    return smallest, 0
+            return capacity
+    return smallest
+
+
+def _lendable(capacity: int, record: int, smallest: int) -> int:
+    """Bytes that so many experts can do without for a while."""
+    return min(capacity * record // LENDING, (capacity - smallest) * record)
 
 
 def _prefill(manifest: Manifest, context: int) -> int:
