@@ -8,6 +8,7 @@ word."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ class Backbone:
         wired = [
             (name, i) for i, wires in enumerate(self._wires) for name in dataclasses.astuple(wires)
         ]
+        self._layer_values = {name for name, _ in wired}
         self._last_use = dict(sorted(takes + wired, key=lambda use: use[1]))
         self._made = {
             name: i for i, segment in enumerate(self._segments) for name in segment.outputs
@@ -243,7 +245,7 @@ class Backbone:
         """At most what passes between segments for a piece of so many tokens that ends at `length`
         of its sequence."""
         sizes = {
-            name: _nbytes(kind, shape, tokens, length, self.chunk == 1)
+            name: _nbytes(kind, shape, [] if self._of_all(name, shape) else [tokens], length)
             for name, (kind, shape) in self._kept.items()
         }
         most = 0
@@ -251,6 +253,17 @@ class Backbone:
             alive = [n for n in sizes if self._made[n] <= index < self._last_use.get(n, -1)]
             most = max(most, sum(sizes[name] for name in alive))
         return most
+
+    def _of_all(self, name: str, shape: list[int | str | None]) -> bool:
+        """Whether no axis of a value is the new tokens': where a graph takes a single token, and,
+        to be safe, where one axis is open and it is neither a layer's nor as wide as a hidden
+        state (rotary tables have a row for every token so far)."""
+        if self.chunk == 1:
+            return True
+        fixed = [size for size in shape if isinstance(size, int)]
+        wide = math.prod(fixed) >= min(layer.hidden for layer in self._manifest.layers)
+        one_open = len(shape) - len(fixed) == 1
+        return one_open and not wide and name not in self._layer_values
 
     def _shaped(self, layer: int, piece: _Piece, mixed: np.ndarray) -> ort.OrtValue:
         """The part of `mixed` that is the piece's, in the shape of its hidden state."""
@@ -343,13 +356,10 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([part.reshape(-1) for part in parts])
 
 
-def _nbytes(
-    kind: str, shape: list[int | str | None], tokens: int, length: int, single: bool
-) -> int:
-    """Bytes of a value of ONNX Runtime's type and shape: the first open axis is the new tokens',
-    further ones that of all; where a graph takes a single token, that one is not open."""
+def _nbytes(kind: str, shape: list[int | str | None], left: list[int], length: int) -> int:
+    """Bytes of a value of ONNX Runtime's type and shape: its open axes are as long as `left` says,
+    further ones `length`."""
     total = ITEM_BYTES.get(kind, 8)
-    left = [] if single else [tokens]
     for size in shape:
         total *= size if isinstance(size, int) else left.pop() if left else length
     return total

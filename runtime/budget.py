@@ -170,10 +170,7 @@ def plan_memory(
         room = budget - fixed
         least = min(prefill, budget // PREFILL_SHARE, max(0, room - cycle * record))
         capacity = _resident(room, least, record, smallest, experts)
-        spare = room - capacity * record
-        lendable = _lendable(capacity, record, smallest) if capacity < experts else 0
-        prefill = min(prefill, spare + lendable)
-        lent = max(0, prefill - spare)
+        prefill, lent = _lent(room, prefill, record, smallest, capacity, experts)
     return MemoryPlan(
         context=context,
         budget=budget,
@@ -216,6 +213,17 @@ def _resident(room: int, prefill: int, record: int, smallest: int, experts: int)
         if capacity * record + prefill - lent <= room:
             return capacity
     return smallest
+
+
+def _lent(
+    room: int, prefill: int, record: int, smallest: int, capacity: int, experts: int
+) -> tuple[int, int]:
+    """What a prompt that would like `prefill` bytes gets, and how much of it experts lend: nothing
+    where all of them are resident."""
+    spare = room - capacity * record
+    lendable = _lendable(capacity, record, smallest) if capacity < experts else 0
+    prefill = min(prefill, spare + lendable)
+    return prefill, max(0, prefill - spare)
 
 
 def _lendable(capacity: int, record: int, smallest: int) -> int:

@@ -57,18 +57,24 @@ class Model:
         before its end, it leaves its sequences as they were."""
         flow = self.backbone.begin(step)
         for layer in range(self.layers):
-            routed = self.backbone.route(layer, flow)
-            available = self.experts.available(layer)
-            assignment = self._assign(routed, available)
-            dispatch = Dispatch.of(assignment, available)
-            self.experts.observe(routed)
-            outputs = np.zeros((*assignment.ids.shape, routed.hidden.shape[1]), np.float32)
-            pending = self.experts.start(layer, dispatch, routed.hidden, outputs)
-            self._expect(routed)
-            idle = partial(self._look_ahead, layer, flow, outputs, assignment)
-            yield from pending.parts(idle)
-            self.backbone.mix(layer, flow, combine(outputs, assignment.weights))
+            mixed = yield from self._mixture(layer, flow)
+            self.backbone.mix(layer, flow, mixed)
         return self.backbone.finish(flow)
+
+    def _mixture(self, layer: int, flow: Flow) -> Generator[None, None, np.ndarray]:
+        """A layer up to what its experts add, float32 `[T, H]`; what every slot gave is gone then:
+        of a long prompt it is the most there is."""
+        routed = self.backbone.route(layer, flow)
+        available = self.experts.available(layer)
+        assignment = self._assign(routed, available)
+        dispatch = Dispatch.of(assignment, available)
+        self.experts.observe(routed)
+        outputs = np.zeros((*assignment.ids.shape, routed.hidden.shape[1]), np.float32)
+        pending = self.experts.start(layer, dispatch, routed.hidden, outputs)
+        self._expect(routed)
+        idle = partial(self._look_ahead, layer, flow, outputs, assignment)
+        yield from pending.parts(idle)
+        return combine(outputs, assignment.weights)
 
     def _assign(self, routed: Routed, available: Available) -> Assignment:
         """What runs, counted."""

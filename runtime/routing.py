@@ -16,6 +16,8 @@ import numpy as np
 from smoe.artifacts.manifest import Routing
 from smoe.runtime.step import Step
 
+BLOCK = 128  # tokens that are mixed at once
+
 
 @dataclass(frozen=True, eq=False)
 class Routed:
@@ -245,9 +247,12 @@ class Dispatch:
 def combine(outputs: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The sum over ranks of outputs `[T, k, H]` times weights `[T, k]`, float32 `[T, H]`, rank
     after rank: neither the budget nor the order in which experts arrived changes a bit of it."""
-    combined = outputs[:, 0] * weights[:, :1]
-    for rank in range(1, weights.shape[1]):
-        combined += outputs[:, rank] * weights[:, rank, None]
+    combined = np.empty((len(outputs), outputs.shape[2]), np.float32)
+    for start in range(0, len(outputs), BLOCK):  # products of all tokens would be as large again
+        block = slice(start, start + BLOCK)
+        np.multiply(outputs[block, 0], weights[block, :1], out=combined[block])
+        for rank in range(1, weights.shape[1]):
+            combined[block] += outputs[block, rank] * weights[block, rank, None]
     return combined
 
 
