@@ -70,6 +70,11 @@ class Flow:
     def __init__(self, step: Step, spans: list[_SpanFlow]):
         self.step, self.spans = step, spans
 
+    @property
+    def whole(self) -> bool:
+        """Whether no span is cut: pieces that wait for one another keep no more than they need."""
+        return all(len(span.pieces) == 1 for span in self.spans)
+
     def pieces(self) -> Iterator[tuple[_SpanFlow, _Piece]]:
         """All, in the order of the step's tokens."""
         for span in self.spans:

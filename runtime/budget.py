@@ -83,7 +83,7 @@ class MemoryPlan:
         """How many of a prompt's `count` pieces share the reads of a layer's experts, where each
         keeps `piece` bytes meanwhile: as many as make for the fewest bytes read. What experts lend
         has to be read once more for every group, and afterwards."""
-        missing = (self.experts - self.capacity) * self.record
+        count, missing = max(1, count), (self.experts - self.capacity) * self.record
 
         def cost(together: int) -> tuple[int, int]:
             lent = self.lent_to(together, piece)

@@ -100,7 +100,7 @@ class Model:
         """While nothing is left but to wait: what the next layer would say of what is computed so
         far (SMoE, III-E)."""
         stats, looks_ahead = self.stats, self.predict.looks_ahead and layer + 1 < self.layers
-        if not looks_ahead or not flow.step.decodes:
+        if not looks_ahead or not flow.step.decodes or not flow.whole:
             return
         if not self.predict.pays(stats.stall_seconds, stats.foresight_seconds):
             return
@@ -152,7 +152,7 @@ class Prefill:
     @property
     def logits(self) -> np.ndarray:
         """Of the positions kept so far."""
-        return np.concatenate(self._logits)
+        return np.concatenate(self._logits) if self._logits else np.zeros((0, 0), np.float32)
 
     def finish(self) -> np.ndarray:
         """All that is left; the logits. After a failure the sequence is as it was before."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from smoe.runtime.cache.frames import Frames
-from smoe.runtime.cache.reader import Load, Reader, State
+from smoe.runtime.cache.reader import Load, Reader, State, raise_first
 from smoe.runtime.cache.residency import FREE, PINNED, SHIELDED, Key, Residency
 from smoe.runtime.errors import EngineError
 from smoe.runtime.stats import Stats
@@ -56,7 +56,7 @@ class _Run:
 
     def waits(self) -> bool:
         """Whether there is something left, and none of it has arrived since the last look."""
-        return bool(self.waiting) and all(_on_its_way(load) for load in self.waiting)
+        return bool(self.waiting) and all(load.on_its_way for load in self.waiting)
 
     def took(self, given: np.ndarray) -> None:
         """These were computed."""
@@ -90,9 +90,9 @@ class ExpertCache:
         self._residency, self._frames = residency, frames
         self._read_planes, self.stats = read, stats
         self._reader = make_reader(self._begin, self._read, self._end, threads)
-        self._at_once = max(STREAMS, uses) if streams else 1 << 62
+        self._uses, self._at_once = uses, max(STREAMS, uses) if streams else 1 << 62
         self._capacity = residency.capacity
-        self._lent = weakref.WeakKeyDictionary[object, int]()  # bytes, by who borrowed them
+        self._lent: dict[int, int] = {}  # bytes, by the id of who borrowed them
         self._pins = np.zeros(residency.eviction.first[-1], np.int8)
         self._active: object = None  # whose pins these are
         self._unsettled = False  # where an interrupt may have left a change half done
@@ -119,19 +119,27 @@ class ExpertCache:
 
     def lend(self, borrower: object, nbytes: int) -> bool:
         """Do with so much less memory until `borrower` asks for another amount (0: it needs no
-        more); whether that was possible. What is worth least goes."""
+        more, and neither does it once it is gone); whether that was possible. What is worth least
+        goes."""
         with self._reader.lock:
             self._settle()
-            self._lent[borrower] = nbytes
+            if id(borrower) not in self._lent:
+                weakref.finalize(borrower, self._have_back, id(borrower)).atexit = False
+            self._lent[id(borrower)] = nbytes
             self._unsettled = True
-            lent = self._residency.resize(self._capacity - sum(self._lent.values()), self._pins)
-            if not lent:
-                del self._lent[borrower]
-                self._residency.capacity = self._capacity - sum(self._lent.values())
+            left = self._capacity - sum([*self._lent.values()])
+            lent = self._residency.resize(left, self._pins, self._uses)
             self._unsettled = False
+            if not lent or not nbytes:
+                self._have_back(id(borrower))
             if nbytes and self._frames is not None:
                 self._frames.release(self._residency.frame_bytes)
             return lent
+
+    def _have_back(self, borrower: int) -> None:
+        with self._reader.lock:
+            self._lent.pop(borrower, None)
+            self._residency.capacity = self._capacity - sum([*self._lent.values()])
 
     @property
     def needs_scores(self) -> bool:
@@ -239,9 +247,9 @@ class ExpertCache:
             # Where frames are few, one after another, so that what goes does not depend on when
             # reads arrive: a lossy run repeats.
             run.ordered |= bool(self._reader.refused)
-            run.waiting = [load for load in run.loads.values() if _on_its_way(load)]
+            run.waiting = [load for load in run.loads.values() if load.on_its_way]
             run.arrived = any(
-                not run.ready[i] for i, load in run.loads.items() if not _on_its_way(load)
+                not run.ready[i] for i, load in run.loads.items() if not load.on_its_way
             )
         return given
 
@@ -251,12 +259,18 @@ class ExpertCache:
         started = time.perf_counter()
         arrived = bool(run.waiting) and (self._reader.wait(run.waiting) or self._reader.retry())
         self.stats.stall_seconds += time.perf_counter() - started
-        if not arrived and not run.ready.any():
+        if not arrived and not run.ready.any() and not self._here(run).any():
             raise EngineError(
                 f"There is no room for {len(run.waiting)} experts of layer {run.layer}; state more "
                 "memory, or leave out shares."
             )
         run.ordered = run.ordered and arrived
+
+    def _here(self, run: _Run) -> np.ndarray:
+        """bool `[n]`: what of `run` could be taken now; a guess may have brought it meanwhile."""
+        with self._reader.lock:
+            resident = self._residency.levels_of(run.layer, run.experts)
+            return run.remaining & (resident >= run.levels)
 
     def warm(self, counts: Sequence[np.ndarray], capacity: int, level: int) -> None:
         """Before the first step: read the `capacity` experts that calibration used most, by
@@ -288,16 +302,16 @@ class ExpertCache:
                 return
             if not self._reader.wait(loads) and not self._reader.retry():
                 self._reader.withdraw(loads)
-            _raise_first([load for load in loads if not _on_its_way(load)])
-            loads = [load for load in loads if _on_its_way(load)]
+            raise_first([load for load in loads if not load.on_its_way])
+            loads = [load for load in loads if load.on_its_way]
 
     def _demand(self, run: _Run, missing: np.ndarray) -> None:
         """Ask for as many of `missing` as may be on their way at once."""
         loads = run.loads
         if loads:
-            _raise_first([load for load in loads.values() if load not in run.adopted])
+            raise_first([load for load in loads.values() if load not in run.adopted])
             # What came and went again meanwhile, or was another run's, is asked for once more.
-            for i in [i for i in missing.tolist() if i in loads and not _on_its_way(loads[i])]:
+            for i in [i for i in missing.tolist() if i in loads and not loads[i].on_its_way]:
                 del loads[i]
         absent = [i for i in missing.tolist() if i not in loads]
         if not absent:
@@ -379,19 +393,3 @@ class ExpertCache:
     def _trim(self) -> None:
         if self._frames is not None:
             self._frames.trim(self._residency.frame_bytes)
-
-
-def _on_its_way(load: Load) -> bool:
-    return load.state in (State.WAITING, State.READING)
-
-
-def _raise_first(loads: Sequence[Load]) -> None:
-    """The first error of `loads`, as a sentence."""
-    for load in loads:
-        if isinstance(load.error, EngineError):
-            raise load.error
-        if load.error is not None:
-            layer, expert = load.key
-            raise EngineError(
-                f"Reading expert {expert} of layer {layer} failed: {load.error!r}."
-            ) from load.error

@@ -141,6 +141,8 @@ class WhileItPays(TopScore):
             for now, before in zip((stalled, looked), self._before, strict=True)
         )
         self._before = stalled, looked
+        if self._look:  # a prompt may have waited meanwhile
+            wait = min(wait, WAITS * max(self._wait, self._look))
         self._wait += (wait + look - self._wait) / WAITS
         if look:
             self._look += (look - self._look) / WAITS if self._look else look

@@ -51,10 +51,27 @@ class Load:
     nbytes: int = 0
     error: Exception | None = None
 
+    @property
+    def on_its_way(self) -> bool:
+        """Whether it may still arrive."""
+        return self.state in (State.WAITING, State.READING)
+
     def urgency(self) -> tuple[bool, int, int]:
         """The least is read first: demands before guesses, then what most tokens wait for, then the
         lower plane (D²MoE's hottest-expert-bit-first)."""
         return self.guess, -self.tokens, self.level
+
+
+def raise_first(loads: Iterable[Load]) -> None:
+    """The first error of `loads`, as a sentence."""
+    for load in loads:
+        if isinstance(load.error, EngineError):
+            raise load.error
+        if load.error is not None:
+            layer, expert = load.key
+            raise EngineError(
+                f"Reading expert {expert} of layer {layer} failed: {load.error!r}."
+            ) from load.error
 
 
 class Reader:

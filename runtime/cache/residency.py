@@ -92,13 +92,18 @@ class Residency:
         """Of the capacity, what each layer keeps to; None where all share it."""
         return self.capacity // self._shares if self._shares else None
 
-    def resize(self, capacity: int, pins: np.ndarray | None = None) -> bool:
+    def resize(self, capacity: int, pins: np.ndarray | None = None, least: int = 1) -> bool:
         """Another capacity, no more than at the start; what has to go goes now. False if that is
-        not possible beside what is pinned, or would leave some layer without room for a record."""
+        not possible beside what is pinned, or would leave some layer room for fewer than `least`
+        records."""
         self.capacity = capacity
-        for layer in range(len(self.used)):
-            if not self.room(layer):
-                return False
+        stays = self._reserved.copy()
+        if pins is not None:
+            stays |= (self._keys >= 0) & (pins[self._keys] == PINNED)
+        layers = range(len(self.used))
+        if self.frame_bytes[stays].sum() > capacity or min(map(self.room, layers)) < least:
+            return False
+        for layer in layers:
             while self.full(layer, 0):
                 victim = self.victim(layer, 0, None, pins)
                 if victim is None:

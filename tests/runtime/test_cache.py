@@ -1,6 +1,7 @@
 """The cache with threads: guesses never stand in the way, what fails is said, what is closed says
 so."""
 
+import gc
 import threading
 import time
 
@@ -296,3 +297,21 @@ def test_a_share_that_would_hold_nothing_is_not_lent():
     residency = Residency(EXPERTS, 4, LeastRecentlyUsed(EXPERTS), shares=True)
     assert residency.share == 2 and residency.resize(2) and residency.share == 1
     assert not residency.resize(1)
+
+
+def test_what_was_lent_to_somebody_who_is_gone_comes_back(setup):
+    case, prompt = setup(6), Borrower()
+    assert case.cache.lend(prompt, 2) and case.residency.capacity == 4
+    del prompt
+    gc.collect()
+    assert case.residency.capacity == 6
+
+
+def test_a_guess_that_takes_the_only_frame_is_taken_itself(setup):
+    """More is missing than is asked for at once, and all of it waits for the guess's frame."""
+    case = setup(1)
+    case.disk.held = {(1, 3)}
+    case.cache.expect([(1, 3)])
+    case.disk.until_begun((1, 3))
+    threading.Timer(0.2, case.disk.let_go).start()
+    assert sorted(in_time(case.step, 1, [0, 1, 2, 3])) == [0, 1, 2, 3]

@@ -9,9 +9,9 @@ import pytest
 from support.parts import CONTEXT, accounted, decoded, make_parts, prompted, step
 
 from smoe.artifacts import open_bundle, safetensors_file
-from smoe.runtime import Engine, EngineError
+from smoe.runtime import Engine, EngineError, Policies
 from smoe.runtime.backbone import Backbone
-from smoe.runtime.budget import MemoryPlan, chunk_tokens, plan_memory
+from smoe.runtime.budget import MemoryPlan, chunk_tokens, memory_for, plan_memory
 from smoe.runtime.model import Prefill
 from smoe.runtime.routing import Assignment
 from smoe.runtime.step import Phase, Sequence
@@ -283,3 +283,24 @@ def test_a_prompt_beside_a_chooser_takes_the_routers_word(bundle):
         assert not seen
         Prefill(parts.model, parts.sequence(), ids[:20], 300, 20, Phase.VERIFY).finish()
         assert seen[0][0] == 20
+
+
+def test_many_logits_at_once_look_ahead_nowhere(bundle):
+    """Their pieces wait for one another, and keep no more than they need."""
+    ids = _prompt(bundle)
+    opened = open_bundle(bundle)
+    with Engine.open(bundle, None, CONTEXT) as engine:
+        logits = engine.logits(ids)
+    for experts in (7, 9, 12):
+        for prefetch in ("auto", "smoe:0"):
+            budget, policies = memory_for(opened, experts, CONTEXT), Policies(prefetch=prefetch)
+            with Engine.open(bundle, budget, CONTEXT, policies=policies) as engine:
+                assert np.array_equal(engine.logits(ids), logits)
+
+
+def test_a_prompt_of_nothing_is_done(bundle):
+    with Engine.open(bundle, memory_for(open_bundle(bundle), 7, CONTEXT), CONTEXT) as engine:
+        prefill = engine.prefill(engine.new_sequence(), np.zeros(0, np.int64))
+        assert prefill.done and prefill.finish().size == 0
+        prefill.discard()
+        assert prefill.finish().size == 0
