@@ -173,12 +173,13 @@ def outcomes(
 
 
 def _budget(bundle: Bundle, context: int) -> int | None:
-    """Two layers' experts: a chunk of text passes every layer once, and most experts of it."""
+    """Few experts where there are many: a text passes every layer once, and none of them is wanted
+    again before all others were."""
     layers = bundle.manifest.layers
-    most = 2 * max(layer.experts for layer in layers)
-    if most >= sum(layer.experts for layer in layers):
+    widest = max(layer.experts for layer in layers)
+    if 2 * widest >= sum(layer.experts for layer in layers):
         return None
-    return memory_for(bundle, most, context)
+    return memory_for(bundle, max(2 * max(layer.top_k for layer in layers), widest // 4), context)
 
 
 # -- perturbations ---------------------------------------------------------------------------------
