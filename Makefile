@@ -73,7 +73,7 @@ wheel-aarch64:
 	touch $@
 
 .venv/tested: .venv/installed
-	$(BIN)/pip install -q --group test --group lint
+	$(BIN)/pip install -q --group test --group lint --group bench
 	touch $@
 
 # From the source distribution, with a compiler on the PATH and nothing else: no cmake, no ninja, no git.

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +26,19 @@ from smoe.runtime.segments import (
     LARGE,
     ORT_ERRORS,
     SegmentState,
+    TwoValued,
     Values,
     open_sessions,
     ort_value,
     segment_threads,
+    value_bytes,
 )
-from smoe.runtime.step import Span, Step
+from smoe.runtime.step import Phase, Sequence, Span, Step
+
+TRIED = 3  # tokens on which it is seen what a mask is
 
 # hidden, ids, weights, scores, raw weights
 KINDS = [np.dtype(kind) for kind in (np.float32, np.int64, np.float32, np.float32, np.float32)]
-ITEM_BYTES = {"tensor(bool)": 1, "tensor(float16)": 2, "tensor(float)": 4, "tensor(int32)": 4}
 
 
 @dataclass(eq=False)
@@ -49,6 +52,7 @@ class _Piece:
     keep: np.ndarray  # int64, among these tokens
     values: Values
     shape: tuple[int, ...] = ()  # of its hidden state, as the graph has it
+    masks: dict[str, TwoValued] = field(default_factory=dict)  # values too, while it waits
 
 
 class _SpanFlow:
@@ -118,6 +122,27 @@ class Backbone:
             for output in session.get_outputs()
             if output.name not in self._in_place and output.name not in self._replaced
         }
+        self._masks = self._two_valued()
+
+    def _two_valued(self) -> set[str]:
+        """What the first segment gives for every pair of tokens and has two values, tried on a few
+        tokens: while pieces wait for one another a bit is kept of each."""
+        pairs = {
+            name
+            for name, (kind, shape) in self._kept.items()
+            if kind == "tensor(float)" and sum(not isinstance(size, int) for size in shape) > 1
+        }
+        if not self.layer_major or self.chunk == 1 or not pairs & set(self._segments[0].outputs):
+            return set()
+        ids, sequence = np.zeros(TRIED, np.int64), Sequence(self.new_state(TRIED))
+        flow = self.begin(Step((Span(sequence, ids, np.array([0]), Phase.PREFILL),)))
+        ((span, piece),) = flow.pieces()
+        try:
+            self._run(0, span, piece, remember=False)
+        except EngineError:
+            return set()  # the first step will say it
+        given = pairs & set(self._segments[0].outputs)
+        return {name for name in given if TwoValued.of(piece.values[name].numpy()) is not None}
 
     def _last_used_in(self, index: int) -> list[str]:
         """Values that no segment after `index` takes, and that did not go before."""
@@ -250,7 +275,8 @@ class Backbone:
         """At most what passes between segments for a piece of so many tokens that ends at `length`
         of its sequence."""
         sizes = {
-            name: _nbytes(kind, shape, [] if self._of_all(name, shape) else [tokens], length)
+            name: value_bytes(kind, shape, [] if self._of_all(name, shape) else [tokens], length)
+            // (32 if name in self._masks else 1)
             for name, (kind, shape) in self._kept.items()
         }
         most = 0
@@ -285,7 +311,10 @@ class Backbone:
         try:
             binding = session.io_binding()
             for name in segment.inputs:
-                value = values[name] if name in values else span.value(name)
+                if name in piece.masks:
+                    value = piece.masks[name].value()
+                else:
+                    value = values[name] if name in values else span.value(name)
                 binding.bind_ortvalue_input(name, value)
             for name in segment.outputs:
                 if name in self._in_place:
@@ -312,9 +341,15 @@ class Backbone:
         ONNX Runtime's arena, which would keep their peak for ever."""
         for name in self._dead[index]:
             piece.values.pop(name, None)
+            piece.masks.pop(name, None)
         for name in self._segments[index].outputs:
             if name in piece.values and name not in self._in_place:
-                piece.values[name] = ort_value(np.array(piece.values[name].numpy()))
+                array = piece.values.pop(name).numpy()
+                mask = TwoValued.of(array) if name in self._masks else None
+                if mask is None:
+                    piece.values[name] = ort_value(np.array(array))
+                else:
+                    piece.masks[name] = mask
 
     def _said(self, layer: int, piece: _Piece) -> list[ort.OrtValue]:
         """hidden, ids, weights, and scores and raw weights where the router's rule is known, of one
@@ -359,12 +394,3 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     if len(parts) == 1:
         return parts[0]
     return np.concatenate([part.reshape(-1) for part in parts])
-
-
-def _nbytes(kind: str, shape: list[int | str | None], left: list[int], length: int) -> int:
-    """Bytes of a value of ONNX Runtime's type and shape: its open axes are as long as `left` says,
-    further ones `length`."""
-    total = ITEM_BYTES.get(kind, 8)
-    for size in shape:
-        total *= size if isinstance(size, int) else left.pop() if left else length
-    return total

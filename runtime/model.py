@@ -74,6 +74,7 @@ class Model:
         self._expect(routed)
         idle = partial(self._look_ahead, layer, flow, outputs, assignment)
         yield from pending.parts(idle)
+        del routed, pending, idle  # what the experts received is not needed any more
         return combine(outputs, assignment.weights)
 
     def _assign(self, routed: Routed, available: Available) -> Assignment:

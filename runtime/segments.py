@@ -8,7 +8,9 @@ that a step appends without copying."""
 
 from __future__ import annotations
 
+import math
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from smoe.artifacts.errors import first_line
 from smoe.artifacts.manifest import Manifest, State
 from smoe.artifacts.safetensors_file import DTYPES
 from smoe.runtime.errors import EngineError
+
+ITEM_BYTES = {"tensor(bool)": 1, "tensor(float16)": 2, "tensor(float)": 4, "tensor(int32)": 4}
 
 Values = dict[str, ort.OrtValue]
 
@@ -171,6 +175,32 @@ def _session(
         ) from error
 
 
+@dataclass(frozen=True, eq=False)
+class TwoValued:
+    """A float32 array of two values, as a mask is: a bit for each, exact to the bit."""
+
+    bits: np.ndarray
+    values: np.ndarray  # uint32, for the bits 0 and 1
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> TwoValued | None:
+        """None where there are more values."""
+        flat = array.reshape(-1).view(np.uint32)
+        if not flat.size:
+            return None
+        second = flat != flat[0]
+        values = flat[[0, int(second.argmax())]]
+        if not np.array_equal(flat == values[1], second) and second.any():
+            return None
+        return cls(bits=np.packbits(second), values=values, shape=array.shape)
+
+    def value(self) -> ort.OrtValue:
+        """The array again."""
+        second = np.unpackbits(self.bits, count=math.prod(self.shape))
+        return ort_value(self.values[second].view(np.float32).reshape(self.shape))
+
+
 def _read_weights(path: Path, manifest: Manifest) -> Values:
     file = path / manifest.backbone.weights
     data = np.fromfile(file, np.uint8)  # no longer than its last weight: the door has checked
@@ -181,3 +211,12 @@ def _read_weights(path: Path, manifest: Manifest) -> Values:
             raise EngineError(f"{file} became shorter while it was read; copy the bundle again.")
         weights[w.name] = ort_value(piece.view(DTYPES[w.dtype]).reshape(w.shape))
     return weights
+
+
+def value_bytes(kind: str, shape: list[int | str | None], left: list[int], length: int) -> int:
+    """Bytes of a value of ONNX Runtime's type and shape: its open axes are as long as `left` says,
+    further ones `length`."""
+    total = ITEM_BYTES.get(kind, 8)
+    for size in shape:
+        total *= size if isinstance(size, int) else left.pop() if left else length
+    return total

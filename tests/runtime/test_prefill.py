@@ -14,6 +14,7 @@ from smoe.runtime.backbone import Backbone
 from smoe.runtime.budget import MemoryPlan, chunk_tokens, memory_for, plan_memory
 from smoe.runtime.model import Prefill
 from smoe.runtime.routing import Assignment
+from smoe.runtime.segments import TwoValued
 from smoe.runtime.step import Phase, Sequence
 
 LENGTHS = {
@@ -304,3 +305,26 @@ def test_a_prompt_of_nothing_is_done(bundle):
         assert prefill.done and prefill.finish().size == 0
         prefill.discard()
         assert prefill.finish().size == 0
+
+
+def test_a_mask_that_waits_is_a_bit_for_each_pair_of_tokens():
+    random = np.random.default_rng(4)
+    lowest = np.finfo(np.float32).min
+    for low, high in ((0.0, lowest), (-0.0, -np.inf), (np.float32(np.nan), 1.0), (0.0, -0.0)):
+        mask = np.where(random.random((1, 1, 5, 13)) < 0.4, low, high).astype(np.float32)
+        packed = TwoValued.of(mask)
+        assert packed.bits.nbytes == 9
+        assert packed.value().numpy().tobytes() == mask.tobytes()
+        assert packed.value().numpy().shape == mask.shape
+    same = np.full((2, 3), 7, np.float32)
+    assert np.array_equal(TwoValued.of(same).value().numpy(), same)
+    assert TwoValued.of(np.arange(3, dtype=np.float32)) is None
+    assert TwoValued.of(np.zeros((0, 4), np.float32)) is None
+
+
+def test_what_waits_keeps_a_bit_of_each_mask(bundle):
+    """Pieces of 300 tokens would keep 154 KB of a mask in float32, and 5 KB in bits."""
+    backbone = Backbone(bundle, open_bundle(bundle).manifest)
+    short, long = (backbone.piece_bytes(length) for length in (150, 300))
+    if backbone.chunk > 1:
+        assert 0 < long - short < 128 * 150
