@@ -308,13 +308,12 @@ class Backbone:
         state that it replaces is forgotten; what it wrote in place lies behind the sequence's
         length."""
         segment, session, values = self._segments[index], self._sessions[index], piece.values
+        # A binding does not keep what is bound to it: these live until the run is over.
+        masks = {name: piece.masks[name].value() for name in piece.masks if name in segment.inputs}
         try:
             binding = session.io_binding()
             for name in segment.inputs:
-                if name in piece.masks:
-                    value = piece.masks[name].value()
-                else:
-                    value = values[name] if name in values else span.value(name)
+                value = masks.get(name) or values.get(name) or span.value(name)
                 binding.bind_ortvalue_input(name, value)
             for name in segment.outputs:
                 if name in self._in_place:
