@@ -343,10 +343,10 @@ class Backbone:
             piece.masks.pop(name, None)
         for name in self._segments[index].outputs:
             if name in piece.values and name not in self._in_place:
-                array = piece.values.pop(name).numpy()
-                mask = TwoValued.of(array) if name in self._masks else None
+                value = piece.values.pop(name)  # its array may be a view of it
+                mask = TwoValued.of(value.numpy()) if name in self._masks else None
                 if mask is None:
-                    piece.values[name] = ort_value(np.array(array))
+                    piece.values[name] = ort_value(np.array(value.numpy()))
                 else:
                     piece.masks[name] = mask
 

@@ -245,6 +245,16 @@ def test_a_shard_that_shrinks_and_comes_back(copied, answer, budget, prefetch):
     assert accounted(parts.residency, parts.sizes) and len(parts.residency) == 5
 
 
+def test_what_may_lose_something_reads_nothing_on_a_guess_unless_told(golden, budget):
+    for policies, said in (
+        (Policies(), "prefetch auto ("),
+        (Policies(substitution="zero:1"), "prefetch none"),
+        (Policies(substitution="zero:1", prefetch="previous"), "prefetch previous"),
+    ):
+        with Engine.open(golden, budget(5), 300, policies=policies) as engine:
+            assert said in "\n".join(engine.mode_lines())
+
+
 def test_a_lossy_run_repeats(golden, answer):
     """What stands in depends on what is resident, and that never on when reads arrive."""
     budget = memory_for(open_bundle(golden), 5, 300)
