@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import CONFIG_MAPPING
+from transformers.quantizers.base import HfQuantizer
 
 from smoe.artifacts.encodings import encoding_named, record_layout
 from smoe.artifacts.layout import ExpertShape
@@ -22,6 +23,7 @@ from smoe.artifacts.tables import TABLES, nbytes
 from smoe.artifacts.tables import TRACE as TRACE_TABLES
 from smoe.prep.checkpoint.checkpoint import read_config
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam, text_class
+from smoe.prep.checkpoint.few_bits import bytes_per_weight, quantiser_of
 from smoe.prep.checkpoint.seam import expert_geometry, experts_modules, probe_gate
 from smoe.prep.checkpoint.weights import open_weights
 from smoe.prep.errors import PrepError
@@ -138,11 +140,12 @@ def inspect(
     in `encoding` with so many calibration `tokens`, of which so many for `prices`. A config that
     cannot be read, or is of a family that cannot be run, is a `PrepError`."""
     path = Path(path)
-    model = empty_model(read_config(path), path)
+    config = read_config(path)
+    quantiser = quantiser_of(config, path)
+    model = empty_model(config, path)
     refuse_without_seam(model, path)
-    sizes = _Sizes.of(model, encoding, tokens, prices, _shape(model))
-    download, wrong = _weights(path, model)
-    config = model.config.get_text_config()
+    sizes = _Sizes.of(model, encoding, tokens, prices, _shape(model), quantiser)
+    download, wrong = _weights(path, model, quantiser)
     return Inspection(
         family=model.config.model_type,
         architecture=type(model).__name__,
@@ -151,7 +154,7 @@ def inspect(
         layers=len(sizes.layers),
         experts=max(count for count, _, _ in sizes.layers),
         top_k=sizes.top_k,
-        hidden=config.hidden_size,
+        hidden=model.config.get_text_config().hidden_size,
         width=sizes.layers[0][2],
         parameters=sizes.backbone + sizes.in_experts,
         expert_parameters=sizes.in_experts,
@@ -226,10 +229,12 @@ def _refusal(model: torch.nn.Module) -> str:
     return ""
 
 
-def _weights(path: Path, model: transformers.PreTrainedModel) -> tuple[int | None, str]:
+def _weights(
+    path: Path, model: transformers.PreTrainedModel, quantiser: HfQuantizer | None
+) -> tuple[int | None, str]:
     """Bytes of the weight files, and what is wrong with them."""
     try:
-        weights = open_weights(path)
+        weights = open_weights(path, quantiser)
         total = sum(file.stat().st_size for file in weights.files)
         missing = weights.check(model).missing_keys - model.all_tied_weights_keys.keys()
     except PrepError as error:
@@ -266,6 +271,7 @@ class _Sizes:
         tokens: int,
         prices: int,
         shape: ExpertShape,
+        quantiser: HfQuantizer | None = None,
     ) -> _Sizes:
         modules = [module for _, module in experts_modules(model)]
         layers = [expert_geometry(module) for module in modules]
@@ -285,6 +291,12 @@ class _Sizes:
             for experts, hidden, _ in layers
         )
         fixed = 4 * backbone + RUNTIME + SESSION * (len(layers) + 1)
+        expert = max(n // e for n, (e, _, _) in zip(per_layer, layers, strict=True))
+        # In 16 bits what is read and what is made of it exist at once; of codes one expert at a
+        # time is decoded.
+        layer = 2 * 2 * max(per_layer)
+        if quantiser is not None:
+            layer = int(bytes_per_weight(quantiser) * max(per_layer)) + 4 * 4 * expert
         activations = 4 * tokens * config.hidden_size * 4  # residual, received, all of it, outputs
         held = max(4 * backbone, IN_MEMORY if prices else 0)  # by the export, or for the way back
         active = None
@@ -299,7 +311,7 @@ class _Sizes:
             active=active,
             bundle=shards + 4 * backbone + tables + (32 << 20),
             outputs=sum(tokens * hidden * 4 for _, hidden, _ in layers),
-            memory=int(PROCESS + 4 * backbone + held + 2 * 2 * max(per_layer) + activations),
+            memory=int(PROCESS + 4 * backbone + held + layer + activations),
             device=(fixed + (top_k or 1) * max(records), fixed + shards),
         )
 

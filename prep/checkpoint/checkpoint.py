@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -21,7 +22,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig
 
 from smoe.artifacts.errors import first_line
+from smoe.prep.checkpoint.coded import CodedExperts, read_coded
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam
+from smoe.prep.checkpoint.few_bits import decoded_dtype, quantiser_of
 from smoe.prep.checkpoint.seam import ExpertsLayer, ExpertsModule, experts_modules, layers_used
 from smoe.prep.checkpoint.weights import Weights, open_weights
 from smoe.prep.errors import PrepError
@@ -40,6 +43,11 @@ LIBC = ctypes.CDLL(None)
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of malloc.h
 
 
+# Per parameter of a layer's experts: the stored tensors that it is made from, with the patterns of
+# `Weights.targets`.
+Sources = dict[str, dict[str, str | None]]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """`model` has its backbone in memory and its experts on the meta device; `layers` are those
@@ -50,9 +58,7 @@ class Checkpoint:
     weights: Weights
     layers: list[ExpertsLayer]
     end_ids: tuple[int, ...]  # token ids that end a generation
-    sources: list[
-        dict[str, list[str]]
-    ]  # per layer and parameter of its experts: the stored tensors it is made from
+    sources: list[Sources]
 
     @property
     def config(self):
@@ -98,17 +104,22 @@ class Checkpoint:
         Weights that are not finite are a `PrepError` that names them.
         """
         name, module = self.layers[layer]
+        coded = {}
         try:
             # One parameter at a time, the largest first: what is read and what is made from it
             # exist at once.
-            for names in sorted(
-                self.sources[layer].values(), key=self.weights.nbytes, reverse=True
-            ):
-                self.weights.load(self.model, names)
+            for parameter, names in sorted(
+                self.sources[layer].items(), key=lambda item: self.weights.nbytes(item[1])
+            )[::-1]:
+                if self.weights.coded(names):
+                    experts = read_coded(self.weights, self.model, parameter, names, device)
+                    coded[parameter.removeprefix(f"{name}.")] = experts
+                else:
+                    self.weights.load(self.model, names)
             _refuse_infinite(self.path, name, module)
             if device != "cpu":
-                module.to(device)
-            yield module
+                _move(module, device)
+            yield cast(ExpertsModule, CodedExperts(module, coded)) if coded else module
         finally:
             _forget(module)
 
@@ -125,9 +136,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Everything that can be known from config and headers is checked before a weight is read.
     """
     path = Path(path)
-    model = empty_model(read_config(path), path)
+    config = read_config(path)
+    quantiser = quantiser_of(config, path)
+    model = empty_model(config, path)
     refuse_without_seam(model, path)
-    weights = open_weights(path)
+    weights = open_weights(path, quantiser)
     if not (path / "tokenizer.json").is_file() and list(path.glob("tokenizer*.model")):
         raise PrepError(
             f"{path} has a tokenizer that only Python code reads (no tokenizer.json); convert it "
@@ -138,22 +151,23 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     _load_backbone(path, model, weights)
     model.requires_grad_(False)  # only values are ever differentiated
     layers = layers_used(model)
-    targets = weights.targets(model)
-    sources: list[dict[str, list[str]]] = [{} for _ in layers]
+    sources = _sources(weights, model, layers)
     for (name, module), layer_sources in zip(layers, sources, strict=True):
-        for source, target in targets.items():
-            if target.startswith(f"{name}."):
-                layer_sources.setdefault(target, []).append(source)
-        _keep_stored_dtype(
-            module,
-            [weights.stored[source].dtype for names in layer_sources.values() for source in names],
-        )
+        for parameter, tensors in layer_sources.items():
+            # Half the memory of float32, where that is what is stored.
+            dtype = decoded_dtype(weights.stored[source].dtype for source in tensors)
+            empty = torch.empty_like(model.get_parameter(parameter), dtype=dtype)
+            _replace(module, parameter.removeprefix(f"{name}."), empty)
     return Checkpoint(path, model, weights, layers, end_ids, sources)
 
 
 def read_config(path: Path) -> transformers.PreTrainedConfig:
-    """config.json of a checkpoint; a `PrepError` if it is none, or one of a quantised "
-    "checkpoint."""
+    """config.json of a checkpoint; a `PrepError` if it is none."""
+    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+        raise PrepError(
+            f"{path} is GGUF, which smoe does not read; give the directory of the checkpoint that "
+            "it was made from, with config.json and .safetensors files."
+        )
     if not (path / "config.json").is_file():
         what = "has no config.json" if path.is_dir() else "is not a directory"
         raise PrepError(
@@ -175,15 +189,6 @@ def read_config(path: Path) -> transformers.PreTrainedConfig:
             f"{path}/config.json is not one that transformers {transformers.__version__} reads: "
             f"{first_line(error)}"
         ) from error
-    quantised = getattr(config, "quantization_config", None)
-    if quantised:
-        method = (
-            quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        )
-        raise PrepError(
-            f"{path} is quantised ({method}); smoe quantises from the original weights: give the "
-            "bf16 checkpoint."
-        )
     return config
 
 
@@ -219,7 +224,7 @@ def _load_backbone(path: Path, model: transformers.PreTrainedModel, weights: Wei
         [
             source
             for source, target in weights.targets(model).items()
-            if not target.startswith(experts)
+            if not target.name.startswith(experts)
         ],
     )
     weights.complete(model, info)  # ties weights, and fills buffers that no checkpoint holds
@@ -239,16 +244,31 @@ def _refuse_missing(path: Path, names: set[str]) -> None:
         )
 
 
-def _keep_stored_dtype(module: torch.nn.Module, stored: list[torch.dtype]) -> None:
-    """Let the experts' parameters have the dtype that they are stored in: half the memory of
-    float32 for bfloat16."""
-    floating = {dtype for dtype in stored if dtype.is_floating_point}
-    if len(floating) == 1:
-        module.to(floating.pop())
+def _sources(
+    weights: Weights, model: transformers.PreTrainedModel, layers: list[ExpertsLayer]
+) -> list[Sources]:
+    """Of every layer in `layers`."""
+    places = {name: place for place, (name, _) in enumerate(layers)}
+    sources: list[Sources] = [{} for _ in layers]
+    for source, target in weights.targets(model).items():
+        parent = target.name
+        while parent and parent not in places:
+            parent = parent.rpartition(".")[0]
+        if parent:
+            sources[places[parent]].setdefault(target.name, {})[source] = target.pattern
+    return sources
+
+
+def _replace(module: torch.nn.Module, name: str, weight: torch.Tensor) -> None:
+    """A parameter by another tensor."""
+    path, _, last = name.rpartition(".")
+    setattr(module.get_submodule(path), last, torch.nn.Parameter(weight, requires_grad=False))
 
 
 def _refuse_infinite(path: Path, layer: str, module: torch.nn.Module) -> None:
     for name, weight in module.named_parameters():
+        if weight.is_meta:  # stays in its codes, and is checked when it is decoded
+            continue
         for expert, part in enumerate(weight):  # one at a time: isfinite makes copies
             if not torch.isfinite(part).all():
                 raise PrepError(
@@ -258,16 +278,18 @@ def _refuse_infinite(path: Path, layer: str, module: torch.nn.Module) -> None:
                 )
 
 
+def _move(module: torch.nn.Module, device: str) -> None:
+    """What was read to `device`; codes are decoded there, one expert at a time."""
+    for name, weight in list(module.named_parameters()):
+        if not weight.is_meta:
+            _replace(module, name, weight.to(device))
+
+
 def _forget(module: torch.nn.Module) -> None:
     """Back to the meta device, which frees the memory; and glibc is told to give it back: pieces of
     a layer that it keeps for later were 0.4 GB of 1.5 (docs/log.md, 2026-11-22)."""
-    for owner in module.modules():
-        for name, weight in list(owner.named_parameters(recurse=False)):
-            setattr(
-                owner,
-                name,
-                torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False),
-            )
+    for name, weight in list(module.named_parameters()):
+        _replace(module, name, torch.empty_like(weight, device="meta"))
     trim = getattr(LIBC, "malloc_trim", None)  # only glibc has it
     if trim is not None:
         trim(0)

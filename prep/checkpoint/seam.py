@@ -7,7 +7,7 @@ follows from those flags and from probing its activation numerically.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -145,18 +145,27 @@ def _linear(module: ExpertsModule, name: str, expert: int, x: torch.Tensor) -> t
 
 
 def mixed_outputs(
-    module: ExpertsModule, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    module: ExpertsModule,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    parts: Sequence[slice] = (slice(None),),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted sum of the chosen experts' outputs `[T, H]`, and the norm of each output `[T,
-    k]`.
+    k]`, of one part of the tokens at a time.
 
     On the seam an id that is the number of experts means no expert.
     """
     mixed, norms = torch.zeros_like(x), torch.zeros_like(weights)
-    for expert, tokens, slots in slots_of(ids, expert_geometry(module)[0]):
-        y = expert_outputs(module, expert, x[tokens])
-        norms.view(-1)[slots] = y.norm(dim=-1)
-        mixed.index_add_(0, tokens, y * weights.reshape(-1)[slots, None])
+    experts = expert_geometry(module)[0]
+    chosen = [{e: slots for e, *slots in slots_of(ids[part], experts)} for part in parts]
+    for expert in range(experts):  # outermost: an expert may have to be decoded
+        for part, slots_by_expert in zip(parts, chosen, strict=True):
+            if expert in slots_by_expert:
+                tokens, slots = slots_by_expert[expert]
+                y = expert_outputs(module, expert, x[part][tokens])
+                norms[part].view(-1)[slots] = y.norm(dim=-1)
+                mixed[part].index_add_(0, tokens, y * weights[part].reshape(-1)[slots, None])
     return mixed, norms
 
 

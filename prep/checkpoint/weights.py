@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -26,7 +27,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
+from transformers.quantizers.base import HfQuantizer
 
+from smoe.artifacts.safetensors_file import read_raw_header
+from smoe.prep.checkpoint.few_bits import is_code
 from smoe.prep.errors import PrepError
 
 INDEX = "model.safetensors.index.json"
@@ -44,28 +48,40 @@ DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor on disk."""
+    """One tensor on disk, from byte `begin` of its file on."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    begin: int
 
     @property
     def nbytes(self) -> int:
         return torch.empty(self.shape, dtype=self.dtype, device="meta").nbytes
 
 
+class Target(NamedTuple):
+    """What a stored tensor is for: the model's (first) parameter that is made from it, and the
+    pattern of the conversion that takes it, None where it is the parameter itself."""
+
+    name: str
+    pattern: str | None
+
+
 @dataclass(frozen=True)
 class Weights:
-    """All tensors of a checkpoint by name, known from the headers."""
+    """All tensors of a checkpoint by name, known from the headers; `quantiser` decodes those that
+    are stored in few bits."""
 
     path: Path
     stored: dict[str, Stored]
+    quantiser: HfQuantizer | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -89,6 +105,14 @@ class Weights:
         wrong = sorted(str(entry[0]) for entry in info.mismatched_keys) + sorted(
             info.conversion_errors
         )
+        if wrong and self.quantiser is not None and info.conversion_errors:
+            name, error = next(iter(info.conversion_errors.items()))
+            raise PrepError(
+                f"{self.path}: {name} cannot be decoded: {_reason(error)}. Its weights are missing "
+                "in part, or stored in a way that transformers "
+                f"{transformers.__version__} does not read; give the original checkpoint, in bf16 "
+                "or f16."
+            )
         if wrong:
             raise PrepError(
                 f"{self.path}: {len(wrong)} weights are missing in part or have another shape "
@@ -97,22 +121,45 @@ class Weights:
             )
         return info
 
-    def targets(self, model: transformers.PreTrainedModel) -> dict[str, str]:
-        """For every stored tensor the name of the model's (first) parameter that is made from "
-        "it."""
-        mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    def targets(self, model: transformers.PreTrainedModel) -> dict[str, Target]:
+        """What every stored tensor is for."""
+        renamings, converters = self.mapping(model)
         state = model.state_dict()
         targets = {}
         for name in self.stored:
-            target, _ = rename_source_key(
+            target, pattern = rename_source_key(
                 name, renamings, converters, model.base_model_prefix, state
             )
             if target not in state and name in state:
-                target, _ = rename_source_key(name, [], [], model.base_model_prefix, state)
-            targets[name] = target
+                target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+            targets[name] = Target(target, pattern)
         return targets
+
+    def coded(self, names: Iterable[str]) -> bool:
+        """Whether any of these tensors holds codes of a scheme of few bits."""
+        return self.quantiser is not None and any(is_code(self.stored[n].dtype) for n in names)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as it is stored. A file that cannot be read, or became shorter, is a
+        `PrepError`."""
+        stored = self.stored[name]
+        data = torch.empty(stored.nbytes, dtype=torch.uint8)
+        left = memoryview(data.numpy())
+        try:
+            with open(stored.file, "rb", buffering=0) as file:
+                file.seek(stored.begin)
+                while left and (count := file.readinto(left)):
+                    left = left[count:]
+        except OSError as error:
+            raise PrepError(
+                f"{self.path} became unreadable: {error}; download it again."
+            ) from error
+        if left:
+            raise PrepError(
+                f"{stored.file} became shorter while it was read; leave it alone until smoe-prep "
+                "is done."
+            )
+        return data.view(stored.dtype).reshape(stored.shape)
 
     def load(self, model: transformers.PreTrainedModel, names: Iterable[str]) -> None:
         """Read the tensors `names` and put what they make into `model`, in the dtype its parameters
@@ -147,26 +194,38 @@ class Weights:
     def complete(model: transformers.PreTrainedModel, info: LoadStateDictInfo) -> None:
         """Once everything of `model` but its experts is loaded: tie weights, fill what no
         checkpoint holds. Afterwards `info.missing_keys` names what is really missing."""
-        with _quiet():
+        with quiet():
             model._finalize_model_loading(
                 model, LoadStateDictConfig(device_map={"": "cpu"}, dtype=torch.float32), info
             )
         model.eval()
 
+    def mapping(
+        self, model: transformers.PreTrainedModel
+    ) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        """How `transformers` turns what is stored into what the model has."""
+        mapping = get_model_conversion_mapping(model, hf_quantizer=self.quantiser)
+        return (
+            [entry for entry in mapping if isinstance(entry, WeightRenaming)],
+            [entry for entry in mapping if isinstance(entry, WeightConverter)],
+        )
+
     def _convert(self, model: transformers.PreTrainedModel, tensors: dict, device: str):
-        mapping = get_model_conversion_mapping(model)
         config = LoadStateDictConfig(
             device_map={"": device},
             dtype=torch.float32,
-            weight_mapping=mapping,  # type: ignore[arg-type]  # as transformers itself passes it
+            hf_quantizer=self.quantiser,
+            weight_mapping=get_model_conversion_mapping(  # type: ignore[arg-type]
+                model, hf_quantizer=self.quantiser
+            ),
         )
-        with _quiet():
+        with quiet():
             return convert_and_load_state_dict_in_model(model, tensors, config)
 
 
-def open_weights(path: Path) -> Weights:
-    """The tensors of the checkpoint directory `path`; a `PrepError` for one that is not there or
-    not whole."""
+def open_weights(path: Path, quantiser: HfQuantizer | None = None) -> Weights:
+    """The tensors of the checkpoint directory `path`, which `quantiser` decodes; a `PrepError` for
+    one that is not there or not whole."""
     listed: dict[str, str] | None = None
     if (path / INDEX).is_file():
         listed = _index(path / INDEX)
@@ -197,7 +256,7 @@ def open_weights(path: Path) -> Weights:
         raise PrepError(
             f"{path}: {lost[0]} is in the index but in no file; download the checkpoint again."
         )
-    return Weights(path, stored)
+    return Weights(path, stored, quantiser)
 
 
 def _index(file: Path) -> dict[str, str]:
@@ -218,6 +277,8 @@ def _index(file: Path) -> dict[str, str]:
 
 def _headers(file: Path) -> Iterator[tuple[str, Stored]]:
     with _opened(file) as handle:
+        raw, _ = read_raw_header(file)
+        begins = {name: fields.get("data_offsets") for name, fields in json.loads(raw).items()}
         for name in handle.keys():  # noqa: SIM118  a handle is no dict
             tensor = handle.get_slice(name)
             dtype = DTYPES.get(str(tensor.get_dtype()))
@@ -225,7 +286,13 @@ def _headers(file: Path) -> Iterator[tuple[str, Stored]]:
                 raise PrepError(
                     f"{file}: {name} is stored as {tensor.get_dtype()}, which smoe does not read."
                 )
-            yield name, Stored(file, dtype, tuple(tensor.get_shape()))
+            begin = 8 + len(raw) + begins[name][0]
+            yield name, Stored(file, dtype, tuple(tensor.get_shape()), begin)
+
+
+def _reason(error: str) -> str:
+    """What was raised, of a conversion's report: a traceback, the word, and what it was about."""
+    return error.rpartition("\nError")[0].rstrip().rpartition("\n")[2] or error
 
 
 @contextlib.contextmanager
@@ -242,7 +309,7 @@ def _opened(file: Path) -> Iterator[safe_open]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What transformers would warn about while loading is said by us, as an error."""
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -304,7 +305,8 @@ class _Lockstep:
                 observer.resume(groups[0], _of_observer(known, observer))
             return finished.outputs(layer, [at.hidden for at in groups]), False
         left: Arrays = {}
-        with self._checkpoint.experts(layer, self._device):
+        with self._checkpoint.experts(layer, self._device) as module:
+            groups = [dataclasses.replace(at, module=module) for at in groups]
             computed = [_run_experts(at) for at in groups]
             for observer in observers:
                 seen = observer.visit(dataclasses.replace(groups[0], norms=computed[0][1]))
@@ -370,14 +372,10 @@ def _together(module: ExpertsModule, arrived: list[_Arrival]) -> AtExperts:
 
 def _run_experts(at: AtExperts) -> tuple[torch.Tensor, torch.Tensor]:
     """The experts' output `[T, H]`, and the norm of every slot's `[T, k]`: a few passes at once."""
-    outputs, norms = torch.empty_like(at.hidden), torch.empty_like(at.weights)
     group = max(1, TOGETHER // at.starts[1])
-    for first in range(0, len(at.starts) - 1, group):
-        part = slice(at.starts[first], at.starts[min(first + group, len(at.starts) - 1)])
-        outputs[part], norms[part] = mixed_outputs(
-            at.module, at.hidden[part], at.ids[part], at.weights[part]
-        )
-    return outputs, norms
+    starts = [*at.starts[:-1:group], at.starts[-1]]
+    parts = [slice(*ends) for ends in itertools.pairwise(starts)]
+    return mixed_outputs(at.module, at.hidden, at.ids, at.weights, parts)
 
 
 def _parts(output: torch.Tensor, arrived: list[_Arrival]) -> Iterator[torch.Tensor]:

@@ -252,10 +252,6 @@ def test_a_dense_model_is_refused_by_name(tmp_path):
         ('{"model_type": "mixtral"}', "has no .safetensors files"),
         ('{"model_type": "mixtral", "hidden_size": "abc"}', "config.json is"),
         (
-            '{"model_type": "mixtral", "quantization_config": {"quant_method": "fp8"}}',
-            r"is quantised \(fp8\)",
-        ),
-        (
             '{"model_type": "openai_privacy_filter"}',
             "no model that generates text for the family openai_privacy_filter",
         ),

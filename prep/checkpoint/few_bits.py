@@ -1,0 +1,125 @@
+"""Checkpoints whose weights are stored in few bits: which schemes can be read, and what decodes
+them.
+
+What a code stands for is `transformers`' business: its own load operations run. No scheme's
+arithmetic is here but for one gap, short blocks of block fp8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+from smoe.artifacts.errors import first_line
+from smoe.prep.errors import PrepError
+
+# Schemes whose load operations give the weights back on any processor.
+READ = ("mxfp4", "fp8", "mxfp8", "compressed-tensors")
+# Of compressed-tensors, which is many: packed integers, and float8.
+FORMATS = ("pack-quantized", "float-quantized", "naive-quantized", "dense")
+WAY_OUT = "smoe reads mxfp4, block fp8 and compressed-tensors int4 and fp8; give the original "
+WAY_OUT += "checkpoint, in bf16 or f16"
+
+
+def quantiser_of(config: transformers.PreTrainedConfig, path: Path) -> HfQuantizer | None:
+    """What decodes the weights of a checkpoint with this config, None where they are plain numbers.
+
+    A scheme that cannot be read is a `PrepError` that names it and the way out.
+    """
+    parts = (config, config.get_text_config())
+    stored = next((q for p in parts if (q := getattr(p, "quantization_config", None))), None)
+    if stored is None:
+        return None
+    fields: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(fields.get("quant_method", "")).rpartition(".")[2].lower() or "an unnamed scheme"
+    if method not in READ:
+        raise PrepError(f"{path} is stored in {method}; {WAY_OUT}.")
+    _refuse_formats(path, fields)
+    try:
+        parsed = AutoQuantizationConfig.from_dict(dict(fields))
+        parsed.dequantize = True
+        quantiser = _QUANTISERS.get(method, AUTO_QUANTIZER_MAPPING[method])(parsed)
+        if method == "compressed-tensors":
+            quantiser.validate_environment()
+    except ImportError as error:
+        raise PrepError(f"{path} is stored in {method}: {first_line(error)}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise PrepError(
+            f"{path}/config.json: quantization_config is not one of {method} that transformers "
+            f"{transformers.__version__} reads: {first_line(error)}"
+        ) from error
+    return quantiser
+
+
+def _refuse_formats(path: Path, fields: Mapping[str, Any]) -> None:
+    """A `PrepError` for what compressed-tensors stores and `transformers` does not decode."""
+    groups = fields.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        known = group if isinstance(group, dict) else {}
+        kept = known.get("format") or fields.get("format")
+        weights = known.get("weights") or {}
+        if kept not in FORMATS:
+            raise PrepError(f"{path} is stored in compressed-tensors' {kept}; {WAY_OUT}.")
+        if isinstance(weights, dict) and weights.get("symmetric") is False:
+            raise PrepError(
+                f"{path} is stored in compressed-tensors' {kept} with zero points; {WAY_OUT}."
+            )
+
+
+class _ShortBlocks(Fp8Dequantize):
+    """Block fp8 whose last blocks of a row or a column are short, as DeepSeek-V3's kv_a_proj has
+    them (576 rows, blocks of 128): `transformers` takes whole blocks only, and where the sizes
+    happen to divide it takes blocks of another size."""
+
+    def _dequantize_one(self, quantized, scales, output_dtype=None):
+        block = getattr(self.hf_quantizer.quantization_config, "weight_block_size", None)
+        rows, columns = quantized.shape[-2:]
+        grid = tuple(scales.shape[-2:])
+        if not block or grid != (-(-rows // block[0]), -(-columns // block[1])):
+            return super()._dequantize_one(quantized, scales, output_dtype)
+        padding = (0, grid[1] * block[1] - columns, 0, grid[0] * block[0] - rows)
+        whole = torch.nn.functional.pad(quantized.view(torch.uint8), padding)
+        decoded = super()._dequantize_one(whole.view(quantized.dtype), scales, output_dtype)
+        return decoded[..., :rows, :columns]
+
+
+class _BlockFp8(FineGrainedFP8HfQuantizer):
+    def get_load_operations(self):
+        return {"dequantize": _ShortBlocks}
+
+
+_QUANTISERS: dict[str, type[HfQuantizer]] = {"fp8": _BlockFp8, "mxfp8": _BlockFp8}
+
+
+def bytes_per_weight(quantiser: HfQuantizer) -> float:
+    """About how many bytes of the checkpoint an expert's weight takes."""
+    parsed = quantiser.quantization_config
+    schemes = getattr(getattr(parsed, "quantization_config", None), "config_groups", None)
+    weights = [scheme.weights for scheme in (schemes or {}).values() if scheme.weights]
+    if weights:
+        return max(w.num_bits / 8 + 2 / max(32, w.group_size or 0) for w in weights)
+    return 0.5 + 1 / 32 if "mxfp4" in str(parsed.quant_method).lower() else 1.0
+
+
+def is_code(dtype: torch.dtype) -> bool:
+    """Whether a tensor of this dtype holds codes, or what belongs to them, and no plain numbers."""
+    return not dtype.is_floating_point or dtype.itemsize < 2
+
+
+def decoded_dtype(stored: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype that one parameter is decoded to, where its tensors are stored so: that of plain
+    numbers; bfloat16 for codes times powers of two, which is exact; float32 for float8 times other
+    factors; that of the factors for packed integers, as `transformers` has it."""
+    dtypes = set(stored)
+    plain = {dtype for dtype in dtypes if not is_code(dtype)}
+    if torch.int32 in dtypes or plain == dtypes:
+        return plain.pop() if len(plain) == 1 else torch.float32
+    return torch.float32 if plain else torch.bfloat16
