@@ -1,8 +1,8 @@
 """Checkpoints whose weights are stored in few bits: which schemes can be read, and what decodes
 them.
 
-What a code stands for is `transformers`' business: its own load operations run. No scheme's
-arithmetic is here but for one gap, short blocks of block fp8.
+What a code stands for is `transformers`' business: its own load operations run. Two are completed
+here: block fp8 with short blocks, and mxfp4, which would take most of a build's time.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import Any
 import torch
 import transformers
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import FP4_VALUES, Mxfp4Dequantize
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 
 from smoe.artifacts.errors import first_line
 from smoe.prep.errors import PrepError
@@ -96,7 +98,38 @@ class _BlockFp8(FineGrainedFP8HfQuantizer):
         return {"dequantize": _ShortBlocks}
 
 
-_QUANTISERS: dict[str, type[HfQuantizer]] = {"fp8": _BlockFp8, "mxfp8": _BlockFp8}
+class _TwoCodesAtOnce(Mxfp4Dequantize):
+    """What `transformers`' operation gives, from a table of bytes: in a sixth of the time and a
+    third of the memory (docs/log.md, 2026-11-26)."""
+
+    def convert(self, input_dict, model=None, full_layer_name=None, **kwargs):
+        parts = {
+            name.rpartition("_")[2]: value[0] if isinstance(value, list) else value
+            for name, value in input_dict.items()
+        }
+        blocks, scales = (
+            parts["blocks"],
+            parts["scales"],
+        )  # [E, n_out, n_in / 32, 16] and all but 16
+        byte = torch.arange(256, device=blocks.device)
+        values = torch.tensor(FP4_VALUES, dtype=torch.bfloat16, device=blocks.device)
+        pairs = torch.stack([values[byte & 15], values[byte >> 4]], -1).view(torch.int32)[:, 0]
+        factors = torch.exp2(byte.float() - 127).bfloat16()
+        w = pairs.index_select(0, blocks.reshape(-1).int()).view(torch.bfloat16)
+        w = w.reshape(*blocks.shape[:-1], 32) * factors[scales.int()][..., None]
+        return {full_layer_name: w.flatten(2).transpose(1, 2)}
+
+
+class _Mxfp4(Mxfp4HfQuantizer):
+    def get_load_operations(self):
+        return {"dequantize": _TwoCodesAtOnce}
+
+
+_QUANTISERS: dict[str, type[HfQuantizer]] = {
+    "fp8": _BlockFp8,
+    "mxfp8": _BlockFp8,
+    "mxfp4": _Mxfp4,
+}
 
 
 def bytes_per_weight(quantiser: HfQuantizer) -> float:
