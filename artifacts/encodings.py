@@ -4,6 +4,7 @@
 |---|---|
 | f32  | float32 |
 | bf16 | bfloat16, rounded to nearest even |
+| f16  | float16, rounded to nearest even; a weight beyond 65504 is refused |
 | int8 | int8 times one float32 scale per row, symmetric, scale = max\\|row\\| / 127 |
 | nested:… | codes in planes of bits, a scale per group: `nested.py` |
 
@@ -52,6 +53,17 @@ class Encoding:
         return planes
 
 
+def _encode_f16(name: str, w: np.ndarray) -> Encoded:
+    with np.errstate(over="ignore"):
+        half = w.astype(np.float16)
+    if np.isinf(half).any():
+        raise BundleError(
+            f"{name} holds weights up to {np.abs(w).max():.6g}, and float16 ends at 65504; use "
+            "bf16 or f32."
+        )
+    return {name: half}
+
+
 def _encode_int8(name: str, w: np.ndarray) -> Encoded:
     scale = (np.abs(w).max(axis=1) / 127).astype(np.float32)
     safe = np.where(scale > 0, scale, 1)[:, None]
@@ -75,6 +87,13 @@ ENCODINGS: dict[str, Encoding] = {
             lambda name, dims: [[TensorSpec(name, "BF16", dims)]],
             lambda name, w: {name: to_bf16(w)},
             lambda name, t, dims, level: from_bf16(t[name]),
+        ),
+        Encoding(
+            "f16",
+            1,
+            lambda name, dims: [[TensorSpec(name, "F16", dims)]],
+            _encode_f16,
+            lambda name, t, dims, level: t[name].astype(np.float32),
         ),
         Encoding(
             "int8",

@@ -20,7 +20,7 @@ from smoe.artifacts.layout import ExpertShape
 from smoe.artifacts.safetensors_file import DTYPES
 
 FORMAT = "smoe"
-VERSION = 4
+VERSION = 5
 STUDY, STUDY_SINCE = (
     "study",
     4,

@@ -2,7 +2,8 @@
 so that a prefix of the record is the same expert in fewer bits.
 
 `nested:2+1+1:128` has a base plane of 2 bits, two planes of 1 bit, and one scale per row and 128
-columns; `nested:2+1+1/3+1+1:64` gives `down` a split of its own. At a level that has read n bits of
+columns; `nested:2+1+1/3+1+1:64` gives `down` a split of its own; `nested:2+1+1:32:fp4` has the
+values of FP4, so that it can hold a checkpoint's own codes. At a level that has read n bits of
 every code
 
     weight[r, c] = scale[r, c // group] * VALUES[r's split][n][first n bits of the code]
@@ -26,21 +27,38 @@ from smoe.artifacts.safetensors_file import TensorSpec
 ROWS, COLUMNS = 16, 32  # of a block: 512 codes, of which one bit each is a slice of 64 bytes
 GROUPS = (32, 64, 128)
 
-# Codes of up to 4 bits: a tree on the normal distribution. The 4 cells of the best 2-bit quantiser,
-# each split in two where that is best, each of those again; a value is the mean of its cell, in
-# units of 1/127 of the outermost.
-TREE = {
-    2: (-73, -22, 22, 73),
-    3: (-102, -62, -34, -11, 11, 34, 62, 102),
-    4: (-127, -94, -72, -55, -41, -29, -17, -6, 6, 17, 29, 41, 55, 72, 94, 127),
+# Codes of up to 4 bits, by the name of their values; a value of fewer bits is the mean of its cell
+# for weights that are normally distributed.
+TABLES: dict[str, dict[int, tuple[int, ...]]] = {
+    # A tree: the 4 cells of the best 2-bit quantiser, each split in two where that is best, each of
+    # those again, in units of 1/127 of the outermost.
+    "": {
+        2: (-73, -22, 22, 73),
+        3: (-102, -62, -34, -11, 11, 34, 62, 102),
+        4: (-127, -94, -72, -55, -41, -29, -17, -6, 6, 17, 29, 41, 55, 72, 94, 127),
+    },
+    # FP4 (E2M1) in units of 1/16, both of its zeros.
+    "fp4": {
+        2: (-51, -13, 13, 51),
+        3: (-75, -39, -20, -5, 5, 20, 39, 75),
+        4: (-96, -64, -48, -32, -24, -16, -8, 0, 0, 8, 16, 24, 32, 48, 64, 96),
+    },
+    # Integers of 4 bits in units of 1/16.
+    "int4": {
+        2: (-97, -35, 21, 83),
+        3: (-119, -86, -55, -23, 8, 39, 70, 105),
+        4: tuple(range(-128, 128, 16)),
+    },
 }
 
 
 @dataclass(frozen=True)
 class Split:
-    """Bits per plane, base plane first: `Split((2, 1, 1))`."""
+    """Bits per plane, base plane first: `Split((2, 1, 1))`, and the name of the values of codes
+    that have up to 4 bits."""
 
     planes: tuple[int, ...]
+    table: str = ""
 
     def bits(self, level: int) -> int:
         """Bits of a code that have been read at `level`, from 1 to the number of planes."""
@@ -51,6 +69,11 @@ class Split:
         """Bits of a whole code."""
         return sum(self.planes)
 
+    @property
+    def outermost(self) -> int:
+        """The largest magnitude of a value, about, in units of the scale."""
+        return max(map(abs, TABLES[self.table][self.total])) if self.total <= 4 else 127
+
     def values(self, level: int) -> np.ndarray:
         """What a code's first `bits(level)` bits stand for, in units of the scale: int8
         `[2**bits]`, rising.
@@ -60,7 +83,7 @@ class Split:
         """
         n = self.bits(level)
         if self.total <= 4:
-            return np.array(TREE[n], np.int8)
+            return np.array(TABLES[self.table][n], np.int8)
         middle = 1 << (7 - n) if n < 8 else 0
         return ((np.arange(1 << n) << (8 - n)) + middle - 128).astype(np.int8)
 
@@ -77,7 +100,8 @@ class Nested:
     def name(self) -> str:
         """The one spelling that a manifest has."""
         first, down = ("+".join(map(str, s.planes)) for s in (self.split, self.down))
-        return f"nested:{first}{'' if first == down else '/' + down}:{self.group}"
+        values = f":{self.split.table}" if self.split.table else ""
+        return f"nested:{first}{'' if first == down else '/' + down}:{self.group}{values}"
 
     @property
     def levels(self) -> int:
@@ -90,14 +114,17 @@ class Nested:
 
 
 def parse(name: str) -> Nested:
-    """`nested:2+1+1`, `nested:2+1+1:64` or `nested:2+1+1/3+1+1:64`; a `BundleError` says what is
-    wrong with another."""
-    match = re.fullmatch(r"nested:([0-9+]{1,20})(?:/([0-9+]{1,20}))?(?::([0-9]{1,4}))?", name)
+    """`nested:2+1+1`, `nested:2+1+1:64`, `nested:2+1+1/3+1+1:64` or `nested:2+1+1:32:fp4`; a
+    `BundleError` says what is wrong with another."""
+    match = re.fullmatch(
+        r"nested:([0-9+]{1,20})(?:/([0-9+]{1,20}))?(?::([0-9]{1,4}))?(?::([a-z0-9]{1,8}))?", name
+    )
     if not match:
         raise BundleError(
             f"{name[:80]!r} is no nested encoding; write it like nested:2+1+1 or nested:5+1+1+1:64."
         )
-    splits = [_split(text, name) for text in (match[1], match[2] or match[1])]
+    table = match[4] or ""
+    splits = [_split(text, table, name) for text in (match[1], match[2] or match[1])]
     group = int(match[3] or 128)
     if group not in GROUPS:
         raise BundleError(
@@ -111,14 +138,19 @@ def parse(name: str) -> Nested:
     return Nested(splits[0], splits[1], group)
 
 
-def _split(text: str, name: str) -> Split:
+def _split(text: str, table: str, name: str) -> Split:
     bits = tuple(int(part or 0) for part in text.split("+"))
     if not 2 <= bits[0] <= 5 or any(b != 1 for b in bits[1:]) or sum(bits) > 8:
         raise BundleError(
             f"{name}: a split is a base of 2 to 5 bits and planes of 1 bit, 8 in all; {text} is "
             "not."
         )
-    return Split(bits)
+    if table not in TABLES or (table and sum(bits) != 4):
+        raise BundleError(
+            f"{name}: the values of 4 bits may be {' or '.join(filter(None, TABLES))}, and without "
+            f"a name are smoe's own; {table} with {text} is not possible."
+        )
+    return Split(bits, table)
 
 
 def matrix_planes(encoding: Nested, name: str, dims: tuple[int, int]) -> list[list[TensorSpec]]:
@@ -208,20 +240,26 @@ def scale_candidates(
     split: Split, groups: np.ndarray, n_in: int, count: int = 9
 ) -> list[np.ndarray]:
     """Scales to try for the groups `[n_out, groups, group]` of rows of `n_in` columns: float32
-    `[n_out, groups]`, values of bfloat16. For the tree around the spread, for a uniform grid around
+    `[n_out, groups]`, values of bfloat16. For a table around the spread, for a uniform grid around
     the largest magnitude; 0 for zeros."""
+    outermost = split.outermost
     if split.total <= 4:
         real = np.minimum(groups.shape[-1], n_in - np.arange(groups.shape[1]) * groups.shape[-1])
         middle, around = np.sqrt(np.square(groups).sum(-1) / real), np.linspace(1.8, 3.0, count)
     else:
         middle, around = np.abs(groups).max(-1), np.linspace(0.7, 1.1, count)
-    return [from_bf16(to_bf16((middle * (k / 127)).astype(np.float32))) for k in around]
+    return [from_bf16(to_bf16((middle * (k / outermost)).astype(np.float32))) for k in around]
 
 
 def nearest(split: Split, x: np.ndarray) -> np.ndarray:
     """The full code, uint8, whose value is nearest to `x`."""
-    values = split.values(len(split.planes)).astype(np.float32)
-    return np.searchsorted((values[1:] + values[:-1]) / 2, x).astype(np.uint8)
+    return nearest_of(split.values(len(split.planes)), x)
+
+
+def nearest_of(values: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The places, uint8, of those of the rising `values` that are nearest to `x`."""
+    wide = values.astype(np.float32)
+    return np.searchsorted((wide[1:] + wide[:-1]) / 2, x).astype(np.uint8)
 
 
 def level_weight(split: Split, level: int) -> float:

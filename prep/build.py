@@ -24,7 +24,7 @@ from smoe.prep.errors import PrepError
 from smoe.prep.inspect import disk_needed
 from smoe.prep.learn import How, Text, learn
 from smoe.prep.options import Recipe, chosen_quantiser, quantiser_settings
-from smoe.prep.pack.pack import unpacked
+from smoe.prep.pack.pack import chosen_encoding, unpacked
 from smoe.prep.prices.calibrate import Fit, add_fit
 from smoe.prep.progress import Progress
 from smoe.prep.statistics.profile import open_profile
@@ -83,6 +83,9 @@ def build(
     profiled = None if profiled is None else Path(profiled)
     refuse_existing(output)
     checkpoint = open_checkpoint(model)
+    recipe = dataclasses.replace(
+        recipe, encoding=chosen_encoding(checkpoint, recipe.encoding, progress)
+    )
     _refuse_early(checkpoint, recipe, calibration, profiled)
     text = _text(checkpoint, recipe, calibration, profiled)
     with beside(output, _settings(checkpoint, recipe, text, profiled), progress) as partial:
@@ -91,7 +94,7 @@ def build(
         experts = unpacked(checkpoint, recipe.encoding)
         how = How(
             experts=experts,
-            calibrated=_calibrated(recipe, calibration),
+            quantiser=chosen_quantiser(recipe.encoding, recipe.quantiser, calibration),
             profiled=profiled,
             device=recipe.device,
         )

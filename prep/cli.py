@@ -32,12 +32,12 @@ _encoding = click.option(
     default=RECIPE.encoding,
     show_default=True,
     help=f"How experts are stored: {', '.join(ENCODINGS)}, or nested:SPLIT[/DOWN_SPLIT][:GROUP] "
-    "like nested:2+1+1:128.",
+    "like nested:2+1+1:128. stored: as in the checkpoint, its own codes of 4 bits too.",
 )
 _quantiser = click.option(
     "--quantiser",
-    help=f"How nested encodings are made: {' or '.join(QUANTISERS)} (plain rounding). [default: "
-    f"{QUANTISERS[0]}]",
+    help=f"How nested encodings are made: {', '.join(QUANTISERS)}; nearest is plain rounding. "
+    "[default: kept for a checkpoint's own codes, else calibrated]",
 )
 _device = click.option(
     "--device",

@@ -17,17 +17,17 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from smoe.artifacts.encodings import encoding_named, record_layout
+from smoe.artifacts.encodings import record_layout
 from smoe.artifacts.layout import ExpertShape
 from smoe.artifacts.tables import TABLES, nbytes
 from smoe.artifacts.tables import TRACE as TRACE_TABLES
 from smoe.prep.checkpoint.checkpoint import read_config
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam, text_class
-from smoe.prep.checkpoint.few_bits import bytes_per_weight, quantiser_of
+from smoe.prep.checkpoint.few_bits import bytes_per_weight, kept_encoding, quantiser_of
 from smoe.prep.checkpoint.seam import expert_geometry, experts_modules, probe_gate
 from smoe.prep.checkpoint.weights import open_weights
 from smoe.prep.errors import PrepError
-from smoe.prep.options import PRICE_TOKENS
+from smoe.prep.options import PRICE_TOKENS, STORED, default_quantiser
 from smoe.prep.pack.pack import PAGE
 from smoe.prep.prices.calibrate import AT_RANDOM, SIZES
 from smoe.prep.prices.calibrate import TOKENS as FIT_TOKENS
@@ -134,7 +134,7 @@ def _size(nbytes: int | None) -> str:
 
 
 def inspect(
-    path: str | Path, encoding: str = "bf16", tokens: int = 65536, prices: int = PRICE_TOKENS
+    path: str | Path, encoding: str = STORED, tokens: int = 65536, prices: int = PRICE_TOKENS
 ) -> Inspection:
     """Look at the checkpoint directory `path`, which needs a config.json and no more, for a build
     in `encoding` with so many calibration `tokens`, of which so many for `prices`. A config that
@@ -142,6 +142,9 @@ def inspect(
     path = Path(path)
     config = read_config(path)
     quantiser = quantiser_of(config, path)
+    if encoding == STORED:
+        half = config.get_text_config().dtype == torch.float16
+        encoding = kept_encoding(quantiser) or ("f16" if half else "bf16")
     model = empty_model(config, path)
     refuse_without_seam(model, path)
     sizes = _Sizes.of(model, encoding, tokens, prices, _shape(model), quantiser)
@@ -331,7 +334,7 @@ def _seconds(sizes: _Sizes, encoding: str, tokens: int, prices: int) -> float | 
     sampled = min(tokens, SAMPLE) * sizes.in_experts
     multiplied = sizes.active * tokens + sampled + _priced(sizes, min(prices, tokens * 3 // 4))
     products = SMALL * 2 * multiplied / _products_per_second()
-    quantised = sizes.in_experts / QUANTISE if encoding_named(encoding).levels > 1 else 0
+    quantised = sizes.in_experts / QUANTISE if default_quantiser(encoding) == "calibrated" else 0
     return (
         products
         + quantised

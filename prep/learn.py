@@ -71,11 +71,11 @@ class Text:
 
 @dataclass(frozen=True)
 class How:
-    """How experts are packed, and where a sweep runs: `profiled` is a finished profile's directory,
-    or None to profile now."""
+    """How experts are packed, by which of `options.QUANTISERS`, and where a sweep runs: `profiled`
+    is a finished profile's directory, or None to profile now."""
 
     experts: Experts
-    calibrated: bool
+    quantiser: str | None
     profiled: Path | None
     device: str
 
@@ -103,10 +103,10 @@ def _learn(
     progress: Progress,
 ) -> str:
     if not text.rows:
-        pack(checkpoint, directory, how.experts.encoding, progress)
+        pack(checkpoint, directory, how.experts.encoding, progress, how.quantiser)
         _copy_profile(how.profiled, directory)
         return ""
-    packing = Packing(checkpoint, directory, how.experts, how.calibrated, progress)
+    packing = Packing(checkpoint, directory, how.experts, how.quantiser, progress)
     observers: list[Observer] = [packing]
     statistics = trace = None
     if how.profiled is None:

@@ -6,13 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from smoe.artifacts import nested
 from smoe.artifacts.encodings import encoding_named
 from smoe.prep.errors import PrepError
 
 if TYPE_CHECKING:
     from smoe.prep.checkpoint.text import Calibration
 
-QUANTISERS = ("calibrated", "nearest")
+STORED = "stored"  # the encoding that keeps what a checkpoint has
+QUANTISERS = ("calibrated", "nearest", "kept")
 PRICE_TOKENS = 8192  # of the calibration text
 
 
@@ -20,9 +22,11 @@ PRICE_TOKENS = 8192  # of the calibration text
 class Recipe:
     """The defaults are those of the command line."""
 
-    encoding: str = "bf16"
+    encoding: str = STORED
     backbone: str = "f32"
-    quantiser: str | None = None  # of nested encodings: one of `QUANTISERS`; None is the first
+    # Of nested encodings, one of `QUANTISERS`; None: kept for a checkpoint's own codes, else
+    # calibrated.
+    quantiser: str | None = None
     # Tokens that prices come from; None: `PRICE_TOKENS` where there is text; 0: no prices.
     prices: int | None = None
     device: str = "cpu"  # what the sweep runs on, as torch names it
@@ -48,14 +52,20 @@ def chosen_quantiser(
     be."""
     name = encoding_named(encoding).name
     if asked is not None and asked not in QUANTISERS:
-        raise PrepError(f"There is no quantiser {asked!r}; there are {' and '.join(QUANTISERS)}.")
-    if not name.startswith("nested"):
+        raise PrepError(f"There is no quantiser {asked!r}; there are {', '.join(QUANTISERS)}.")
+    quantiser = default_quantiser(name)
+    if quantiser is None:
         if asked is not None:
             raise PrepError(
                 f"--quantiser {asked} says how nested encodings are made; {name} has one way only."
             )
         return None
-    quantiser = asked or QUANTISERS[0]
+    quantiser = asked or quantiser
+    if quantiser == "kept" and not nested.parse(name).split.table:
+        raise PrepError(
+            f"--quantiser kept keeps a checkpoint's own codes, and {name} has other values than "
+            "those; leave out --encoding to keep them."
+        )
     if quantiser == "calibrated" and calibration is None:
         raise PrepError(
             f"{name} is quantised on calibration text; give --calibration FILE, or --quantiser "
@@ -64,6 +74,14 @@ def chosen_quantiser(
     return quantiser
 
 
+def default_quantiser(encoding: str) -> str | None:
+    """How codes of a nested encoding are found where nobody says how; None for the others."""
+    if not encoding.startswith("nested"):
+        return None
+    return "kept" if nested.parse(encoding).split.table else "calibrated"
+
+
 def quantiser_settings(encoding: str, asked: str | None) -> dict[str, str]:
     """What an interrupted run must have in common with the next one."""
-    return {"--quantiser": asked or QUANTISERS[0]} if encoding.startswith("nested") else {}
+    quantiser = asked or default_quantiser(encoding)
+    return {} if quantiser is None else {"--quantiser": quantiser}

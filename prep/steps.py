@@ -19,7 +19,7 @@ from smoe.prep.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.errors import PrepError
 from smoe.prep.options import chosen_quantiser, quantiser_settings
-from smoe.prep.pack.pack import pack, unpacked
+from smoe.prep.pack.pack import chosen_encoding, pack, unpacked
 from smoe.prep.progress import Progress
 from smoe.prep.statistics.profile import Profile, profile
 from smoe.prep.sweep.forward import refuse_missing_device
@@ -59,11 +59,9 @@ def profile_to(
     model: Path, output: Path, calibration: Calibration, progress: Progress, device: str = "cpu"
 ) -> Profile:
     """Write the profile of the checkpoint at `model` into a new directory `output`."""
-    with _writing(model, output, {"--device": device}, calibration, progress) as (
-        checkpoint,
-        rows,
-        partial,
-    ):
+    checkpoint = _opened(model, output, device)
+    settings = {"--device": device}
+    with _writing(checkpoint, output, settings, calibration, progress) as (rows, partial):
         return profile(checkpoint, partial, calibration, progress, rows, device)
 
 
@@ -78,13 +76,15 @@ def pack_to(
 ) -> Packed:
     """Write the experts of the checkpoint at `model` as shards into a new directory `output`. A
     `calibration` that the encoding does not use is a `PrepError`."""
-    calibrated = chosen_quantiser(encoding, quantiser, calibration) == "calibrated"
-    if calibration is not None and not calibrated:
+    checkpoint = _opened(model, output, device)
+    encoding = chosen_encoding(checkpoint, encoding, progress)
+    chosen = chosen_quantiser(encoding, quantiser, calibration)
+    if calibration is not None and chosen != "calibrated":
         raise PrepError("--calibration is for nested encodings with --quantiser calibrated.")
     settings = {"--encoding": encoding, "--device": device}
     settings |= quantiser_settings(encoding, quantiser)
-    with _writing(model, output, settings, calibration, progress) as (checkpoint, rows, partial):
-        experts = pack(checkpoint, partial, encoding, progress, rows or None, device)
+    with _writing(checkpoint, output, settings, calibration, progress) as (rows, partial):
+        experts = pack(checkpoint, partial, encoding, progress, chosen, rows, device)
         packed = Packed(output=output, experts=experts)
         write_whole(partial / "experts.json", json.dumps(packed.as_dict(), indent=1) + "\n")
     return packed
@@ -94,11 +94,8 @@ def export_to(model: Path, output: Path, precision: str, progress: Progress) -> 
     """Write the backbone of the checkpoint at `model` as ONNX segments into a new directory
     `output`."""
     check_precision(precision)
-    with _writing(model, output, {"--backbone": precision}, None, progress) as (
-        checkpoint,
-        _,
-        partial,
-    ):
+    checkpoint = _opened(model, output)
+    with _writing(checkpoint, output, {"--backbone": precision}, None, progress) as (_, partial):
         experts = unpacked(checkpoint, "f32")
         manifest = export_checked(checkpoint, partial, experts, precision, progress)
         backbone = Backbone(output=output, manifest=manifest)
@@ -106,20 +103,24 @@ def export_to(model: Path, output: Path, precision: str, progress: Progress) -> 
     return backbone
 
 
+def _opened(model: Path, output: Path, device: str = "cpu") -> Checkpoint:
+    """The checkpoint at `model`, once it is known that `output` can be written."""
+    refuse_existing(output)
+    refuse_missing_device(device)
+    return open_checkpoint(model)
+
+
 @contextlib.contextmanager
 def _writing(
-    model: Path,
+    checkpoint: Checkpoint,
     output: Path,
     settings: dict[str, str],
     calibration: Calibration | None,
     progress: Progress,
-) -> Iterator[tuple[Checkpoint, list[np.ndarray], Path]]:
-    """The opened checkpoint, the text's rows, and the directory that becomes `output`."""
-    refuse_existing(output)
-    refuse_missing_device(settings.get("--device", "cpu"))
-    checkpoint = open_checkpoint(model)
+) -> Iterator[tuple[list[np.ndarray], Path]]:
+    """The text's rows, and the directory that becomes `output`."""
     rows = calibration.rows(checkpoint) if calibration else []
     if calibration:
         settings = settings | calibration.settings(rows)
     with beside(output, settings | checkpoint.identity(), progress) as partial:
-        yield checkpoint, rows, partial
+        yield rows, partial

@@ -24,7 +24,7 @@ from transformers import AutoConfig, GenerationConfig
 from smoe.artifacts.errors import first_line
 from smoe.prep.checkpoint.coded import CodedExperts, read_coded
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam
-from smoe.prep.checkpoint.few_bits import decoded_dtype, quantiser_of
+from smoe.prep.checkpoint.few_bits import decoded_dtype, kept_encoding, quantiser_of
 from smoe.prep.checkpoint.seam import ExpertsLayer, ExpertsModule, experts_modules, layers_used
 from smoe.prep.checkpoint.weights import Weights, open_weights
 from smoe.prep.errors import PrepError
@@ -63,6 +63,19 @@ class Checkpoint:
     @property
     def config(self):
         return self.model.config.get_text_config()
+
+    @property
+    def expert_dtypes(self) -> list[torch.dtype]:
+        """Those that the experts are stored in."""
+        names = {name for layer in self.sources for tensors in layer.values() for name in tensors}
+        return sorted({self.weights.stored[name].dtype for name in names}, key=str)
+
+    @property
+    def kept_encoding(self) -> str:
+        """The encoding that keeps the experts as they are stored; where there is none, as for
+        float32 and float8, bf16."""
+        half = self.expert_dtypes == [torch.float16]
+        return kept_encoding(self.weights.quantiser) or ("f16" if half else "bf16")
 
     def text_files(self) -> list[Path]:
         return [self.path / name for name in TEXT_FILES if (self.path / name).is_file()]

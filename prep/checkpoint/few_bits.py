@@ -132,14 +132,35 @@ _QUANTISERS: dict[str, type[HfQuantizer]] = {
 }
 
 
+def kept_encoding(quantiser: HfQuantizer | None) -> str | None:
+    """The nested encoding that holds the checkpoint's own codes of 4 bits, None where it has none,
+    or groups that no encoding has."""
+    if quantiser is None:
+        return None
+    if "mxfp4" in str(quantiser.quantization_config.quant_method).lower():
+        return "nested:2+1+1:32:fp4"
+    schemes = [w for w in _schemes(quantiser) if w.type == "int" and w.num_bits == 4]
+    widths = {128 if w.strategy == "channel" else w.group_size for w in schemes}
+    groups = {next((g for g in (128, 64, 32) if width and width % g == 0), 0) for width in widths}
+    if not groups or 0 in groups:
+        return None
+    return f"nested:2+1+1:{min(groups)}:int4"
+
+
+def _schemes(quantiser: HfQuantizer) -> list[Any]:
+    """How compressed-tensors stores weights, group by group of modules."""
+    parsed = getattr(quantiser.quantization_config, "quantization_config", None)
+    groups = getattr(parsed, "config_groups", None) or {}
+    return [scheme.weights for scheme in groups.values() if scheme.weights]
+
+
 def bytes_per_weight(quantiser: HfQuantizer) -> float:
     """About how many bytes of the checkpoint an expert's weight takes."""
-    parsed = quantiser.quantization_config
-    schemes = getattr(getattr(parsed, "quantization_config", None), "config_groups", None)
-    weights = [scheme.weights for scheme in (schemes or {}).values() if scheme.weights]
-    if weights:
-        return max(w.num_bits / 8 + 2 / max(32, w.group_size or 0) for w in weights)
-    return 0.5 + 1 / 32 if "mxfp4" in str(parsed.quant_method).lower() else 1.0
+    schemes = _schemes(quantiser)
+    if schemes:
+        return max(w.num_bits / 8 + 2 / max(32, w.group_size or 0) for w in schemes)
+    method = str(quantiser.quantization_config.quant_method).lower()
+    return 0.5 + 1 / 32 if "mxfp4" in method else 1.0
 
 
 def is_code(dtype: torch.dtype) -> bool:

@@ -2,7 +2,8 @@
 
 Encodings of one plane are a function of the weights. Nested ones are quantised on calibration text:
 when a sweep reaches a layer, its experts are in memory, and so is what they receive. Rounding to
-nearest is there as the control (`quantiser` "nearest").
+nearest is there as the control (`quantiser` "nearest"); codes that a checkpoint is stored in are
+found again (`quantiser` "kept").
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from smoe.prep.checkpoint.seam import (
     probe_gate,
 )
 from smoe.prep.errors import PrepError
+from smoe.prep.options import STORED
+from smoe.prep.pack.kept import kept_record
 from smoe.prep.pack.quantise import Quantised, quantise, second_moment
 from smoe.prep.progress import Progress
 from smoe.prep.sweep.forward import Arrays, AtExperts, sweep
@@ -52,13 +55,13 @@ class Packing:
         checkpoint: Checkpoint,
         directory: Path,
         experts: Experts,
-        calibrated: bool,
+        quantiser: str | None,
         progress: Progress,
     ):
-        """Shards go to `directory`/experts; `calibrated` quantises on what arrives."""
+        """Shards go to `directory`/experts; the `quantiser` "calibrated" goes by what arrives."""
         (directory / "experts").mkdir(parents=True, exist_ok=True)
         self._checkpoint, self._directory, self._experts = checkpoint, directory, experts
-        self._calibrated, self._progress = calibrated, progress
+        self._quantiser, self._progress = quantiser, progress
 
     def missing(self) -> list[int]:
         """The layers without a shard. What is there is whole: shards are renamed when they are."""
@@ -66,7 +69,7 @@ class Packing:
         return [layer for layer in layers if not self._shard(layer).exists()]
 
     def visit(self, at: AtExperts) -> Arrays:
-        if not self._shard(at.layer).exists() and self._calibrated:
+        if not self._shard(at.layer).exists() and self._quantiser == "calibrated":
             quantiser = _Calibrated(
                 at, nested.parse(self._experts.encoding), self._layout(at.module)
             )
@@ -87,7 +90,14 @@ class Packing:
         """Write a layer's shard without calibration; `module` has its weights."""
         layout, encoding = self._layout(module), self._experts.encoding
         experts = range(expert_geometry(module)[0])
-        records = (encode_expert(layout, encoding, expert_weights(module, e)) for e in experts)
+        if self._quantiser == "kept":
+            name = self._checkpoint.layers[layer][0]
+            records = (
+                kept_record(layout, encoding, expert_weights(module, e), f"{name}, expert {e}")
+                for e in experts
+            )
+        else:
+            records = (encode_expert(layout, encoding, expert_weights(module, e)) for e in experts)
         self._write(layer, module, records)
 
     def _shard(self, layer: int) -> Path:
@@ -106,20 +116,21 @@ def pack(
     directory: Path,
     encoding: str,
     progress: Progress,
+    quantiser: str | None = None,
     rows: list[np.ndarray] | None = None,
     device: str = "cpu",
 ) -> Experts:
     """Write every layer's experts to `directory`/experts in `encoding`; returns what all shards
     have in common.
 
-    With `rows` of token ids a nested encoding is calibrated on them, on `device`; without, and in
-    any other encoding, weights are rounded. A shard that an interrupted run left is kept.
+    The `quantiser` "calibrated" of a nested encoding goes by `rows` of token ids, on `device`;
+    "kept" finds the checkpoint's own codes; in any other way weights are rounded. A shard that an
+    interrupted run left is kept.
     """
     experts = unpacked(checkpoint, encoding)
-    calibrated = experts.encoding.startswith("nested") and rows is not None
-    packing = Packing(checkpoint, directory, experts, calibrated, progress)
+    packing = Packing(checkpoint, directory, experts, quantiser, progress)
     missing = packing.missing()
-    if calibrated and missing:
+    if quantiser == "calibrated" and missing:
         sweep(checkpoint, rows or [], [packing], device, progress=progress)
         return experts
     count = progress.counter("pack", "layers", len(checkpoint.layers))
@@ -129,6 +140,16 @@ def pack(
                 packing.round(layer, module)
         count.done(layer + 1, worked=layer in missing)
     return experts
+
+
+def chosen_encoding(checkpoint: Checkpoint, asked: str, progress: Progress) -> str:
+    """The encoding that was asked for, or what `STORED` comes to; said, with what is lost."""
+    if asked != STORED:
+        return asked
+    kept = checkpoint.kept_encoding
+    stored = ", ".join(str(dtype).removeprefix("torch.") for dtype in checkpoint.expert_dtypes)
+    progress.say(f"encoding: {kept}, for experts stored in {stored}")
+    return kept
 
 
 def unpacked(checkpoint: Checkpoint, encoding: str) -> Experts:

@@ -166,6 +166,7 @@ class _Grid:
     edges: list[torch.Tensor]  # between neighbours
     bits: list[int]
     weights: list[float]
+    outermost: int
 
     @classmethod
     def of(cls, split: Split, device: torch.device) -> _Grid:
@@ -173,9 +174,9 @@ class _Grid:
         values = [torch.from_numpy(split.values(n).astype(np.float32)).to(device) for n in levels]
         extra = {1: BASE, len(split.planes): FULL}
         weights = [level_weight(split, n) * extra.get(n, 1.0) for n in levels]
-        return cls(
-            values, [(v[1:] + v[:-1]) / 2 for v in values], [split.bits(n) for n in levels], weights
-        )
+        edges = [(v[1:] + v[:-1]) / 2 for v in values]
+        bits = [split.bits(n) for n in levels]
+        return cls(values, edges, bits, weights, split.outermost)
 
     def look_up(self, codes: torch.Tensor) -> torch.Tensor:
         """Values at every level, `[levels, *codes.shape]`."""
@@ -211,7 +212,7 @@ def _best_scale(grid: _Grid, rest: torch.Tensor, importance: torch.Tensor) -> to
         middle, around = full.abs().amax(-1), np.linspace(0.7, 1.1, CANDIDATES)
     best, cost = torch.zeros_like(middle), torch.full_like(middle, torch.inf)
     for k in around:
-        scale = (middle * (k / 127)).bfloat16().float()
+        scale = (middle * (k / grid.outermost)).bfloat16().float()
         codes = torch.bucketize(full / scale.clamp(min=1e-38)[..., None], grid.edges[-1])
         error = (rest - grid.look_up(codes) * scale[..., None]).square() * importance
         candidate_cost = (

@@ -39,11 +39,12 @@ def test_a_record_gives_back_what_went_in(encoding, gated, biased):
     assert record.shape == (layout.nbytes,) and layout.nbytes % 512 == 0
     decoded = decode_expert(shape, layout, encoding, record)
     assert decoded.keys() == weights.keys()
-    # f32 exactly; bf16 to half a unit of its 8 bits; int8 to half a step of the row's scale.
+    # f32 exactly; bf16 and f16 to half a unit of their 8 and 11 bits; int8 to half a step.
     for name, w in weights.items():
         bound = {
             "f32": 0,
             "bf16": np.abs(w) * 2**-8,
+            "f16": np.abs(w) * 2**-11 + 2**-25,
             "int8": np.abs(w).max(-1, keepdims=True) / 127 * 0.5001,
         }[encoding]
         assert np.all(np.abs(decoded[name] - w) <= (0 if name.endswith("_bias") else bound)), name
@@ -84,9 +85,17 @@ def test_int8_by_eye():
     assert encoded["up_scale"].tolist() == [1, 0]
 
 
+def test_a_weight_beyond_float16_is_refused_and_not_infinite():
+    assert ENCODINGS["f16"].encode("up", np.array([[65504, -1e-8]], np.float32))["up"].tolist() == [
+        [65504, 0]
+    ]
+    with pytest.raises(BundleError, match="up to 65600, and float16 ends at 65504; use bf16"):
+        ENCODINGS["f16"].encode("up", np.array([[1, 65600]], np.float32))
+
+
 def test_an_unknown_encoding_names_those_there_are():
     with pytest.raises(
-        BundleError, match="no encoding 'int3' in this version; it has f32, bf16, int8"
+        BundleError, match="no encoding 'int3' in this version; it has f32, bf16, f16, int8"
     ):
         record_layout(SHAPE, "int3", 512)
 
@@ -97,6 +106,8 @@ NESTED = [
     "nested:3+1/4+1:32",
     "nested:2:32",
     "nested:5:32",
+    "nested:2+1+1:32:fp4",
+    "nested:3+1:128:int4",
 ]
 
 

@@ -4,7 +4,7 @@ import re
 
 from smoe.artifacts import tables
 from smoe.artifacts.encodings import ENCODINGS
-from smoe.artifacts.nested import TREE
+from smoe.artifacts.nested import TABLES
 
 
 def _rows(text: str) -> dict[str, list[str]]:
@@ -31,7 +31,7 @@ def test_the_encodings_are_those_of_the_code(root):
     text = (root / "artifacts" / "FORMAT.md").read_text()
     section = text[text.index("### Records") : text.index("### nested")]
     assert set(_rows(section)) - {"encoding"} == {*ENCODINGS, "nested:…"}
-    rows = _rows(text[text.index("### nested") : text.index("## tables.safetensors")])
-    assert {n: [int(v) for v in rows[str(n)][0].split()] for n in TREE} == {
-        n: list(v) for n, v in TREE.items()
-    }
+    nested = text[text.index("### nested") : text.index("## tables.safetensors")]
+    written = [_rows(part) for part in re.split(r"^\| n \| values", nested, flags=re.M)[1:]]
+    for rows, table in zip(written, TABLES.values(), strict=True):
+        assert {n: tuple(map(int, rows[str(n)][0].split())) for n in table} == table

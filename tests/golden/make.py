@@ -6,7 +6,8 @@ format version; the result is checked in and must open for ever. v1 is a qwen3_m
 jamba in int8, whose state is a mixture of what is appended to and what keeps its shape, and which
 takes one token at a time; v3 a gpt_oss, whose experts have biases and a clamped gate, in nested
 planes; v4 a qwen3_moe of three layers in nested planes, with prices and linear predictors, so that
-every policy runs on it, and with what only people read in study/.
+every policy runs on it, and with what only people read in study/; v5 a gpt_oss that was stored in
+mxfp4, with its own codes (python tests/golden/make.py, with tests/ on PYTHONPATH).
 """
 
 import json
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from support.few_bits import mxfp4
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from smoe.artifacts import safetensors_file
 from smoe.prep.build import build
@@ -35,7 +37,7 @@ CHAT = (
 )
 
 
-def checkpoint(path: Path) -> Qwen3MoeForCausalLM:
+def checkpoint(path: Path) -> tuple[Path, GptOssForCausalLM]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,36 +48,35 @@ def checkpoint(path: Path) -> Qwen3MoeForCausalLM:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(LINES, trainer)
-    torch.manual_seed(12)
-    config = Qwen3MoeConfig(
-        vocab_size=307, hidden_size=48, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=8,
-        intermediate_size=56, moe_intermediate_size=36, num_experts=7, num_experts_per_tok=3,
-        norm_topk_prob=True,
-        max_position_embeddings=300, eos_token_id=0, bos_token_id=0, pad_token_id=0,
-        initializer_range=0.15,
+    torch.manual_seed(13)
+    config = GptOssConfig(
+        vocab_size=307, hidden_size=64, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=8, intermediate_size=96, num_local_experts=7,
+        num_experts_per_tok=3, sliding_window=32, max_position_embeddings=300,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        eos_token_id=0, bos_token_id=0, pad_token_id=0, initializer_range=0.15,
     )  # fmt: skip
-    model = Qwen3MoeForCausalLM(config).eval()
-    model.save_pretrained(path)
-    tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(
+    GptOssForCausalLM(config).save_pretrained(path / "plain")
+    few, exact = mxfp4(path / "plain", path)
+    model = GptOssForCausalLM.from_pretrained(exact, dtype=torch.float32).eval()
+    tokenizer.save(str(few / "tokenizer.json"))
+    (few / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": "<end>", "chat_template": CHAT})
     )
-    return model
+    return few, model
 
 
 def main(output: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch)
-        model = checkpoint(source)
+        source, model = checkpoint(Path(scratch))
         ids = np.random.default_rng(3).integers(1, 307, (40, 200)).tolist()
-        text = source / "text.jsonl"
+        text = Path(scratch) / "text.jsonl"
         text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
         build(
             source,
             output,
             Calibration(str(text), tokens=2048, length=100),
-            Recipe(encoding="nested:5+1+1+1:64", prices=1024),
+            Recipe(prices=1024),
         )
         prompt = torch.tensor([ids[0][:150]])  # longer than a chunk
         with torch.no_grad():

@@ -13,13 +13,20 @@ from support.pico import make_model
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from smoe.artifacts import open_bundle, record_layout
+from smoe.artifacts.bfloat16 import from_bf16, to_bf16
+from smoe.artifacts.encodings import decode_expert
+from smoe.artifacts.nested import Split
+from smoe.artifacts.shard import shard_start
 from smoe.prep.build import build
 from smoe.prep.checkpoint.checkpoint import open_checkpoint
 from smoe.prep.checkpoint.seam import expert_weights
 from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.errors import PrepError
 from smoe.prep.options import Recipe
+from smoe.prep.pack.kept import kept_codes
 from smoe.prep.progress import Progress
+from smoe.runtime import Engine
 
 UE8M0 = functools.partial(few_bits.block_fp8, power_of_two=True)
 # Families' own sizes: whole groups of 32 where a scheme has them; elsewhere the last block of most
@@ -83,6 +90,113 @@ def test_what_is_called_exact_here_is_what_transformers_loads(pairs, scheme):
     ).state_dict()
     wanted = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32).state_dict()
     assert all(torch.equal(loaded[name].float(), w) for name, w in wanted.items())
+
+
+KEPT = {
+    "gpt_oss in mxfp4": "nested:2+1+1:32:fp4",
+    "qwen3_moe in int4": "nested:2+1+1:32:int4",
+}
+
+
+@pytest.fixture(scope="module")
+def kept(pairs, tmp_path_factory, ids_file):
+    """scheme -> its bundle as `build` makes it where nothing else is asked for."""
+    made = {}
+
+    def get(scheme):
+        if scheme not in made:
+            made[scheme] = tmp_path_factory.mktemp("kept") / "b.smoe"
+            text = Calibration(str(ids_file))
+            build(pairs(scheme)[0], made[scheme], text, Recipe(), progress=Progress(True))
+        return made[scheme]
+
+    return get
+
+
+def _records(path, bundle, layer, layout):
+    page, count = bundle.manifest.experts.page, bundle.manifest.layers[layer].experts
+    shard = path / bundle.manifest.shard(layer)
+    start = shard_start(shard, layout, page, count)
+    return np.fromfile(shard, np.uint8, offset=start).reshape(count, -1)
+
+
+@pytest.mark.parametrize("scheme", KEPT)
+def test_stored_codes_are_kept_to_the_bit(pairs, kept, scheme):
+    bundle, exact = open_bundle(kept(scheme)), open_checkpoint(pairs(scheme)[1])
+    experts = bundle.manifest.experts
+    assert experts.encoding == KEPT[scheme]
+    for layer in range(len(bundle.manifest.layers)):
+        shape = bundle.manifest.expert_shape(layer)
+        layout = record_layout(shape, experts.encoding, experts.page)
+        with exact.experts(layer) as module:
+            for expert, record in enumerate(_records(kept(scheme), bundle, layer, layout)):
+                decoded = decode_expert(shape, layout, experts.encoding, record)
+                for name, wanted in expert_weights(module, expert).items():
+                    found = decoded[name]
+                    if scheme == "qwen3_moe in int4":  # transformers' products are rounded
+                        found = from_bf16(to_bf16(found))
+                    assert np.array_equal(found, wanted), name
+
+
+@pytest.mark.parametrize("scheme", KEPT)
+def test_more_bits_of_kept_codes_are_nearer_to_the_model(pairs, kept, scheme):
+    model = AutoModelForCausalLM.from_pretrained(pairs(scheme)[1], dtype=torch.float32)
+    ids = np.random.default_rng(4).integers(3, 211, 120)
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(ids)[None]).logits[0].log_softmax(-1).numpy()
+    divergence = []
+    for level in (1, 2, 3):
+        with Engine.open(kept(scheme), level=level) as engine:
+            found = torch.from_numpy(engine.logits(ids)).log_softmax(-1).numpy()
+        divergence.append(float((np.exp(wanted) * (wanted - found)).sum(-1).mean()))
+    assert divergence[0] > 2 * divergence[1] > 20 * divergence[2] > 0, divergence
+
+
+def test_kept_codes_can_still_be_rounded(pairs, tmp_path, smoe_prep):
+    few, _ = pairs("gpt_oss in mxfp4")
+    options = ("--encoding", "nested:2+1+1:64", "--quantiser", "nearest")
+    assert smoe_prep("pack", few, "-o", tmp_path / "rounded", *options).returncode == 0
+    said = smoe_prep("pack", few, "-o", tmp_path / "x", *options[:2], "--quantiser", "kept")
+    assert said.returncode == 1 and "has other values than those" in said.stderr
+
+
+def test_weights_that_are_no_codes_are_not_kept(checkpoints, tmp_path, smoe_prep):
+    options = ("--encoding", "nested:2+1+1:32:int4")
+    said = smoe_prep("pack", checkpoints("mixtral"), "-o", tmp_path / "x", *options)
+    assert said.returncode == 1
+    assert "expert 0: down is not made of codes of nested:2+1+1:32:int4" in said.stderr
+
+
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("table", ["fp4", "int4"])
+def test_codes_are_found_again_whatever_a_group_holds(table, factors):
+    # Groups of one value, of small values only, of zeros of both signs; a short last group.
+    split, random = Split((2, 1, 1), table), np.random.default_rng(6)
+    values = split.values(3).astype(np.float32)
+    codes = random.integers(0, 16, (64, 3, 32))
+    codes[:16] = random.integers(0, 16, (16, 1, 1))
+    codes[16:40] = random.integers(6, 10, (24, 3, 32))
+    scale = random.uniform(2**-9, 2**-8, (64, 3)).astype(np.float32)
+    scale = from_bf16(to_bf16(2 ** np.floor(np.log2(scale)) if table == "fp4" else scale))
+    w = torch.from_numpy((values[codes] * scale[..., None]).reshape(64, 96)[:, :90].copy())
+    w = w.to(factors).float().numpy()
+    found, factor = kept_codes(split, 32, w)
+    products = values[found] * np.repeat(factor, 32, 1)[:, :90]
+    assert np.array_equal(torch.from_numpy(products).to(factors).float().numpy(), w)
+
+
+def test_float16_is_kept(tmp_path, ids_file):
+    model = make_model("qwen3_moe").half()
+    model.save_pretrained(tmp_path / "m")
+    build(tmp_path / "m", tmp_path / "b", Calibration(str(ids_file)), progress=Progress(True))
+    bundle = open_bundle(tmp_path / "b")
+    assert bundle.manifest.experts.encoding == "f16"
+    shape = bundle.manifest.expert_shape(1)
+    layout = record_layout(shape, "f16", bundle.manifest.experts.page)
+    down = model.model.layers[1].mlp.experts.down_proj
+    for expert, record in enumerate(_records(tmp_path / "b", bundle, 1, layout)):
+        decoded = decode_expert(shape, layout, "f16", record)
+        assert np.array_equal(decoded["down"], down[expert].float().detach().numpy())
 
 
 def _with_scheme(checkpoint, directory, fields):

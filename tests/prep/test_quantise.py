@@ -102,7 +102,7 @@ def test_packed_records_hold_calibrated_codes(checkpoints, bundles, ids_file, tm
     checkpoint = open_checkpoint(checkpoints(family))
     rows = Calibration(str(ids_file)).rows(checkpoint)
     name = "nested:2+1+1/3+1+1:32"
-    experts = pack(checkpoint, tmp_path, name, QUIET, rows)
+    experts = pack(checkpoint, tmp_path, name, QUIET, "calibrated", rows)
     assert experts.encoding == name
     whole = open_bundle(bundles(family))
     manifest = dataclasses.replace(whole.manifest, experts=experts)
@@ -138,7 +138,8 @@ def test_packing_takes_no_accelerator_that_was_not_asked_for(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     checkpoint = open_checkpoint(checkpoints("mixtral"))
     rows = Calibration(str(ids_file)).rows(checkpoint)
-    pack(checkpoint, tmp_path, "nested:2+1:32", QUIET, rows)  # there is no CUDA here: it would fail
+    # There is no CUDA here: it would fail.
+    pack(checkpoint, tmp_path, "nested:2+1:32", QUIET, "calibrated", rows)
     assert len(list((tmp_path / "experts").iterdir())) == 2
 
 
@@ -147,14 +148,14 @@ def test_packing_goes_on_after_the_last_finished_layer(
 ):
     checkpoint = open_checkpoint(checkpoints("mixtral"))
     rows = Calibration(str(ids_file)).rows(checkpoint)
-    pack(checkpoint, tmp_path / "whole", "nested:2+1:32", QUIET, rows)
+    pack(checkpoint, tmp_path / "whole", "nested:2+1:32", QUIET, "calibrated", rows)
     files = sorted(
         p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.safetensors")
     )
     (tmp_path / "half" / "experts").mkdir(parents=True)
     (tmp_path / "half" / files[0]).write_bytes((tmp_path / "whole" / files[0]).read_bytes())
     before = (tmp_path / "half" / files[0]).stat().st_mtime_ns
-    pack(checkpoint, tmp_path / "half", "nested:2+1:32", QUIET, rows)
+    pack(checkpoint, tmp_path / "half", "nested:2+1:32", QUIET, "calibrated", rows)
     assert (tmp_path / "half" / files[0]).stat().st_mtime_ns == before
     for file in files:
         assert (tmp_path / "half" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

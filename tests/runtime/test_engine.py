@@ -41,7 +41,7 @@ def test_scoring_token_by_token_gives_the_same(engine, answer):
 
 def test_every_golden_bundle_says_what_it_said(goldens):
     """Versions, and with them kinds of state: v2 takes one token at a time and replaces its state
-    whole; v3 has planes."""
+    whole; v3 has planes; v5 the codes of its checkpoint."""
     for path in goldens:
         answer = safetensors_file.load(path.with_suffix(".answer.safetensors"))
         close = {
@@ -49,12 +49,14 @@ def test_every_golden_bundle_says_what_it_said(goldens):
             "int8": 0.02,
             "nested:5+1+1+1:32": 0.2,
             "nested:5+1+1+1:64": 0.2,
+            "nested:2+1+1:32:fp4": 0.4,
         }  # a router of random weights flips now and then
         same = {
             "f32": 24,
             "int8": 24,
             "nested:5+1+1+1:32": 8,
             "nested:5+1+1+1:64": 8,
+            "nested:2+1+1:32:fp4": 6,
         }  # greedy tokens
         with Engine.open(path) as engine:
             encoding = engine.manifest.experts.encoding

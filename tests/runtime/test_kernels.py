@@ -20,6 +20,8 @@ NESTED = (
     "nested:2+1+1+1/3+1+1+1:64",
     "nested:4+1+1:32",
     "nested:2:128",
+    "nested:2+1+1:32:fp4",
+    "nested:2+1+1:64:int4",
 )
 SPECS = [
     ExpertActivation("gated", "silu"), ExpertActivation("plain", "relu2"),
@@ -102,13 +104,26 @@ EXTREMES = np.array([
 
 
 @pytest.mark.parametrize("variant", NATIVE)
+def test_every_float16_is_read_as_numpy_reads_it(variant):
+    # As a matrix of one column times 1; in a row of many another lane's load would do.
+    shape = ExpertShape(1, 1 << 16, gated=False)
+    layout = record_layout(shape, "f16", 512)
+    record = np.zeros(layout.nbytes, np.uint8)
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    layout.views(record)["up"][...] = every[:, None]
+    found = _product(variant, "f16", layout, shape, record, 1, np.ones((1, 1), np.float32))
+    assert np.array_equal(found[0], every.astype(np.float32), equal_nan=True)
+
+
+@pytest.mark.parametrize("variant", NATIVE)
 @pytest.mark.parametrize("encoding", [*ENCODINGS, *NESTED])
 @pytest.mark.parametrize("magnitude", [1e-42, 1e-30, 1, 1e30, 2e38])
 def test_extremes_keep_their_bits(variant, encoding, magnitude):
     # Denormals, sums that overflow, what is not finite; weights and scales of any size.
     shape = ExpertShape(5, 3, gated=False)
     layout = record_layout(shape, encoding, 512)
-    weights = {n: (w * np.float32(magnitude)).clip(-2e38, 2e38) for n, w in _weights(shape).items()}
+    most = 65504 if encoding == "f16" else 2e38
+    weights = {n: (w * np.float32(magnitude)).clip(-most, most) for n, w in _weights(shape).items()}
     with np.errstate(all="ignore"):
         record = encode_expert(layout, encoding, weights)
         for x in (EXTREMES, EXTREMES[:1], EXTREMES[2:3]):

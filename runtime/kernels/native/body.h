@@ -42,6 +42,26 @@ struct BF16 {
     }
 };
 
+// Exact: exponent and mantissa move to where float32 has them and are multiplied by 2^112, which
+// gives subnormal numbers their place too; what has the largest exponent is infinite or no number.
+struct F16 {
+    typedef std::uint16_t T;
+    static SMOE_INLINE void load(const T* p, f32x16& v) {
+        u16x16 h;
+        std::memcpy(&h, p, sizeof h);
+        const u32x16 w = __builtin_convertvector(h, u32x16);
+        const u32x16 magnitude = (w & 0x7FFFu) << 13;
+        f32x16 scaled;
+        std::memcpy(&scaled, &magnitude, sizeof scaled);
+        scaled *= 0x1p112f;
+        u32x16 bits;
+        std::memcpy(&bits, &scaled, sizeof bits);
+        bits |= (w & 0x8000u) << 16;
+        bits |= u32x16((w & 0x7C00u) == 0x7C00u) & 0x7F800000u;
+        std::memcpy(&v, &bits, sizeof v);
+    }
+};
+
 struct I8 {
     typedef std::int8_t T;
     static SMOE_INLINE void load(const T* p, f32x16& v) {
@@ -300,6 +320,8 @@ void tile(const Operand& w, std::size_t tile, const Rows& x, float* y, std::size
             return dense_tile<F32>(w, tile, x, y, stride);
         case Weights::bf16:
             return dense_tile<BF16>(w, tile, x, y, stride);
+        case Weights::f16:
+            return dense_tile<F16>(w, tile, x, y, stride);
         case Weights::i8:
             return dense_tile<I8>(w, tile, x, y, stride);
         case Weights::nested:

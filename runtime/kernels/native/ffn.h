@@ -4,8 +4,8 @@
 // An expert is  y = down . inner + down_bias,  inner = act(gate . x + gate_bias) * (up . x +
 // up_bias)  (or another gate, see gate.h). Matrices are [n_out, n_in] and of two sorts:
 //
-//   dense    float32, bfloat16 or int8 rows (int8 with one float32 scale a row), activations in
-//            float32.
+//   dense    float32, bfloat16, float16 or int8 rows (int8 with one float32 scale a row),
+//            activations in float32.
 //
 //            Lane j of 16 adds up k = j, j+16, ... in rising order, each product rounded to float32
 //            before it is added; a short row behaves as if padded with zeros; then lanes fold in
@@ -43,7 +43,7 @@ constexpr std::size_t SLICE = 64;    // bytes of one bit of a block
 constexpr std::size_t MAX_BITS = 8;
 constexpr std::size_t MAX_PLANES = 7;
 
-enum class Weights { f32, bf16, i8, nested };
+enum class Weights { f32, bf16, f16, i8, nested };
 
 // The value of a code is high[its first 4 bits, or all if it has fewer] + low[the rest]. In the
 // kernels bit t of a code (0 the most significant) comes as bit (t + m) % 4 of a nibble, for m of 4

@@ -42,10 +42,11 @@ using About = std::tuple<std::string, std::size_t, std::size_t, std::ptrdiff_t, 
 static Matrix matrix(const About& about) {
     Matrix m = {};
     const auto& [kind, n_out, n_in, data, scale, bias, group, planes, tables] = about;
-    require(kind == "f32" || kind == "bf16" || kind == "int8" || kind == "nested",
-            "kind: f32, bf16, int8 or nested");
+    require(kind == "f32" || kind == "bf16" || kind == "f16" || kind == "int8" || kind == "nested",
+            "kind: f32, bf16, f16, int8 or nested");
     m.kind = kind == "f32"    ? Weights::f32
              : kind == "bf16" ? Weights::bf16
+             : kind == "f16"  ? Weights::f16
              : kind == "int8" ? Weights::i8
                               : Weights::nested;
     m.n_out = n_out, m.n_in = n_in, m.data = data, m.scale = scale, m.bias = bias;
@@ -77,7 +78,7 @@ static Matrix matrix(const About& about) {
 static std::size_t end_of(const Matrix& m, std::size_t level) {
     const std::size_t bias = m.bias < 0 ? 0 : m.bias + m.n_out * 4;
     if (m.kind != Weights::nested) {
-        const std::size_t size = m.kind == Weights::f32 ? 4 : m.kind == Weights::bf16 ? 2 : 1;
+        const std::size_t size = m.kind == Weights::f32 ? 4 : m.kind == Weights::i8 ? 1 : 2;
         const std::size_t scale = m.scale < 0 ? 0 : m.scale + m.n_out * 4;
         return std::max({m.data + m.n_out * m.n_in * size, scale, bias});
     }
