@@ -116,7 +116,7 @@ class _TwoCodesAtOnce(Mxfp4Dequantize):
         pairs = torch.stack([values[byte & 15], values[byte >> 4]], -1).view(torch.int32)[:, 0]
         factors = torch.exp2(byte.float() - 127).bfloat16()
         w = pairs.index_select(0, blocks.reshape(-1).int()).view(torch.bfloat16)
-        w = w.reshape(*blocks.shape[:-1], 32) * factors[scales.int()][..., None]
+        w = w.reshape(*blocks.shape[:-1], 32).mul_(factors[scales.int()][..., None])
         return {full_layer_name: w.flatten(2).transpose(1, 2)}
 
 

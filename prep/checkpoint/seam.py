@@ -204,7 +204,7 @@ def expert_weights(module: ExpertsModule, expert: int) -> dict[str, np.ndarray]:
             tensors["up_bias"] = module.up_proj_bias[expert]
     if module.has_post_expert_norm:
         tensors["norm"] = probe_norm(module)
-    return {name: t.detach().float().cpu().contiguous().numpy() for name, t in tensors.items()}
+    return {name: torch.empty(t.shape).copy_(t.detach()).numpy() for name, t in tensors.items()}
 
 
 def expert_geometry(module: ExpertsModule) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ from smoe.artifacts.layout import RecordLayout
 from smoe.artifacts.nested import Split
 from smoe.prep.errors import PrepError
 
-AT_ONCE = 1 << 20  # weights
+AT_ONCE = 1 << 16  # weights
 
 Rounding = Callable[[np.ndarray], np.ndarray]
 
@@ -48,23 +48,21 @@ def kept_codes(split: Split, group: int, w: np.ndarray) -> tuple[np.ndarray, np.
     products are `w` float32 `[n_out, n_in]` to the bit, rounded as `w` is; None if there are none.
     """
     (n_out, n_in), groups = w.shape, -(-w.shape[1] // group)
-    padded = np.pad(w, ((0, 0), (0, groups * group - n_in))).reshape(-1, group)
+    short = groups * group - n_in
+    padded = (np.pad(w, ((0, 0), (0, short))) if short else w).reshape(-1, group)
     codes = np.zeros(padded.shape, np.uint8)
     scale = np.zeros(len(padded), np.float32)
-    rounding = _rounding(w)
     for start in range(0, len(padded), AT_ONCE // group):
         part = slice(start, start + AT_ONCE // group)
-        if not _keep(split, padded[part], rounding, codes[part], scale[part]):
+        if not _keep(split, padded[part], codes[part], scale[part]):
             return None
     return codes.reshape(n_out, -1)[:, :n_in], scale.reshape(n_out, groups)
 
 
-def _keep(
-    split: Split, w: np.ndarray, rounding: Rounding, codes: np.ndarray, scale: np.ndarray
-) -> bool:
+def _keep(split: Split, w: np.ndarray, codes: np.ndarray, scale: np.ndarray) -> bool:
     """Fill codes and factors of groups `[n, group]`; whether all of them have some."""
     values = split.values(len(split.planes)).astype(np.float32)
-    largest = np.abs(w).max(1)
+    largest, rounding = np.abs(w).max(1), _rounding(w)
     left = np.flatnonzero(largest)
     codes[largest == 0] = np.abs(values).argmin()
     for magnitude, exact, candidate in _candidates(largest, values):
