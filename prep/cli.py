@@ -272,7 +272,9 @@ def export(model: Path, output: Path, backbone: str, as_json: bool) -> None:
     help="Held-out text, in any form that --calibration takes.",
 )
 @click.option("--tokens", type=int, default=4096, show_default=True)
-@click.option("--memory", metavar="SIZE", help="Budget of the runtime, as in `smoe run`.")
+@click.option(
+    "--memory", metavar="SIZE", help="What the runtime may take beside the checkpoint, like 4GiB."
+)
 @click.option("--level", type=int, help="Planes of every expert to read, as in `smoe run`.")
 @click.option(
     "--prices",

@@ -120,7 +120,7 @@ def simulate(
     "--memory",
     multiple=True,
     metavar="SIZE",
-    help="Of the whole engine, repeatable. Default: the device's.",
+    help="Of the whole process, as in `smoe run`, repeatable. Default: the device's.",
 )
 @click.option("--context", type=int, metavar="TOKENS", help="Longest sequence, as in `smoe run`.")
 @click.option(

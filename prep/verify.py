@@ -53,14 +53,15 @@ def verify(
     progress: Progress,
     level: int | None = None,
 ) -> Verification:
-    """Compare `bundle`, experts at `level`, with the float32 checkpoint at `model` on `text`. A
+    """Compare `bundle`, experts at `level`, with the float32 checkpoint at `model` on `text`, its
+    engine within `memory` beside what this process holds of the checkpoint. A
     `PrepError` if the bundle was not built from it."""
     checkpoint = open_checkpoint(model)
     rows = text.rows(checkpoint)
     context = max(len(row) for row in rows)
     compared, left = _Compared(), list(rows)
     count = progress.counter("verify", "rows", len(rows))
-    with Engine.open(bundle, memory, context, level=level) as engine:
+    with Engine.open(bundle, beside=memory, context=context, level=level) as engine:
         if engine.manifest.provenance.get("source_fingerprint") != checkpoint.fingerprint():
             raise PrepError(f"{bundle} was not built from {model}: their fingerprints differ.")
 

@@ -154,6 +154,10 @@ class Backbone:
             if self._last_use.get(n, -1) == index or (n in outputs and n not in self._last_use)
         ]
 
+    def release(self) -> None:
+        """Give back sessions and weights; it cannot be used afterwards."""
+        self._sessions, self._weights = [], {}
+
     def new_state(self, context: int) -> SegmentState:
         """That of a sequence of up to `context` tokens that has consumed none."""
         return SegmentState(self._manifest.backbone.state, context)

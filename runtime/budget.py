@@ -1,10 +1,10 @@
-"""The budget: what the engine will hold, added up before anything is loaded, and what is left for
-experts."""
+"""The budget: what the process will hold, added up before anything is loaded, and what is left for
+experts. What it may be here, and what the process holds already, `allowance` finds out."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,25 +15,21 @@ from smoe.runtime.errors import EngineError
 
 MIB = 1 << 20
 _UNITS = {
-    "": 1,
-    "b": 1,
-    "k": 1 << 10,
-    "kib": 1 << 10,
-    "kb": 10**3,
-    "m": MIB,
-    "mib": MIB,
-    "mb": 10**6,
-    "g": 1 << 30,
-    "gib": 1 << 30,
-    "gb": 10**9,
-}
+    unit: 1 << 10 * power
+    for power, letter in enumerate("kmgtp", 1)
+    for unit in (letter, f"{letter}i", f"{letter}ib")
+} | {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "pb": 10**15}
+# Below, a number without a unit is no budget: an interpreter alone takes more bytes, and as MiB it
+# is what machines have.
+BARE = MIB
+MOST = 1 << 60  # bytes; no machine has more
 
 # tokens of a prompt that run at once; a constant, so that logits do not depend on the budget
 CHUNK = 128
 PREFILL_CHUNKS = 64  # of a prompt that share a read at most: beyond, reading hides behind computing
 PREFILL_SHARE = 4  # the budget over what a prompt's chunks are to have at least, lent or kept free
 LENDING = 2  # the memory of experts over what of it they lend, so that decoding finds some left
-RESERVE = 10  # the part of what is spare that is left alone where no budget is stated
+RESERVE = 10  # the part of what may be held that is left alone where no budget is stated
 SLOTS = 256  # of one call of the kernels, before the last expert is added: more would be no faster
 
 # Measured with bench/memory.py on x86-64, ONNX Runtime 1.31: the code pages that ONNX Runtime and
@@ -42,6 +38,22 @@ SLOTS = 256  # of one call of the kernels, before the last expert is added: more
 RUNTIME = 18 * MIB
 SESSION = MIB // 2
 TOKENIZER = 16
+# What `smoe run` holds before it opens a bundle, for plans that are made elsewhere; and the part of
+# it by which two such processes may differ, which a minimum that is said has in it.
+PROCESS = 64 * MIB
+SWING = 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a budget comes from, for people: `of` follows what a plan takes of it, `called` is the
+    budget, `way_out` says what to do where it is too small. Figures are of the whole process, or
+    where a budget is `beside` what the process holds, beside that."""
+
+    of: str
+    called: str
+    way_out: str = "State more memory or a shorter context."
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,9 @@ class MemoryPlan:
     """Bytes by purpose. Experts: `capacity` may be resident, `experts` there are, `smallest` are
     needed to run at all, `token_cycle` are used by one token. `prefill` is the most that is kept of
     a prompt's chunks, beyond the first, while they share the reads of a layer's experts; `lent` of
-    it are the experts', who give way for as long as the prompt takes."""
+    it are the experts', who give way for as long as the prompt takes. `process` is what is there
+    without an engine, 0 where the engine alone is planned; `source` says where the budget comes
+    from."""
 
     context: int
     budget: int | None
@@ -63,16 +77,19 @@ class MemoryPlan:
     experts: int
     smallest: int
     token_cycle: int
+    process: int
+    source: Source
 
     @property
     def fixed(self) -> int:
         """What neither experts nor prompts take."""
-        return self.backbone + self.state + self.workspace
+        return self.process + self.backbone + self.state + self.workspace
 
     @property
     def minimum(self) -> int:
-        """The least that such an engine takes: few experts, and prompts in single chunks."""
-        return self.fixed + self.smallest * self.record
+        """The least that will do, in any process like this one: few experts, and prompts in single
+        chunks."""
+        return self.fixed + self.smallest * self.record + self.process // SWING
 
     @property
     def total(self) -> int:
@@ -100,20 +117,15 @@ class MemoryPlan:
     def lines(self, eviction: str = "") -> list[str]:
         """For people: what the memory is used for, and a warning where the budget lies below a
         known cliff."""
-        stated = (
-            "no budget stated" if self.budget is None else f"of {show_size(self.budget)} stated"
-        )
         out = [
-            f"memory: {show_size(self.total)} {stated}: backbone {show_size(self.backbone)}, state "
-            f"{show_size(self.state)}, "
-            f"workspace {show_size(self.workspace)}, {self.capacity} of {self.experts} experts "
+            f"memory: {show_size(self.total)} {self.source.of}: {self._fixed_parts()}, "
+            f"{self.capacity} of {self.experts} experts "
             f"{show_size(self.capacity * self.record)}; prompts take up to "
             f"{show_size(self.prefill)} more, of which experts lend {show_size(self.lent)}"
         ]
         if self.capacity < min(self.token_cycle, self.experts):
-            enough = show_size(
-                self.total + (self.token_cycle - self.capacity) * self.record, up=True
-            )
+            missing = (self.token_cycle - self.capacity) * self.record
+            enough = show_size(self._as_stated(self.total + missing), up=True)
             what = (
                 "eviction lru then never hits; use another"
                 if eviction == "lru"
@@ -126,6 +138,29 @@ class MemoryPlan:
             )
         return out
 
+    def too_small(self) -> EngineError:
+        """What is said where the budget holds no such plan."""
+        swing = self.process // SWING if self.source.beside else 0
+        least = show_size(self._as_stated(self.minimum - swing), up=True)
+        return EngineError(
+            f"{self.source.called} is too small: this bundle needs at least {least} with a context "
+            f"of {self.context} ({self._fixed_parts()}, {self.smallest} experts "
+            f"{show_size(self.smallest * self.record)}). {self.source.way_out}"
+        )
+
+    def _fixed_parts(self) -> str:
+        parts = {
+            "process": self.process,
+            "backbone": self.backbone,
+            "state": self.state,
+            "workspace": self.workspace,
+        }
+        return ", ".join(f"{name} {show_size(parts[name])}" for name in parts if parts[name])
+
+    def _as_stated(self, nbytes: int) -> int:
+        """So many bytes in all, as the user counts them."""
+        return nbytes - self.process if self.source.beside else nbytes
+
 
 def plan_memory(
     bundle: Bundle,
@@ -133,11 +168,13 @@ def plan_memory(
     context: int | None = None,
     level: int | None = None,
     tables: int = 0,
+    process: int = 0,
+    source: Source | None = None,
 ) -> MemoryPlan:
     """Divide `budget` bytes (None: as much as it takes) for sequences of `context` tokens (None:
-    2048, or what the model was made for if that is less), experts at `level` (None: the highest)
-    and so many bytes of `tables`. An `EngineError` names the minimum where the budget is too
-    small."""
+    2048, or what the model was made for if that is less), experts at `level` (None: the highest),
+    so many bytes of `tables`, and what the `process` holds besides. An `EngineError` names the
+    minimum where the budget, which comes from `source`, is too small."""
     manifest = bundle.manifest
     layers, longest = manifest.layers, manifest.model.context
     context = min(2048, longest) if context is None else context
@@ -151,40 +188,46 @@ def plan_memory(
     copies = 1 if manifest.backbone.precision == "f32" else 2  # ONNX Runtime's own, if not float
     backbone = copies * manifest.files[manifest.backbone.weights].size
     backbone += SESSION * len(manifest.backbone.segments) + RUNTIME + TOKENIZER * tokenizer
-    state = sum(spec.nbytes(context) for spec in manifest.backbone.state)
-    workspace = _workspace(manifest, context) + tables
-    experts, smallest = sum(layer.experts for layer in layers), max(layer.top_k for layer in layers)
-    fixed = backbone + state + workspace
-    if budget is not None and budget < fixed + smallest * record:
-        raise EngineError(
-            f"A budget of {show_size(budget)} is too small: this bundle needs at least "
-            f"{show_size(fixed + smallest * record, up=True)} "
-            f"with a context of {context} (backbone {show_size(backbone)}, state "
-            f"{show_size(state)}, workspace {show_size(workspace)}, "
-            f"{smallest} experts {show_size(smallest * record)}). State more memory or a shorter "
-            f"context."
-        )
-    cycle = sum(layer.top_k for layer in layers)
-    capacity, prefill, lent = experts, _prefill(manifest, context), 0
-    if budget is not None:
-        room = budget - fixed
-        least = min(prefill, budget // PREFILL_SHARE, max(0, room - cycle * record))
-        capacity = _resident(room, least, record, smallest, experts)
-        prefill, lent = _lent(room, prefill, record, smallest, capacity, experts)
-    return MemoryPlan(
+    whole = MemoryPlan(
         context=context,
         budget=budget,
         backbone=backbone,
-        state=state,
-        workspace=workspace,
-        prefill=prefill,
-        lent=lent,
+        state=sum(spec.nbytes(context) for spec in manifest.backbone.state),
+        workspace=_workspace(manifest, context) + tables,
+        prefill=_prefill(manifest, context),
+        lent=0,
         record=record,
-        capacity=capacity,
-        experts=experts,
-        smallest=smallest,
-        token_cycle=cycle,
+        capacity=sum(layer.experts for layer in layers),
+        experts=sum(layer.experts for layer in layers),
+        smallest=max(layer.top_k for layer in layers),
+        token_cycle=sum(layer.top_k for layer in layers),
+        process=process,
+        source=source or _stated(budget),
     )
+    return whole if budget is None else _within(whole, budget)
+
+
+def _stated(budget: int | None) -> Source:
+    if budget is None:
+        return Source("no budget stated", "No budget")
+    return Source(f"of {show_size(budget)} stated", f"A budget of {show_size(budget)}")
+
+
+def _within(whole: MemoryPlan, budget: int) -> MemoryPlan:
+    """A plan that has room for everything, cut down to `budget` bytes; an `EngineError` if that
+    cannot be."""
+    room, record = budget - whole.fixed, whole.record
+    smallest, experts = whole.smallest, whole.experts
+    if room < smallest * record:
+        raise whole.too_small()
+    least = min(
+        whole.prefill,
+        (budget - whole.process) // PREFILL_SHARE,
+        max(0, room - whole.token_cycle * record),
+    )
+    capacity = _resident(room, least, record, smallest, experts)
+    prefill, lent = _lent(room, whole.prefill, record, smallest, capacity, experts)
+    return replace(whole, capacity=capacity, prefill=prefill, lent=lent)
 
 
 def memory_for(
@@ -193,14 +236,15 @@ def memory_for(
     context: int | None = None,
     level: int | None = None,
     tables: int = 0,
+    process: int = 0,
 ) -> int:
     """The least budget, in bytes, in which so many `experts` stay; the rest as in `plan_memory`.
     More memory never holds fewer."""
-    whole = plan_memory(bundle, None, context, level, tables)
-    low, high = whole.minimum, whole.total
+    whole = plan_memory(bundle, None, context, level, tables, process)
+    low, high = whole.minimum, max(whole.minimum, whole.total)
     while low < high:
         middle = (low + high) // 2
-        enough = plan_memory(bundle, middle, context, level, tables).capacity >= experts
+        enough = plan_memory(bundle, middle, context, level, tables, process).capacity >= experts
         low, high = (low, middle) if enough else (middle + 1, high)
     return high
 
@@ -246,13 +290,12 @@ def slot_bytes(layer: Layer) -> int:
     return 4 * layer.hidden * (layer.top_k + 2)
 
 
-def default_budget(whole: int, spare: int | None) -> int | None:
-    """What to allow where nothing is stated: None, all experts, if `whole` bytes leave a reserve of
-    the `spare` ones that the machine and its cgroup have; otherwise what is spare less that
+def default_budget(whole: int, room: int) -> int | None:
+    """What to take of the `room` bytes that the process may hold, where nothing is stated: None,
+    all experts, if `whole` bytes leave a reserve of them; otherwise what is there less that
     reserve."""
-    if spare is None or whole <= spare - spare // RESERVE:
-        return None
-    return spare - spare // RESERVE
+    allowed = room - room // RESERVE
+    return None if whole <= allowed else allowed
 
 
 def _workspace(manifest: Manifest, context: int) -> int:
@@ -276,15 +319,34 @@ def chunk_tokens(manifest: Manifest) -> int:
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of "64MiB", "1.5G", "500 MB" or an integer; an `EngineError` for anything else."""
+    """Bytes of a size as people write it: "64MiB", "4Gi", "1.5G", "1,5 GiB", "500 MB", "1e9", or an
+    integer. The letters alone are powers of 1024, as Java and Docker have them; KB, MB, … are
+    powers of 1000. An `EngineError` for anything else."""
     if isinstance(text, (int, np.integer)) and not isinstance(text, bool):
-        return int(text)
+        text = str(int(text))
     if not isinstance(text, str):
         raise EngineError(f"{text!r} is not a size; give an integer of bytes, or text like 64MiB.")
-    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(
+        r"\s*(-?[0-9]{1,400}(?:[.,][0-9]{1,400})?(?:[eE][+-]?[0-9]{1,3})?)\s*([a-zA-Z]*)\s*", text
+    )
+    shown = repr(text if len(text) <= 40 else text[:40] + "…")
     if not match or match[2].lower() not in _UNITS:
-        raise EngineError(f"{text!r} is not a size; write it like 64MiB, 1.5GiB or 500MB.")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+        raise EngineError(f"{shown} is not a size; write it like 64MiB, 1.5GiB or 500MB.")
+    number, unit = match[1], match[2].lower()
+    if re.fullmatch(r"[0-9]{1,3},[0-9]{3}", number):
+        meant = f"{number.replace(',', '')}{match[2]} or {number.replace(',', '.')}{match[2]}"
+        raise EngineError(f"{shown} can be read in two ways; write {meant}.")
+    nbytes = float(number.replace(",", ".")) * _UNITS[unit]
+    if nbytes < 1:
+        raise EngineError(f"{shown} is not a size: it is less than a byte. Write it like 64MiB.")
+    if nbytes > MOST:
+        raise EngineError(f"{shown} is more than any machine has; write it like 64MiB or 4GiB.")
+    if not unit and nbytes < BARE:
+        raise EngineError(
+            f"{shown} has no unit, and as bytes it would be less than an interpreter takes. Was "
+            f"{number}MiB meant? Write {number}MiB, or {number}B if bytes were."
+        )
+    return int(number) if number.isdigit() and not unit else int(nbytes)
 
 
 def show_size(size: int, up: bool = False) -> str:

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from smoe.artifacts import open_bundle
 from smoe.artifacts.errors import printable
+from smoe.runtime import allowance
 from smoe.runtime.budget import MemoryPlan, memory_for, plan_memory, show_size
 from smoe.runtime.cli_options import (
     engine_options,
@@ -277,7 +278,9 @@ def info(bundle: Path, context: int | None, as_json: bool) -> None:
 def _about(bundle: Path, context: int | None) -> dict[str, Any]:
     opened = open_bundle(bundle)
     manifest = opened.manifest
-    full, layers = plan_memory(opened, None, context), manifest.layers
+    alone, layers = plan_memory(opened, None, context), manifest.layers
+    held = allowance.process(alone.total)
+    full = plan_memory(opened, None, context, process=held)
     refusals = [layer.routing_refusal for layer in layers if layer.routing is None]
     return {
         "model": manifest.model.model_type,
@@ -292,8 +295,9 @@ def _about(bundle: Path, context: int | None) -> dict[str, Any]:
         "longest_context": manifest.model.context,
         "bytes": sum(file.size for file in manifest.files.values()),
         "context": full.context,
+        "memory_process": held,
         "memory_minimum": full.minimum,
-        "memory_one_token_cycle": memory_for(opened, full.token_cycle, context),
+        "memory_one_token_cycle": memory_for(opened, full.token_cycle, context, process=held),
         "memory_all_resident": full.total,
         "substitution": refusals[0] if refusals else "possible",
         "provenance": manifest.provenance,
@@ -326,6 +330,7 @@ def _plan(plan: MemoryPlan) -> dict[str, int | None]:
     return {
         "budget": plan.budget,
         "total": plan.total,
+        "process": plan.process,
         "backbone": plan.backbone,
         "state": plan.state,
         "workspace": plan.workspace,

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from smoe.artifacts import open_bundle
+from smoe.runtime import allowance
 from smoe.runtime.budget import parse_size, plan_memory, show_size
 from smoe.runtime.cache.eviction import EVICTIONS
 from smoe.runtime.cache.storage import IO
@@ -36,7 +37,8 @@ engine_options = _options(
     click.option(
         "--memory",
         metavar="SIZE",
-        help="Budget for everything the engine holds, like 64MiB. Default: all experts resident.",
+        help="Bound for the whole process, like 512MiB. Default: what the machine and its "
+        "container leave, less a reserve.",
     ),
     click.option(
         "--context",
@@ -137,9 +139,10 @@ def open_exact_twin(bundle: Path, options: dict[str, Any], log: Callable[[str], 
     exact = options | {"level": None, "substitution": None, "loss": None}
     if options["memory"] is not None:
         opened, policies = open_bundle(bundle), _policies(exact)
-        tables = tables_bytes(policies, opened)
-        plan = plan_memory(opened, None, options["context"], tables=tables)
-        if parse_size(options["memory"]) < plan.minimum:
+        tables, stated = tables_bytes(policies, opened), parse_size(options["memory"])
+        held = allowance.process(stated)
+        plan = plan_memory(opened, None, options["context"], tables=tables, process=held)
+        if stated < plan.minimum:
             exact["memory"] = plan.minimum
             needs = show_size(plan.minimum, up=True)
             log(f"exact run for comparison: needs {needs}, beyond --memory")

@@ -20,14 +20,16 @@ import numpy as np
 
 from smoe.artifacts import Bundle, open_bundle, safetensors_file
 from smoe.runtime import kernels
-from smoe.runtime.budget import memory_for, plan_memory
+from smoe.runtime.allowance import allow
+from smoe.runtime.budget import RESERVE, memory_for, plan_memory
 from smoe.runtime.cache import storage
 from smoe.runtime.cache.cache import READERS
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
+from smoe.runtime.machine import memory_room
 from smoe.runtime.options import Policies
 from smoe.runtime.routing import Assignment, Available, Routed
-from smoe.runtime.system import aligned, spare_memory
+from smoe.runtime.system import aligned
 
 SECONDS = 8.0  # to spend on the steps of one level, at most `STEPS` of each kind
 STEPS = 24
@@ -39,7 +41,8 @@ REPEATS = 24
 
 @dataclass(frozen=True)
 class Device:
-    """Seconds, bytes, and bytes per second. `backbone_seconds` is a token without its experts.
+    """Seconds, bytes, and bytes per second. `memory` is what a process may hold there in all.
+    `backbone_seconds` is a token without its experts.
     `layer_seconds[j - 1][m]` is one layer with k experts for one token at level j, of which m are
     read, up to k, as a mean over layers; `record_bytes[j - 1]` are the bytes of one. `bundle` is
     what it was measured with."""
@@ -141,17 +144,18 @@ def measure_device(path: Path, io: str | None = None) -> Device:
     many as half of the memory that is there."""
     bundle = open_bundle(path)
     manifest = bundle.manifest
-    plan = plan_memory(bundle, None, min(256, manifest.model.context))
-    spare = spare_memory(0)
-    room = plan.total if spare is None else spare // 2
-    half = memory_for(bundle, plan.experts // 2, plan.context)
-    budget = max(plan.minimum, min(half, room))
-    chosen = storage.choose(bundle, None, io, plan_memory(bundle, budget, plan.context))
+    context = min(256, manifest.model.context)
+    allowed, room = allow(bundle, context=context), memory_room()
+    least = plan_memory(bundle, None, context).minimum
+    half = memory_for(bundle, allowed.experts // 2, context)
+    there = (allowed.budget or allowed.total) - allowed.process
+    beside = max(least, min(half, there // 2))
+    chosen = storage.choose(bundle, None, io, allow(bundle, beside=beside, context=context))
     latency, bandwidth = _storage(bundle, chosen.io)
-    backbone, layers = _engine(bundle, budget, plan.context, chosen.io)
+    backbone, layers = _engine(bundle, beside, context, chosen.io)
     return Device(
         manifest.provenance.get("source_fingerprint", ""),
-        spare if spare is not None else plan.total,
+        allowed.total if room is None else room.nbytes - room.nbytes // RESERVE,
         chosen.io,
         latency,
         bandwidth,
@@ -195,7 +199,7 @@ class ScriptedMisses:
 
 
 def _engine(
-    bundle: Bundle, budget: int, context: int, io: str
+    bundle: Bundle, beside: int, context: int, io: str
 ) -> tuple[float, tuple[tuple[float, ...], ...]]:
     """Seconds of a token without experts, and of one layer's experts by level and by how many of
     them are read."""
@@ -203,8 +207,9 @@ def _engine(
     k = max(layer.top_k for layer in manifest.layers)
     counts = np.unique(np.rint(np.linspace(0, k, 5)).astype(int))
     script, grid = ScriptedMisses(0), np.zeros((levels, k + 1))
+    policies = Policies(substitution=script)
     with Engine.open(
-        bundle.path, budget, context, policies=Policies(substitution=script), io=io
+        bundle.path, beside=beside, context=context, policies=policies, io=io
     ) as engine:
         backbone = _token_seconds(engine, script, np.zeros(1, int))[0]
         script.computed = k

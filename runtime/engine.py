@@ -18,14 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from smoe.artifacts import Bundle, open_bundle
-from smoe.runtime import kernels, system
+from smoe.runtime import allowance, kernels, system
 from smoe.runtime.backbone import Backbone
-from smoe.runtime.budget import (
-    MemoryPlan,
-    default_budget,
-    parse_size,
-    plan_memory,
-)
+from smoe.runtime.budget import MemoryPlan
 from smoe.runtime.cache import storage
 from smoe.runtime.cache.cache import ExpertCache
 from smoe.runtime.cache.frames import Frames
@@ -130,12 +125,15 @@ class Engine:
         level: int | None = None,
         policies: Policies = DEFAULT,
         io: str | None = None,
+        beside: str | int | None = None,
     ) -> Engine:
-        """Open the bundle at `path` within `memory` (bytes, or text like "64MiB"; None: all experts
-        resident, or as many as this machine and its cgroup leave room for) for sequences of up to
-        `context` tokens (None: 2048, or what the model was made for if that is less). `threads` run
-        the backbone (None: as many as pay, by the size of each segment's weights) and the experts
-        (None: all that this process may use). `level` is how many planes of every expert are read
+        """Open the bundle at `path` in a process that holds no more than `memory` in all,
+        interpreter and libraries included (bytes, or text like "64MiB"; None: all experts resident,
+        or as many as this machine and its cgroup leave room for), or no more than `beside` above
+        what it holds now, for sequences of up to `context` tokens (None: 2048, or what the model
+        was made for if that is less). `threads` run the backbone (None: as many as pay, by the size
+        of each segment's weights) and the experts (None: all processors that this process may
+        use). `level` is how many planes of every expert are read
         (None: all; fewer is lossy). `policies` say what stays, what stands in and what is read
         ahead where memory does not hold all experts; `io` is "direct" (past the page cache) or
         "buffered" (None: by a short measurement).
@@ -145,11 +143,7 @@ class Engine:
         cannot work."""
         bundle = open_bundle(path)
         tables = tables_bytes(policies, bundle)
-        budget = None if memory is None else parse_size(memory)
-        if budget is None:
-            whole = plan_memory(bundle, None, context, level, tables)
-            budget = default_budget(whole.total, system.spare_memory(0))
-        plan = plan_memory(bundle, budget, context, level, tables)
+        plan = allowance.allow(bundle, memory, beside, context, level, tables)
         check_policies(policies, plan, bundle.manifest)
         try:
             engine = cls(bundle, plan, threads, level, policies, io)
@@ -188,10 +182,18 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Close the shards. The engine cannot be used afterwards: a generation that goes on is an
-        `EngineError`."""
+        """Close the shards, and give memory back. The engine cannot be used afterwards: a
+        generation that goes on is an `EngineError`."""
+        if os.getpid() != self._process:  # a fork has none of the threads to wait for
+            self._shards.close()
+            return
         self._experts.close()
         self._shards.close()
+        if self._using.acquire(blocking=False):  # else a step is on its way, and ends first
+            self._cache.release()
+            self._backbone.release()
+            self._using.release()
+            allowance.leave(self.plan)
 
     @property
     def lossless(self) -> bool:

@@ -1,5 +1,5 @@
-"""What the operating system gives: memory on page boundaries, memory that stays, and how much of it
-is left."""
+"""What the operating system gives: memory on page boundaries, memory that stays, and the most of it
+that there was."""
 
 from __future__ import annotations
 
@@ -55,58 +55,6 @@ def trim_heap() -> None:
     trim = None if resource is None else getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def spare_memory(budget: int) -> int | None:
-    """Bytes that this process could still get beside `budget`: of the machine, or of its memory
-    cgroup if that is less. None where the system does not say."""
-    try:
-        with open("/proc/meminfo") as lines:
-            free = next(
-                int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
-            )
-    except (OSError, StopIteration, ValueError):
-        return None
-    return min(free, *_cgroup_rooms(), free) - budget
-
-
-def _cgroup_rooms() -> list[int]:
-    """What the memory cgroups above this process leave it: limit less what is used and cannot be
-    reclaimed."""
-    rooms = []
-    try:
-        with open("/proc/self/cgroup") as lines:
-            groups = [line.rstrip("\n").split(":", 2) for line in lines]
-    except OSError:
-        return []
-    for _, controllers, name in groups:
-        if controllers not in ("", "memory"):
-            continue
-        root = Path("/sys/fs/cgroup/memory" if controllers else "/sys/fs/cgroup")
-        limit_file = "memory.limit_in_bytes" if controllers else "memory.max"
-        group = root / name.lstrip("/")
-        for folder in (group, *group.parents):
-            if root not in (folder, *folder.parents):
-                break
-            limit = _number(folder / limit_file)
-            if limit is not None:
-                rooms.append(limit - _anonymous(folder))
-    return rooms
-
-
-def _anonymous(group: Path) -> int:
-    try:
-        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
-    return int(fields.get("total_rss", fields.get("anon", 0)))
-
-
-def _number(file: Path) -> int | None:
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):  # "max", or no such file
-        return None
 
 
 def peak_memory() -> int | None:

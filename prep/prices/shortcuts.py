@@ -154,8 +154,8 @@ def outcomes(
     longest = max(len(row) for row in rows)
     with Engine.open(
         bundle,
-        _budget(opened, longest),
-        longest,
+        beside=_budget(opened, longest),
+        context=longest,
         policies=Policies(substitution=told),
         io="buffered",
     ) as engine:

@@ -18,6 +18,7 @@ from smoe.artifacts import Bundle, open_bundle
 from smoe.prep.errors import PrepError
 from smoe.prep.replay.routing_trace import Trace, bundle_trace
 from smoe.prep.replay.simulate import Replay
+from smoe.runtime.allowance import usual_process
 from smoe.runtime.budget import MemoryPlan, plan_memory, show_size
 from smoe.runtime.choose.prices import PRICE_TABLES, LayerPrices, Prices
 from smoe.runtime.device_profile import Device
@@ -81,8 +82,9 @@ def plan(
     smoe: bool = False,
     progress: Callable[[list], Iterable] = iter,
 ) -> list[Candidate]:
-    """Every candidate for each of `budgets` (bytes): lossless, with loss budgets, and all experts
-    at a lower level; with `smoe` instead SMoE's eviction and substitution at several alphas. A
+    """Every candidate for each of `budgets` (bytes of the whole process): lossless, with loss
+    budgets, and all experts at a lower level; with `smoe` instead SMoE's eviction and substitution
+    at several alphas. A
     `PrepError` if the device was measured with another bundle's experts, an `EngineError` if a
     budget is too small."""
     opened = open_bundle(bundle)
@@ -161,10 +163,11 @@ def _candidate(
     prices: Prices | None,
 ) -> Candidate:
     manifest, levels = bundle.manifest, bundle.levels
-    held = plan_memory(bundle, budget, context, level)
+    process = usual_process(budget)
+    held = plan_memory(bundle, budget, context, level, process=process)
     if held.capacity == held.experts:
         policies = Policies()
-    held = plan_memory(bundle, budget, context, level, tables_bytes(policies, bundle))
+    held = plan_memory(bundle, budget, context, level, tables_bytes(policies, bundle), process)
     replay = _Timed(bundle, trace, held, level, policies, prices)
     row = replay.run("", held.capacity)
     counted = (

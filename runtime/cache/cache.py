@@ -150,6 +150,11 @@ class ExpertCache:
         """End what has begun, forget the rest; whoever waits gets an `EngineError`."""
         self._reader.close()
 
+    def release(self) -> None:
+        """Give the frames' memory back; it cannot be used afterwards."""
+        if self._frames is not None:
+            self._frames.release(np.zeros(len(self.rows), np.int64))
+
     # -- what a step says ------------------------------------------------------------------------
 
     def observe(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:

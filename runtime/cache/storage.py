@@ -21,7 +21,8 @@ from smoe.artifacts.layout import RecordLayout
 from smoe.artifacts.validate import all_finite
 from smoe.runtime.budget import MemoryPlan
 from smoe.runtime.errors import EngineError
-from smoe.runtime.system import aligned, spare_memory
+from smoe.runtime.machine import memory_room
+from smoe.runtime.system import aligned
 
 IO = ("direct", "buffered")
 TRIED = 8 << 20  # bytes read each way to measure them
@@ -177,8 +178,9 @@ def choose(bundle: Bundle, level: int | None, requested: str | None, plan: Memor
     experts = sum(
         file.size for name, file in bundle.manifest.files.items() if name.startswith("experts/")
     )
-    spare = spare_memory(plan.total)
-    if spare is not None and spare > experts // 10:
+    room = memory_room()
+    spare = 0 if room is None else room.nbytes - plan.total
+    if spare > experts // 10:
         return Choice(
             "buffered", f"{spare / 2**20:.0f}MiB beyond the budget can cache records; {rates}"
         )

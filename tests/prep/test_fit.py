@@ -58,11 +58,13 @@ def test_a_loss_budget_is_what_is_lost(root, reference_bundle, tmp_path):
     prices."""
     budget = budget_for_share(reference_bundle, 0.4, 256)
     documents = read_documents(root / "examples" / "heldout.jsonl")
-    with Engine.open(reference_bundle, budget, 256) as engine:
+    with Engine.open(reference_bundle, beside=budget, context=256) as engine:
         texts = rows(engine, documents, 512, 256)
         wanted = exact(engine, texts, 16, tmp_path / "exact")
         lossless = measure(engine, texts, 16)
-    with Engine.open(reference_bundle, budget, 256, policies=Policies(loss=0.01)) as engine:
+    with Engine.open(
+        reference_bundle, beside=budget, context=256, policies=Policies(loss=0.01)
+    ) as engine:
         found = measure(engine, texts, 16, wanted)
     assert 0.005 < found["kl"] < 0.015 and found["bytes_read"] < 0.7 * lossless["bytes_read"]
     assert 0.005 < found["nats_spent"] <= 0.0125

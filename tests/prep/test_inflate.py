@@ -137,5 +137,5 @@ def test_a_padded_bundle_takes_what_calibration_said_of_the_small_one(pico, larg
 
 def _score(bundle, policies):
     budget = budget_for_share(bundle, 0.5, 64)
-    with Engine.open(bundle, budget, 64, policies=policies) as engine:
+    with Engine.open(bundle, beside=budget, context=64, policies=policies) as engine:
         return np.stack(list(engine.score(np.arange(3, 43))))

@@ -15,7 +15,8 @@ from smoe.prep.errors import PrepError
 from smoe.prep.replay import plan as planning
 from smoe.prep.replay.plan import Candidate, choose, plan
 from smoe.runtime import Engine, Policies
-from smoe.runtime.budget import plan_memory
+from smoe.runtime.allowance import usual_process
+from smoe.runtime.budget import MIB, plan_memory
 from smoe.runtime.device_profile import Device
 from smoe.runtime.options import tables_bytes
 
@@ -35,7 +36,9 @@ TOKENS = 220
 
 @pytest.fixture(scope="module")
 def budget(reference_bundle):
-    return budget_for_share(reference_bundle, 0.4, 256)
+    """Bytes of a whole process on the device in which 40 % of the experts stay."""
+    own = budget_for_share(reference_bundle, 0.4, 256)
+    return own + usual_process(own) + MIB
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,8 @@ def short(reference_bundle):
 
 def _engine(bundle, budget, policies) -> dict:
     tokens = safetensors_file.load(bundle / "study" / "trace.safetensors")["tokens"][:TOKENS]
-    with Engine.open(bundle, budget, 256, policies=policies) as engine:
+    beside = budget - usual_process(budget)
+    with Engine.open(bundle, beside=beside, context=256, policies=policies) as engine:
         list(engine.score(tokens))
         return engine.stats.as_dict()
 
@@ -64,6 +68,7 @@ def test_what_is_expected_is_what_the_engine_does(reference_bundle, budget, shor
             256,
             None,
             tables_bytes(policies, open_bundle(reference_bundle)),
+            usual_process(budget),
         )
         assert expected.resident == held.capacity and expected.memory == held.total <= budget
         # With shortcuts the real run's hidden states are a little others, and so is what its

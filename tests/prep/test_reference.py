@@ -47,7 +47,7 @@ def test_a_quarter_of_the_experts_gives_the_same_bits(reference_bundle, prompts)
     quarter = budget_for_share(reference_bundle, 0.25, 2048)
     with (
         Engine.open(reference_bundle) as whole,
-        Engine.open(reference_bundle, memory=quarter) as small,
+        Engine.open(reference_bundle, beside=quarter) as small,
     ):
         assert small.plan.capacity == 48
         for prompt in prompts[-2:]:

@@ -168,7 +168,7 @@ def test_the_engine_misses_what_its_replay_says(golden):
     tokens = spec["tokens"][starts[0] : starts[1]]
     budget = memory_for(open_bundle(golden), 6, 300)
     policies = Policies(warm=False, prefetch="none")
-    with Engine.open(golden, memory=budget, context=300, policies=policies) as engine:
+    with Engine.open(golden, beside=budget, context=300, policies=policies) as engine:
         list(engine.score(tokens))
         stats = engine.stats
     trace = read_trace(golden)

@@ -7,9 +7,7 @@ import sys
 
 import pytest
 
-from smoe.artifacts import open_bundle
 from smoe.artifacts.errors import first_line, printable
-from smoe.runtime.budget import memory_for
 
 
 def smoe(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
@@ -40,14 +38,15 @@ def test_run_as_json_and_from_stdin(golden):
         "--max-new-tokens",
         5,
         "--memory",
-        "40MiB",
+        "240MiB",
         "--context",
         64,
         stdin="def main",
     )
     said = json.loads(done.stdout)
     assert len(said["ids"]) == said["stats"]["new_tokens"] == 5
-    assert said["memory"]["budget"] == 40 << 20 and said["memory"]["total"] <= 40 << 20
+    assert said["memory"]["budget"] == 240 << 20 and said["memory"]["total"] <= 240 << 20
+    assert said["memory"]["process"] > 20 << 20
     assert (
         said["text"]
         == json.loads(smoe("run", golden, "def main", "--json", "--max-new-tokens", 5).stdout)[
@@ -122,16 +121,23 @@ def _with_model_type(bundle, name):
 
 @pytest.mark.parametrize("arguments", [
     ("run", "{0}", "x", "--max-new-tokens", "1"),
-    ("run", "{0}", "x", "--substitution", "zero", "--memory", "{1}"),
     ("chat", "{0}", "--max-new-tokens", "1"),
     ("bench", "{0}", "--text", "{0}/tokenizer_config.json", "--tokens", "8"),
     ("info", "{0}"),
 ])  # fmt: skip
 def test_no_command_lets_a_bundle_speak_to_the_terminal(copied, arguments):
-    budget = memory_for(open_bundle(copied), 13)
     bundle = _with_model_type(copied, CONTROL)
-    done = smoe(*(a.format(bundle, budget) for a in arguments), stdin="hi\n\n")
+    done = smoe(*(a.format(bundle) for a in arguments), stdin="hi\n\n")
     assert "owned" in done.stdout + done.stderr
+    assert not {"\x1b", "\x07"} & set(done.stdout + done.stderr)
+
+
+def test_no_sentence_about_a_bundle_speaks_to_the_terminal(copied):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["files"][CONTROL] = manifest["files"]["tokenizer.json"]
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    done = smoe("run", copied, "x")
+    assert done.returncode == 1 and "owned" in done.stderr
     assert not {"\x1b", "\x07"} & set(done.stdout + done.stderr)
 
 

@@ -40,7 +40,7 @@ def test_experts_beyond_those_of_the_layer_are_a_sentence(golden):
 def test_a_shard_that_shrinks_under_a_running_engine_is_a_sentence(copied, answer, budgets):
     shard = copied / "experts" / "layer-01.safetensors"
     whole = shard.read_bytes()
-    with Engine.open(copied, memory=budgets(3)) as engine:
+    with Engine.open(copied, beside=budgets(3)) as engine:
         os.truncate(shard, len(whole) // 3)
         with pytest.raises(EngineError, match="ends inside expert"):
             list(engine.generate(answer["prompt"], max_new_tokens=4))

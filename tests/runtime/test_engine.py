@@ -7,7 +7,7 @@ from support.parts import make_parts
 
 from smoe.artifacts import BundleError, open_bundle, safetensors_file
 from smoe.runtime import Engine, EngineError, Policies, StopWhen, kernels
-from smoe.runtime.budget import memory_for, parse_size, plan_memory
+from smoe.runtime.budget import memory_for, plan_memory
 from smoe.runtime.routing import Assignment, Available, Dispatch, Routed, combine
 
 
@@ -145,7 +145,7 @@ def test_a_chooser_may_leave_slots_without_an_expert(golden, answer):
 
 @pytest.mark.parametrize("experts", [3, 4, 7, 13])
 def test_a_budget_changes_no_bit(golden, engine, answer, budgets, experts):
-    with Engine.open(golden, memory=budgets(experts)) as small:
+    with Engine.open(golden, beside=budgets(experts)) as small:
         assert small.plan.capacity == experts
         assert np.array_equal(small.logits(answer["prompt"]), engine.logits(answer["prompt"]))
         assert np.array_equal(
@@ -163,7 +163,7 @@ def test_all_resident_never_misses(golden, answer):
 
 
 def test_bytes_read_are_records_missed(golden, answer, budgets):
-    with Engine.open(golden, budgets(4), policies=Policies(prefetch="none")) as engine:
+    with Engine.open(golden, beside=budgets(4), policies=Policies(prefetch="none")) as engine:
         list(engine.score(answer["prompt"][:30]))
         assert engine.stats.bytes_read == engine.stats.misses * engine.plan.record
         assert (
@@ -183,20 +183,30 @@ def test_a_budget_below_the_minimum_names_the_minimum(golden):
     plan = plan_memory(open_bundle(golden), None, 300)
     least = plan.fixed + 3 * plan.record  # a prompt can do with one chunk at a time
     with pytest.raises(EngineError, match=r"needs at least ([0-9.]+MiB)") as caught:
-        Engine.open(golden, memory=least - 1)
+        Engine.open(golden, beside=least - 1)
     said = str(caught.value).split("at least ")[1].split(" ")[0]
-    with Engine.open(golden, memory=said) as engine:  # the figure that it names works
+    with Engine.open(golden, beside=said) as engine:  # the figure that it names works
         assert engine.plan.capacity >= 3
+    with pytest.raises(EngineError, match=r"needs at least .*\(process [0-9.]+MiB") as caught:
+        Engine.open(golden, memory=least)  # which the process holds, too
+    said = str(caught.value).split("at least ")[1].split(" ")[0]
+    with Engine.open(golden, memory=said) as engine:
+        assert engine.plan.capacity >= 3 and engine.plan.total <= engine.plan.budget
+
+
+def test_a_budget_is_for_the_process_or_beside_it(golden):
+    with pytest.raises(EngineError, match="not both"):
+        Engine.open(golden, memory="4GiB", beside="4GiB")
 
 
 def test_below_one_token_cycle_a_warning_says_what_would_do(golden, budgets):
-    with Engine.open(golden, memory=budgets(5)) as engine:
+    with Engine.open(golden, beside=budgets(5)) as engine:
         assert "warning: 5 resident experts are fewer than one token uses (6)" in "\n".join(
             engine.mode_lines()
         )
-    with Engine.open(golden, memory=budgets(5), policies=Policies("lru")) as engine:
+    with Engine.open(golden, beside=budgets(5), policies=Policies("lru")) as engine:
         assert "eviction lru then never hits" in "\n".join(engine.mode_lines())
-    with Engine.open(golden, memory=budgets(6)) as engine:
+    with Engine.open(golden, beside=budgets(6)) as engine:
         assert "warning" not in "\n".join(engine.mode_lines())
 
 
@@ -299,20 +309,13 @@ def test_a_bad_request_is_a_sentence_and_the_engine_lives(engine, answer, prompt
     (dict(context=0), "A context of 0"),
     (dict(memory="lots"), "'lots' is not a size"),
     (dict(memory="-5MiB"), "is not a size"),
-    (dict(memory=-5), "too small"),
+    (dict(memory=-5), "less than a byte"),
+    (dict(memory=4096), "Was 4096MiB meant"),
     (dict(memory=64e6), "is not a size; give an integer"),
 ])  # fmt: skip
 def test_a_bad_option_is_a_sentence(golden, engine, options, said):
     with pytest.raises(EngineError, match=said):
         Engine.open(golden, **options)
-
-
-@pytest.mark.parametrize(
-    "text, size",
-    [("64MiB", 64 << 20), ("1.5G", 3 << 29), ("500 MB", 500 * 10**6), ("7", 7), (9, 9)],
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
 
 
 def test_other_sessions_of_the_process_are_left_alone(golden, engine):

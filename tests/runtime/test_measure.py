@@ -9,7 +9,7 @@ import pytest
 
 from smoe.artifacts import open_bundle
 from smoe.runtime import Engine, EngineError, Policies
-from smoe.runtime.budget import memory_for, plan_memory
+from smoe.runtime.budget import MIB, memory_for, plan_memory
 from smoe.runtime.evaluate import (
     OPTIONS,
     bench,
@@ -44,7 +44,7 @@ def small(golden):
     lossy = {"substitution": "zero:1"}
     return lambda **changed: Engine.open(
         golden,
-        memory=budget,
+        beside=budget,
         context=200,
         policies=Policies(substitution={**lossy, **changed}["substitution"] or "none"),
     )
@@ -173,16 +173,22 @@ def test_the_command_prints_it_for_people_and_as_json(golden, text, tmp_path):
             read_documents(tmp_path / "bad.jsonl")
 
 
-def _smoe_bench(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "smoe.runtime", "bench", *map(str, arguments)]
+def _smoe(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "smoe.runtime", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def _smoe_bench(*arguments: object) -> subprocess.CompletedProcess:
+    return _smoe("bench", *arguments)
+
+
 def test_fewer_planes_are_compared_with_all_of_them_where_only_the_fewer_fit(goldens, text):
-    plan = plan_memory(open_bundle(goldens[2]), None, 200, level=1)
-    least = plan.minimum
+    """What is said to be the least has something in it for processes that are larger."""
+    least = plan_memory(open_bundle(goldens[2]), None, 200, level=1).minimum
     with pytest.raises(EngineError, match="too small"):
-        Engine.open(goldens[2], memory=least, context=200)
+        Engine.open(goldens[2], beside=least, context=200)
+    done = _smoe("info", goldens[2], "--context", 200, "--json")
+    least = json.loads(done.stdout)["memory_minimum"] - MIB
     options = ("--memory", least, "--context", 200, "--level", 1, "--tokens", 40, "--json")
     done = _smoe_bench(goldens[2], "--text", text, *options)
     assert done.returncode == 0, done.stderr

@@ -43,7 +43,7 @@ def _said(call) -> str:
 
 
 def test_a_generation_that_is_used_after_close_is_a_sentence(golden, budget):
-    with Engine.open(golden, budget, 300) as engine:
+    with Engine.open(golden, beside=budget, context=300) as engine:
         generation = engine.generate([1, 2, 3], max_new_tokens=20)
         scores = engine.score([1, 2, 3, 4, 5])
         prefill = engine.prefill(engine.new_sequence(), np.arange(9))
@@ -78,7 +78,7 @@ def test_a_second_thread_in_a_running_engine_gets_a_sentence(golden):
 
 
 def test_threads_may_take_turns(golden, budget):
-    with Engine.open(golden, budget, 300) as engine:
+    with Engine.open(golden, beside=budget, context=300) as engine:
         wanted = engine.logits([1, 2, 3])
         turns: list[np.ndarray] = []
         for _ in range(3):
@@ -94,7 +94,7 @@ def test_a_forked_child_gets_a_sentence_and_the_parent_goes_on(golden, budget):
     def child(engine: Engine, answer) -> None:
         answer.send(_said(lambda: list(engine.generate([1, 2, 3], max_new_tokens=2))))
 
-    with Engine.open(golden, budget, 300) as engine:
+    with Engine.open(golden, beside=budget, context=300) as engine:
         wanted = [token.id for token in engine.generate([1, 2, 3], max_new_tokens=4)]
         here, there = multiprocessing.Pipe()
         process = multiprocessing.get_context("fork").Process(target=child, args=(engine, there))
@@ -107,11 +107,11 @@ def test_a_forked_child_gets_a_sentence_and_the_parent_goes_on(golden, budget):
 
 @pytest.mark.parametrize("lacking", [("preadv",), ("preadv", "pread")])
 def test_a_system_without_positioned_reads_runs_all_the_same(golden, budget, monkeypatch, lacking):
-    with Engine.open(golden, budget, 300, io="buffered") as engine:
+    with Engine.open(golden, beside=budget, context=300, io="buffered") as engine:
         wanted = [token.id for token in engine.generate([1, 2, 3], max_new_tokens=8)]
     for name in (*lacking, "posix_fadvise"):
         monkeypatch.delattr(os, name)
-    with Engine.open(golden, budget, 300, io="buffered") as engine:
+    with Engine.open(golden, beside=budget, context=300, io="buffered") as engine:
         assert [token.id for token in engine.generate([1, 2, 3], max_new_tokens=8)] == wanted
         assert engine.stats.bytes_read > 0
 

@@ -34,7 +34,7 @@ def test_an_unlisted_tables_file_is_not_used(copied):
     open_bundle(copied)
     with pytest.raises(EngineError):
         policies = Policies(prefetch="predicted")
-        Engine.open(copied, _budget(copied, 8), 200, policies=policies)
+        Engine.open(copied, beside=_budget(copied, 8), context=200, policies=policies)
 
 
 def test_a_bundle_without_tables_opens_and_runs_under_a_budget(copied, answer):
@@ -42,7 +42,7 @@ def test_a_bundle_without_tables_opens_and_runs_under_a_budget(copied, answer):
     (copied / "tables.safetensors").unlink()
     prompt = answer["prompt"].tolist()
     assert _greedy(copied, prompt) == answer["greedy"].tolist()
-    assert _greedy(copied, prompt, memory=_budget(copied, 8)) == answer["greedy"].tolist()
+    assert _greedy(copied, prompt, beside=_budget(copied, 8)) == answer["greedy"].tolist()
 
 
 def test_a_bundle_without_its_study_runs_as_with_it(goldens, tmp_path):
@@ -57,7 +57,7 @@ def test_a_bundle_without_its_study_runs_as_with_it(goldens, tmp_path):
         Policies(substitution="smoe", eviction="score"),
     ]
     for policy in policies:
-        options = {"memory": _budget(newest, 12), "policies": policy}
+        options = {"beside": _budget(newest, 12), "policies": policy}
         assert _greedy(alone, prompt, **options) == _greedy(newest, prompt, **options)
 
 
@@ -67,7 +67,7 @@ def test_records_are_read_where_the_system_cannot_empty_its_page_cache(
 ):
     monkeypatch.delattr(os, "posix_fadvise")  # as on macOS
     prompt = answer["prompt"].tolist()
-    assert _greedy(golden, prompt, memory=_budget(golden, 8), io=io) == answer["greedy"].tolist()
+    assert _greedy(golden, prompt, beside=_budget(golden, 8), io=io) == answer["greedy"].tolist()
 
 
 def test_tables_are_read_as_they_are_asked_for(golden):

@@ -50,7 +50,9 @@ def test_a_loss_budget_below_the_full_level(priced_bundle, prompt, level):
     budget = _budget(priced_bundle, 8, level)
     for loss, same in ((1e-9, True), (0.05, False)):
         policies = Policies(loss=loss)
-        with Engine.open(priced_bundle, budget, 300, level=level, policies=policies) as engine:
+        with Engine.open(
+            priced_bundle, beside=budget, context=300, level=level, policies=policies
+        ) as engine:
             assert np.allclose(_scored(engine, prompt), wanted, atol=1e-4) == same
             assert "(lossy)" in "\n".join(engine.mode_lines())
 
@@ -75,7 +77,7 @@ def test_a_budget_buys_bytes_and_no_budget_changes_no_bit(priced_bundle, prompt)
     for loss in (0.0, 0.003, 0.03):
         policies = Policies(loss=loss)
         with Engine.open(
-            priced_bundle, _budget(priced_bundle, 6), 300, policies=policies
+            priced_bundle, beside=_budget(priced_bundle, 6), context=300, policies=policies
         ) as engine:
             assert engine.lossless == (loss == 0)
             exact.append(_scored(engine, prompt))
@@ -93,7 +95,9 @@ def test_a_prompt_takes_no_shortcut_and_leaves_the_ledger_alone(priced_bundle, p
     policies = Policies(loss=0.03)
     with Engine.open(priced_bundle, context=300) as engine:
         wanted = engine.prefill(engine.new_sequence(), prompt, len(prompt)).finish()
-    with Engine.open(priced_bundle, _budget(priced_bundle, 6), 300, policies=policies) as engine:
+    with Engine.open(
+        priced_bundle, beside=_budget(priced_bundle, 6), context=300, policies=policies
+    ) as engine:
         sequence = engine.new_sequence()
         _decoded(engine, prompt[:3], sequence)
         ledger = sequence.ledger
@@ -107,7 +111,9 @@ def test_a_prompt_takes_no_shortcut_and_leaves_the_ledger_alone(priced_bundle, p
 
 def test_sequences_of_an_engine_have_ledgers_of_their_own(priced_bundle, prompt):
     policies = Policies(loss=0.03)
-    with Engine.open(priced_bundle, _budget(priced_bundle, 6), 300, policies=policies) as engine:
+    with Engine.open(
+        priced_bundle, beside=_budget(priced_bundle, 6), context=300, policies=policies
+    ) as engine:
         one, other = engine.new_sequence(), engine.new_sequence()
         assert one.ledger is not other.ledger
         _decoded(engine, prompt, one)
@@ -126,7 +132,9 @@ def test_levels_are_those_of_the_slots(priced_bundle, prompt):
     with Engine.open(priced_bundle, context=300, level=2) as engine:
         wanted = _decoded(engine, prompt)
     own = Policies(substitution=_at_level(2), warm=False)
-    with Engine.open(priced_bundle, _budget(priced_bundle, 14) - 1, 300, policies=own) as engine:
+    with Engine.open(
+        priced_bundle, beside=_budget(priced_bundle, 14) - 1, context=300, policies=own
+    ) as engine:
         assert np.array_equal(_decoded(engine, prompt), wanted)
 
 
@@ -230,7 +238,7 @@ def test_a_failed_refinement_keeps_what_was_there(priced_bundle, prompt):
 ])  # fmt: skip
 def test_misuse_is_a_sentence(priced_bundle, policies, sentence):
     with pytest.raises(EngineError, match=sentence):
-        Engine.open(priced_bundle, _budget(priced_bundle, 6), 300, policies=policies)
+        Engine.open(priced_bundle, beside=_budget(priced_bundle, 6), context=300, policies=policies)
 
 
 @pytest.mark.skipif(
@@ -244,13 +252,15 @@ def test_an_engine_that_is_refused_leaves_no_file_open(goldens):
         Policies(prefetch="predicted:1"),
     ):
         with pytest.raises(EngineError):
-            Engine.open(goldens[2], _budget(goldens[2], 6), 300, policies=policies)
+            Engine.open(goldens[2], beside=_budget(goldens[2], 6), context=300, policies=policies)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_bundle_without_prices_takes_no_loss_budget(goldens):
     with pytest.raises(EngineError, match=r"This bundle has no prices.*--prices"):
-        Engine.open(goldens[2], _budget(goldens[2], 6), 300, policies=Policies(loss=0.01))
+        Engine.open(
+            goldens[2], beside=_budget(goldens[2], 6), context=300, policies=Policies(loss=0.01)
+        )
 
 
 def test_a_loss_budget_where_all_fits_has_no_effect_and_is_refused(priced_bundle):

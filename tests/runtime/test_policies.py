@@ -48,7 +48,7 @@ def wanted(golden, answer):
 def test_lossless_policies_change_no_bit(golden, answer, budget, wanted, experts, policies, io):
     prefill, decoded = wanted
     kept = tables_bytes(policies, open_bundle(golden))
-    with Engine.open(golden, memory=budget(experts) + kept, policies=policies, io=io) as engine:
+    with Engine.open(golden, beside=budget(experts) + kept, policies=policies, io=io) as engine:
         assert np.array_equal(engine.logits(answer["prompt"]), prefill)
         assert np.array_equal(np.stack(list(engine.score(answer["prompt"][:40]))), decoded)
         stats = engine.stats
@@ -72,12 +72,12 @@ class _Spy:
 def test_shares_change_no_bit_and_keep_every_layer_to_its_part(golden, answer, budget, wanted):
     spy = _Spy()
     policies = Policies(shares=True, substitution=spy)
-    with Engine.open(golden, memory=budget(8), policies=policies) as engine:
+    with Engine.open(golden, beside=budget(8), policies=policies) as engine:
         assert np.array_equal(np.stack(list(engine.score(answer["prompt"][:40]))), wanted[1])
     counts = {layer: [int(r.sum()) for at, r in spy.seen if at == layer] for layer in (0, 1)}
     assert max(counts[0]) <= 4 and max(counts[1]) <= 4
     assert counts[0][-1] == counts[1][-1] == 4
-    with Engine.open(golden, memory=budget(8), policies=Policies(shares=True)) as engine:
+    with Engine.open(golden, beside=budget(8), policies=Policies(shares=True)) as engine:
         assert np.array_equal(np.stack(list(engine.score(answer["prompt"][:40]))), wanted[1])
 
 
@@ -91,7 +91,7 @@ def test_a_warm_start_holds_what_calibration_used_most(golden, budget):
     for warm, wanted in ((True, held[:7]), (False, np.zeros(7, bool))):
         spy = _Spy()
         policies = Policies(warm=warm, substitution=spy)
-        with Engine.open(golden, memory=budget(5), policies=policies) as engine:
+        with Engine.open(golden, beside=budget(5), policies=policies) as engine:
             engine.step(Step((decoded(engine.new_sequence(), 3),)))
         assert spy.seen[0][0] == 0 and np.array_equal(spy.seen[0][1], wanted)
 
@@ -127,7 +127,7 @@ def test_guesses_are_read_counted_and_used(golden, answer, prefetch):
 def test_every_substitution_runs_and_is_counted(golden, answer, budget, wanted, name):
     number = {"smoe": 1.5, "cache-prior": 1, "buddy": 0}.get(name, 1)
     with Engine.open(
-        golden, memory=budget(6), policies=Policies(substitution=f"{name}:{number}")
+        golden, beside=budget(6), policies=Policies(substitution=f"{name}:{number}")
     ) as engine:
         logits = np.stack(list(engine.score(answer["prompt"][:40])))
         stats = engine.stats
@@ -139,13 +139,13 @@ def test_every_substitution_runs_and_is_counted(golden, answer, budget, wanted, 
 def test_fewer_planes_are_lossy_whatever_the_policies(goldens):
     for level, said in ((1, "(lossy)"), (None, "(lossless)")):
         half = memory_for(open_bundle(goldens[2]), 7, 300, level)
-        with Engine.open(goldens[2], half, 300, level=level) as engine:
+        with Engine.open(goldens[2], beside=half, context=300, level=level) as engine:
             assert f"substitution none {said}" in "\n".join(engine.mode_lines())
             assert engine.lossless == (level is None)
 
 
 def test_smoe_at_zero_is_lossless(golden, answer, budget, wanted):
-    with Engine.open(golden, memory=budget(6), policies=Policies(substitution="smoe:0")) as engine:
+    with Engine.open(golden, beside=budget(6), policies=Policies(substitution="smoe:0")) as engine:
         assert np.array_equal(np.stack(list(engine.score(answer["prompt"][:40]))), wanted[1])
         assert engine.stats.substituted == 0
 
@@ -170,7 +170,7 @@ def test_smoe_at_zero_is_lossless(golden, answer, budget, wanted):
 ])  # fmt: skip
 def test_policies_that_do_not_exist_are_sentences(golden, budget, policies, sentence):
     with pytest.raises(EngineError, match=sentence):
-        Engine.open(golden, memory=budget(6), policies=policies)
+        Engine.open(golden, beside=budget(6), policies=policies)
 
 
 def test_policies_without_effect_or_room_are_refused(golden, budget):
@@ -181,11 +181,11 @@ def test_policies_without_effect_or_room_are_refused(golden, budget):
     with pytest.raises(
         EngineError, match="Shares by layer cannot work with 5 resident experts: 2 for each of 2"
     ):
-        Engine.open(golden, memory=budget(5), policies=Policies(shares=True))
+        Engine.open(golden, beside=budget(5), policies=Policies(shares=True))
     with pytest.raises(
         EngineError, match="no way to read called 'mapped'; there are direct and buffered"
     ):
-        Engine.open(golden, memory=budget(5), io="mapped")
+        Engine.open(golden, beside=budget(5), io="mapped")
 
 
 def test_a_model_whose_routing_is_not_known_takes_no_substitution(copied, budget):
@@ -200,8 +200,8 @@ def test_a_model_whose_routing_is_not_known_takes_no_substitution(copied, budget
         Policies(prefetch="smoe"),
     ):
         with pytest.raises(EngineError, match="is not possible with this model: no pattern fits"):
-            Engine.open(copied, memory=budget(6), policies=policies)
-    with Engine.open(copied, memory=budget(6), policies=Policies(eviction="lru")) as engine:
+            Engine.open(copied, beside=budget(6), policies=policies)
+    with Engine.open(copied, beside=budget(6), policies=Policies(eviction="lru")) as engine:
         assert len(list(engine.generate([1, 2, 3], max_new_tokens=4))) == 4
 
 
@@ -223,7 +223,7 @@ def test_a_shard_that_shrinks_and_comes_back(copied, answer, budget, prefetch):
             yield
 
     policies = Policies(prefetch=prefetch)
-    with Engine.open(copied, memory=budget(5), policies=policies, io="buffered") as engine:
+    with Engine.open(copied, beside=budget(5), policies=policies, io="buffered") as engine:
         faults = broken_and_mended()
         for _ in faults:
             with pytest.raises(EngineError, match="ends inside expert"):
@@ -251,7 +251,7 @@ def test_what_may_lose_something_reads_nothing_on_a_guess_unless_told(golden, bu
         (Policies(substitution="zero:1"), "prefetch none"),
         (Policies(substitution="zero:1", prefetch="previous"), "prefetch previous"),
     ):
-        with Engine.open(golden, budget(5), 300, policies=policies) as engine:
+        with Engine.open(golden, beside=budget(5), context=300, policies=policies) as engine:
             assert said in "\n".join(engine.mode_lines())
 
 
@@ -260,6 +260,8 @@ def test_a_lossy_run_repeats(golden, answer):
     budget = memory_for(open_bundle(golden), 5, 300)
     runs = []
     for _ in range(4):
-        with Engine.open(golden, budget, 300, policies=Policies(substitution="zero:1")) as engine:
+        with Engine.open(
+            golden, beside=budget, context=300, policies=Policies(substitution="zero:1")
+        ) as engine:
             runs.append(np.stack(list(engine.score(answer["prompt"][:60], 8))))
     assert all(np.array_equal(runs[0], run) for run in runs[1:])

@@ -81,7 +81,7 @@ def _more(model, sequence: Sequence) -> np.ndarray:
 @pytest.mark.parametrize("prefill", [0, 0.4, 1])
 def test_a_prompt_gives_the_same_bits_under_every_budget(bundle, experts, prefill):
     logits, more = _by_chunks(bundle)
-    with Engine.open(bundle, _budget(bundle, experts, prefill), CONTEXT) as engine:
+    with Engine.open(bundle, beside=_budget(bundle, experts, prefill), context=CONTEXT) as engine:
         sequence = engine.new_sequence()
         found = engine.prefill(sequence, _prompt(bundle), len(logits)).finish()
         assert np.array_equal(found, logits)
@@ -120,7 +120,7 @@ def test_a_prompt_of_an_engine_reads_every_expert_once(bundle):
     count = -(-len(ids) // _chunk(bundle))
     piece = Backbone(bundle, opened.manifest).piece_bytes(len(ids))
     budget = next(plan.budget for plan in plans if plan.pieces(count, piece) == count)
-    with Engine.open(bundle, budget, CONTEXT, level=level) as engine:
+    with Engine.open(bundle, beside=budget, context=CONTEXT, level=level) as engine:
         assert engine.plan.capacity < 14 and engine.plan.lent
         engine.prefill(engine.new_sequence(), ids).finish()
         every = sum(7 * layout.levels[(level or opened.levels) - 1] for layout in opened.layouts)
@@ -295,12 +295,14 @@ def test_many_logits_at_once_look_ahead_nowhere(bundle):
     for experts in (7, 9, 12):
         for prefetch in ("auto", "smoe:0"):
             budget, policies = memory_for(opened, experts, CONTEXT), Policies(prefetch=prefetch)
-            with Engine.open(bundle, budget, CONTEXT, policies=policies) as engine:
+            with Engine.open(bundle, beside=budget, context=CONTEXT, policies=policies) as engine:
                 assert np.array_equal(engine.logits(ids), logits)
 
 
 def test_a_prompt_of_nothing_is_done(bundle):
-    with Engine.open(bundle, memory_for(open_bundle(bundle), 7, CONTEXT), CONTEXT) as engine:
+    with Engine.open(
+        bundle, beside=memory_for(open_bundle(bundle), 7, CONTEXT), context=CONTEXT
+    ) as engine:
         prefill = engine.prefill(engine.new_sequence(), np.zeros(0, np.int64))
         assert prefill.done and prefill.finish().size == 0
         prefill.discard()

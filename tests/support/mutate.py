@@ -85,7 +85,7 @@ def outcome(bundle: Path, policies: Policies | None = None) -> str:
     raised."""
     try:
         options = (
-            {} if policies is None else {"memory": _half(bundle, policies), "policies": policies}
+            {} if policies is None else {"beside": _half(bundle, policies), "policies": policies}
         )
         with Engine.open(bundle, context=64, **options) as engine:
             list(engine.generate([1, 2, 3], max_new_tokens=3))

@@ -1,0 +1,130 @@
+"""What an engine may take here: the budget that was stated, or what the machine and its container
+leave, beside what this process holds already. `budget` divides it."""
+
+from __future__ import annotations
+
+from smoe.artifacts.bundle import Bundle
+from smoe.runtime import machine
+from smoe.runtime.budget import (
+    MIB,
+    PROCESS,
+    RESERVE,
+    RUNTIME,
+    MemoryPlan,
+    Source,
+    default_budget,
+    parse_size,
+    plan_memory,
+    show_size,
+)
+from smoe.runtime.errors import EngineError
+from smoe.runtime.system import trim_heap
+
+KERNEL = MIB  # what the kernel keeps for a process, beside the tables of its pages
+PAGED = 512  # bytes that a byte of these tables is for
+
+_left = 0  # bytes that the engines that are closed left in this process, for the next one to use
+
+
+def allow(
+    bundle: Bundle,
+    memory: str | int | None = None,
+    beside: str | int | None = None,
+    context: int | None = None,
+    level: int | None = None,
+    tables: int = 0,
+) -> MemoryPlan:
+    """The plan of an engine in a process that holds no more than `memory`, or no more than `beside`
+    above what it holds now, or, if neither is stated, than what is left to it here. The rest as in
+    `plan_memory`. An `EngineError` says the minimum where that is too little."""
+    if memory is not None and beside is not None:
+        raise EngineError(
+            "A budget is stated for the whole process (memory) or beside what it holds (beside), "
+            "not both."
+        )
+
+    alone = plan_memory(bundle, None, context, level, tables)
+
+    def plan(budget: int | None, source: Source, held: int) -> MemoryPlan:
+        return plan_memory(bundle, budget, context, level, tables, held, source)
+
+    reused = RUNTIME + alone.workspace
+    if beside is not None:
+        stated = parse_size(beside)
+        held = process(stated, reused)
+        return plan(held + stated, _beside(stated, held), held)
+    if memory is not None:
+        budget = parse_size(memory)
+        return plan(budget, _stated(budget), process(budget, reused))
+    room = machine.memory_room()
+    whole = plan(None, _unlimited(room), process(alone.total, reused))
+    allowed = None if room is None else default_budget(whole.total, room.nbytes)
+    if room is None or allowed is None:
+        return whole
+    return plan(allowed, _default(room), process(allowed, reused))
+
+
+def process(nbytes: int, reused: int = RUNTIME) -> int:
+    """Bytes that this process takes without an engine: what it holds, and what the kernel keeps for
+    it where it is to hold `nbytes`. What closed engines left, up to `reused` bytes, the next one
+    uses: it is counted there."""
+    held = machine.held_memory() or 0
+    return max(0, held - min(_left, reused)) + _kernel(nbytes)
+
+
+def usual_process(nbytes: int) -> int:
+    """The same of a `smoe run` on another machine."""
+    return PROCESS + _kernel(nbytes)
+
+
+def leave(plan: MemoryPlan) -> None:
+    """An engine of this plan is closed: what is here beyond what was there before comes of it."""
+    global _left
+    trim_heap()
+    if plan.process:
+        before = plan.process - _kernel(plan.total)
+        _left = max(0, (machine.held_memory() or 0) - before)
+
+
+def _kernel(nbytes: int) -> int:
+    """What the kernel keeps for a process of so many bytes, which a control group counts."""
+    return KERNEL + nbytes // PAGED
+
+
+def _stated(budget: int) -> Source:
+    room, size = machine.memory_room(), show_size(budget)
+    of = f"of {size} stated"
+    if room is not None and room.nbytes < budget:
+        of += f", though {room.keeper} leaves {show_size(room.nbytes)}"
+    return Source(f"{of}{_unknown()}", f"A budget of {size}")
+
+
+def _beside(stated: int, held: int) -> Source:
+    return Source(
+        f"of {show_size(stated + held)}, {show_size(stated)} stated beside the process{_unknown()}",
+        f"A budget of {show_size(stated)} beside what this process holds",
+        beside=True,
+    )
+
+
+def _default(room: machine.Room) -> Source:
+    left, reserve = show_size(room.nbytes), show_size(room.nbytes // RESERVE)
+    return Source(
+        f"of {left} that {room.keeper} leaves, {reserve} in reserve{_unknown()}",
+        f"What {room.keeper} leaves, {left} less a reserve of {reserve},",
+        f"Give it more, or take a shorter context; --memory {left} takes the reserve, too.",
+    )
+
+
+def _unlimited(room: machine.Room | None) -> Source:
+    if room is None:
+        of = ", no budget stated, and this system does not say what it leaves"
+    else:
+        of = f"of {show_size(room.nbytes)} that {room.keeper} leaves"
+    return Source(f"{of}{_unknown()}", "No budget")
+
+
+def _unknown() -> str:
+    if machine.held_memory() is not None:
+        return ""
+    return " (beside interpreter and libraries, of which this system does not say what they hold)"
