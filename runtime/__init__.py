@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ _ROOMS = {
     "StopWhen": "text",
     "Token": "engine",
 }
+
+
+# ONNX Runtime (from 1.29 on) else reports to its makers which models are run, in a thread, and
+# writes to ~/.cache. It asks once, when it is loaded; who wants that sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> object:

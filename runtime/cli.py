@@ -346,12 +346,14 @@ def _statistics(stats: Stats) -> str:
         if stats.decode_steps
         else "no decode"
     )
+    buffered = stats.shards_buffered
+    refused = f", {buffered} shards could not be read directly" if buffered else ""
     return (
         f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} "
         f"new ({rate}, "
         f"{stats.finish}); experts: {stats.hits} hits, {stats.misses} misses ({stats.hit_rate:.1%} "
         "hit), "
-        f"{show_size(stats.bytes_read)} read, {stats.stall_seconds:.2f} s waiting"
+        f"{show_size(stats.bytes_read)} read, {stats.stall_seconds:.2f} s waiting{refused}"
     )
 
 

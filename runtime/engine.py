@@ -78,7 +78,7 @@ class Engine:
         self._kernels = kernels.choose(threads=threads)
         self._backbone = Backbone(bundle.path, self.manifest, threads)
         self.reading = storage.choose(bundle, level, io, plan)
-        self._shards = storage.Shards(bundle, level, self.reading.io)
+        self._shards = storage.Shards(bundle, level, self.reading.io, self.stats)
         try:
             self._assemble()
         except BaseException:
@@ -210,10 +210,10 @@ class Engine:
             f"{self._level_line()}, backbone {self.manifest.backbone.precision}, context "
             f"{self.context}",
             f"kernels: {self._kernels.name} ({self._kernels.reason}), up to "
-            f"{self._kernels.threads} threads",
+            f"{self._kernels.threads} threads ({self._kernels.threads_reason})",
             self._backbone.threads_line(),
             *self.plan.lines(self.policies.eviction),
-            f"reads: {self.reading.io} ({self.reading.reason}){self._pinned}",
+            f"reads: {self.reading.io} ({self.reading.reason}{self._shards.line()}){self._pinned}",
             self._backbone.prompt_line(self._pieces(0, self.context)[0]),
             *policy_lines(self.policies, self.plan, level, self.bundle.levels),
             *([f"substitution: not possible with this model: {refused[0]}"] if refused else []),

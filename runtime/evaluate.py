@@ -64,7 +64,7 @@ def bench(
         if engine.lossless:
             log(*engine.mode_lines())
             return _measured(engine, texts, prompt, questions)
-    with tempfile.TemporaryDirectory() as scratch:
+    with _scratch() as scratch:
         with exact_twin() as twin:
             reference = exact(twin, texts, prompt, Path(scratch) / "exact")
             answers = choose(twin, questions)
@@ -72,6 +72,16 @@ def bench(
         with opened() as engine:
             log(*engine.mode_lines())
             return _measured(engine, texts, prompt, questions, reference, answers)
+
+
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise EngineError(
+            "The exact run's logits need a folder for temporary files, and there is none "
+            f"({error.strerror}); set TMPDIR to one."
+        ) from error
 
 
 def _measured(

@@ -8,8 +8,10 @@ that a step appends without copying."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from smoe.artifacts.errors import first_line
 from smoe.artifacts.manifest import Manifest, State
 from smoe.artifacts.safetensors_file import DTYPES
 from smoe.runtime.errors import EngineError
+from smoe.runtime.machine import processors
 
 ITEM_BYTES = {"tensor(bool)": 1, "tensor(float16)": 2, "tensor(float)": 4, "tensor(int32)": 4}
 
@@ -41,6 +44,7 @@ ORT_ERRORS = (
 )
 
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+EMPTY = Path(__file__).resolve().parent / "no_data"
 LARGE = 8 << 20  # bytes of a weight from which on a second thread pays (bench/threads.py)
 
 _arena_made = False
@@ -130,11 +134,12 @@ class SegmentState:
 
 def segment_threads(manifest: Manifest, threads: int | None) -> list[int]:
     """How many threads run each segment: `threads`, or as many as pay by the size of its largest
-    weight."""
+    weight and as there are processors for."""
     nbytes = {w.name: w.nbytes for w in manifest.backbone.initializers}
     segments = manifest.backbone.segments
     largest = [max((nbytes[name] for name in s.weights), default=0) for s in segments]
-    return [threads or (2 if size >= LARGE else 1) for size in largest]
+    most = min(2, processors().count)
+    return [threads or (most if size >= LARGE else 1) for size in largest]
 
 
 def open_sessions(
@@ -144,16 +149,34 @@ def open_sessions(
     must live as long. An `EngineError` if one does not load."""
     _share_arena()
     weights = _read_weights(path, manifest)
-    # Weights come from memory alone. ONNX Runtime would map whatever file an untrusted graph names,
-    # and a mapped file that shrinks kills the process: so it is shown a folder where the weight
-    # file is empty.
-    with tempfile.TemporaryDirectory() as empty:
-        (Path(empty) / Path(manifest.backbone.weights).name).touch()
+    with _folder_with_empty(Path(manifest.backbone.weights).name) as folder:
         sessions = [
-            _session(path, manifest, index, count, weights, empty)
+            _session(path, manifest, index, count, weights, folder)
             for index, count in enumerate(threads)
         ]
     return sessions, weights
+
+
+@contextlib.contextmanager
+def _folder_with_empty(name: str) -> Iterator[str]:
+    """A folder where the file `name` is empty. Weights come from memory alone: ONNX Runtime would
+    map whatever file an untrusted graph names, and a mapped file that shrinks kills the process, so
+    this is what it is shown. The one that comes with this package has the name that every bundle of
+    ours gives its weights, and needs no place to write to."""
+    ours = EMPTY / name
+    if ours.is_file() and not ours.is_symlink() and not ours.stat().st_size:
+        yield str(EMPTY)
+        return
+    try:
+        made = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise EngineError(
+            f"There is no folder for temporary files ({error.strerror}), which this bundle needs "
+            f"since its weights are called {name}; set TMPDIR to one, or build the bundle again."
+        ) from error
+    with made as folder:
+        (Path(folder) / name).touch()
+        yield folder
 
 
 def _session(

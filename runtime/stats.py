@@ -25,6 +25,7 @@ class Stats:
     misses: int = 0
     loads: int = 0  # reads, of whole records or of more planes
     bytes_read: int = 0
+    shards_buffered: int = 0  # files that could not be read directly, as they were to be
     guesses_read: int = 0  # records read on a guess
     guesses_used: int = 0  # guesses that a step used before they were evicted
     prefill_seconds: float = 0.0

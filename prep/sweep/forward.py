@@ -30,6 +30,7 @@ from smoe.prep.errors import NotDifferentiableError, PrepError
 from smoe.prep.progress import Progress
 from smoe.prep.sweep.scores import Scores
 from smoe.prep.workdir import FinishedLayers
+from smoe.runtime.machine import processors
 
 Arrays = dict[str, np.ndarray]
 BATCH = 4  # rows of a pass
@@ -193,6 +194,8 @@ def sweep(
     progress = progress or Progress(quiet=True)
     progress.say(f"sweep: {sum(len(row) for row in rows)} tokens on {device}")
     one_small_heap()
+    if torch.get_num_threads() > (there := processors().count):  # torch knows of no quota
+        torch.set_num_threads(there)
     checkpoint.move_backbone(device)
     batches = batches_of(rows, 1 if logits else BATCH)
     plain = [_Plain(checkpoint.model, batch, device, logits is not None) for batch in batches]

@@ -7,8 +7,6 @@ it."""
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,10 @@ from smoe.artifacts.encodings import checked_level, encoding_named, float_fields
 from smoe.artifacts.layout import RecordLayout
 from smoe.artifacts.validate import all_finite
 from smoe.runtime.budget import MemoryPlan
+from smoe.runtime.cache.shard_file import ADVICE, ShardFile
 from smoe.runtime.errors import EngineError
 from smoe.runtime.machine import memory_room
+from smoe.runtime.stats import Stats
 from smoe.runtime.system import aligned
 
 IO = ("direct", "buffered")
@@ -30,25 +30,42 @@ TRIED = 8 << 20  # bytes read each way to measure them
 
 class Shards:
     """All shards of a bundle, open for reading up to `level` (None: all of a record). `layouts[l]`
-    is the record layout of layer l. `io` is one of `IO`."""
+    is the record layout of layer l. `io` is one of `IO`; `refused` says of each file that cannot be
+    read past the page cache why; `stats` count them."""
 
-    def __init__(self, bundle: Bundle, level: int | None = None, io: str = "buffered"):
+    def __init__(
+        self,
+        bundle: Bundle,
+        level: int | None = None,
+        io: str = "buffered",
+        stats: Stats | None = None,
+    ):
         self.level = checked_level(encoding_named(bundle.manifest.experts.encoding), level)
-        self.io = io
-        self.layouts = bundle.layouts
+        self.io, self.layouts, self._starts = io, bundle.layouts, bundle.starts
+        self.refused: dict[Path, str] = {}
+        self._stats = stats
         self._floats = [_float_runs(layout) for layout in self.layouts]
-        self._seeking = threading.Lock()
-        self._files: list[tuple[Path, int, int]] = []  # path, descriptor, start of record 0
-        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        flags |= os.O_DIRECT if io == "direct" else 0
-        for layer, start in enumerate(bundle.starts):
+        self._files: list[ShardFile] = []
+        for layer in range(len(bundle.starts)):
             file = bundle.shard(layer)
             try:
-                opened = os.open(file, flags)
+                self._files.append(ShardFile(file, io == "direct", self._refuse))
             except OSError as error:
                 self.close()
                 raise EngineError(f"{file} cannot be opened: {error}") from error
-            self._files.append((file, opened, start))
+
+    def _refuse(self, path: Path, reason: str) -> None:
+        self.refused[path] = reason
+        if self._stats is not None:
+            self._stats.shards_buffered += 1
+
+    def line(self) -> str:
+        """What was refused, for people."""
+        if not self.refused:
+            return ""
+        (path, reason), *others = self.refused.items()
+        which = f"{path.name} and {len(others)} others" if others else path.name
+        return f"; {which} buffered, which their file system does not read directly: {reason}"
 
     def read(
         self, layer: int, expert: int, into: np.ndarray, since: int = 0, level: int | None = None
@@ -56,48 +73,31 @@ class Shards:
         """Fill `into` (uint8, long enough, on a page boundary) with the planes of a record after
         the first `since`, up to `level` (None: the shards' own); returns the bytes read, or raises
         `EngineError`. Threads may read at once."""
-        path, file, start = self._files[layer]
-        ends = (0, *self.layouts[layer].levels)
+        file, ends = self._files[layer], (0, *self.layouts[layer].levels)
         first, size = ends[since], ends[self.level if level is None else level] - ends[since]
-        view, done = into[first : first + size].data, 0
-        at = start + expert * self.layouts[layer].nbytes + first
+        at = self._starts[layer] + expert * self.layouts[layer].nbytes + first
         try:
-            while done < size:
-                got = self._read_at(file, view[done:], at + done)
-                if not got:
-                    raise EngineError(
-                        f"{path} ends inside expert {expert}: it became shorter; copy the bundle "
-                        f"again."
-                    )
-                done += got
+            done = file.read(into[first : first + size].data, at)
         except OSError as error:
+            advice = ADVICE.get(error.errno or 0, "see that it can be read, and try again")
             raise EngineError(
-                f"{path}: reading expert {expert} failed: {error.strerror}."
+                f"{file.path}: reading expert {expert} failed: {error.strerror}; {advice}."
             ) from error
+        if done < size:
+            raise EngineError(
+                f"{file.path} ends inside expert {expert}: it became shorter; copy the bundle "
+                "again."
+            )
         if not since:
             self._check_floats(layer, expert, into)
         return size
-
-    def _read_at(self, file: int, into: memoryview, at: int) -> int:
-        """Bytes read at that place, 0 at the end; where the system lacks a way, the next best
-        one."""
-        if hasattr(os, "preadv"):
-            return os.preadv(file, [into], at)
-        if hasattr(os, "pread"):
-            data = os.pread(file, len(into), at)
-        else:
-            with self._seeking:  # threads share the file's one position
-                os.lseek(file, at, os.SEEK_SET)
-                data = os.read(file, len(into))
-        into[: len(data)] = data
-        return len(data)
 
     def _check_floats(self, layer: int, expert: int, record: np.ndarray) -> None:
         """Scales, biases and norms must be finite. All of them lie in the base plane."""
         for dtype, start, end in self._floats[layer]:
             if not all_finite(record[start:end], dtype):
                 raise EngineError(
-                    f"{self._files[layer][0]}: {self._not_finite(layer, record)} of expert "
+                    f"{self._files[layer].path}: {self._not_finite(layer, record)} of expert "
                     f"{expert} holds values that are not finite; copy the bundle again, or build "
                     "it again."
                 )
@@ -112,19 +112,16 @@ class Shards:
     def forget(self, layer: int, expert: int) -> None:
         """Take a record out of the page cache, so that the next read is one of the device, where
         the system can."""
-        if not hasattr(os, "posix_fadvise"):  # macOS
-            return
-        _, file, start = self._files[layer]
         nbytes = self.layouts[layer].nbytes
-        os.posix_fadvise(file, start + expert * nbytes, nbytes, os.POSIX_FADV_DONTNEED)
+        self._files[layer].forget(self._starts[layer] + expert * nbytes, nbytes)
 
     @property
     def closed(self) -> bool:
         return not self._files
 
     def close(self) -> None:
-        for _, file, _ in self._files:
-            os.close(file)
+        for file in self._files:
+            file.close()
         self._files = []
 
 
@@ -160,20 +157,18 @@ def choose(bundle: Bundle, level: int | None, requested: str | None, plan: Memor
     if requested is None and plan.capacity == plan.experts:
         return Choice("buffered", "every record is read once")
     speeds: dict[str, float] = {}
+    refusal = ""
     for io in [requested] if requested else IO:
         try:
             speeds[io] = _rate(bundle, level, io)
-        except (
-            EngineError,
-            OSError,
-            AttributeError,
-        ) as error:  # AttributeError: a system without O_DIRECT
+        except EngineError as error:
             if requested:
                 raise EngineError(f"Records cannot be read {requested} here: {error}") from error
+            refusal = str(error)
     if requested:
         return Choice(requested, f"asked for; {speeds[requested]:.2f} GB/s from the device")
     if "direct" not in speeds:
-        return Choice("buffered", "this file system reads no other way")
+        return Choice("buffered", f"no other way here: {refusal}")
     rates = ", ".join(f"{io} {rate:.2f}" for io, rate in speeds.items()) + " GB/s from the device"
     experts = sum(
         file.size for name, file in bundle.manifest.files.items() if name.startswith("experts/")
@@ -202,6 +197,8 @@ def _rate(bundle: Bundle, level: int | None, io: str) -> float:
             shards.forget(layer, int(expert))
         started = time.perf_counter()
         done = sum(shards.read(layer, int(expert), into) for expert in experts)
+        if shards.io == "direct" and bundle.shard(layer) in shards.refused:
+            raise EngineError(shards.refused[bundle.shard(layer)])
         return done / (time.perf_counter() - started) / 1e9
     finally:
         shards.close()

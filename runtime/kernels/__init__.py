@@ -19,6 +19,7 @@ from smoe.artifacts.layout import ExpertShape, RecordLayout
 from smoe.artifacts.manifest import ExpertActivation
 from smoe.runtime.errors import EngineError
 from smoe.runtime.kernels import reference
+from smoe.runtime.machine import processors
 
 try:
     import smoe.runtime.kernels._native as _native
@@ -59,12 +60,12 @@ class LayerKernel(Protocol):
 
 @dataclass(frozen=True)
 class Kernels:
-    """A choice with its reason: `name` and `reason` are for the mode line, `threads` work on a
-    call."""
+    """A choice with its reasons, which are for the mode line; `threads` work on a call."""
 
     name: str
     reason: str
     threads: int
+    threads_reason: str
 
     def layer(
         self, gate: ExpertActivation, shape: ExpertShape, encoding: str, layout: RecordLayout
@@ -96,12 +97,9 @@ def choose(name: str | None = None, threads: int | None = None) -> Kernels:
         if _native
         else "built with SMOE_NO_NATIVE=1"
     )
-    return Kernels(requested or names[0], reason, threads or processors())
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there = processors()
+    count, why = (threads, "asked for") if threads else (there.count, there.reason)
+    return Kernels(requested or names[0], reason, count, why)
 
 
 @dataclass(frozen=True)
