@@ -6,6 +6,7 @@ Commits that `sidebyside` compares have that plan in different places.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,16 @@ def planner(bundle: str | Path, context: int, tables: int = 0) -> Callable[[int 
     return lambda budget: plan_memory(opened, budget, context, tables=tables)
 
 
+def beside(budget: int | None) -> dict[str, int | None]:
+    """How `Engine.open` is told of a budget beside what the process holds already."""
+    from smoe.runtime import Engine
+
+    told = "beside" in inspect.signature(Engine.open).parameters
+    return {"beside" if told else "memory": budget}  # until 2026-11 all budgets were such
+
+
 def budget_for_share(bundle: str | Path, share: float, context: int) -> int:
-    """Bytes for a share of all experts; tables that a policy reads come off them."""
+    """Bytes of the engine for a share of all experts; tables that a policy reads come off them."""
     plan = planner(bundle, context)
     return budget_for_count(plan, int(plan(None).experts * share))
 

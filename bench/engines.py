@@ -4,8 +4,7 @@ Every engine is a generator that opens its model, yields once, and then yields t
 of the ids, which it reads one at a time. `run` times it from outside, so that all are timed alike.
 Settings:
 
-* smoe: the budget is `limit` less what the interpreter and the imports hold, less RESERVE for the
-  kernel;
+* smoe: `limit` is what is stated for the process;
 * llama.cpp: mapped file, no locking, no repacked copy of the weights (`use_extra_bufts`), batches
   of one token;
 * transformers: bfloat16; under a limit everything is left to accelerate's disk offload, which holds
@@ -14,18 +13,12 @@ Settings:
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-RESERVE = (
-    24 << 20
-)  # bytes of the limit that nobody states: page tables, and pages of files on their way through
 
 
 @dataclass(frozen=True)
@@ -65,8 +58,10 @@ class Run:
 def smoe(ask: Request, about: dict) -> Iterator[np.ndarray | None]:
     from smoe.runtime import Engine
 
-    about["budget"] = budget = _left(ask)
-    with Engine.open(ask.model, memory=budget, context=ask.context, threads=ask.threads) as engine:
+    about["budget"] = ask.limit
+    with Engine.open(
+        ask.model, memory=ask.limit, context=ask.context, threads=ask.threads
+    ) as engine:
         about["plan"] = engine.plan.lines()
         yield None
         for logits in engine.score(ask.ids):
@@ -150,14 +145,6 @@ def run(ask: Request) -> Run:
 def _nats(logits: np.ndarray, following: int) -> float:
     top = logits.max()
     return float(top + np.log(np.exp(logits - top).sum()) - logits[following])
-
-
-def _left(ask: Request) -> int | None:
-    """The limit less what this process holds already, mapped pages included, and the reserve."""
-    if ask.limit is None:
-        return None
-    held = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    return ask.limit - held - RESERVE
 
 
 def run_request(**request: Any) -> dict[str, Any]:

@@ -110,12 +110,12 @@ def _bundle(run: Run, directory: Path) -> Path:
 
 def whole(bundle: str, share: float) -> dict[str, float]:
     """Seconds of Engine.open, of any commit."""
-    from bench.budgets import budget_for_share
+    from bench.budgets import beside, budget_for_share
     from smoe.runtime import Engine
 
-    memory = budget_for_share(bundle, share, CONTEXT)
+    how = beside(budget_for_share(bundle, share, CONTEXT))
     started = time.perf_counter()
-    with Engine.open(bundle, memory, CONTEXT, io="buffered"):
+    with Engine.open(bundle, context=CONTEXT, io="buffered", **how):
         return {"open": time.perf_counter() - started}
 
 

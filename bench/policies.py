@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bench import options
-from bench.budgets import budget_for_share
+from bench.budgets import beside, budget_for_share
 from bench.harness import Rows, Run, Table, bench, interleave, note, option, spread
 from smoe.artifacts import open_bundle
 from smoe.artifacts.tables import DISTANCES, PREDICTORS
@@ -69,7 +69,7 @@ class Subject:
     def __init__(self, bundle: Path, text: Path, tokens: int, choices: int, scratch: Path):
         self.bundle = bundle
         documents = read_documents(text)
-        with Engine.open(bundle, self.budget(0.25), CONTEXT) as engine:
+        with Engine.open(bundle, context=CONTEXT, **beside(self.budget(0.25))) as engine:
             self.texts = rows(engine, documents, tokens, LENGTH)
             self.short = self.texts[: max(1, len(self.texts) // 3)]
             self.positions = sum(len(row) - min(PROMPT, len(row)) + 1 for row in self.short)
@@ -78,12 +78,16 @@ class Subject:
             self.answers = choose(engine, self.questions)
 
     def budget(self, share: float) -> int:
-        """Bytes in which a share of the experts fits; tables of prices come off them."""
+        """Bytes of the engine for a share of the experts; tables of prices come off them."""
         return budget_for_share(self.bundle, share, CONTEXT)
+
+    def _open(self, share: float, policies: Policies, io: str | None = None) -> Engine:
+        how = beside(self.budget(share))
+        return Engine.open(self.bundle, context=CONTEXT, policies=policies, io=io, **how)
 
     def run(self, policies: Policies, share: float, io: str | None = None) -> dict[str, Any]:
         """`measure` and the choice task, after one row to settle."""
-        with Engine.open(self.bundle, self.budget(share), CONTEXT, policies=policies, io=io) as e:
+        with self._open(share, policies, io) as e:
             measure(e, self.texts[:1], PROMPT)
             result = measure(e, self.texts, PROMPT, self.exact)
             if self.questions:
@@ -92,7 +96,7 @@ class Subject:
 
     def short_run(self, policies: Policies, share: float) -> dict[str, Any]:
         """The same on a third of the text, and no questions."""
-        with Engine.open(self.bundle, self.budget(share), CONTEXT, policies=policies) as engine:
+        with self._open(share, policies) as engine:
             measure(engine, self.texts[:1], PROMPT)
             return measure(engine, self.short, PROMPT, self.exact[: self.positions])
 

@@ -156,12 +156,13 @@ def decode(
     """
     import hashlib
 
-    from bench.budgets import budget_for_share
+    from bench.budgets import beside, budget_for_share
     from smoe.runtime import Engine, Policies
 
-    memory = None if share is None else budget_for_share(bundle, share, context)
-    how = {"io": io} if share is not None else {}
-    with Engine.open(bundle, memory, context, policies=Policies(loss=loss), **how) as engine:
+    how: dict[str, Any] = {}
+    if share is not None:
+        how = {"io": io, **beside(budget_for_share(bundle, share, context))}
+    with Engine.open(bundle, context=context, policies=Policies(loss=loss), **how) as engine:
         ids = engine.text.encode(_text(Path(text)))[:tokens]
         stream, digest = engine.score(ids), hashlib.sha256()
         for position, logits in enumerate(stream, 1):

@@ -48,7 +48,9 @@ def test_a_child_runs_the_smoe_of_the_site_that_is_named(tmp_path):
 
 def test_a_child_that_fails_ends_the_bench_with_its_words(golden, capfd):
     with pytest.raises(SystemExit, match="memory:peak_once ended with 1"):
-        harness.child("memory:peak_once", bundle=golden, budget=5, context=64, prompt=1, loss=0.0)
+        harness.child(
+            "memory:peak_once", bundle=golden, budget=5 << 20, context=64, prompt=1, loss=0.0
+        )
     assert "too small" in capfd.readouterr().err
 
 
