@@ -100,7 +100,7 @@ def budgets(bundle: str, context: int, loss: float) -> list[int]:
     opened = open_bundle(Path(bundle))
     tables = tables_bytes(Policies(loss=loss), opened)
     alone = plan_memory(opened, None, context, tables=tables)
-    process = allowance.process(alone.total)
+    process = allowance.process(alone)
     whole = plan_memory(opened, None, context, tables=tables, process=process)
     most = whole.experts - 1 if loss else whole.experts
     counts = (whole.token_cycle, most // 2, most)

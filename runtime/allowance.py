@@ -48,33 +48,32 @@ def allow(
     def plan(budget: int | None, source: Source, held: int) -> MemoryPlan:
         return plan_memory(bundle, budget, context, level, tables, held, source)
 
-    reused = RUNTIME + alone.workspace
     if beside is not None:
         stated = parse_size(beside)
-        held = process(stated, reused)
+        held = process(alone, stated)
         return plan(held + stated, _beside(stated, held), held)
     if memory is not None:
         budget = parse_size(memory)
-        return plan(budget, _stated(budget), process(budget, reused))
+        return plan(budget, _stated(budget), process(alone, budget))
     room = machine.memory_room()
-    whole = plan(None, _unlimited(room), process(alone.total, reused))
+    whole = plan(None, _unlimited(room), process(alone))
     allowed = None if room is None else default_budget(whole.total, room.nbytes)
     if room is None or allowed is None:
         return whole
-    return plan(allowed, _default(room), process(allowed, reused))
+    return plan(allowed, _default(room), process(alone, allowed))
 
 
-def process(nbytes: int, reused: int = RUNTIME) -> int:
+def process(alone: MemoryPlan, budget: int | None = None) -> int:
     """Bytes that this process takes without an engine: what it holds, and what the kernel keeps for
-    it where it is to hold `nbytes`. What closed engines left, up to `reused` bytes, the next one
-    uses: it is counted there."""
-    held = machine.held_memory() or 0
-    return max(0, held - min(_left, reused)) + _kernel(nbytes)
+    it with an engine that takes `budget`, or what `alone`, a plan of nothing else, takes of that.
+    What closed engines left here, as far as this one uses it, is counted there."""
+    held = (machine.held_memory() or 0) - min(_left, RUNTIME + alone.workspace)
+    return _with_kernel(max(0, held), alone.total if budget is None else min(budget, alone.total))
 
 
-def usual_process(nbytes: int) -> int:
-    """The same of a `smoe run` on another machine."""
-    return PROCESS + _kernel(nbytes)
+def usual_process(engine: int) -> int:
+    """The same of a `smoe run` on another machine, with an engine of so many bytes."""
+    return _with_kernel(PROCESS, engine)
 
 
 def leave(plan: MemoryPlan) -> None:
@@ -82,13 +81,12 @@ def leave(plan: MemoryPlan) -> None:
     global _left
     trim_heap()
     if plan.process:
-        before = plan.process - _kernel(plan.total)
-        _left = max(0, (machine.held_memory() or 0) - before)
+        kernel = _with_kernel(plan.process, plan.total - plan.process) - plan.process
+        _left = max(0, (machine.held_memory() or 0) - (plan.process - kernel))
 
 
-def _kernel(nbytes: int) -> int:
-    """What the kernel keeps for a process of so many bytes, which a control group counts."""
-    return KERNEL + nbytes // PAGED
+def _with_kernel(held: int, engine: int) -> int:
+    return held + KERNEL + (held + engine) // PAGED
 
 
 def _stated(budget: int) -> Source:

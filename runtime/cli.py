@@ -279,7 +279,7 @@ def _about(bundle: Path, context: int | None) -> dict[str, Any]:
     opened = open_bundle(bundle)
     manifest = opened.manifest
     alone, layers = plan_memory(opened, None, context), manifest.layers
-    held = allowance.process(alone.total)
+    held = allowance.process(alone)
     full = plan_memory(opened, None, context, process=held)
     refusals = [layer.routing_refusal for layer in layers if layer.routing is None]
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,8 @@ def open_exact_twin(bundle: Path, options: dict[str, Any], log: Callable[[str], 
     if options["memory"] is not None:
         opened, policies = open_bundle(bundle), _policies(exact)
         tables, stated = tables_bytes(policies, opened), parse_size(options["memory"])
-        held = allowance.process(stated)
-        plan = plan_memory(opened, None, options["context"], tables=tables, process=held)
+        plan = plan_memory(opened, None, options["context"], tables=tables)
+        plan = dataclasses.replace(plan, process=allowance.process(plan, stated))
         if stated < plan.minimum:
             exact["memory"] = plan.minimum
             needs = show_size(plan.minimum, up=True)

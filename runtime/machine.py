@@ -1,7 +1,8 @@
 """What this machine and its control groups leave to this process: memory and processors.
 
 Both versions of control groups are read where they are mounted, from the process's own group up to
-the outermost one that it can see. What the system does not say is None, and the caller says so."""
+the outermost one that it can see. What the system does not say is None, and the caller says so.
+`proc` is where Linux tells of processes."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ try:
 except ModuleNotFoundError:  # not a Unix
     resource = None  # type: ignore[assignment]
 
+PROC = Path("/proc")
 # of a group's memory.stat: what cannot be given back, in versions 1 and 2
 KEPT = (
     ("total_rss", "total_shmem"),
@@ -41,22 +43,23 @@ class Processors:
     reason: str
 
 
-def memory_room() -> Room | None:
+def memory_room(proc: Path = PROC) -> Room | None:
     """What is left to this process, with what it holds already: by its control groups, or by the
     machine if that is less. None where the system does not say."""
-    free = _kilobytes("/proc/meminfo", "MemAvailable")
+    free = _kilobytes(proc / "meminfo", "MemAvailable")
     if free is None:
         return None
-    own = _own()
-    rooms = [Room(free + own, "this machine"), *_group_rooms(own)]
+    # of this process what cannot be reclaimed
+    own = sum(_kilobytes(proc / "self/status", name) or 0 for name in ("RssAnon", "RssShmem"))
+    rooms = [Room(free + own, "this machine"), *_group_rooms(own, proc)]
     return min(rooms, key=lambda room: room.nbytes)
 
 
-def held_memory() -> int | None:
+def held_memory(proc: Path = PROC) -> int | None:
     """Bytes that this process has resident, anonymous and mapped; where only the most that it ever
     had is known, that. None where nothing is."""
     for file, name in (("smaps_rollup", "Rss"), ("status", "VmRSS")):  # the former to the byte
-        held = _kilobytes(f"/proc/self/{file}", name)
+        held = _kilobytes(proc / "self" / file, name)
         if held is not None:
             return held
     if resource is None:
@@ -66,22 +69,23 @@ def held_memory() -> int | None:
     )
 
 
-def processors() -> Processors:
+def processors(proc: Path = PROC) -> Processors:
     """By affinity, which a container's set of processors is part of, and by the quotas of control
     groups: a thread beyond them would only wait for the others' time."""
     every = os.cpu_count() or 1
     able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else every
-    quota = min(_quotas(), default=math.inf)
+    quota = min(_quotas(proc), default=math.inf)
     if quota < able:
-        return Processors(max(1, math.floor(quota)), f"a quota of {quota:.3g} processors")
+        count = math.floor(quota + 0.01)  # one thread more than they pay for waits half the time
+        return Processors(max(1, count), f"a quota of {quota:.3g} processors")
     if able < every:
         return Processors(able, f"allowed {able} of {every} processors")
     return Processors(able, "as many as there are processors")
 
 
-def _group_rooms(own: int) -> Iterator[Room]:
+def _group_rooms(own: int, proc: Path) -> Iterator[Room]:
     """What every memory group above this process leaves it: the limit less what others keep."""
-    for folder in _groups("memory"):
+    for folder in _groups("memory", proc):
         limits = [_number(folder / f"memory.{name}") for name in ("limit_in_bytes", "max", "high")]
         known = [limit for limit in limits if limit is not None]
         if known:
@@ -101,9 +105,9 @@ def _kept(group: Path) -> int:
     return sum(fields.get(name, 0) for name in (first if first[0] in fields else second))
 
 
-def _quotas() -> Iterator[float]:
+def _quotas(proc: Path) -> Iterator[float]:
     """Processors that the groups above this process may use, where they are limited."""
-    for folder in _groups("cpu"):
+    for folder in _groups("cpu", proc):
         try:
             quota, period = (folder / "cpu.max").read_text().split()
         except (OSError, ValueError):  # version 1
@@ -114,15 +118,16 @@ def _quotas() -> Iterator[float]:
             yield int(quota) / int(period)
 
 
-def _groups(controller: str) -> Iterator[Path]:
+def _groups(controller: str, proc: Path) -> Iterator[Path]:
     """The folders of this process's groups that may limit `controller`, innermost first."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+        lines = (proc / "self/cgroup").read_text().splitlines()
+        mounts = (proc / "self/mountinfo").read_text().splitlines()
     except OSError:
         return
-    names = {kinds: name for _, kinds, name in (line.split(":", 2) for line in lines)}
-    for mount in mounts:
+    groups = (line.split(":", 2) for line in lines if line.count(":") >= 2)
+    names = {kinds: name for _, kinds, name in groups}
+    for mount in (line for line in mounts if " - " in line):
         fields, _, kind = mount.partition(" - ")
         root, place = fields.split()[3:5]
         system, _, settings = kind.split(" ", 2)
@@ -152,16 +157,10 @@ def _unescaped(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
-def _own() -> int:
-    """Bytes of this process that cannot be reclaimed."""
-    parts = (_kilobytes("/proc/self/status", name) for name in ("RssAnon", "RssShmem"))
-    return sum(part or 0 for part in parts)
-
-
-def _kilobytes(file: str, name: str) -> int | None:
+def _kilobytes(file: Path, name: str) -> int | None:
     """Bytes of the line "NAME: 12 kB"."""
     try:
-        match = re.search(rf"^{name}:\s+(\d+) kB", Path(file).read_text(), re.MULTILINE)
+        match = re.search(rf"^{name}:\s+(\d+) kB", file.read_text(), re.MULTILINE)
     except OSError:
         return None
     return int(match[1]) * 1024 if match else None

@@ -2,13 +2,21 @@
 budget."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from support import promise
 
+from bench import cgroup, page_cache
 from bench.budgets import budget_for_share
 from smoe.runtime import Engine, EngineError
+from smoe.runtime.budget import MIB, parse_size
+
+REASON = cgroup.unavailable()
+limited = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 PROMPTS = 20
 
@@ -61,3 +69,46 @@ def test_a_quarter_of_the_experts_gives_the_same_bits(reference_bundle, prompts)
 def test_a_budget_below_the_minimum_is_refused_with_the_minimum(reference_bundle):
     with pytest.raises(EngineError, match=r"needs at least [0-9.]+MiB"):
         Engine.open(reference_bundle, memory="16MiB")
+
+
+def _smoe(*arguments):
+    return [sys.executable, "-m", "smoe.runtime", *map(str, arguments)]
+
+
+@limited
+def test_a_stated_memory_is_kept_in_a_cgroup_of_just_that_with_the_context_full(reference_bundle):
+    for context, prompt in ((512, 500), (512, 8), (1536, 1500)):
+        info = _smoe("info", reference_bundle, "--context", context, "--json")
+        said = json.loads(subprocess.run(info, capture_output=True, check=True).stdout)
+        told = promise.kept(reference_bundle, said["memory_minimum"], context, prompt)
+        few, more, every = (run["experts"] for run in told)
+        assert 4 <= few < 40 < more + 20 < every == 192
+        assert len({run["logits"] for run in told}) == 1
+
+
+@limited
+def test_what_smoe_run_says_is_the_least_is_enough_in_a_cgroup_of_that(reference_bundle):
+    arguments = (reference_bundle, "def main(", "--context", 300, "--max-new-tokens", 200)
+    done = subprocess.run(_smoe("run", *arguments, "--memory", "50MiB"), capture_output=True)
+    least = done.stderr.decode().split("needs at least ")[1].split(" ")[0]
+    page_cache.drop(page_cache.files_under(reference_bundle))
+    with cgroup.Group("least", parse_size(least)) as group:
+        done = group.run(_smoe("run", *arguments, "--memory", least), timeout=60)
+    assert (done.code, done.killed) == (0, False), done.err
+    assert f"of {least} stated: process " in done.err
+
+
+@limited
+def test_without_a_budget_as_many_experts_stay_as_the_cgroup_leaves_room_for(reference_bundle):
+    arguments = (reference_bundle, "1 2 3", "--ids", "--context", 300, "--max-new-tokens", 64)
+    held, said = [], set()
+    for limit in (135 * MIB, 160 * MIB, 400 * MIB):
+        page_cache.drop(page_cache.files_under(reference_bundle))
+        with cgroup.Group("default", limit) as group:
+            done = group.run(_smoe("run", *arguments, "--json"), timeout=60)
+        assert (done.code, done.killed) == (0, False), done.err
+        told = json.loads(done.out)
+        held.append(told["memory"]["resident_experts"])
+        said.add(tuple(told["ids"]))
+        assert told["memory"]["total"] <= limit - limit // 10 and "that this container" in done.err
+    assert 4 <= held[0] < held[1] < held[2] == 192 and len(said) == 1
