@@ -10,6 +10,7 @@ from smoe.runtime.budget import (
     PROCESS,
     RESERVE,
     RUNTIME,
+    SWING,
     MemoryPlan,
     Source,
     default_budget,
@@ -92,7 +93,7 @@ def _with_kernel(held: int, engine: int) -> int:
 def _stated(budget: int) -> Source:
     room, size = machine.memory_room(), show_size(budget)
     of = f"of {size} stated"
-    if room is not None and room.nbytes < budget:
+    if room is not None and room.nbytes < budget - budget // SWING:
         of += f", though {room.keeper} leaves {show_size(room.nbytes)}"
     return Source(f"{of}{_unknown()}", f"A budget of {size}")
 

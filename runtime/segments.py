@@ -9,8 +9,11 @@ that a step appends without copying."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
+import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +51,18 @@ EMPTY = Path(__file__).resolve().parent / "no_data"
 LARGE = 8 << 20  # bytes of a weight from which on a second thread pays (bench/threads.py)
 
 _arena_made = False
+_open: weakref.WeakSet[ort.InferenceSession] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """In a forked child, which has none of their threads: a session that ended there, even as the
+    interpreter ends, would wait for them for ever. So these never do."""
+    for session in _open:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _share_arena() -> None:
@@ -189,13 +204,15 @@ def _session(
         options.add_initializer(name, weights[name])
     file = path / segment.file
     try:
-        return ort.InferenceSession(
+        session = ort.InferenceSession(
             file.read_bytes(), options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
     except (*ORT_ERRORS, OSError) as error:
         raise EngineError(
             f"{file} does not load in ONNX Runtime {ort.__version__}: {first_line(error)}"
         ) from error
+    _open.add(session)
+    return session
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,8 @@ that lacks a call."""
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -103,6 +105,78 @@ def test_a_forked_child_gets_a_sentence_and_the_parent_goes_on(golden, budget):
         assert "opened in another process" in here.recv()
         process.join(PATIENCE)
         assert [token.id for token in engine.generate([1, 2, 3], max_new_tokens=4)] == wanted
+
+
+FORKS = """
+import os, signal, sys, time
+from smoe.artifacts import open_bundle
+from smoe.runtime import Engine, EngineError, Policies
+from smoe.runtime.budget import memory_for
+from smoe.runtime.step import Phase, Span, Step
+import numpy as np
+
+bundle, threads = sys.argv[1], int(sys.argv[2])
+budget = memory_for(open_bundle(bundle), 4, 300)
+engine = Engine.open(bundle, beside=budget, context=300, threads=threads)
+wanted = [token.id for token in engine.generate([1, 2, 3], max_new_tokens=12)]
+prefill, paused = engine.prefill(engine.new_sequence(), np.arange(9)), engine.generate([1, 2, 3])
+scores, span = engine.score([1, 2, 3, 4]), Span(
+    engine.new_sequence(), np.array([1]), np.array([0]), Phase.DECODE)
+next(paused)
+doors = {
+    "generate": lambda: list(engine.generate([1, 2, 3], max_new_tokens=2)),
+    "text": lambda: list(engine.generate("def", max_new_tokens=2)),
+    "paused": lambda: next(paused),
+    "logits": lambda: engine.logits([1, 2]),
+    "score": lambda: next(scores),
+    "new score": lambda: list(engine.score([1, 2])),
+    "prefill": prefill.finish,
+    "new prefill": lambda: engine.prefill(engine.new_sequence(), np.arange(9)).finish(),
+    "step": lambda: engine.step(Step((span,))),
+}
+
+def fork(call):
+    child = os.fork()
+    if child:
+        return child
+    signal.alarm(10)
+    call()
+    sys.exit(0)  # and all that an interpreter does in the end
+
+def every_door():
+    for name, door in doors.items():
+        try:
+            door()
+        except EngineError as error:
+            assert "opened in another process" in str(error), (name, error)
+        else:
+            raise AssertionError(name)
+    print(*engine.mode_lines(), engine.stats.as_dict(), file=open(os.devnull, "w"))
+    engine.close()
+    engine.close()
+    with Engine.open(bundle, beside=budget, context=300, threads=threads) as own:
+        assert [token.id for token in own.generate([1, 2, 3], max_new_tokens=12)] == wanted
+
+children = [fork(every_door)]
+paused = engine.generate([1, 2, 3], max_new_tokens=40)
+for number, _ in enumerate(paused):  # while reads and guesses are on their way
+    if number % 8 == 0:
+        children.append(fork(every_door if number % 16 else engine.close))
+for child in children:
+    _, status = os.waitpid(child, 0)
+    assert status == 0, status
+assert [token.id for token in engine.generate([1, 2, 3], max_new_tokens=12)] == wanted
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_door_hangs_in_a_fork_and_an_engine_of_its_own_runs_there(golden, threads):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS, str(golden), str(threads)],
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("lacking", [("preadv",), ("preadv", "pread")])
