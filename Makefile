@@ -8,10 +8,10 @@ SOURCES := pyproject.toml $(shell find artifacts prep runtime -name '*.py' -o -n
 
 .PHONY: demo test lint check lean unbuildable wheel oldest sanitize threads aarch64 wheel-aarch64 docs clean
 
-## Build the example model into demo.smoe and generate from it inside a budget smaller than its experts.
+## Build the example model into demo.smoe and generate from it in less memory than all its experts take.
 demo: .venv/installed
 	test -d demo.smoe || $(BIN)/smoe-prep build examples/reference -o demo.smoe --calibration examples/calibration.jsonl --encoding f32
-	$(BIN)/smoe run demo.smoe "def main(" --memory 60MiB --context 512 --max-new-tokens 96 --temperature 0.7 --seed 2
+	$(BIN)/smoe run demo.smoe "def main(" --memory 128MiB --context 512 --max-new-tokens 96 --temperature 0.7 --seed 2
 
 ## Lint, import contracts, types, all tests, and the device side as it is installed there. CI runs more: .ci/run
 test: lint check lean unbuildable

@@ -387,8 +387,7 @@ def budgets_of(trace: Trace, memory: SequenceOf[str], residency: SequenceOf[floa
             f"{trace.name} does not say how large records are; give --memory as a number of "
             f"records."
         )
-    parse = parse_size if trace.sized else int
-    asked = [parse(text) for text in memory] or [
+    asked = [parse_size(text) if trace.sized else int(text) for text in memory] or [
         int(part * trace.total) for part in residency or SWEEP
     ]
     least = max(trace.records)
