@@ -117,7 +117,7 @@ def _default(room: machine.Room) -> Source:
 
 def _unlimited(room: machine.Room | None) -> Source:
     if room is None:
-        of = ", no budget stated, and this system does not say what it leaves"
+        of = "without a budget, since this system does not say what it leaves"
     else:
         of = f"of {show_size(room.nbytes)} that {room.keeper} leaves"
     return Source(f"{of}{_unknown()}", "No budget")

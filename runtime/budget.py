@@ -33,11 +33,12 @@ RESERVE = 10  # the part of what may be held that is left alone where no budget 
 SLOTS = 256  # of one call of the kernels, before the last expert is added: more would be no faster
 
 # Measured with bench/memory.py on x86-64, ONNX Runtime 1.31: the code pages that ONNX Runtime and
-# tokenizers touch when they first run, what a session holds besides its weights, and what a
-# tokenizer holds per byte of its file.
+# tokenizers touch when they first run, what a session holds besides its weights, what a tokenizer
+# holds per byte of its file, and what it takes per token while it reads a prompt.
 RUNTIME = 18 * MIB
 SESSION = MIB // 2
 TOKENIZER = 16
+READING = 512
 # What `smoe run` holds before it opens a bundle, for plans that are made elsewhere; and the part of
 # it by which two such processes may differ, which a minimum that is said has in it.
 PROCESS = 64 * MIB
@@ -125,7 +126,7 @@ class MemoryPlan:
         ]
         if self.capacity < min(self.token_cycle, self.experts):
             missing = (self.token_cycle - self.capacity) * self.record
-            enough = show_size(self._as_stated(self.total + missing), up=True)
+            enough = show_size(self.as_stated(self.total + missing), up=True)
             what = (
                 "eviction lru then never hits; use another"
                 if eviction == "lru"
@@ -141,7 +142,7 @@ class MemoryPlan:
     def too_small(self) -> EngineError:
         """What is said where the budget holds no such plan."""
         swing = self.process // SWING if self.source.beside else 0
-        least = show_size(self._as_stated(self.minimum - swing), up=True)
+        least = show_size(self.as_stated(self.minimum - swing), up=True)
         return EngineError(
             f"{self.source.called} is too small: this bundle needs at least {least} with a context "
             f"of {self.context} ({self._fixed_parts()}, {self.smallest} experts "
@@ -157,7 +158,7 @@ class MemoryPlan:
         }
         return ", ".join(f"{name} {show_size(parts[name])}" for name in parts if parts[name])
 
-    def _as_stated(self, nbytes: int) -> int:
+    def as_stated(self, nbytes: int) -> int:
         """So many bytes in all, as the user counts them."""
         return nbytes - self.process if self.source.beside else nbytes
 
@@ -193,7 +194,7 @@ def plan_memory(
         budget=budget,
         backbone=backbone,
         state=sum(spec.nbytes(context) for spec in manifest.backbone.state),
-        workspace=_workspace(manifest, context) + tables,
+        workspace=_workspace(manifest, context) + tables + (READING * context if tokenizer else 0),
         prefill=_prefill(manifest, context),
         lent=0,
         record=record,

@@ -132,11 +132,11 @@ class Engine:
         or as many as this machine and its cgroup leave room for), or no more than `beside` above
         what it holds now, for sequences of up to `context` tokens (None: 2048, or what the model
         was made for if that is less). `threads` run the backbone (None: as many as pay, by the size
-        of each segment's weights) and the experts (None: all processors that this process may
-        use). `level` is how many planes of every expert are read
-        (None: all; fewer is lossy). `policies` say what stays, what stands in and what is read
-        ahead where memory does not hold all experts; `io` is "direct" (past the page cache) or
-        "buffered" (None: by a short measurement).
+        of each segment's weights) and the experts (None: all processors that this process may use).
+        `level` is how many planes of every expert are read (None: all; fewer is lossy). `policies`
+        say what stays, what stands in and what is read ahead where memory does not hold all
+        experts; `io` is "direct" (past the page cache) or "buffered" (None: by a short
+        measurement).
 
         A damaged bundle, or one without such a level, is a `BundleError`, a budget that is too
         small an `EngineError` that names the minimum, and so are policies that have no effect or

@@ -91,7 +91,7 @@ def _group_rooms(own: int, proc: Path) -> Iterator[Room]:
         if known:
             kept = _kept(folder)
             # what was allocated before the process came into the group is not counted there
-            yield Room(min(known) - kept + min(own, kept), "this container")
+            yield Room(max(0, min(known) - kept + min(own, kept)), "this container")
 
 
 def _kept(group: Path) -> int:

@@ -70,7 +70,7 @@ def check_policies(policies: Policies, plan: MemoryPlan, manifest: Manifest) -> 
         raise EngineError(
             f"All {plan.experts} experts fit into memory, so that policies for missing ones have "
             f"no effect; leave them "
-            f"out, or state less memory than {show_size(plan.total)}."
+            f"out, or state less memory than {show_size(plan.as_stated(plan.total))}."
         )
     if not 0 <= policies.loss <= MOST_LOSS:
         raise EngineError(
@@ -87,7 +87,7 @@ def check_policies(policies: Policies, plan: MemoryPlan, manifest: Manifest) -> 
     share = plan.capacity // len(manifest.layers)
     if policies.shares and share < most:
         missing = most * len(manifest.layers) - plan.capacity
-        enough = plan.total + missing * plan.record
+        enough = plan.as_stated(plan.total + missing * plan.record)
         raise EngineError(
             f"Shares by layer cannot work with {plan.capacity} resident experts: {share} for each "
             f"of "
