@@ -159,8 +159,7 @@ class Engine:
         return engine
 
     def _fill(self) -> None:
-        """Before the first step: read all experts if there is room, else those that calibration
-        used most, if the bundle says which."""
+        """Read all experts if there is room, else those that calibration used most, if known."""
         plan, layers = self.plan, self.manifest.layers
         keys = [(layer, e) for layer, spec in enumerate(layers) for e in range(spec.experts)]
         if plan.capacity < plan.experts:
@@ -190,6 +189,8 @@ class Engine:
         self._experts.close()
         self._shards.close()
         if self._using.acquire(blocking=False):  # else a step is on its way, and ends first
+            self._sequence = Sequence(self._backbone.new_state(1))
+            system.unpin(self._cache.rows)
             self._cache.release()
             self._backbone.release()
             self._using.release()

@@ -49,6 +49,13 @@ def pin(array: np.ndarray) -> str:
     return f"not pinned ({os.strerror(ctypes.get_errno())}; RLIMIT_MEMLOCK allows {allowed})"
 
 
+def unpin(array: np.ndarray) -> None:
+    """Undo `pin`, if it was: what is pinned cannot be given back."""
+    if resource is not None:
+        libc = ctypes.CDLL(None)
+        libc.munlock(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
+
+
 def trim_heap() -> None:
     """Give the system back what was freed, where the C library keeps it and can be asked to
     (glibc)."""

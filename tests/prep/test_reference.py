@@ -14,6 +14,7 @@ from bench import cgroup, page_cache
 from bench.budgets import budget_for_share
 from smoe.runtime import Engine, EngineError
 from smoe.runtime.budget import MIB, parse_size
+from smoe.runtime.machine import held_memory
 
 REASON = cgroup.unavailable()
 limited = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -69,6 +70,23 @@ def test_a_quarter_of_the_experts_gives_the_same_bits(reference_bundle, prompts)
 def test_a_budget_below_the_minimum_is_refused_with_the_minimum(reference_bundle):
     with pytest.raises(EngineError, match=r"needs at least [0-9.]+MiB"):
         Engine.open(reference_bundle, memory="16MiB")
+
+
+def test_a_closed_engine_gives_its_memory_back_though_somebody_still_names_it(reference_bundle):
+    """Experts of 72 MiB, weights of 15, state of 12, each time."""
+    engines = [Engine.open(reference_bundle, context=2048)]
+    engines[0].close()
+    before = held_memory()
+    for _ in range(3):
+        engines.append(Engine.open(reference_bundle, context=2048))
+        assert held_memory() > before + 72 * MIB
+        engines[-1].close()
+        engines[-1].close()
+    assert held_memory() < before + 24 * MIB
+    with pytest.raises(EngineError, match="closed"):
+        engines[-1].logits([1, 2])
+    with pytest.raises(EngineError, match="closed"):
+        next(engines[-1].generate([1, 2]))
 
 
 def _smoe(*arguments):

@@ -11,9 +11,8 @@ from support import promise
 
 from bench import cgroup
 from smoe.artifacts import open_bundle
-from smoe.runtime import Engine, allowance
+from smoe.runtime import Engine
 from smoe.runtime.budget import MIB, RESERVE, default_budget, memory_for, plan_memory
-from smoe.runtime.machine import held_memory
 
 REASON = cgroup.unavailable()
 limited = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -66,15 +65,6 @@ print(json.dumps(plans))
     assert done.returncode == 0, done.stderr
     plans = json.loads(done.stdout)
     assert max(plans) - min(plans) < 2 * MIB, plans
-
-
-def test_a_closed_engine_gives_its_memory_back(golden):
-    before = held_memory()
-    engines = [Engine.open(golden, context=300) for _ in range(2)]
-    for engine in engines:
-        engine.close()
-        engine.close()
-    assert held_memory() < before + allowance.usual_process(0)
 
 
 @limited
