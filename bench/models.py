@@ -200,9 +200,50 @@ class Shape:
         return shapes
 
 
+class Mxfp4Shape(Shape):
+    """Sizes of a gpt_oss model, whose experts are stored in mxfp4."""
+
+    @property
+    def expert_bytes(self) -> int:
+        return super().expert_bytes // 4 * 17 // 16
+
+    def config(self) -> dict[str, object]:
+        return super().config() | {
+            "model_type": "gpt_oss",
+            "architectures": ["GptOssForCausalLM"],
+            "intermediate_size": self.width,
+            "num_local_experts": self.experts,
+            "layer_types": ["sliding_attention", "full_attention"] * (self.layers // 2),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "quantization_config": {"quant_method": "mxfp4"},
+        }
+
+    def _layer(self, name: str) -> dict[str, tuple[int, ...]]:
+        hidden, width, count = self.hidden, self.width, self.experts
+        queries, keys = self.heads * HEAD_SIZE, self.kv_heads * HEAD_SIZE
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{name}.input_layernorm.weight": (hidden,),
+            f"{name}.post_attention_layernorm.weight": (hidden,),
+            f"{name}.self_attn.sinks": (self.heads,),
+            f"{name}.mlp.router.weight": (count, hidden),
+            f"{name}.mlp.router.bias": (count,),
+        }
+        for matrix, n_out, n_in in (
+            ("q", queries, hidden), ("k", keys, hidden), ("v", keys, hidden), ("o", hidden, queries)
+        ):  # fmt: skip
+            shapes[f"{name}.self_attn.{matrix}_proj.weight"] = (n_out, n_in)
+            shapes[f"{name}.self_attn.{matrix}_proj.bias"] = (n_out,)
+        for matrix, n_out, n_in in (("gate_up", 2 * width, hidden), ("down", hidden, width)):
+            stem = f"{name}.mlp.experts.{matrix}_proj"
+            shapes[f"{stem}_blocks"] = (count, n_out, n_in // 32, 16)
+            shapes[f"{stem}_scales"] = (count, n_out, n_in // 32)
+            shapes[f"{stem}_bias"] = (count, n_out)
+        return shapes
+
+
 def random_checkpoint(path: Path, shape: Shape) -> Path:
-    """A checkpoint of random bfloat16 weights, one tensor per expert matrix and one file per layer,
-    as published."""
+    """A checkpoint of random weights in one file per layer, as published: bfloat16, one tensor per
+    expert matrix, or what the shape says."""
     if path.exists():
         return path
     path.mkdir(parents=True)
@@ -210,8 +251,11 @@ def random_checkpoint(path: Path, shape: Shape) -> Path:
     random, index = np.random.default_rng(0), dict[str, str]()
     for number, shapes in enumerate(shape.parts(), 1):
         file = f"model-{number:05d}-of-{shape.layers + 1:05d}.safetensors"
-        tensors = [TensorSpec(name, "BF16", size) for name, size in shapes.items()]
-        weights = (_random(random, tensor.shape) for tensor in tensors)
+        tensors = [
+            TensorSpec(name, "U8" if name.endswith(("_blocks", "_scales")) else "BF16", size)
+            for name, size in shapes.items()
+        ]
+        weights = (_random(random, tensor) for tensor in tensors)
         safetensors_file.write(path / file, tensors, weights, {"format": "pt"})
         index.update(dict.fromkeys(shapes, file))
     about = {"metadata": {}, "weight_map": index}
@@ -219,7 +263,12 @@ def random_checkpoint(path: Path, shape: Shape) -> Path:
     return path
 
 
-def _random(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+def _random(random: np.random.Generator, tensor: TensorSpec) -> np.ndarray:
+    shape = tensor.shape
+    if tensor.name.endswith("_scales"):
+        return np.full(shape, 120, np.uint8)  # 2^-7
+    if tensor.dtype == "U8":
+        return random.integers(0, 256, shape, np.uint8)
     if len(shape) == 1:
         return np.full(shape, NORM, np.uint16)
     values = random.standard_normal(shape, np.float32) * np.float32(shape[-1] ** -0.5)

@@ -25,7 +25,15 @@ from bench.harness import (
     spread,
     timed,
 )
-from bench.models import CALIBRATION, EXAMPLE, Shape, build, random_checkpoint, random_text
+from bench.models import (
+    CALIBRATION,
+    EXAMPLE,
+    Mxfp4Shape,
+    Shape,
+    build,
+    random_checkpoint,
+    random_text,
+)
 from bench.page_cache import size
 from smoe.artifacts import nested
 from smoe.artifacts.encodings import ENCODINGS
@@ -178,7 +186,8 @@ def _batches(rows: list[np.ndarray], tokens: int = 8192) -> list[Any]:
 @bench(
     options.tokens(4096),
     option("--gigabytes", type=float, default=4.0, help="of experts"),
-    option("--encoding", default="bf16"),
+    option("--stored", choices=["bf16", "mxfp4"], default="bf16", help="what experts are in"),
+    option("--encoding", default="stored"),
     option("--prices", type=int, default=8192, help="tokens that prices are from; 0: none"),
     option("--keep", type=Path, help="a folder for the checkpoint and the bundle"),
 )
@@ -187,13 +196,15 @@ def large(run: Run) -> Rows:
 
     Memory is the peak of all resident pages, mapped files included.
     """
+    kind, bits = (Shape, 16) if run.stored == "bf16" else (Mxfp4Shape, 4.25)
     layers, experts, hidden = 16, 64, 1024
-    width = int(run.gigabytes * GIGABYTE / (layers * experts * 3 * hidden * 2) / 16 + 1) * 16
-    shape = Shape(layers=layers, experts=experts, top_k=4, hidden=hidden, width=width)
+    each = run.gigabytes * GIGABYTE / (layers * experts * 3 * hidden * bits / 8)
+    width = int(each / 32 + 1) * 32
+    shape = kind(layers=layers, experts=experts, top_k=4, hidden=hidden, width=width)
     with tempfile.TemporaryDirectory() as scratch:
         folder = run.keep or Path(scratch)
         model = random_checkpoint(folder / "model", shape)
-        note(f"experts: {shape.expert_bytes / GIGABYTE:.2f} GB in bfloat16")
+        note(f"experts: {shape.expert_bytes / GIGABYTE:.2f} GB in {run.stored}")
         text = random_text(folder / "ids.jsonl", run.tokens, shape.vocabulary)
         about = [model, "--tokens", run.tokens, "--encoding", run.encoding, "--prices", run.prices]
         inspected, output = _prep("inspect", *about), folder / "model.smoe"
