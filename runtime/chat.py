@@ -22,7 +22,14 @@ ERRORS = (
 )  # fmt: skip
 
 
-def render(template: str, messages: list[dict[str, str]], settings: dict[str, Any]) -> str:
+def render(
+    template: str,
+    messages: list[dict[str, Any]],
+    settings: dict[str, Any],
+    tools: list[Any] | None = None,
+    documents: list[Any] | None = None,
+    add_generation_prompt: bool = True,
+) -> str:
     """The text of `messages` (`role`, `content`) with the opening of the model's next turn.
 
     `settings` is tokenizer_config.json: its `..._token` entries are variables of the template, as
@@ -39,7 +46,11 @@ def render(template: str, messages: list[dict[str, str]], settings: dict[str, An
     tokens = {key: _content(value) for key, value in settings.items() if key.endswith("_token")}
     try:
         return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, **tokens
+            messages=messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            **tokens,
         )
     except ERRORS as error:
         raise EngineError(f"The chat template cannot render these messages: {error}.") from error

@@ -24,7 +24,7 @@ from smoe.runtime.cli_options import (
 )
 from smoe.runtime.conversation import Conversation, Message
 from smoe.runtime.device_profile import measure_device
-from smoe.runtime.engine import Engine
+from smoe.runtime.engine import Engine, Token
 from smoe.runtime.errors import EngineError
 from smoe.runtime.evaluate import bench as run_bench
 from smoe.runtime.evaluate import bench_lines
@@ -126,12 +126,14 @@ def chat(
                     _say(_overflow(engine.context, dropped, overflow))
                     if overflow == "end":
                         break
-                answer = _answer(engine, ids, stop, options, not as_json)
+                tokens = _answer(engine, ids, stop, options, not as_json)
+                answer = engine.text.answer([token.id for token in tokens], template, stop)
             except EngineError as error:  # the conversation so far is kept
                 _say(f"smoe: {error}")
                 continue
             conversation.answered(line, answer, dropped)
-            made = {"text": answer, "stats": engine.stats.as_dict()}
+            text = "".join(token.text for token in tokens)
+            made = {"text": text, "stats": engine.stats.as_dict()}
             _show(json.dumps(made) if as_json else "")
         if not as_json:
             _say(_statistics(engine.stats))
@@ -157,16 +159,16 @@ def _ask() -> str:
 
 def _answer(
     engine: Engine, ids: list[int], stop: tuple[str, ...], generation: dict[str, Any], show: bool
-) -> str:
-    parts = []
+) -> list[Token]:
+    tokens: list[Token] = []
     try:
         for token in engine.generate(ids, stop=StopWhen(stop), reuse=True, **generation):
-            parts.append(token.text)
+            tokens.append(token)
             if show:
                 _show(token.text, end="")
     except KeyboardInterrupt:
         _say("", "cancelled")
-    return "".join(parts)
+    return tokens
 
 
 @cli.command()

@@ -115,7 +115,10 @@ generation_options = _options(
         "--stop",
         multiple=True,
         metavar="TEXT",
-        help="End before this text. May be given several times.",
+        help="End before this text, which may be a special token's. May be given several times.",
+    ),
+    click.option(
+        "--special", is_flag=True, help="Print the text of special tokens too, as they were made."
     ),
 )
 

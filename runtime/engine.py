@@ -288,9 +288,11 @@ class Engine:
         seed: int | None = None,
         stop: StopWhen | None = None,
         reuse: bool = False,
+        special: bool = False,
     ) -> Iterator[Token]:
-        """Tokens as they are made, up to `max_new_tokens`, an end token (which is yielded, without
-        text) or `stop`.
+        """Tokens as they are made, up to `max_new_tokens`, an end token (which is yielded) or
+        `stop`. Special tokens, which an end token mostly is, have no text unless `special` asks
+        for it.
 
         With `reuse`, what the prompt shares with the call before is not computed again: the turns
         of a conversation keep their state. Leaving the loop early cancels; the engine stays usable.
@@ -301,7 +303,7 @@ class Engine:
         if max_new_tokens < 1:
             raise EngineError(f"max_new_tokens is {max_new_tokens}; at least 1 is wanted.")
         checked = self._checked_ids(ids, max_new_tokens)
-        stream = Stream(self.text, stop.strings)
+        stream = Stream(self.text, stop.strings, special)
         return self._generate(checked, max_new_tokens, Sampler(how), stop, stream, reuse)
 
     def _generate(
@@ -319,7 +321,7 @@ class Engine:
         turn = self._turn
         for made in range(1, count + 1):
             token = sampler.draw(logits)
-            text = "" if token in ends else stream.push(token)
+            text = stream.push(token) if token not in ends or stream.special else ""
             last = (
                 "end" if token in ends else "stop" if stream.stopped
                 else "length" if made == count else ""

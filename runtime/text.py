@@ -1,25 +1,26 @@
-"""Between text and token ids: the tokenizer, streaming that never splits a character, stop
-strings."""
+"""Between text and token ids: the tokenizer, conversations, stop strings."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smoe.artifacts.errors import first_line
 from smoe.artifacts.manifest import File
+from smoe.artifacts.validate import sha256
+from smoe.runtime.control import Marks, Written, control_tokens
+from smoe.runtime.decoding import IncrementalDecoder, special_tokens
 from smoe.runtime.errors import EngineError
 
 if TYPE_CHECKING:
     # imported where it is used, as jinja2 is: together a third of `import smoe.runtime`
     import tokenizers
 
-UNFINISHED = "\ufffd"  # what a tokenizer decodes the bytes of an unfinished character to
-HELD_TOKENS = (
-    32  # no character has so many bytes: from here on what is held back is broken, and shown so
-)
+ANSWER = "an answer and nothing else"  # stands for one where a template is looked at
 
 
 @dataclass(frozen=True)
@@ -41,35 +42,96 @@ class Text:
         self._path, self._files = path, files
         self.tokenizer: tokenizers.Tokenizer | None = None
         if "tokenizer.json" in files:
-            import tokenizers
-
-            source = read_text(path / "tokenizer.json")
-            try:
-                self.tokenizer = tokenizers.Tokenizer.from_str(source)
-            except Exception as error:
-                raise EngineError(
-                    f"{path}/tokenizer.json is not a tokenizer: {error}; copy the bundle again."
-                ) from error
+            self.tokenizer = _open_tokenizer(path / "tokenizer.json", files["tokenizer.json"])
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`; with `special` as the model's authors frame a prompt."""
-        if self.tokenizer is None:
-            raise EngineError("This bundle has no tokenizer; give token ids instead of text.")
+        tokenizer = self._required()
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise EngineError(
                 f"The text is not UTF-8 at character {error.start}; convert it first."
             ) from error
-        return self.tokenizer.encode(text, add_special_tokens=special).ids
+        return tokenizer.encode(text, add_special_tokens=special).ids
 
-    def chat(self, messages: list[dict[str, str]], template: str | None = None) -> list[int]:
-        """Token ids of a conversation (`role`, `content`) rendered for the model's next turn."""
+    def decode(self, ids: Sequence[int], special: bool = False, stops: tuple[str, ...] = ()) -> str:
+        """The text of `ids` up to one of `stops`; with `special`, that of special tokens too."""
+        self._required()
+        stream = Stream(self, stops, special)
+        return "".join(map(stream.push, ids)) + stream.finish()
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        template: str | None = None,
+        tools: list[Any] | None = None,
+        documents: list[Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation (`role`, `content`) rendered for the model's next turn. What
+        a message spells gives no control token, unless the model wrote it (`answer`)."""
         from smoe.runtime import chat  # loads jinja2, which only chats need
 
         settings = self._settings()
-        rendered = chat.render(template or self._template(settings), messages, settings)
+        source = template or self._template(settings)
+        tokenizer = self._required()
+        named = settings.get("chat_control_tokens")
+        controls = control_tokens(tokenizer, source, named if isinstance(named, list) else None)
+        marks = Marks(controls, [messages, tools, documents], source)
+        rendered = chat.render(
+            source, marks.put(messages), settings, marks.put(tools), marks.put(documents)
+        )
+        if marks.spelled:
+            return marks.encode(tokenizer, rendered)
         return self.encode(rendered, special=False)  # the template writes the special tokens itself
+
+    def answer(
+        self, ids: Sequence[int], template: str | None = None, stops: tuple[str, ...] = ()
+    ) -> str:
+        """What a conversation's history holds of an answer that the model gave as `ids`, up to one
+        of `stops`.
+
+        A template writes an answer in a frame, like `<|channel|>final<|message|>`, and some refuse
+        to find that in a message. So of an answer with such a frame the history has what is in it,
+        and what the model thought before is gone, as with its authors. An answer in no frame is
+        kept with its special tokens, by which templates take thoughts out and which hold its parts
+        apart; if the template refuses that, the parts are lines.
+        """
+        from smoe.runtime import chat
+
+        tokenizer, settings = self._required(), self._settings()
+        controls = special_tokens(tokenizer)
+        if ids and tokenizer.id_to_token(ids[-1]) in controls:  # the end, which the template writes
+            ids = ids[:-1]
+        shown, whole = (self.decode(ids, special, stops) for special in (False, True))
+        if shown == whole:
+            return shown
+        control = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
+        source = template or self._template(settings)
+        frame = self._frame(source, settings)
+        if control.search(frame) and frame in whole:
+            return control.split(whole.rpartition(frame)[2])[0]
+        kept = whole if control.search(shown) else Written(whole)
+        try:
+            chat.render(source, [*_asked(kept), *_asked()], settings)
+        except EngineError:
+            return "\n".join(filter(None, control.split(whole)))
+        return kept
+
+    def _frame(self, template: str, settings: dict[str, Any]) -> str:
+        """What a template writes between the opening of an answer, where the model goes on, and the
+        answer; "" if it does not open it so."""
+        from smoe.runtime import chat
+
+        opened = chat.render(template, _asked(), settings)
+        past = chat.render(template, [*_asked(ANSWER), *_asked()], settings)
+        before, found, _ = past.partition(ANSWER)
+        return before.removeprefix(opened) if found and before.startswith(opened) else ""
+
+    def _required(self) -> tokenizers.Tokenizer:
+        if self.tokenizer is None:
+            raise EngineError("This bundle has no tokenizer; give token ids instead of text.")
+        return self.tokenizer
 
     def _settings(self) -> dict[str, Any]:
         if "tokenizer_config.json" not in self._files:
@@ -97,6 +159,37 @@ class Text:
         return template
 
 
+def _asked(answer: str | None = None) -> list[dict[str, Any]]:
+    """A turn, for looking at a template."""
+    question = {"role": "user", "content": "?"}
+    return [question] if answer is None else [question, {"role": "assistant", "content": answer}]
+
+
+def _open_tokenizer(path: Path, file: File) -> tokenizers.Tokenizer:
+    """tokenizer.json without what is left in it from training: a length to cut or fill texts to,
+    and merges left out at random. `AutoTokenizer` does not apply the first two to a text either."""
+    import tokenizers
+
+    source = read_text(path)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(source)
+    except Exception as error:
+        said = f"{path} is not a tokenizer that tokenizers {tokenizers.__version__} reads"
+        # What the build wrote was read back there: copying it again changes nothing.
+        mend = (
+            "its bytes are those that were built, so a newer version wrote it: `pip install "
+            "--upgrade tokenizers`"
+            if sha256(path) == file.sha256
+            else "copy the bundle again"
+        )
+        raise EngineError(f"{said} ({first_line(error)}); {mend}.") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
 def read_text(path: Path) -> str:
     """The text of a file; one that cannot be read or is not UTF-8 is an `EngineError`."""
     try:
@@ -107,49 +200,16 @@ def read_text(path: Path) -> str:
         raise EngineError(f"{path} is not UTF-8 at byte {error.start}.") from error
 
 
-class IncrementalDecoder:
-    """Text of one token after another. Joined, it is the text of all of them decoded at once.
-
-    A tokenizer decodes a token by its neighbours: a space in front of a word, a character out of
-    several byte tokens. So the tokens that were shown last are decoded again before each new one,
-    and what is longer is new; `transformers` and vLLM stream so. An unfinished character decodes to
-    U+FFFD and is held back until it is whole. Bytes that are no character at all may change what a
-    tokenizer with byte fallback makes of the bytes before them; what was shown stays.
-    """
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer):
-        self._tokenizer = tokenizer
-        self._context: list[int] = []  # the tokens whose text was shown last
-        self._pending: list[int] = []  # those after them
-        self._shown = 0  # characters of the pending ones that were shown
-
-    def push(self, token: int) -> str:
-        """What can be shown for sure once `token` has come."""
-        self._pending.append(token)
-        before = self._tokenizer.decode(self._context)
-        text = self._tokenizer.decode(self._context + self._pending)
-        if not text.startswith(before):
-            before, text = "", self._tokenizer.decode(self._pending)
-        text = text[len(before) :]
-        full = len(self._pending) >= HELD_TOKENS
-        sure = text if full else text.rstrip(UNFINISHED)
-        new, self._shown = sure[self._shown :], max(self._shown, len(sure))
-        if text and sure == text:
-            self._context, self._pending, self._shown = self._pending, [], 0
-        elif full:  # special tokens, which have no text
-            self._pending = []
-        return new
-
-
 class Stream:
     """Text as it comes: `push(id)` returns what can be shown for sure, `finish()` what was held
-    back at the end.
+    back at the end. Joined it is the text of all ids decoded at once, up to a stop string.
 
-    Held back is text that may turn out to begin a stop string, and the bytes of an unfinished
-    character; if those stay unfinished to the end, they are never shown.
+    Held back is what may turn out to begin a stop string, and bytes that may still become another
+    character. Special tokens have no text unless `special` asks for it; a stop string sees them
+    either way, since they are where a model's turns and channels end.
     """
 
-    def __init__(self, text: Text, stops: tuple[str, ...]):
+    def __init__(self, text: Text, stops: tuple[str, ...], special: bool = False):
         if stops and text.tokenizer is None:
             raise EngineError(
                 "This bundle has no tokenizer, so that stop strings cannot be found; stop at token "
@@ -157,33 +217,67 @@ class Stream:
             )
         if "" in stops:
             raise EngineError("A stop string is empty; it would stop before the first token.")
-        self._decoder = IncrementalDecoder(text.tokenizer) if text.tokenizer else None
-        self._stops = stops
-        self._held = ""
+        tokenizer = text.tokenizer
+        self._shown = IncrementalDecoder(tokenizer, special) if tokenizer else None
+        self._whole = IncrementalDecoder(tokenizer, True) if tokenizer and stops else None
+        self._stops, self.special = stops, special
+        self._held: list[tuple[str, str]] = []  # of each token: its whole text, what is shown of it
         self.stopped = False
 
     def push(self, token: int) -> str:
         """What can be shown once `token` has come; nothing any more after a stop string, or without
         a tokenizer."""
-        if self._decoder is None or self.stopped:
+        if self._shown is None or self.stopped:
             return ""
-        self._held += self._decoder.push(token)
-        positions = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if positions:
-            self.stopped = True
-            shown, self._held = self._held[: min(positions)], ""
+        shown = self._shown.push(token)
+        if self._whole is None:
             return shown
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        shown, self._held = (
-            self._held[: len(self._held) - keep],
-            self._held[len(self._held) - keep :],
-        )
-        return shown
+        self._held.append((self._whole.push(token), shown))
+        return self._sure()
 
     def finish(self) -> str:
-        """What was held back because it might have begun a stop string."""
-        shown, self._held = self._held, ""
-        return shown
+        """What was held back because more might have followed."""
+        if self._shown is None or self.stopped:
+            return ""
+        shown = self._shown.finish()
+        if self._whole is None:
+            return shown
+        self._held.append((self._whole.finish(), shown))
+        sure = self._sure()
+        return sure if self.stopped else sure + self._release(None)
+
+    def _sure(self) -> str:
+        """What can be shown of what is held: all before a stop string, or before what may begin
+        one."""
+        whole = "".join(text for text, _ in self._held)
+        positions = [at for stop in self._stops if (at := whole.find(stop)) >= 0]
+        if not positions:
+            keep = max(_overlap(whole, stop) for stop in self._stops)
+            return self._release(len(whole) - keep)
+        self.stopped = True
+        assert self._shown is not None
+        text, shown = self._held[-1]
+        self._held[-1] = (text, shown + self._shown.finish())
+        return self._release(min(positions))
+
+    def _release(self, length: int | None) -> str:
+        """Take the first `length` characters of the whole text (None: all), and return what is
+        shown of them."""
+        released = ""
+        while self._held:
+            text, shown = self._held[0]
+            if length is not None and len(text) > length:
+                break
+            length = None if length is None else length - len(text)
+            released += shown
+            del self._held[0]
+        if length and self._held and (text.endswith(shown) or self.stopped):
+            # what is not shown of a token was in front of the rest, like a space that is stripped
+            hidden = len(text) - len(shown) if text.endswith(shown) else 0
+            cut = max(length - hidden, 0)
+            released += shown[:cut]
+            self._held[0] = (text[length:], shown[cut:])
+        return released
 
 
 def _overlap(text: str, stop: str) -> int:
