@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +86,11 @@ def build(
         recipe, encoding=chosen_encoding(checkpoint, recipe.encoding, progress)
     )
     _refuse_early(checkpoint, recipe, calibration, profiled)
+    if not checkpoint.end_ids:
+        progress.say(
+            "warning: neither config, generation config nor tokenizer of this model names a token "
+            "that ends a text: generation will run to its limit, unless --stop ends it."
+        )
     text = _text(checkpoint, recipe, calibration, profiled)
     with beside(output, _settings(checkpoint, recipe, text, profiled), progress) as partial:
         needed = disk_needed(checkpoint.model, recipe.encoding, text.tokens)
@@ -103,8 +107,8 @@ def build(
             progress.say(f"prices: none for this model, and so no --loss: {no_prices}")
         # Last, though it may refuse a family: the exporter leaves 0.2 GB in the process.
         draft = _backbone(checkpoint, partial, experts, recipe.backbone, progress)
-        for file in checkpoint.text_files():
-            shutil.copyfile(file, partial / file.name)
+        for name, content in checkpoint.text_files.items():
+            (partial / name).write_bytes(content)
         provenance = _provenance(checkpoint, recipe, text)
         manifest = dataclasses.replace(draft, provenance=provenance, files=_files(partial))
         write_whole(partial / "manifest.json", manifest.to_json())

@@ -11,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from smoe.artifacts import open_bundle
+from smoe.artifacts import Bundle, open_bundle
 from smoe.artifacts.errors import printable
 from smoe.runtime import allowance
 from smoe.runtime.budget import MemoryPlan, memory_for, plan_memory, show_size
@@ -29,7 +29,7 @@ from smoe.runtime.errors import EngineError
 from smoe.runtime.evaluate import bench as run_bench
 from smoe.runtime.evaluate import bench_lines
 from smoe.runtime.stats import Stats
-from smoe.runtime.text import StopWhen, read_text
+from smoe.runtime.text import StopWhen, Text, read_text
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -294,6 +294,7 @@ def _about(bundle: Path, context: int | None) -> dict[str, Any]:
         "record_bytes": full.record,
         "backbone": manifest.backbone.precision,
         "vocabulary": manifest.model.vocabulary,
+        "end_tokens": _ends(opened),
         "longest_context": manifest.model.context,
         "bytes": sum(file.size for file in manifest.files.values()),
         "context": full.context,
@@ -304,6 +305,16 @@ def _about(bundle: Path, context: int | None) -> dict[str, Any]:
         "substitution": refusals[0] if refusals else "possible",
         "provenance": manifest.provenance,
     }
+
+
+def _ends(bundle: Bundle) -> str:
+    """The tokens that end a generation, with their text."""
+    tokenizer = Text(bundle.path, bundle.manifest.files).tokenizer
+    ends = [
+        f"{i} {tokenizer.id_to_token(i)}" if tokenizer else str(i)
+        for i in bundle.manifest.model.end_ids
+    ]
+    return ", ".join(ends) or "none: a generation runs to its limit, unless --stop ends it"
 
 
 @cli.command()

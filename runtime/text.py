@@ -53,7 +53,13 @@ class Text:
             raise EngineError(
                 f"The text is not UTF-8 at character {error.start}; convert it first."
             ) from error
-        return tokenizer.encode(text, add_special_tokens=special).ids
+        try:
+            return tokenizer.encode(text, add_special_tokens=special).ids
+        except Exception as error:  # the class of all that Rust refuses
+            raise EngineError(
+                f"The tokenizer has no tokens for this text ({first_line(error)}); leave out what "
+                "it was not made for."
+            ) from error
 
     def decode(self, ids: Sequence[int], special: bool = False, stops: tuple[str, ...] = ()) -> str:
         """The text of `ids` up to one of `stops`; with `special`, that of special tokens too."""

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import importlib.metadata
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +27,9 @@ from smoe.prep.checkpoint.coded import CodedExperts, read_coded
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam
 from smoe.prep.checkpoint.few_bits import decoded_dtype, kept_encoding, quantiser_of
 from smoe.prep.checkpoint.seam import ExpertsLayer, ExpertsModule, experts_modules, layers_used
+from smoe.prep.checkpoint.tokenizer import bundle_text, open_tokenizer
 from smoe.prep.checkpoint.weights import Weights, open_weights
 from smoe.prep.errors import PrepError
-
-# Copied into the bundle as they are, where the checkpoint has them.
-TEXT_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 PIECE = 256 << 10  # bytes read at a time
 
@@ -59,6 +53,7 @@ class Checkpoint:
     layers: list[ExpertsLayer]
     end_ids: tuple[int, ...]  # token ids that end a generation
     sources: list[Sources]
+    text_files: dict[str, bytes]  # what a bundle holds of tokenizer, templates and generation
 
     @property
     def config(self):
@@ -76,9 +71,6 @@ class Checkpoint:
         float32 and float8, bf16."""
         half = self.expert_dtypes == [torch.float16]
         return kept_encoding(self.weights.quantiser) or ("f16" if half else "bf16")
-
-    def text_files(self) -> list[Path]:
-        return [self.path / name for name in TEXT_FILES if (self.path / name).is_file()]
 
     def fingerprint(self) -> str:
         """SHA-256 that tells one checkpoint from another: of the config, and of each weight file's
@@ -98,7 +90,7 @@ class Checkpoint:
     def identity(self) -> dict[str, str]:
         """What every result depends on: the checkpoint's fingerprint, its tokenizer and generation
         config, and the versions of what reads and writes."""
-        digest = hashlib.sha256(b"".join(file.read_bytes() for file in self.text_files()))
+        digest = hashlib.sha256(b"".join(content for _, content in sorted(self.text_files.items())))
         text = digest.hexdigest()[:12]
         model = self.fingerprint()[:12]
         return {"model": model, "tokenizer and generation config": text} | versions()
@@ -154,13 +146,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     model = empty_model(config, path)
     refuse_without_seam(model, path)
     weights = open_weights(path, quantiser)
-    if not (path / "tokenizer.json").is_file() and list(path.glob("tokenizer*.model")):
-        raise PrepError(
-            f"{path} has a tokenizer that only Python code reads (no tokenizer.json); convert it "
-            "with "
-            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
-        )
-    end_ids = _end_ids(path, model.config.get_text_config())
+    tokenizer = open_tokenizer(path)
+    text_files = bundle_text(path, tokenizer)
+    end_ids = _end_ids(path, config, None if tokenizer is None else tokenizer.eos_token_id)
     _load_backbone(path, model, weights)
     model.requires_grad_(False)  # only values are ever differentiated
     layers = layers_used(model)
@@ -171,7 +159,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             dtype = decoded_dtype(weights.stored[source].dtype for source in tensors)
             empty = torch.empty_like(model.get_parameter(parameter), dtype=dtype)
             _replace(module, parameter.removeprefix(f"{name}."), empty)
-    return Checkpoint(path, model, weights, layers, end_ids, sources)
+    return Checkpoint(path, model, weights, layers, end_ids, sources, text_files)
 
 
 def read_config(path: Path) -> transformers.PreTrainedConfig:
@@ -189,7 +177,7 @@ def read_config(path: Path) -> transformers.PreTrainedConfig:
             "or `save_pretrained` leaves it."
         )
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (
         ValueError,
         KeyError,
@@ -198,6 +186,12 @@ def read_config(path: Path) -> transformers.PreTrainedConfig:
         RecursionError,
         StrictDataclassError,
     ) as error:
+        if "custom code" in str(error):
+            raise PrepError(
+                f"{path} is a model of Python code of its own (auto_map in config.json), and smoe "
+                "runs no code out of a checkpoint; it prepares the families that transformers "
+                f"{transformers.__version__} has, of which this model_type is none."
+            ) from error
         raise PrepError(
             f"{path}/config.json is not one that transformers {transformers.__version__} reads: "
             f"{first_line(error)}"
@@ -205,18 +199,38 @@ def read_config(path: Path) -> transformers.PreTrainedConfig:
     return config
 
 
-def _end_ids(path: Path, config: transformers.PreTrainedConfig) -> tuple[int, ...]:
-    """From generation_config.json or the config."""
-    ids = None
+def _end_ids(
+    path: Path, config: transformers.PreTrainedConfig, end_of_text: int | None
+) -> tuple[int, ...]:
+    """The tokens that end a generation: all that generation_config.json and config.json write, and
+    the tokenizer's end of text; what the config's class has only where nothing is written, since a
+    class knows nothing of this vocabulary."""
+    places: list[int | list[int] | None] = []
     if (path / "generation_config.json").is_file():
         try:
-            ids = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
+            generation = GenerationConfig.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise PrepError(
                 f"{path}/generation_config.json is damaged: {first_line(error)}"
             ) from error
-    ids = getattr(config, "eos_token_id", None) if ids is None else ids
-    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+        places.append(generation.eos_token_id)
+    own = [getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())]
+    said = list(_values(json.loads((path / "config.json").read_text("utf-8")), "eos_token_id"))
+    places += [value for value in own if value in said]
+    places.append(end_of_text)
+    if not any(value is not None for value in places):
+        places += own
+    ids = itertools.chain(*(v if isinstance(v, list) else [v] for v in places))
+    vocabulary = config.get_text_config().vocab_size
+    return tuple(dict.fromkeys(i for i in ids if i is not None and 0 <= i < vocabulary))
+
+
+def _values(tree: object, name: str) -> Iterator[object]:
+    """What a JSON document says of `name`, wherever it does."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if key == name:
+            yield value
+        yield from _values(value, name)
 
 
 def _load_backbone(path: Path, model: transformers.PreTrainedModel, weights: Weights) -> None:

@@ -188,13 +188,13 @@ def _read_dataset(
 def _encode(
     documents: Iterable[str | list[int]], checkpoint: Checkpoint, source: str
 ) -> Iterator[np.ndarray]:
-    file, vocabulary = checkpoint.path / "tokenizer.json", checkpoint.config.vocab_size
-    tokenizer = _tokenizer(file) if file.is_file() else None
+    vocabulary, written = checkpoint.config.vocab_size, checkpoint.text_files.get("tokenizer.json")
+    tokenizer = None if written is None else tokenizers.Tokenizer.from_buffer(written)
     for document in documents:
         if isinstance(document, str):
             if tokenizer is None:
                 raise PrepError(
-                    f"{checkpoint.path} has no tokenizer.json, so text cannot be used; give a "
+                    f"{checkpoint.path} has no tokenizer, so text cannot be used; give a "
                     ".jsonl file "
                     "with `input_ids`."
                 )
@@ -205,10 +205,3 @@ def _encode(
                 f"{source} has the token id {ids.max()}; this model has 0 to {vocabulary - 1}."
             )
         yield ids
-
-
-def _tokenizer(file: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:
-        raise PrepError(f"{file} is not a tokenizer: {error}; download it again.") from error

@@ -88,7 +88,7 @@ def test_the_seed_orders_documents(pico, tmp_path):
             {},
             "token id 211; this model has 0 to 210",
         ),
-        ("text.jsonl", '{"text": "hello"}', {}, "no tokenizer.json, so text cannot be used"),
+        ("text.jsonl", '{"text": "hello"}', {}, "no tokenizer, so text cannot be used"),
         ("few.jsonl", json.dumps({"input_ids": [1] * 200}), {"tokens": 10}, "--tokens is 10"),
     ],
 )
