@@ -83,7 +83,7 @@ class Marks:
     def _as_text(self, tokenizer: tokenizers.Tokenizer, control: str) -> list[int]:
         """The ids of a control token's text, none of which is a control token: where the vocabulary
         has the text as a whole too, it is spelled in two parts."""
-        forbidden = {tokenizer.token_to_id(text) for text in self._controls}
+        forbidden = {tokenizer.token_to_id(text) for text in self._controls} - _unknown(tokenizer)
         for parts in ([control], [control[:1], control[1:]], list(control)):
             ids = [i for part in parts for i in _inside(tokenizer, part, _encode_plain)]
             if not forbidden.intersection(ids):
@@ -138,6 +138,14 @@ def _inside(
 
 def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _unknown(tokenizer: tokenizers.Tokenizer) -> set[int | None]:
+    """The token of what is not in the vocabulary: special, but any text may give it."""
+    named = getattr(tokenizer.model, "unk_token", None)
+    if named is not None:
+        return {tokenizer.token_to_id(named)}
+    return set(_encode_plain(tokenizer, chr(PRIVATE[-1][-1])))
 
 
 def _encode_plain(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:

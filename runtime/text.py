@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,13 +54,8 @@ class Text:
             raise EngineError(
                 f"The text is not UTF-8 at character {error.start}; convert it first."
             ) from error
-        try:
+        with _no_tokens_said():
             return tokenizer.encode(text, add_special_tokens=special).ids
-        except Exception as error:  # the class of all that Rust refuses
-            raise EngineError(
-                f"The tokenizer has no tokens for this text ({first_line(error)}); leave out what "
-                "it was not made for."
-            ) from error
 
     def decode(self, ids: Sequence[int], special: bool = False, stops: tuple[str, ...] = ()) -> str:
         """The text of `ids` up to one of `stops`; with `special`, that of special tokens too."""
@@ -88,7 +84,8 @@ class Text:
             source, marks.put(messages), settings, marks.put(tools), marks.put(documents)
         )
         if marks.spelled:
-            return marks.encode(tokenizer, rendered)
+            with _no_tokens_said():
+                return marks.encode(tokenizer, rendered)
         return self.encode(rendered, special=False)  # the template writes the special tokens itself
 
     def answer(
@@ -163,6 +160,20 @@ class Text:
                 "with --chat-template FILE."
             )
         return template
+
+
+@contextlib.contextmanager
+def _no_tokens_said() -> Iterator[None]:
+    """A text that a tokenizer has no tokens for, as for lack of an unknown token, is a sentence."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:  # the class of all that Rust refuses
+        raise EngineError(
+            f"The tokenizer has no tokens for this text ({first_line(error)}); leave out what it "
+            "was not made for."
+        ) from error
 
 
 def _asked(answer: str | None = None) -> list[dict[str, Any]]:
