@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smoe.artifacts.errors import first_line
+from smoe.artifacts.errors import as_sentence
 from smoe.artifacts.manifest import File
 from smoe.artifacts.validate import sha256
 from smoe.runtime.control import Marks, Written, control_tokens
@@ -54,7 +53,7 @@ class Text:
             raise EngineError(
                 f"The text is not UTF-8 at character {error.start}; convert it first."
             ) from error
-        with _no_tokens_said():
+        with as_sentence(_no_tokens):
             return tokenizer.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int], special: bool = False, stops: tuple[str, ...] = ()) -> str:
@@ -84,7 +83,7 @@ class Text:
             source, marks.put(messages), settings, marks.put(tools), marks.put(documents)
         )
         if marks.spelled:
-            with _no_tokens_said():
+            with as_sentence(_no_tokens):
                 return marks.encode(tokenizer, rendered)
         return self.encode(rendered, special=False)  # the template writes the special tokens itself
 
@@ -162,18 +161,10 @@ class Text:
         return template
 
 
-@contextlib.contextmanager
-def _no_tokens_said() -> Iterator[None]:
-    """A text that a tokenizer has no tokens for, as for lack of an unknown token, is a sentence."""
-    try:
-        yield
-    except EngineError:
-        raise
-    except Exception as error:  # the class of all that Rust refuses
-        raise EngineError(
-            f"The tokenizer has no tokens for this text ({first_line(error)}); leave out what it "
-            "was not made for."
-        ) from error
+def _no_tokens(said: str) -> EngineError:
+    return EngineError(
+        f"The tokenizer has no tokens for this text ({said}); leave out what it was not made for."
+    )
 
 
 def _asked(answer: str | None = None) -> list[dict[str, Any]]:
@@ -188,10 +179,8 @@ def _open_tokenizer(path: Path, file: File) -> tokenizers.Tokenizer:
     import tokenizers
 
     source = read_text(path)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_str(source)
-    except Exception as error:
-        said = f"{path} is not a tokenizer that tokenizers {tokenizers.__version__} reads"
+
+    def unread(said: str) -> EngineError:
         # What the build wrote was read back there: copying it again changes nothing.
         mend = (
             "its bytes are those that were built, so a newer version wrote it: `pip install "
@@ -199,7 +188,13 @@ def _open_tokenizer(path: Path, file: File) -> tokenizers.Tokenizer:
             if sha256(path) == file.sha256
             else "copy the bundle again"
         )
-        raise EngineError(f"{said} ({first_line(error)}); {mend}.") from error
+        return EngineError(
+            f"{path} is not a tokenizer that tokenizers {tokenizers.__version__} reads ({said}); "
+            f"{mend}."
+        )
+
+    with as_sentence(unread):
+        tokenizer = tokenizers.Tokenizer.from_str(source)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None):

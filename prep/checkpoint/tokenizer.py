@@ -17,7 +17,7 @@ from pathlib import Path
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from smoe.artifacts.errors import first_line
+from smoe.artifacts.errors import as_sentence, first_line
 from smoe.prep.checkpoint.weights import quiet
 from smoe.prep.errors import PrepError
 
@@ -57,40 +57,38 @@ def open_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
     file = path / "tokenizer.json"
     if file.is_file():
         _refuse_unreadable(file)
-    try:
-        with quiet():
-            opened = AutoTokenizer.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:  # it lets out what its classes, JSON and Rust raise
-        raise PrepError(_refusal(path, error)) from error
+    with quiet(), as_sentence(lambda said: PrepError(_refusal(path, said))):
+        opened = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     if not isinstance(getattr(opened, "backend_tokenizer", None), tokenizers.Tokenizer):
         raise PrepError(
             f"{path}: transformers reads this tokenizer with Python code alone "
             f"({type(opened).__name__}), which a device does not have; give a checkpoint with a "
             "tokenizer.json."
         )
+    if not file.is_file() and len(opened) - len(opened.get_added_vocab()) < 3:
+        raise PrepError(_refusal(path, "its class does not read the vocabulary that is there"))
     return opened
 
 
 def _refuse_unreadable(file: Path) -> None:
-    try:
-        tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the class that Rust's errors have
+    def unread(said: str) -> PrepError:
         try:
             json.loads(file.read_text("utf-8"))
             mend = "a newer version may: `pip install --upgrade tokenizers`, or download it again"
         except (ValueError, RecursionError):
             mend = "it is not even JSON: download it again"
-        raise PrepError(
-            f"{file} is not a tokenizer that tokenizers {tokenizers.__version__} reads "
-            f"({first_line(error)}); {mend}."
-        ) from error
+        return PrepError(
+            f"{file} is not a tokenizer that tokenizers {tokenizers.__version__} reads ({said}); "
+            f"{mend}."
+        )
+
+    with as_sentence(unread):
+        tokenizers.Tokenizer.from_file(str(file))
 
 
-def _refusal(path: Path, error: Exception) -> str:
+def _refusal(path: Path, error: str) -> str:
     """Why a tokenizer cannot be opened, and the way out."""
-    said = f"{path}: AutoTokenizer cannot open its tokenizer ({first_line(error)});"
+    said = f"{path}: AutoTokenizer cannot open its tokenizer ({error});"
     settings = _json(path / "tokenizer_config.json")
     if "auto_map" in settings:
         return (

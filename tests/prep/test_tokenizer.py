@@ -104,7 +104,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", ["qwen", "llama3", "mistral", "deepseek", "unigram-bytes"])
+@pytest.mark.parametrize("name", ["qwen", "llama3", "mistral", "llama2", "deepseek", "t5"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_tokenizer_config_adds_is_in_the_bundles_tokenizer(tmp_path, name, change):
     path = write_text_side(tmp_path / "model", name, **CHANGES[change])
@@ -264,6 +264,11 @@ def test_a_tokenizer_model_alone_is_converted_or_refused_with_the_way_out(tmp_pa
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
     (tmp_path / "tokenizer.model").write_bytes(b"no such thing")
     with pytest.raises(PrepError, match=r"no tokenizer\.json. `pip install .*save_pretrained"):
+        open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_moe"}))
+    (tmp_path / "qwen.tiktoken").write_text("IQ== 0\n")
+    with pytest.raises(PrepError, match="does not read the vocabulary that is there"):
         open_tokenizer(tmp_path)
 
 

@@ -164,6 +164,7 @@ CONTROLS = {
     ],
     "tekken": ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"],
     "mistral": ["<unk>", "<s>", "</s>"],
+    "llama2": ["<unk>", "<s>", "</s>"],
     "gemma": ["<pad>", "<eos>", "<bos>", "<unk>", "<|im_start|>", "<|im_end|>"],
     "t5": ["<pad>", "</s>", "<unk>"],
     "xlnet": ["<unk>", "<s>", "</s>", "<cls>", "<sep>"],
@@ -183,6 +184,7 @@ def tokenizer_json(name: str) -> str:
         "gpt-oss": lambda: _bytes_bpe((O200K,), special),
         "tekken": lambda: _framed(_bytes_bpe((TEKKEN,), special), "<s> $A"),
         "mistral": lambda: _framed(_spelled_bpe(special, gemma=False), "<s> $A"),
+        "llama2": lambda: _framed(_spelled_bpe(special, gemma=False), "<s> $A"),
         "gemma": lambda: _framed(_spelled_bpe(special, gemma=True), "<bos> $A"),
         "t5": lambda: _framed(_unigram(special, xlnet=False), "$A </s>"),
         "xlnet": lambda: _framed(_unigram(special, xlnet=True), "$A <sep> <cls>"),
@@ -200,13 +202,14 @@ SETTINGS = {
     "gpt-oss": ("gpt_oss", {"tokenizer_class": "PreTrainedTokenizerFast"}),
     "tekken": ("mixtral", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}),
     "mistral": ("mixtral", {"tokenizer_class": "LlamaTokenizer", "legacy": False}),
+    "llama2": ("idefics2", {"tokenizer_class": "LlamaTokenizer", "legacy": False}),
     "gemma": ("gemma4", {"tokenizer_class": "GemmaTokenizer"}),
-    "t5": ("switch_transformers", {"tokenizer_class": "PreTrainedTokenizerFast"}),
+    "t5": ("switch_transformers", {"tokenizer_class": "T5Tokenizer"}),
     "xlnet": ("mixtral", {"tokenizer_class": "PreTrainedTokenizerFast"}),
     "unigram-bytes": ("mixtral", {"tokenizer_class": "PreTrainedTokenizerFast"}),
-    "wordpiece": ("mixtral", {"tokenizer_class": "PreTrainedTokenizerFast"}),
+    "wordpiece": ("bert", {"tokenizer_class": "BertTokenizer"}),
 }
-TEMPLATES = {"gpt-oss": CHANNELS, "tekken": INST, "mistral": INST}
+TEMPLATES = {"gpt-oss": CHANNELS, "tekken": INST, "mistral": INST, "llama2": INST}
 
 
 def write_text_side(path: Path, name: str, **changes: object) -> Path:
