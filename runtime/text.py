@@ -75,16 +75,13 @@ class Text:
 
         settings = self._settings()
         source = template or self._template(settings)
-        tokenizer = self._required()
-        named = settings.get("chat_control_tokens")
-        controls = control_tokens(tokenizer, source, named if isinstance(named, list) else None)
-        marks = Marks(controls, [messages, tools, documents], source)
+        marks = Marks(self._controls(source), [messages, tools, documents], source)
         rendered = chat.render(
             source, marks.put(messages), settings, marks.put(tools), marks.put(documents)
         )
         if marks.spelled:
             with as_sentence(_no_tokens):
-                return marks.encode(tokenizer, rendered)
+                return marks.encode(self._required(), rendered)
         return self.encode(rendered, special=False)  # the template writes the special tokens itself
 
     def answer(
@@ -102,33 +99,45 @@ class Text:
         from smoe.runtime import chat
 
         tokenizer, settings = self._required(), self._settings()
-        controls = special_tokens(tokenizer)
-        if ids and tokenizer.id_to_token(ids[-1]) in controls:  # the end, which the template writes
+        source, special = template or self._template(settings), special_tokens(tokenizer)
+        if ids and tokenizer.id_to_token(ids[-1]) in special:  # the end, which the template writes
             ids = ids[:-1]
-        shown, whole = (self.decode(ids, special, stops) for special in (False, True))
+        shown, whole = (self.decode(ids, hidden, stops) for hidden in (False, True))
+        # Control tokens are the model's own, unless it also spelled one in ordinary tokens.
+        added = tokenizer.get_added_tokens_decoder()
+        spelled = self.decode([i for i in ids if i not in added])
+        own = str if any(text in spelled for text in self._controls(source)) else Written
         if shown == whole:
-            return shown
-        control = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
-        source = template or self._template(settings)
+            return own(shown)
+        split = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))).split
         frame = self._frame(source, settings)
-        if control.search(frame) and frame in whole:
-            return control.split(whole.rpartition(frame)[2])[0]
-        kept = whole if control.search(shown) else Written(whole)
+        if len(split(frame)) > 1 and frame in whole:
+            return own(split(whole.rpartition(frame)[2])[0])
         try:
-            chat.render(source, [*_asked(kept), *_asked()], settings)
+            chat.render(source, [*_asked(whole), *_asked()], settings)
         except EngineError:
-            return "\n".join(filter(None, control.split(whole)))
-        return kept
+            return own("\n".join(filter(None, split(whole))))
+        return own(whole)
 
     def _frame(self, template: str, settings: dict[str, Any]) -> str:
         """What a template writes between the opening of an answer, where the model goes on, and the
         answer; "" if it does not open it so."""
         from smoe.runtime import chat
 
-        opened = chat.render(template, _asked(), settings)
-        past = chat.render(template, [*_asked(ANSWER), *_asked()], settings)
+        try:
+            opened = chat.render(template, _asked(), settings)
+            past = chat.render(template, [*_asked(ANSWER), *_asked()], settings)
+        except EngineError:  # the next turn will say so
+            return ""
         before, found, _ = past.partition(ANSWER)
         return before.removeprefix(opened) if found and before.startswith(opened) else ""
+
+    def _controls(self, template: str) -> set[str]:
+        """The tokens that a message may not give."""
+        named = self._settings().get("chat_control_tokens")
+        return control_tokens(
+            self._required(), template, named if isinstance(named, list) else None
+        )
 
     def _required(self) -> tokenizers.Tokenizer:
         if self.tokenizer is None:

@@ -27,7 +27,7 @@ from smoe.prep.checkpoint.coded import CodedExperts, read_coded
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam
 from smoe.prep.checkpoint.few_bits import decoded_dtype, kept_encoding, quantiser_of
 from smoe.prep.checkpoint.seam import ExpertsLayer, ExpertsModule, experts_modules, layers_used
-from smoe.prep.checkpoint.tokenizer import bundle_text, open_tokenizer
+from smoe.prep.checkpoint.tokenizer import read_text_side
 from smoe.prep.checkpoint.weights import Weights, open_weights
 from smoe.prep.errors import PrepError
 
@@ -146,9 +146,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     model = empty_model(config, path)
     refuse_without_seam(model, path)
     weights = open_weights(path, quantiser)
-    tokenizer = open_tokenizer(path)
-    text_files = bundle_text(path, tokenizer)
-    end_ids = _end_ids(path, config, None if tokenizer is None else tokenizer.eos_token_id)
+    text_files, end_of_text = read_text_side(path)
+    end_ids = _end_ids(path, config, end_of_text)
     _load_backbone(path, model, weights)
     model.requires_grad_(False)  # only values are ever differentiated
     layers = layers_used(model)

@@ -54,9 +54,6 @@ def open_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
     """What `AutoTokenizer` makes of the checkpoint at `path`; None where it has no vocabulary."""
     if not any(file.is_file() for name in VOCABULARIES for file in path.glob(name)):
         return None
-    file = path / "tokenizer.json"
-    if file.is_file():
-        _refuse_unreadable(file)
     with quiet(), as_sentence(lambda said: PrepError(_refusal(path, said))):
         opened = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     if not isinstance(getattr(opened, "backend_tokenizer", None), tokenizers.Tokenizer):
@@ -65,43 +62,46 @@ def open_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
             f"({type(opened).__name__}), which a device does not have; give a checkpoint with a "
             "tokenizer.json."
         )
-    if not file.is_file() and len(opened) - len(opened.get_added_vocab()) < 3:
+    if not (path / "tokenizer.json").is_file() and len(opened) - len(opened.get_added_vocab()) < 3:
         raise PrepError(_refusal(path, "its class does not read the vocabulary that is there"))
     return opened
 
 
-def _refuse_unreadable(file: Path) -> None:
-    def unread(said: str) -> PrepError:
-        try:
-            json.loads(file.read_text("utf-8"))
-            mend = "a newer version may: `pip install --upgrade tokenizers`, or download it again"
-        except (ValueError, RecursionError):
-            mend = "it is not even JSON: download it again"
-        return PrepError(
-            f"{file} is not a tokenizer that tokenizers {tokenizers.__version__} reads ({said}); "
-            f"{mend}."
-        )
-
-    with as_sentence(unread):
-        tokenizers.Tokenizer.from_file(str(file))
-
-
 def _refusal(path: Path, error: str) -> str:
     """Why a tokenizer cannot be opened, and the way out."""
+    file = path / "tokenizer.json"
     said = f"{path}: AutoTokenizer cannot open its tokenizer ({error});"
-    settings = _json(path / "tokenizer_config.json")
-    if "auto_map" in settings:
+    if file.is_file():
+        if not _json(file):
+            return f"{said} tokenizer.json is not even JSON: download it again."
+        try:
+            with as_sentence(PrepError):
+                tokenizers.Tokenizer.from_file(str(file))
+        except PrepError as unread:
+            return (
+                f"{file} is not a tokenizer that tokenizers {tokenizers.__version__} reads "
+                f"({unread}); a newer version may: `pip install --upgrade tokenizers`, or download "
+                "it again."
+            )
+    if "auto_map" in _json(path / "tokenizer_config.json"):
         return (
             f"{said} tokenizer_config.json names Python code (auto_map), and smoe runs no code out "
             "of a checkpoint: give one with a tokenizer.json, without auto_map."
         )
-    if not (path / "tokenizer.json").is_file():
+    if not file.is_file():
         return (
             f"{said} there is no tokenizer.json. `pip install sentencepiece tiktoken protobuf` "
             "lets transformers convert other files; or save one from where it opens, with "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
         )
     return f"{said} tokenizer_config.json or another file beside it is damaged: download it again."
+
+
+def read_text_side(path: Path) -> tuple[dict[str, bytes], int | None]:
+    """What a bundle of the checkpoint at `path` gets (`bundle_text`), and the token that ends a
+    text, if the tokenizer has one."""
+    opened = open_tokenizer(path)
+    return bundle_text(path, opened), None if opened is None else opened.eos_token_id
 
 
 def bundle_text(path: Path, opened: PreTrainedTokenizerBase | None) -> dict[str, bytes]:
@@ -117,6 +117,8 @@ def bundle_text(path: Path, opened: PreTrainedTokenizerBase | None) -> dict[str,
         named = opened.chat_template.items()
         settings["chat_template"] = [{"name": n, "template": t} for n, t in named]
         files.pop("chat_template.jinja", None)
+    elif opened.chat_template is not None and "chat_template.jinja" not in files:
+        settings["chat_template"] = opened.chat_template
     files["tokenizer.json"] = baked.encode("utf-8")
     files["tokenizer_config.json"] = json.dumps(settings, ensure_ascii=False, indent=2).encode()
     return files

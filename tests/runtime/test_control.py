@@ -112,6 +112,11 @@ def test_an_answer_in_no_frame_keeps_its_own_special_tokens_and_no_spelled_ones(
         text, "<|im_start|>?<|im_end|><|im_start|>call<|endoftext|>x<|im_end|>"
     )
     assert text.answer(_ids(text, "thought</think>answer")) == "thought</think>answer"
+    kept = text.answer(_ids(text, "<think>hmm</think>answer"))
+    past = [*_user("?"), {"role": "assistant", "content": kept}]
+    thinking = KEEPING + "{# <think></think> #}"
+    assert text.tokenizer.token_to_id("<think>") in text.chat(past, thinking)
+    assert text.tokenizer.token_to_id("<think>") not in text.chat(_user("<think>"), thinking)
     spelled = [i for c in "<|endoftext|>" for i in _ids(text, c)]  # in ordinary tokens
     answer = text.answer([*spelled, *_ids(text, "<|im_start|>y")])
     ids = text.chat([{"role": "assistant", "content": answer}])
