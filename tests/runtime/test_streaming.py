@@ -1,15 +1,19 @@
 """Text of any token ids, one after another, against decoding them at once: every kind of tokenizer
 and decoder."""
 
+import json
 import time
 
 import pytest
+from click.testing import CliRunner
 from support.vocabularies import SETTINGS, random_rows, tokenizer_json
 from tokenizers import Regex, Tokenizer, decoders, models
 
 from smoe.artifacts.manifest import File
-from smoe.runtime.decoding import IncrementalDecoder
-from smoe.runtime.text import Stream, Text
+from smoe.runtime import Engine
+from smoe.runtime.cli import cli
+from smoe.runtime.decoding import IncrementalDecoder, special_tokens
+from smoe.runtime.text import StopWhen, Stream, Text
 
 ROWS = 10_000  # over all kinds
 
@@ -133,3 +137,29 @@ def test_no_stop_string_loses_or_repeats_anything(name, tmp_path):
                 if shown == whole:
                     assert before == whole.split(stop)[0]
                 assert _stopped(text, ids, stop, special=True)[0] == whole.split(stop)[0]
+
+
+def test_a_generation_shows_special_tokens_where_asked_and_stops_at_them(golden):
+    with Engine.open(golden) as engine:
+        asked = {"max_new_tokens": 90, "temperature": 50.0, "seed": 24}
+        never = StopWhen(ids=())
+        tokens = list(engine.generate("a", stop=never, special=True, **asked))
+        ids = [token.id for token in tokens]
+        decode = engine.text.tokenizer.decode
+        whole, shown = decode(ids, skip_special_tokens=False), decode(ids)
+        assert "".join(token.text for token in tokens) == whole != shown
+        assert "".join(t.text for t in engine.generate("a", stop=never, **asked)) == shown
+        (end,) = special_tokens(engine.text.tokenizer)
+        first = ids.index(engine.text.tokenizer.token_to_id(end)) + 1
+        stopped = list(engine.generate("a", stop=StopWhen((end,), ids=()), **asked))
+        assert engine.stats.finish == "stop" and [t.id for t in stopped] == ids[:first]
+
+
+def test_commands_take_special_and_stop_at_special_tokens(golden):
+    options = ["--temperature", "50", "--seed", "24", "--max-new-tokens", "90"]
+    run = ["run", str(golden), "a", "--json", *options]
+    made = [CliRunner().invoke(cli, [*run, *more]).stdout for more in ([], ["--special"])]
+    shown, whole = (json.loads(line)["text"] for line in made)
+    assert whole.startswith(shown) and len(whole) > len(shown)
+    talk = CliRunner().invoke(cli, ["chat", str(golden), *options, "--special"], input="a\nb\n\n")
+    assert talk.exit_code == 0, talk.output
