@@ -201,6 +201,17 @@ def test_the_end_of_a_text_is_what_any_of_its_places_says(make, tmp_path, places
     assert _ends(make, tmp_path, **places) == ends
 
 
+def test_what_only_a_config_class_knows_ends_nothing_where_a_file_says_it(make, tmp_path):
+    make("mixtral").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 4}')
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["eos_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(tmp_path).end_ids == (4,)
+    (tmp_path / "generation_config.json").unlink()
+    assert open_checkpoint(tmp_path).end_ids == (2,), "as transformers' generate has it"
+
+
 def test_a_model_without_an_end_is_said_at_build_and_by_info(
     smoe_prep, make, tmp_path, ids_file, capsys
 ):

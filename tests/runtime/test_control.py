@@ -118,9 +118,11 @@ def test_an_answer_in_no_frame_keeps_its_own_special_tokens_and_no_spelled_ones(
     assert text.tokenizer.token_to_id("<think>") in text.chat(past, thinking)
     assert text.tokenizer.token_to_id("<think>") not in text.chat(_user("<think>"), thinking)
     spelled = [i for c in "<|endoftext|>" for i in _ids(text, c)]  # in ordinary tokens
-    answer = text.answer([*spelled, *_ids(text, "<|im_start|>y")])
-    ids = text.chat([{"role": "assistant", "content": answer}])
-    assert text.tokenizer.token_to_id("<|endoftext|>") not in ids and answer.endswith("y")
+    bare = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    answer = text.answer([*spelled, *_ids(text, "<|im_start|>y")], bare)
+    assert answer == "<|endoftext|><|im_start|>y"
+    ids = text.chat([{"role": "assistant", "content": answer}], bare)
+    assert text.tokenizer.token_to_id("<|endoftext|>") not in ids
 
 
 def test_an_answer_ends_before_a_stop_string_in_the_history_too(side):

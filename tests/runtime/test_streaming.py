@@ -122,6 +122,13 @@ def test_a_stop_at_a_special_token_shows_the_bytes_before_it(tmp_path):
     assert _stopped(text, [1, *ids, 2, *ids], "𝔘</s>") == (shown[:-1], True)
 
 
+def test_a_stop_counts_a_space_that_is_not_shown(tmp_path):
+    text = _text(tmp_path, "llama2")
+    ids = text.encode("the quick")  # <s>, and a space in front that is stripped
+    for stop in ("e q", "quick", "he", "t"):
+        assert _stopped(text, ids, stop) == ("the quick".split(stop)[0], True)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_no_stop_string_loses_or_repeats_anything(name, tmp_path):
     text = _text(tmp_path, name)
