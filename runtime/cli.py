@@ -296,6 +296,7 @@ def _about(bundle: Path, context: int | None) -> dict[str, Any]:
         "vocabulary": manifest.model.vocabulary,
         "end_tokens": _ends(opened),
         "longest_context": manifest.model.context,
+        "because": manifest.provenance.get("context", "the model's config says so"),
         "bytes": sum(file.size for file in manifest.files.values()),
         "context": full.context,
         "memory_process": held,

@@ -66,18 +66,21 @@ class Text:
         self,
         messages: list[dict[str, Any]],
         template: str | None = None,
-        tools: list[Any] | None = None,
-        documents: list[Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        **variables: Any,
     ) -> list[int]:
-        """Token ids of a conversation (`role`, `content`) rendered for the model's next turn. What
-        a message spells gives no control token, unless the model wrote it (`answer`)."""
+        """Token ids of a conversation rendered for the model's next turn, as `chat.render` says;
+        `template` is one, or the name of one of the bundle's. What a message spells gives no
+        control token, unless the model wrote it (`answer`)."""
         from smoe.runtime import chat  # loads jinja2, which only chats need
 
         settings = self._settings()
-        source = template or self._template(settings)
-        marks = Marks(self._controls(source), [messages, tools, documents], source)
+        source = chat.chosen(self._templates(settings), template, tools)
+        marks = Marks(self._controls(source), [messages, tools, documents, variables], source)
+        put = marks.put
         rendered = chat.render(
-            source, marks.put(messages), settings, marks.put(tools), marks.put(documents)
+            source, put(messages), settings, put(tools), put(documents), **put(variables)
         )
         if marks.spelled:
             with as_sentence(_no_tokens):
@@ -99,7 +102,8 @@ class Text:
         from smoe.runtime import chat
 
         tokenizer, settings = self._required(), self._settings()
-        source, special = template or self._template(settings), special_tokens(tokenizer)
+        source = chat.chosen(self._templates(settings), template)
+        special = special_tokens(tokenizer)
         if ids and tokenizer.id_to_token(ids[-1]) in special:  # the end, which the template writes
             ids = ids[:-1]
         shown, whole = (self.decode(ids, hidden, stops) for hidden in (False, True))
@@ -154,20 +158,13 @@ class Text:
             raise EngineError(f"{file} is not JSON: {error}; copy the bundle again.") from error
         return settings if isinstance(settings, dict) else {}
 
-    def _template(self, settings: dict[str, Any]) -> str:
-        template = settings.get("chat_template")
+    def _templates(self, settings: dict[str, Any]) -> dict[str, str]:
+        """The bundle's chat templates by name."""
+        from smoe.runtime import chat
+
         if "chat_template.jinja" in self._files:
-            template = read_text(self._path / "chat_template.jinja")
-        if isinstance(template, list):  # several named ones
-            named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
-            template = named[0].get("template") if named else None
-        if not isinstance(template, str):
-            raise EngineError(
-                "This bundle has no chat template: the model was not made for chat. Use `smoe "
-                "run`, or give a template "
-                "with --chat-template FILE."
-            )
-        return template
+            return {"default": read_text(self._path / "chat_template.jinja")}
+        return chat.named_templates(settings.get("chat_template"))
 
 
 def _no_tokens(said: str) -> EngineError:

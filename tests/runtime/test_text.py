@@ -159,6 +159,20 @@ def test_a_template_can_be_a_file_or_one_of_several(text, tmp_path, golden):
     assert Text(tmp_path, _files(tmp_path)).chat(message) == text.encode('<end>"hello"')
 
 
+def test_tools_documents_and_variables_reach_the_template(text, tmp_path, golden):
+    (tmp_path / "tokenizer.json").write_bytes((golden / "tokenizer.json").read_bytes())
+    named = [
+        {"name": "default", "template": "{{ messages[0].content }}{{ mood }}"},
+        {"name": "tool_use", "template": "{{ tools[0].name }}{{ documents[0].text }}"},
+    ]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    opened, messages = Text(tmp_path, _files(tmp_path)), [{"role": "user", "content": "hello"}]
+    tools, documents = [{"name": "tool"}], [{"text": "paper"}]
+    assert opened.chat(messages, mood="calm") == text.encode("hellocalm")
+    assert opened.chat(messages, tools=tools, documents=documents) == text.encode("toolpaper")
+    assert opened.chat(messages, "default", tools=tools) == text.encode("hello")
+
+
 @pytest.mark.parametrize("template", [
     "{{ messages.__class__.__mro__ }}",
     "{{ ''.__class__.__base__.__subclasses__() }}",
