@@ -16,6 +16,7 @@ from smoe.artifacts.manifest import Experts, File, Manifest
 from smoe.artifacts.tables import study_of
 from smoe.artifacts.validate import sha256
 from smoe.prep.backbone.checked import export_checked
+from smoe.prep.backbone.positions import reach
 from smoe.prep.backbone.quantise import check_precision
 from smoe.prep.checkpoint.checkpoint import Checkpoint, open_checkpoint, versions
 from smoe.prep.checkpoint.text import Calibration
@@ -244,6 +245,8 @@ def _provenance(checkpoint: Checkpoint, recipe: Recipe, text: Text) -> dict[str,
         "price_tokens": str(sum(len(part) for part in text.drawn)),
         "device": recipe.device,
     }
+    if why := reach(checkpoint.config).why:
+        provenance["context"] = why
     quantiser = chosen_quantiser(recipe.encoding, recipe.quantiser, text.calibration)
     if quantiser is not None:
         provenance["quantiser"] = quantiser

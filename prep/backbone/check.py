@@ -16,6 +16,7 @@ from smoe.artifacts.manifest import Manifest
 from smoe.prep.backbone import router_pattern
 from smoe.prep.backbone.cut import ExpertsNode
 from smoe.prep.backbone.onnx_graph import CLOSE
+from smoe.prep.backbone.positions import original_length
 from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.seam import experts_run_by
 from smoe.runtime.backbone import Backbone
@@ -26,6 +27,9 @@ from smoe.runtime.step import Phase, Sequence, Span, Step
 # A prompt of a whole chunk, a decode step, two continuations: what a graph does with 3 tokens it
 # need not do with 70.
 PARTS = (CHUNK, 1, 43, 70)
+# Tokens: where a model was made for no more, the check goes on past that length, if its context
+# does. What is stretched is the same at every length; what is not ends there (`positions`).
+FAR = 2048
 
 
 def check_backbone(
@@ -34,7 +38,8 @@ def check_backbone(
     """`manifest` completed by what running the segments shows (top_k, and which routing rules
     hold), and why they do not do what the model does; '' if they do."""
     random = np.random.default_rng(0)
-    ids = random.integers(0, manifest.model.vocabulary, min(sum(PARTS), manifest.model.context))
+    count = min(_tokens(checkpoint), manifest.model.context)
+    ids = random.integers(0, manifest.model.vocabulary, count)
     try:
         logits, seen = _run(directory, manifest, ids, nodes)
     except EngineError as error:
@@ -70,11 +75,12 @@ def _run(
     sequence = Sequence(backbone.new_state(len(ids)))
     logits = []
     seen: list[dict[str, list[np.ndarray]]] = [{} for _ in nodes]
-    parts = (1,) * len(ids) if manifest.backbone.one_at_a_time else PARTS
-    for part in np.split(ids, np.cumsum(parts)[:-1]):
+    single = manifest.backbone.one_at_a_time
+    parts = (1,) * len(ids) if single else PARTS + (CHUNK,) * (len(ids) // CHUNK)
+    for part in np.split(ids, np.cumsum(parts)):
         count = len(part)
         if not count:
-            break  # a model with a short context
+            break
         flow = backbone.begin(Step((Span(sequence, part, np.arange(count), Phase.PREFILL),)))
         for index, node in enumerate(nodes):
             names = {"hidden": node.hidden, "ids": node.ids, "weights": node.weights}
@@ -88,6 +94,12 @@ def _run(
         logits += backbone.finish(flow)
     joined = [{name: np.concatenate(parts) for name, parts in layer.items()} for layer in seen]
     return np.concatenate(logits), joined
+
+
+def _tokens(checkpoint: Checkpoint) -> int:
+    """How many are compared."""
+    original = original_length(checkpoint.config)
+    return max(sum(PARTS), original + PARTS[-1] if original <= FAR else 0)
 
 
 @torch.no_grad()

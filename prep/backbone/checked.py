@@ -11,6 +11,7 @@ from smoe.prep.backbone import cut
 from smoe.prep.backbone.check import check_backbone
 from smoe.prep.backbone.export import Exported, export
 from smoe.prep.backbone.onnx_graph import continues
+from smoe.prep.backbone.positions import reach
 from smoe.prep.backbone.quantise import reduce
 from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.seam import expert_geometry
@@ -28,7 +29,9 @@ def export_checked(
     A graph for any number of tokens is tried first; where the model or the graph does not go on
     from its state with several, one for single tokens.
     """
-    why = ""
+    why, far = "", reach(checkpoint.config)
+    if far.why:
+        progress.say(f"export: the longest context is {far.tokens} tokens: {far.why}")
     for one_at_a_time in (False, True) if continues(checkpoint) else (True,):
         progress.say(
             "export: tracing the backbone" + (" for one token at a time" if one_at_a_time else "")
@@ -64,7 +67,7 @@ def _draft(checkpoint: Checkpoint, experts: Experts, exported: Exported) -> Mani
         checkpoint.model.config.model_type,
         type(checkpoint.model).__name__,
         int(config.vocab_size),
-        int(getattr(config, "max_position_embeddings", None) or 2048),
+        reach(config).tokens,
         checkpoint.end_ids,
     )
     return Manifest(FORMAT, VERSION, model, tuple(layers), experts, exported.backbone, {}, {})

@@ -21,6 +21,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferenc
 from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
+from smoe.prep.backbone.positions import held_still
 from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.seam import Run, experts_run_by, symbolic, zeros
 from smoe.prep.errors import PrepError
@@ -84,9 +85,10 @@ def trace(checkpoint: Checkpoint, sample: Sample) -> ir.Graph:
     """The graph of the backbone, one `smoe::Experts` node per layer; a `PrepError` if the exporter
     cannot make it."""
     config = OnnxConfig(dynamic_shapes=sample.shapes, ort_fusions="cpu")
-    with experts_run_by(checkpoint.model, checkpoint.layers, symbolic), _quiet():
+    model, layers = checkpoint.model, checkpoint.layers
+    with held_still(model), experts_run_by(model, layers, symbolic), _quiet():
         try:
-            model_ir = OnnxExporter().export(checkpoint.model, sample.inputs, config=config).program
+            model_ir = OnnxExporter().export(model, sample.inputs, config=config).program
         except (
             Exception
         ) as error:  # the exporter is experimental: whatever it raises means the same to the user
