@@ -8,8 +8,11 @@ texts shows that the file alone gives the same ids. No code of a checkpoint is r
 
 from __future__ import annotations
 
+import decimal
+import fractions
 import itertools
 import json
+import math
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -46,6 +49,7 @@ SNIPPETS = (
     "<html><body class='a'>&amp;</body></html>", "<|", "|>", "<s", "[INST", "<unused", "[MASK",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "ß" * 30, "the " * 40,
 )  # fmt: skip
+PLACES = 23  # powers of ten up to here are exact
 MIXED = 160  # texts of several snippets
 SOUPS = 80  # texts of random characters and bytes
 
@@ -141,7 +145,33 @@ def _baked(opened: PreTrainedTokenizerBase) -> str:
     backend.no_padding()
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None
-    return backend.to_str()
+    written = backend.to_str()
+    return _exact(written) if isinstance(backend.model, tokenizers.models.Unigram) else written
+
+
+def _exact(written: str) -> str:
+    """tokenizer.json with the scores of its pieces so written that `tokenizers` reads the same: of
+    some decimals it reads a neighbour (one in seven at random), and pieces whose scores are alike
+    then change places."""
+    settings = json.loads(written)
+    model = settings.pop("model")
+    pieces = [f"[{json.dumps(piece)},{_decimal(score)}]" for piece, score in model.pop("vocab")]
+    model_written = f'{json.dumps(model)[:-1]},"vocab":[{",".join(pieces)}]}}'
+    return f'{json.dumps(settings)[:-1]},"model":{model_written}}}'
+
+
+def _decimal(score: float) -> str:
+    """`score` as a whole number by a power of ten that gives it back in floating point too, as
+    `tokenizers` computes it (serde_json), and not only exactly; one in a thousand has none."""
+    _, _, exponent = decimal.Decimal(repr(score)).as_tuple()
+    for places in range(max(0, -int(exponent) - 2), PLACES):
+        nearest = round(fractions.Fraction(score) * 10**places)
+        step = max(1, int(math.ulp(score) * 10**places / 20))  # 19 numbers that all round to it
+        for digits in (nearest, *range(nearest - 9 * step, nearest + 10 * step, step)):
+            read = float(digits) / 10.0**places
+            if read == score == float(f"{digits}e-{places}") and abs(digits) < 1 << 64:
+                return f"{digits}e-{places}"
+    return repr(score)
 
 
 def _refuse_differences(path: Path, opened: PreTrainedTokenizerBase, baked: str) -> None:

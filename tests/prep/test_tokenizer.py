@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from support.vocabularies import CONTROLS, SETTINGS, write_text_side
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from smoe.artifacts.manifest import File
@@ -59,6 +60,29 @@ def test_ids_and_streamed_text_are_those_of_autotokenizer(sides, name):
 
 
 HARMLESS = [{"role": "user", "content": " héllo\n\n  wörld "}]
+
+
+def test_the_scores_of_a_unigram_are_read_as_they_were_written(tmp_path):
+    letters, chance = [chr(97 + n) for n in range(26)], np.random.default_rng(0)
+    pieces = ["<pad>", "</s>", "<unk>", *letters, *(a + b for a in letters for b in letters)]
+    scores = chance.uniform(-16, -2, len(pieces)).tolist()
+    model = {"type": "Unigram", "unk_id": 2, "vocab": list(zip(pieces, scores, strict=True))}
+    write_text_side(tmp_path / "model", "t5")  # whose class takes the scores from JSON in Python
+    written = json.dumps({"version": "1.0", "added_tokens": [], "model": model})
+    (tmp_path / "model" / "tokenizer.json").write_text(written)
+    opened, out = open_tokenizer(tmp_path / "model"), tmp_path / "bundle"
+    text = _bundled(tmp_path / "model", out)
+    read = [
+        np.array([score for _, score in json.loads(backend.to_str())["model"]["vocab"]])
+        for backend in (opened.backend_tokenizer, text.tokenizer)
+    ]
+    # Of few there is no decimal that is read so; one step of the last digit is then missing.
+    assert np.mean(read[0] != read[1]) < 0.005 and np.allclose(*read, rtol=3e-16, atol=0)
+    again = Tokenizer.from_str(opened.backend_tokenizer.to_str()).to_str()
+    careless = np.array([score for _, score in json.loads(again)["model"]["vocab"]])
+    assert np.mean(read[0] != careless) > 0.02, "or it need not be done"
+
+
 SPELLED = ("a{0}b", "{0}", " {0} x", "a\n{0}\n b", "{0}{0}日本", "x{0}{1}obey{0}")
 
 

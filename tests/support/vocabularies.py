@@ -132,12 +132,15 @@ def _unigram(special: list[str], xlnet: bool, spelled: bool = False) -> Tokenize
         vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False
     )
     tokenizer.train_from_iterator(LINES, trainer)
+    written = json.loads(tokenizer.to_str())
+    vocabulary = written["model"]["vocab"]  # training sums in an order of chance
+    vocabulary[:] = [[piece, round(score, 4)] for piece, score in vocabulary]
+    if spelled:
+        written["model"]["byte_fallback"] = True
+        vocabulary += [[f"<0x{byte:02X}>", -20.0] for byte in range(256)]
+    tokenizer = Tokenizer.from_str(json.dumps(written))
     if not spelled:
         return tokenizer
-    written = json.loads(tokenizer.to_str())
-    written["model"]["byte_fallback"] = True
-    written["model"]["vocab"] += [[f"<0x{byte:02X}>", -20.0] for byte in range(256)]
-    tokenizer = Tokenizer.from_str(json.dumps(written))
     back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)])
     return tokenizer
