@@ -106,7 +106,7 @@ class Text:
         special = special_tokens(tokenizer)
         if ids and tokenizer.id_to_token(ids[-1]) in special:  # the end, which the template writes
             ids = ids[:-1]
-        shown, whole = (self.decode(ids, hidden, stops) for hidden in (False, True))
+        shown, whole = (self.decode(ids, all_of_it, stops) for all_of_it in (False, True))
         # Control tokens are the model's own, unless it also spelled one in ordinary tokens.
         added = tokenizer.get_added_tokens_decoder()
         spelled = self.decode([i for i in ids if i not in added])
