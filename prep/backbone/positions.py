@@ -14,6 +14,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -144,11 +145,12 @@ def _still(module: torch.nn.Module, name: str, tokens: int) -> torch.nn.Module:
 
 
 def _plain(module: torch.nn.Module, given: list[torch.Tensor]) -> torch.nn.Module:
-    return StillRotary(module.original_inv_freq, float(given[0].flatten()[0]))
+    frequencies = cast(torch.Tensor, module.original_inv_freq)
+    return StillRotary(frequencies, float(given[0].flatten()[0]))
 
 
 def _unwrapped(module: torch.nn.Module, given: list[torch.Tensor]) -> torch.nn.Module:
-    copied = copy.deepcopy(module)
+    copied: Any = copy.deepcopy(module)
     kinds = copied.rope_type
     copied.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
     for name, buffer in module.named_buffers():

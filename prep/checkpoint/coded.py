@@ -96,7 +96,8 @@ def read_coded(
             return tensor.to(device)
         for part, tensor in tensors.items():
             assert part.pattern is not None
-            converter.add_tensor(parameter, part.name, part.pattern, tensor.to(device))
+            here: Any = tensor.to(device)  # where it is annotated, tensors are still on their way
+            converter.add_tensor(parameter, part.name, part.pattern, here)
         with quiet():
             made = converter.convert(
                 parameter, model=model, config=model.config, hf_quantizer=weights.quantiser

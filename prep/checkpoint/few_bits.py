@@ -102,7 +102,9 @@ class _TwoCodesAtOnce(Mxfp4Dequantize):
     """What `transformers`' operation gives, from a table of bytes: in a sixth of the time and a
     third of the memory (docs/log.md, 2026-11-26)."""
 
-    def convert(self, input_dict, model=None, full_layer_name=None, **kwargs):
+    def convert(  # type: ignore[override]  # takes what its own parent takes
+        self, input_dict, model=None, full_layer_name=None, missing_keys=None, **kwargs
+    ):
         parts = {
             name.rpartition("_")[2]: value[0] if isinstance(value, list) else value
             for name, value in input_dict.items()

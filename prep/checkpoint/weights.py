@@ -144,7 +144,7 @@ class Weights:
         `PrepError`."""
         stored = self.stored[name]
         data = torch.empty(stored.nbytes, dtype=torch.uint8)
-        left = memoryview(data.numpy())
+        left = data.numpy().data
         try:
             with open(stored.file, "rb", buffering=0) as file:
                 file.seek(stored.begin)
