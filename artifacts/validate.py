@@ -21,7 +21,8 @@ from smoe.artifacts import safetensors_file, tables
 from smoe.artifacts.encodings import encoding_named, float_fields
 from smoe.artifacts.errors import BundleError
 from smoe.artifacts.layout import RecordLayout
-from smoe.artifacts.manifest import ACTIVATIONS, KINDS, Manifest
+from smoe.artifacts.licence import Licence
+from smoe.artifacts.manifest import ACTIVATIONS, KINDS, File, Manifest
 from smoe.artifacts.shard import shard_start
 
 MAX_MANIFEST = 64 << 20
@@ -189,16 +190,13 @@ def _states(m: Manifest) -> Iterator[str]:
         )
 
 
-def file_problems(path: Path, m: Manifest, hashes: bool = False) -> Iterator[str]:
-    """Every file that is missing, of another size, or outside the bundle; with `hashes` of another
-    SHA-256."""
-    required = {segment.file for segment in m.backbone.segments} | {m.backbone.weights}
-    required |= {m.shard(i) for i in range(len(m.layers))}
-    optional = {"tables.safetensors", f"{m.study}tables.safetensors", *TEXT_FILES}
-    optional |= {m.study + name for name in STUDY_FILES}
+def listing_problems(m: Manifest) -> Iterator[str]:
+    """What the manifest lists and no bundle has, or has outside itself, and what it fails to
+    list."""
+    required, optional = _parts(m)
     for name in sorted(required - set(m.files)):
         yield f"manifest.json: files does not list {name}; build the bundle again."
-    for name, file in m.files.items():
+    for name in m.files:
         pure = PurePosixPath(name)
         if (
             pure.is_absolute()
@@ -215,18 +213,42 @@ def file_problems(path: Path, m: Manifest, hashes: bool = False) -> Iterator[str
                 f"manifest.json: files lists {name}, which no part of a bundle is; build the "
                 "bundle again."
             )
-        elif m.study and name.startswith(m.study) and not os.path.lexists(path / name):
+
+
+def _parts(m: Manifest) -> tuple[set[str], set[str]]:
+    """The files that the bundle must have, and those that it may have."""
+    required = {segment.file for segment in m.backbone.segments} | {m.backbone.weights}
+    required |= {m.shard(i) for i in range(len(m.layers))}
+    optional = {"tables.safetensors", f"{m.study}tables.safetensors", *TEXT_FILES}
+    return required, optional | {m.study + name for name in STUDY_FILES}
+
+
+def file_problems(path: Path, m: Manifest, hashes: bool = False) -> Iterator[str]:
+    """Every file that is missing, of another size, or outside the bundle; with `hashes` of another
+    SHA-256."""
+    wrong = list(listing_problems(m))
+    if wrong:  # names that are not to be touched
+        yield from wrong
+        return
+    for name, file in m.files.items():
+        if m.study and name.startswith(m.study) and not os.path.lexists(path / name):
             continue  # it need not travel
-        elif not (path / name).is_file() or (path / name).resolve() != path.resolve() / name:
-            yield f"{name} is missing or not a plain file of the bundle; copy the bundle again."
-        elif (path / name).stat().st_size != file.size:
-            size = (path / name).stat().st_size
-            yield f"{name} has {size} bytes, the manifest wants {file.size}; copy the bundle again."
-        elif hashes and (digest := sha256(path / name)) != file.sha256:
-            yield (
-                f"{name} has SHA-256 {digest[:12]}…, the manifest {file.sha256[:12]}…; copy the "
-                "bundle again."
-            )
+        yield from _file_problems(path, name, file, hashes)
+    for name, file in Licence.of(m).files.items():
+        if hashes or os.path.lexists(path / name):  # a bundle runs without
+            yield from _file_problems(path, name, file, hashes)
+
+
+def _file_problems(path: Path, name: str, file: File, hashes: bool) -> Iterator[str]:
+    if not (path / name).is_file() or (path / name).resolve() != path.resolve() / name:
+        yield f"{name} is missing or not a plain file of the bundle; copy the bundle again."
+    elif (size := (path / name).stat().st_size) != file.size:
+        yield f"{name} has {size} bytes, the manifest wants {file.size}; copy the bundle again."
+    elif hashes and (digest := sha256(path / name)) != file.sha256:
+        yield (
+            f"{name} has SHA-256 {digest[:12]}…, the manifest {file.sha256[:12]}…; copy the "
+            "bundle again."
+        )
 
 
 def shard_start_checked(
@@ -313,3 +335,8 @@ def sha256(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def file_at(path: Path) -> File:
+    """What a manifest says of the file at `path`."""
+    return File(size=path.stat().st_size, sha256=sha256(path))

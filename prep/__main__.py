@@ -17,6 +17,7 @@ NEEDED = (
     "onnx_ir",
     "safetensors",
     "datasets",
+    "pyarrow",
     "sklearn",
     "scipy",
     "threadpoolctl",

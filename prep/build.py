@@ -10,20 +10,23 @@ from pathlib import Path
 
 import numpy as np
 
+from smoe.artifacts import licence
 from smoe.artifacts.bundle import open_bundle
 from smoe.artifacts.encodings import encoding_named
 from smoe.artifacts.manifest import Experts, File, Manifest
 from smoe.artifacts.tables import study_of
-from smoe.artifacts.validate import sha256
+from smoe.artifacts.validate import file_at, sha256
 from smoe.prep.backbone.checked import export_checked
 from smoe.prep.backbone.positions import reach
 from smoe.prep.backbone.quantise import check_precision
 from smoe.prep.checkpoint.checkpoint import Checkpoint, open_checkpoint, versions
+from smoe.prep.checkpoint.hub import origin
+from smoe.prep.checkpoint.licence import copy_licence
 from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.errors import PrepError
 from smoe.prep.inspect import disk_needed
 from smoe.prep.learn import How, Text, learn
-from smoe.prep.options import Recipe, chosen_quantiser, quantiser_settings
+from smoe.prep.options import STORED, Recipe, chosen_quantiser, quantiser_settings
 from smoe.prep.pack.pack import chosen_encoding, unpacked
 from smoe.prep.prices.calibrate import Fit, add_fit
 from smoe.prep.progress import Progress
@@ -82,17 +85,17 @@ def build(
     recipe, progress, output = recipe or Recipe(), progress or Progress(), Path(output)
     profiled = None if profiled is None else Path(profiled)
     refuse_existing(output)
-    checkpoint = open_checkpoint(model)
-    recipe = dataclasses.replace(
-        recipe, encoding=chosen_encoding(checkpoint, recipe.encoding, progress)
-    )
+    _refuse_options(recipe, calibration)
+    checkpoint = open_checkpoint(model, progress)
+    encoding = chosen_encoding(checkpoint, recipe.encoding, progress)
+    recipe = dataclasses.replace(recipe, encoding=encoding)
     _refuse_early(checkpoint, recipe, calibration, profiled)
     if not checkpoint.end_ids:
         progress.say(
             "warning: neither config, generation config nor tokenizer of this model names a token "
             "that ends a text: generation will run to its limit, unless --stop ends it."
         )
-    text = _text(checkpoint, recipe, calibration, profiled)
+    text = _text(checkpoint, recipe, calibration, profiled, progress)
     with beside(output, _settings(checkpoint, recipe, text, profiled), progress) as partial:
         needed = disk_needed(checkpoint.model, recipe.encoding, text.tokens)
         refuse_full_disk(partial, needed)
@@ -110,7 +113,8 @@ def build(
         draft = _backbone(checkpoint, partial, experts, recipe.backbone, progress)
         for name, content in checkpoint.text_files.items():
             (partial / name).write_bytes(content)
-        provenance = _provenance(checkpoint, recipe, text)
+        terms = copy_licence(checkpoint.path, partial, progress)
+        provenance = _provenance(checkpoint, recipe, text) | terms.provenance()
         manifest = dataclasses.replace(draft, provenance=provenance, files=_files(partial))
         write_whole(partial / "manifest.json", manifest.to_json())
         fit: list[Fit] = []
@@ -134,13 +138,14 @@ def _text(
     recipe: Recipe,
     calibration: Calibration | None,
     profiled: Path | None,
+    progress: Progress,
 ) -> Text:
     """The text, tokenised if anything needs it."""
     price_tokens = recipe.price_tokens(calibration)
     needed = profiled is None or price_tokens or _calibrated(recipe, calibration)
     rows: list[np.ndarray] = []
     if calibration is not None and needed:
-        rows = calibration.rows(checkpoint)
+        rows = calibration.rows(checkpoint, progress.say)
     return Text.split(calibration, rows, price_tokens)
 
 
@@ -176,6 +181,15 @@ def _backbone(
     return Manifest.parse(file.read_text("utf-8"), str(file))
 
 
+def _refuse_options(recipe: Recipe, calibration: Calibration | None) -> None:
+    """An option that no model takes is a `PrepError` before the model is looked for."""
+    if recipe.encoding != STORED:
+        chosen_quantiser(recipe.encoding, recipe.quantiser, calibration)
+    recipe.price_tokens(calibration)
+    check_precision(recipe.backbone)
+    refuse_missing_device(recipe.device)
+
+
 def _refuse_early(
     checkpoint: Checkpoint,
     recipe: Recipe,
@@ -184,9 +198,6 @@ def _refuse_early(
 ) -> None:
     """Whatever the user may have got wrong is a `PrepError` now, not after hours of work."""
     chosen_quantiser(recipe.encoding, recipe.quantiser, calibration)
-    recipe.price_tokens(calibration)
-    check_precision(recipe.backbone)
-    refuse_missing_device(recipe.device)
     unpacked(checkpoint, recipe.encoding)
     if profiled is not None:
         profile = open_profile(profiled, checkpoint)
@@ -217,20 +228,17 @@ def _files(partial: Path) -> dict[str, File]:
     too."""
     names = [str(f.relative_to(partial)) for f in sorted(partial.rglob("*")) if f.is_file()]
     return {
-        name: _file(partial / name)
+        name: file_at(partial / name)
         for name in names
-        if name not in (MARKER, "manifest.json") and not name.startswith(f"{FINISHED}/")
+        if name not in (MARKER, "manifest.json")
+        and not name.startswith((f"{FINISHED}/", f"{licence.FOLDER}/"))
     }
-
-
-def _file(path: Path) -> File:
-    return File(size=path.stat().st_size, sha256=sha256(path))
 
 
 def _with_new_tables(partial: Path, manifest: Manifest) -> Manifest:
     """The manifest, written, after the tables alone have changed."""
     file = partial / "tables.safetensors"
-    changed = {str(f.relative_to(partial)): _file(f) for f in (file, study_of(file))}
+    changed = {str(f.relative_to(partial)): file_at(f) for f in (file, study_of(file))}
     manifest = dataclasses.replace(manifest, files=manifest.files | changed)
     write_whole(partial / "manifest.json", manifest.to_json())
     return manifest
@@ -239,7 +247,7 @@ def _with_new_tables(partial: Path, manifest: Manifest) -> Manifest:
 def _provenance(checkpoint: Checkpoint, recipe: Recipe, text: Text) -> dict[str, str]:
     """Where a bundle comes from: checkpoint, text, how its codes and prices were made, versions."""
     provenance = {
-        "source": checkpoint.path.resolve().name,
+        "source": origin(checkpoint.path),
         "source_fingerprint": checkpoint.fingerprint(),
         "versions": json.dumps(versions(), sort_keys=True),
         "price_tokens": str(sum(len(part) for part in text.drawn)),

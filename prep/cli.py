@@ -59,7 +59,8 @@ def _calibration(required: bool) -> Callable:
             "--calibration",
             metavar="SOURCE",
             required=required,
-            help=".txt, .jsonl (text or input_ids), a dataset directory, or name[subset](split):n.",
+            help="Text or conversations: .txt, .jsonl, .json or .parquet (.gz and .zst too), a "
+            "directory of them, or a data set name[subset](split):n, of which n are fetched.",
         ),
         click.option(
             "--tokens", type=int, help="How many tokens to use. Default: 65536, or all there are."
@@ -84,7 +85,10 @@ def _calibration(required: bool) -> Callable:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="smoe")
 def cli() -> None:
-    """Prepare a mixture-of-experts model once, for small devices."""
+    """Prepare a mixture-of-experts model once, for small devices.
+
+    MODEL is the directory of a Hugging Face checkpoint, or the name ORG/NAME[@REVISION] of one to
+    fetch."""
 
 
 @cli.command()
@@ -123,7 +127,8 @@ def build(
     device: str,
     as_json: bool,
 ) -> None:
-    """Make a bundle of the checkpoint MODEL: profile, pack, price, export."""
+    """Make a bundle of the checkpoint MODEL: profile, pack, price, export. MODEL is a directory, or
+    the name ORG/NAME[@REVISION] of a model to fetch; what stopped in the middle is gone on with."""
     source = _source(calibration, tokens, seed)
     from smoe.prep.build import build
 
@@ -178,7 +183,8 @@ def inspect(
     """Say whether the checkpoint MODEL can be prepared, and what that takes in disk, memory and
     time.
 
-    It needs a config.json and no more. Exits with 1 if the model cannot be prepared."""
+    It needs a config.json and no more; of a MODEL that is named as ORG/NAME[@REVISION], the config
+    and the weights' headers are fetched. Exits with 1 if the model cannot be prepared."""
     if (model is None) != list_families:
         raise click.UsageError("Give either MODEL or --families.")
     if list_families:
@@ -304,7 +310,9 @@ def verify(
         from smoe.prep.checkpoint.checkpoint import open_checkpoint
         from smoe.prep.prices.verify import verify_prices
 
-        show(verify_prices(bundle, open_checkpoint(model), held_out, Progress()), as_json)
+        progress = Progress()
+        checkpoint = open_checkpoint(model, progress)
+        show(verify_prices(bundle, checkpoint, held_out, progress), as_json)
         return
     from smoe.prep.verify import verify
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +26,9 @@ from smoe.artifacts.tables import TRACE as TRACE_TABLES
 from smoe.prep.checkpoint.checkpoint import read_config
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam, text_class
 from smoe.prep.checkpoint.few_bits import bytes_per_weight, kept_encoding, quantiser_of
+from smoe.prep.checkpoint.hub import Remote
 from smoe.prep.checkpoint.seam import expert_geometry, experts_modules, probe_gate
-from smoe.prep.checkpoint.weights import open_weights
+from smoe.prep.checkpoint.weights import Weights, open_weights
 from smoe.prep.errors import PrepError
 from smoe.prep.options import PRICE_TOKENS, STORED, default_quantiser
 from smoe.prep.pack.pack import PAGE
@@ -136,10 +139,12 @@ def _size(nbytes: int | None) -> str:
 def inspect(
     path: str | Path, encoding: str = STORED, tokens: int = 65536, prices: int = PRICE_TOKENS
 ) -> Inspection:
-    """Look at the checkpoint directory `path`, which needs a config.json and no more, for a build
-    in `encoding` with so many calibration `tokens`, of which so many for `prices`. A config that
-    cannot be read, or is of a family that cannot be run, is a `PrepError`."""
-    path = Path(path)
+    """Look at the checkpoint at `path`, a directory that needs a config.json and no more, or the
+    name ORG/NAME[@REVISION] of a repository, of which its config and headers are fetched, for a
+    build in `encoding` with so many calibration `tokens`, of which so many for `prices`. A config
+    that cannot be read, or is of a family that cannot be run, is a `PrepError`."""
+    remote = Remote.of(path)
+    path = remote.path if remote else Path(path)
     config = read_config(path)
     quantiser = quantiser_of(config, path)
     if encoding == STORED:
@@ -148,7 +153,8 @@ def inspect(
     model = empty_model(config, path)
     refuse_without_seam(model, path)
     sizes = _Sizes.of(model, encoding, tokens, prices, _shape(model), quantiser)
-    download, wrong = _weights(path, model, quantiser)
+    opened = remote.headers if remote else partial(open_weights, path)
+    download, wrong = _weights(partial(opened, quantiser), model)
     return Inspection(
         family=model.config.model_type,
         architecture=type(model).__name__,
@@ -233,12 +239,12 @@ def _refusal(model: torch.nn.Module) -> str:
 
 
 def _weights(
-    path: Path, model: transformers.PreTrainedModel, quantiser: HfQuantizer | None
+    opened: Callable[[], Weights], model: transformers.PreTrainedModel
 ) -> tuple[int | None, str]:
-    """Bytes of the weight files, and what is wrong with them."""
+    """Bytes of the weights, and what is wrong with them."""
     try:
-        weights = open_weights(path, quantiser)
-        total = sum(file.stat().st_size for file in weights.files)
+        weights = opened()
+        total = weights.nbytes(weights.stored)
         missing = weights.check(model).missing_keys - model.all_tied_weights_keys.keys()
     except PrepError as error:
         return None, str(error)

@@ -59,7 +59,7 @@ def profile_to(
     model: Path, output: Path, calibration: Calibration, progress: Progress, device: str = "cpu"
 ) -> Profile:
     """Write the profile of the checkpoint at `model` into a new directory `output`."""
-    checkpoint = _opened(model, output, device)
+    checkpoint = _opened(model, output, progress, device)
     settings = {"--device": device}
     with _writing(checkpoint, output, settings, calibration, progress) as (rows, partial):
         return profile(checkpoint, partial, calibration, progress, rows, device)
@@ -76,7 +76,7 @@ def pack_to(
 ) -> Packed:
     """Write the experts of the checkpoint at `model` as shards into a new directory `output`. A
     `calibration` that the encoding does not use is a `PrepError`."""
-    checkpoint = _opened(model, output, device)
+    checkpoint = _opened(model, output, progress, device)
     encoding = chosen_encoding(checkpoint, encoding, progress)
     chosen = chosen_quantiser(encoding, quantiser, calibration)
     if calibration is not None and chosen != "calibrated":
@@ -94,7 +94,7 @@ def export_to(model: Path, output: Path, precision: str, progress: Progress) -> 
     """Write the backbone of the checkpoint at `model` as ONNX segments into a new directory
     `output`."""
     check_precision(precision)
-    checkpoint = _opened(model, output)
+    checkpoint = _opened(model, output, progress)
     with _writing(checkpoint, output, {"--backbone": precision}, None, progress) as (_, partial):
         experts = unpacked(checkpoint, "f32")
         manifest = export_checked(checkpoint, partial, experts, precision, progress)
@@ -103,11 +103,11 @@ def export_to(model: Path, output: Path, precision: str, progress: Progress) -> 
     return backbone
 
 
-def _opened(model: Path, output: Path, device: str = "cpu") -> Checkpoint:
+def _opened(model: Path, output: Path, progress: Progress, device: str = "cpu") -> Checkpoint:
     """The checkpoint at `model`, once it is known that `output` can be written."""
     refuse_existing(output)
     refuse_missing_device(device)
-    return open_checkpoint(model)
+    return open_checkpoint(model, progress)
 
 
 @contextlib.contextmanager
@@ -119,7 +119,7 @@ def _writing(
     progress: Progress,
 ) -> Iterator[tuple[list[np.ndarray], Path]]:
     """The text's rows, and the directory that becomes `output`."""
-    rows = calibration.rows(checkpoint) if calibration else []
+    rows = calibration.rows(checkpoint, progress.say) if calibration else []
     if calibration:
         settings = settings | calibration.settings(rows)
     with beside(output, settings | checkpoint.identity(), progress) as partial:

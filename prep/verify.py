@@ -56,8 +56,8 @@ def verify(
     """Compare `bundle`, experts at `level`, with the float32 checkpoint at `model` on `text`, its
     engine within `memory` beside what this process holds of the checkpoint. A
     `PrepError` if the bundle was not built from it."""
-    checkpoint = open_checkpoint(model)
-    rows = text.rows(checkpoint)
+    checkpoint = open_checkpoint(model, progress)
+    rows = text.rows(checkpoint, progress.say)
     context = max(len(row) for row in rows)
     compared, left = _Compared(), list(rows)
     count = progress.counter("verify", "rows", len(rows))

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from smoe.artifacts import Bundle, open_bundle
 from smoe.artifacts.errors import printable
+from smoe.artifacts.licence import Licence
 from smoe.runtime import allowance
 from smoe.runtime.budget import MemoryPlan, memory_for, plan_memory, show_size
 from smoe.runtime.cli_options import (
@@ -28,6 +29,7 @@ from smoe.runtime.engine import Engine, Token
 from smoe.runtime.errors import EngineError
 from smoe.runtime.evaluate import bench as run_bench
 from smoe.runtime.evaluate import bench_lines
+from smoe.runtime.hub import located
 from smoe.runtime.stats import Stats
 from smoe.runtime.text import StopWhen, Text, read_text
 
@@ -37,7 +39,10 @@ HELP = {"help_option_names": ["-h", "--help"]}
 @click.group(context_settings=HELP)
 @click.version_option(package_name="smoe")
 def cli() -> None:
-    """Run a prepared mixture-of-experts model inside a memory budget."""
+    """Run a prepared mixture-of-experts model inside a memory budget.
+
+    BUNDLE is the directory that smoe-prep wrote, or the name ORG/NAME[@REVISION] of one to
+    fetch."""
 
 
 @cli.command()
@@ -56,9 +61,10 @@ def run(
     stop: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Generate from PROMPT ("-" reads it from stdin)."""
+    """Generate from PROMPT ("-" reads it from stdin). BUNDLE is a directory, or the name
+    ORG/NAME[@REVISION] of one to fetch, with the extra smoe[hub]."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    with open_engine(bundle, options) as engine:
+    with open_engine(located(bundle), options) as engine:
         _say(*engine.mode_lines())
         asked = _parse_ids(text) if ids else text
         tokens = []
@@ -111,7 +117,7 @@ def chat(
     """Talk, a line a turn; an empty line or end of input ends it. Ctrl-C cuts an answer short."""
     template = read_text(chat_template) if chat_template else None
     conversation = Conversation(system)
-    with open_engine(bundle, options) as engine:
+    with open_engine(located(bundle), options) as engine:
 
         def encode(messages: list[Message]) -> list[int]:
             return engine.text.chat(messages, template)
@@ -222,11 +228,12 @@ def bench(
         )
     if machine is not None:
         _refuse_others({"bundle", "machine", "io", "as_json"})
-        measured = measure_device(bundle, options["io"])
+        measured = measure_device(located(bundle), options["io"])
         _write(machine, measured.to_json())
         _show(measured.to_json().rstrip() if as_json else f"{machine}: written")
         return
     assert text is not None
+    bundle = located(bundle)
     measured_run = run_bench(
         lambda: open_engine(bundle, dict(options)),
         lambda: open_exact_twin(bundle, dict(options), _say),
@@ -268,7 +275,7 @@ def _write(file: Path, text: str) -> None:
 @json_option
 def info(bundle: Path, context: int | None, as_json: bool) -> None:
     """Say what a bundle holds, and how much memory it needs."""
-    description = _about(bundle, context)
+    description = _about(located(bundle), context)
     if as_json:
         _show(json.dumps(description))
         return
@@ -304,6 +311,7 @@ def _about(bundle: Path, context: int | None) -> dict[str, Any]:
         "memory_one_token_cycle": memory_for(opened, full.token_cycle, context, process=held),
         "memory_all_resident": full.total,
         "substitution": refusals[0] if refusals else "possible",
+        **Licence.of(manifest).as_dict(bundle),
         "provenance": manifest.provenance,
     }
 
@@ -324,6 +332,7 @@ def _ends(bundle: Bundle) -> str:
 def verify(bundle: Path, as_json: bool) -> None:
     """Check every file of a bundle against its manifest: sizes, layout and SHA-256. Integrity, not
     origin."""
+    bundle = located(bundle)
     manifest = open_bundle(bundle, hashes=True).manifest
     size = sum(file.size for file in manifest.files.values())
     checked = {"ok": True, "files": len(manifest.files), "bytes": size}

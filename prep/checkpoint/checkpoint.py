@@ -26,10 +26,12 @@ from smoe.artifacts.errors import first_line
 from smoe.prep.checkpoint.coded import CodedExperts, read_coded
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam
 from smoe.prep.checkpoint.few_bits import decoded_dtype, kept_encoding, quantiser_of
+from smoe.prep.checkpoint.hub import Remote
 from smoe.prep.checkpoint.seam import ExpertsLayer, ExpertsModule, experts_modules, layers_used
 from smoe.prep.checkpoint.tokenizer import read_text_side
 from smoe.prep.checkpoint.weights import Weights, open_weights
 from smoe.prep.errors import PrepError
+from smoe.prep.progress import Progress
 
 PIECE = 256 << 10  # bytes read at a time
 
@@ -135,12 +137,15 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in packages}
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open the checkpoint directory at `path`; a `PrepError` says why it cannot be prepared.
+def open_checkpoint(path: str | Path, progress: Progress | None = None) -> Checkpoint:
+    """Open the checkpoint at `path`, a directory or the name ORG/NAME[@REVISION] of a repository; a
+    `PrepError` says why it cannot be prepared.
 
-    Everything that can be known from config and headers is checked before a weight is read.
+    Everything that can be known from config and headers is checked before a weight is fetched or
+    read.
     """
-    path = Path(path)
+    remote = Remote.of(path)
+    path = Path(path) if remote is None else _fetched(remote, progress or Progress(quiet=True))
     config = read_config(path)
     quantiser = quantiser_of(config, path)
     model = empty_model(config, path)
@@ -161,6 +166,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, model, weights, layers, end_ids, sources, text_files)
 
 
+def _fetched(remote: Remote, progress: Progress) -> Path:
+    """The directory of a checkpoint that is fetched if its config and headers say that it can be
+    used."""
+    config = read_config(remote.path)
+    quantiser = quantiser_of(config, remote.path)
+    model = empty_model(config, remote.path)
+    refuse_without_seam(model, remote.path)
+    remote.headers(quantiser).check(model)
+    return remote.fetch(progress)
+
+
 def read_config(path: Path) -> transformers.PreTrainedConfig:
     """config.json of a checkpoint; a `PrepError` if it is none."""
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
@@ -171,9 +187,8 @@ def read_config(path: Path) -> transformers.PreTrainedConfig:
     if not (path / "config.json").is_file():
         what = "has no config.json" if path.is_dir() else "is not a directory"
         raise PrepError(
-            f"{path} {what}; give the directory of a Hugging Face checkpoint, as `hf download "
-            "MODEL --local-dir DIR` "
-            "or `save_pretrained` leaves it."
+            f"{path} {what}; give the directory of a Hugging Face checkpoint, as `save_pretrained` "
+            "leaves it, or the name ORG/NAME of a model to fetch."
         )
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)

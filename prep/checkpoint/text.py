@@ -3,23 +3,26 @@ a run repeats.
 
 Documents are shuffled, tokenised one by one and joined end to end; the stream is cut into rows of
 `length`. The last row may be shorter and is run as it is, so there is no padding anywhere.
+Conversations are written as the model's own chat template writes them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
 
-from smoe.artifacts.errors import first_line
+from smoe.prep.checkpoint.documents import PIECE, is_stream, piece_end, read_documents
+from smoe.prep.checkpoint.records import Conversation, Document
 from smoe.prep.errors import PrepError
+from smoe.runtime import chat
+from smoe.runtime.errors import EngineError
 
 if TYPE_CHECKING:
     from smoe.prep.checkpoint.checkpoint import Checkpoint
@@ -31,18 +34,20 @@ DOCUMENTS = 1024  # in memory at once
 
 @dataclass(frozen=True)
 class Calibration:
-    """`source` is a .txt or .jsonl file (`text` or `input_ids` a line), a dataset directory, or a
-    `datasets` name `name[subset](split):n`. `tokens` None takes 128 x 512, or all there are if that
-    is less."""
+    """`source` is a file of text or of records, a directory of them, or a `datasets` name
+    `name[subset](split):n`, of which n records are fetched (documents.py and records.py say what is
+    read). `tokens` None takes 128 x 512, or all there are if that is less."""
 
     source: str
     tokens: int | None = None
     seed: int = 0
     length: int = 512
 
-    def rows(self, checkpoint: Checkpoint) -> list[np.ndarray]:
+    def rows(
+        self, checkpoint: Checkpoint, say: Callable[[str], None] = lambda line: None
+    ) -> list[np.ndarray]:
         """Sequences of token ids, int64 `[length]` each but the last; a `PrepError` if there is too
-        little text."""
+        little text. `say` hears, once, that the model has no template for conversations."""
         tokens = DEFAULT_TOKENS if self.tokens is None else self.tokens
         if tokens < MINIMUM:
             raise PrepError(f"--tokens is {tokens}; at least {MINIMUM} are needed for statistics.")
@@ -52,8 +57,8 @@ class Calibration:
                 "wanted."
             )
         pieces, total = [], 0
-        documents = _shuffled(self.source, self.seed)
-        for ids in _encode(documents, checkpoint, self.source):
+        encoder = _Encoder(checkpoint, say)
+        for ids in encoder.encode(_shuffled(self.source, self.seed)):
             pieces.append(ids)
             total += len(ids)
             if total >= tokens:
@@ -87,11 +92,17 @@ class Calibration:
         return hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest()
 
 
-def _shuffled(source: str, seed: int) -> Iterator[str | list[int]]:
-    """The documents of a source in an order drawn with `seed`; a few are in memory at once, so the
-    source is read once to count them, and again for every so many."""
-    order = list(range(sum(1 for _ in read_documents(source))))
+def _shuffled(source: str, seed: int) -> Iterator[Document]:
+    """The documents of a source in an order drawn with `seed`. Of a file a few are in memory at
+    once: it is read once to count them, and again for every so many. So many of a data set are
+    fetched once and kept."""
+    kept = list(read_documents(source)) if is_stream(source) else None
+    count = len(kept) if kept is not None else sum(1 for _ in read_documents(source))
+    order = list(range(count))
     np.random.default_rng(seed).shuffle(order)
+    if kept is not None:
+        yield from (kept[index] for index in order)
+        return
     for start in range(0, len(order), DOCUMENTS):
         picked = order[start : start + DOCUMENTS]
         needed = set(picked)
@@ -100,108 +111,83 @@ def _shuffled(source: str, seed: int) -> Iterator[str | list[int]]:
             yield documents.pop(index)
 
 
-def read_documents(source: str) -> Iterator[str | list[int]]:
-    """The documents of a source, one after another, as text or as token ids."""
-    path = Path(source)
-    if path.suffix == ".txt" and path.is_file():
-        yield _utf8(path)
-    elif path.suffix == ".jsonl" and path.is_file():
-        yield from _read_jsonl(path)
-    elif path.is_dir():
-        yield from _read_dataset(source, None, None, None)
-    elif path.suffix in (".txt", ".jsonl") or path.exists():
-        what = "is not a .txt or .jsonl file" if path.exists() else "does not exist"
-        raise PrepError(
-            f"{source} {what}; give calibration text as .txt, .jsonl, a dataset directory or a "
-            "datasets name."
-        )
-    else:
-        match = re.fullmatch(r"([\w./-]+)(?:\[([\w.-]+)\])?(?:\(([\w.-]+)\))?(?::(\d+))?", source)
-        if not match:
-            raise PrepError(
-                f"{source!r} is neither a file nor a datasets name like name[subset](split):n."
-            )
-        yield from _read_dataset(match[1], match[2], match[3], int(match[4]) if match[4] else None)
+class _Encoder:
+    """Documents to token ids, as the checkpoint's authors frame them."""
 
+    def __init__(self, checkpoint: Checkpoint, say: Callable[[str], None]):
+        written = checkpoint.text_files.get("tokenizer.json")
+        self._tokenizer = None if written is None else tokenizers.Tokenizer.from_buffer(written)
+        self._path, self._vocabulary = checkpoint.path, checkpoint.config.vocab_size
+        self._template, self._settings = _chat_template(checkpoint.text_files)
+        self._say = say
+        self._joined = False  # whether a conversation was joined for want of a template
 
-def _utf8(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise PrepError(f"{path} is not UTF-8 at byte {error.start}; convert it first.") from error
+    def encode(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
+        """Token ids, int64 `[n]`, of one piece of a document after another."""
+        for document in documents:
+            for piece in self._pieces(document):
+                ids = np.asarray(piece, np.int64)
+                if ids.size and ids.max() >= self._vocabulary:
+                    raise PrepError(
+                        f"{document.where} has the token id {ids.max()}; this model has 0 to "
+                        f"{self._vocabulary - 1}."
+                    )
+                yield ids
 
-
-def _read_jsonl(path: Path) -> Iterator[str | list[int]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _document(_record(path, number, line), f"{path}, line {number}")
-
-
-def _record(path: Path, number: int, line: bytes) -> object:
-    """The JSON of one line."""
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise PrepError(
-            f"{path}, line {number} is not UTF-8 at its byte {error.start}; convert it first."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise PrepError(f"{path}, line {number} is not JSON: {error}.") from error
-
-
-def _document(record: object, where: str) -> str | list[int]:
-    fields = record if isinstance(record, dict) else {}
-    text, ids = fields.get("text"), fields.get("input_ids")
-    if isinstance(text, str):
-        return text
-    if isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        return ids
-    raise PrepError(f"{where} has neither a string `text` nor a list of token ids `input_ids`.")
-
-
-def _read_dataset(
-    name: str, subset: str | None, split: str | None, limit: int | None
-) -> Iterator[str | list[int]]:
-    import datasets  # seconds to import, and seldom needed
-
-    try:
-        on_disk = (Path(name) / "state.json").is_file() or (
-            Path(name) / "dataset_dict.json"
-        ).is_file()
-        dataset = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name, subset)
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise PrepError(f"The dataset {name!r} cannot be loaded: {first_line(error)}") from error
-    if isinstance(dataset, dict):
-        split = split or ("train" if "train" in dataset else next(iter(dataset)))
-        if split not in dataset:
-            raise PrepError(
-                f"The dataset {name!r} has the splits {', '.join(dataset)}, not {split!r}."
-            )
-        dataset = dataset[split]
-    for index, record in enumerate(dataset):
-        if limit is not None and index >= limit:
+    def _pieces(self, document: Document) -> Iterator[list[int]]:
+        """The ids of a document; of a long text a piece at a time, since what a tokenizer says of
+        it takes a hundred times its size."""
+        if isinstance(document.content, list):
+            yield document.content
             return
-        yield _document(record, f"dataset {name}, record {index}")
-
-
-def _encode(
-    documents: Iterable[str | list[int]], checkpoint: Checkpoint, source: str
-) -> Iterator[np.ndarray]:
-    vocabulary, written = checkpoint.config.vocab_size, checkpoint.text_files.get("tokenizer.json")
-    tokenizer = None if written is None else tokenizers.Tokenizer.from_buffer(written)
-    for document in documents:
-        if isinstance(document, str):
-            if tokenizer is None:
-                raise PrepError(
-                    f"{checkpoint.path} has no tokenizer, so text cannot be used; give a "
-                    ".jsonl file "
-                    "with `input_ids`."
-                )
-            document = tokenizer.encode(document).ids
-        ids = np.asarray(document, np.int64)
-        if ids.size and ids.max() >= vocabulary:
+        if self._tokenizer is None:
             raise PrepError(
-                f"{source} has the token id {ids.max()}; this model has 0 to {vocabulary - 1}."
+                f"{self._path} has no tokenizer, so text cannot be used; give a .jsonl file "
+                "with `input_ids`."
             )
-        yield ids
+        text, special = self._text(document)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PrepError(
+                f"{document.where} has \\u{ord(text[error.start]):04x} at character {error.start}, "
+                "half a character, which is no text; take it out."
+            ) from error
+        while True:
+            end = piece_end(text, PIECE)
+            yield self._tokenizer.encode(text[:end], add_special_tokens=special).ids
+            text, special = text[end:], False
+            if not text:
+                return
+
+    def _text(self, document: Document) -> tuple[str, bool]:
+        """The text of a document, and whether the tokenizer is to frame it: a template writes the
+        special tokens itself."""
+        if not isinstance(document.content, Conversation):
+            assert isinstance(document.content, str)
+            return document.content, True
+        messages = document.content.messages
+        if self._template is None:
+            if not self._joined:
+                self._say(
+                    "calibration: this model has no chat template, so the messages of a "
+                    "conversation are joined by empty lines"
+                )
+            self._joined = True
+            return "\n\n".join(str(message["content"]) for message in messages), True
+        try:
+            text = chat.render(
+                self._template, messages, self._settings, add_generation_prompt=False
+            )
+        except EngineError as error:
+            raise PrepError(f"{document.where}: {error}") from error
+        return text, False
+
+
+def _chat_template(text_files: dict[str, bytes]) -> tuple[str | None, dict[str, Any]]:
+    """The model's chat template, if it has one, and tokenizer_config.json."""
+    settings = json.loads(text_files.get("tokenizer_config.json", b"{}"))
+    templates = chat.named_templates(settings.get("chat_template"))
+    if "chat_template.jinja" in text_files:
+        templates["default"] = text_files["chat_template.jinja"].decode("utf-8")
+    return templates.get("default"), settings

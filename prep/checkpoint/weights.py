@@ -10,8 +10,9 @@ real, on the backbone's tensors or on those of one layer's experts.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -51,15 +52,16 @@ DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 
+Header = dict[str, tuple[str, tuple[int, ...]]]  # dtype as written and shape, by name
+
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor on disk, from byte `begin` of its file on."""
+    """One tensor on disk."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    begin: int
 
     @property
     def nbytes(self) -> int:
@@ -146,8 +148,9 @@ class Weights:
         data = torch.empty(stored.nbytes, dtype=torch.uint8)
         left = data.numpy().data
         try:
+            begin = _begins(stored.file, stored.file.stat().st_mtime_ns)[name]
             with open(stored.file, "rb", buffering=0) as file:
-                file.seek(stored.begin)
+                file.seek(begin)
                 while left and (count := file.readinto(left)):
                     left = left[count:]
         except OSError as error:
@@ -226,21 +229,7 @@ class Weights:
 def open_weights(path: Path, quantiser: HfQuantizer | None = None) -> Weights:
     """The tensors of the checkpoint directory `path`, which `quantiser` decodes; a `PrepError` for
     one that is not there or not whole."""
-    listed: dict[str, str] | None = None
-    if (path / INDEX).is_file():
-        listed = _index(path / INDEX)
-        names = sorted(set(listed.values()))
-    else:
-        names = (
-            [SINGLE]
-            if (path / SINGLE).is_file()
-            else sorted(f.name for f in path.glob("*.safetensors"))
-        )
-    if not names:
-        raise PrepError(
-            f"{path} has no .safetensors files; download the weights, or convert them with "
-            "save_pretrained."
-        )
+    names = weight_files(path, [file.name for file in path.iterdir()])
     gone = [name for name in names if not (path / name).is_file()]
     if gone:
         raise PrepError(
@@ -248,10 +237,38 @@ def open_weights(path: Path, quantiser: HfQuantizer | None = None) -> Weights:
             "the download is not "
             "complete. Run it again, it goes on where it stopped."
         )
+    return weights_of(path, {name: _header(path / name) for name in names}, quantiser)
+
+
+def weight_files(path: Path, there: Collection[str]) -> list[str]:
+    """The names of the files that hold the weights, of a checkpoint at `path` whose files are named
+    `there`; a `PrepError` if there are none."""
+    if INDEX in there:
+        return sorted(set(_index(path / INDEX).values()))
+    names = [SINGLE] if SINGLE in there else [n for n in there if n.endswith(".safetensors")]
+    if not names:
+        raise PrepError(
+            f"{path} has no .safetensors files; download the weights, or convert them with "
+            "save_pretrained."
+        )
+    return sorted(names)
+
+
+def weights_of(
+    path: Path, headers: dict[str, Header], quantiser: HfQuantizer | None = None
+) -> Weights:
+    """The tensors that the headers of the weight files of `path` name; a `PrepError` for one that
+    is of an unknown type, or in the index only."""
     stored: dict[str, Stored] = {}
-    for name in names:
-        stored.update(_headers(path / name))
-    lost = sorted(set(listed or ()) - set(stored))
+    for file, header in headers.items():
+        for name, (written, shape) in header.items():
+            dtype = DTYPES.get(written)
+            if dtype is None:
+                raise PrepError(
+                    f"{path / file}: {name} is stored as {written}, which smoe does not read."
+                )
+            stored[name] = Stored(path / file, dtype, shape)
+    lost = sorted(set(_index(path / INDEX)) - set(stored)) if (path / INDEX).is_file() else []
     if lost:
         raise PrepError(
             f"{path}: {lost[0]} is in the index but in no file; download the checkpoint again."
@@ -275,19 +292,18 @@ def _index(file: Path) -> dict[str, str]:
     return listed
 
 
-def _headers(file: Path) -> Iterator[tuple[str, Stored]]:
+def _header(file: Path) -> Header:
     with _opened(file) as handle:
-        raw, _ = read_raw_header(file)
-        begins = {name: fields.get("data_offsets") for name, fields in json.loads(raw).items()}
-        for name in handle.keys():  # noqa: SIM118  a handle is no dict
-            tensor = handle.get_slice(name)
-            dtype = DTYPES.get(str(tensor.get_dtype()))
-            if dtype is None:
-                raise PrepError(
-                    f"{file}: {name} is stored as {tensor.get_dtype()}, which smoe does not read."
-                )
-            begin = 8 + len(raw) + begins[name][0]
-            yield name, Stored(file, dtype, tuple(tensor.get_shape()), begin)
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        return {n: (str(s.get_dtype()), tuple(s.get_shape())) for n, s in slices.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _begins(file: Path, changed: int) -> dict[str, int]:
+    """Where the tensors of a file, which was last `changed` then, begin in it."""
+    raw, _ = read_raw_header(file)
+    entries = json.loads(raw).items()
+    return {name: 8 + len(raw) + e["data_offsets"][0] for name, e in entries if "dtype" in e}
 
 
 def _reason(error: str) -> str:

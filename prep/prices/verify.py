@@ -72,7 +72,9 @@ def verify_prices(
     kinds = [kind for kind in KINDS if kind != "level" or prices.layers[0].level.shape[1] > 1]
     plans = _sets(kinds, text.seed)
     pieces = [
-        row[i : i + LENGTH] for row in text.rows(checkpoint) for i in range(0, len(row), LENGTH)
+        row[i : i + LENGTH]
+        for row in text.rows(checkpoint, progress.say)
+        for i in range(0, len(row), LENGTH)
     ]
     rows = [piece for piece in pieces if len(piece) > 1]
     measured = outcomes(

@@ -166,7 +166,7 @@ def profile(
     `rows` are those of the calibration, if they are there already. Layers that an interrupted run
     finished are not profiled again.
     """
-    rows = calibration.rows(checkpoint) if rows is None else rows
+    rows = calibration.rows(checkpoint, progress.say) if rows is None else rows
     statistics = Statistics(checkpoint, sum(len(row) for row in rows), calibration.seed)
     trace = Trace(rows)
     with FinishedLayers(directory) as finished:

@@ -67,7 +67,7 @@ def test_the_seed_orders_documents(pico, tmp_path):
     "name, content, options, said",
     [
         ("none.txt", None, {}, "none.txt does not exist"),
-        ("a.pdf", "x", {}, "a.pdf is not a .txt or .jsonl file"),
+        ("a.pdf", "x", {}, "a.pdf is none of .txt, .jsonl"),
         ("empty.jsonl", "", {}, "holds 0 tokens; at least 128"),
         ("little.jsonl", '{"input_ids": [1, 2, 3]}', {}, "holds 3 tokens; at least 128"),
         (
@@ -77,7 +77,7 @@ def test_the_seed_orders_documents(pico, tmp_path):
             "holds 200 tokens, fewer than the 300",
         ),
         ("bad.jsonl", '{"input_ids": [1]}\n{oops', {}, "bad.jsonl, line 2 is not JSON"),
-        ("other.jsonl", '{"content": "x"}', {}, "line 1 has neither a string `text` nor"),
+        ("other.jsonl", '{"body": "x"}', {}, "line 1 has neither a string `text` or"),
         ("list.jsonl", "[1]", {}, "line 1 has neither"),
         ("deep.jsonl", "[" * 100_000, {}, "line 1 is not JSON"),
         ("wide.jsonl", '{"input_ids": [99999999999999999999]}', {}, "line 1 has neither"),

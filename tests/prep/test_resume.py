@@ -285,8 +285,8 @@ def test_a_disk_that_fills_up_is_a_sentence_and_loses_nothing(disk, smoe_prep, c
 def test_no_file_is_hashed_twice_but_the_tables(checkpoints, ids_file, tmp_path, monkeypatch):
     from smoe.prep import build as building
 
-    hashed, sha256 = [], building.sha256
-    monkeypatch.setattr(building, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    hashed, file_at = [], building.file_at
+    monkeypatch.setattr(building, "file_at", lambda path: hashed.append(path.name) or file_at(path))
     text = Calibration(str(ids_file))
     build(checkpoints("mixtral"), tmp_path / "b", text, Recipe("f32"), progress=QUIET)
     assert {n for n in hashed if hashed.count(n) > 1} == {"tables.safetensors"}

@@ -12,6 +12,7 @@ EXTRAS = {
     "transformers",
     "safetensors",
     "datasets",
+    "huggingface_hub",
     "sklearn",
     "onnx",
     "onnxscript",
