@@ -155,6 +155,7 @@ def _source(calibration: str | None, tokens: int | None, seed: int) -> Calibrati
     help="List the families that can be prepared, instead.",
 )
 @_encoding
+@_backbone
 @click.option(
     "--tokens",
     type=click.IntRange(MINIMUM),
@@ -176,6 +177,7 @@ def inspect(
     model: Path | None,
     list_families: bool,
     encoding: str,
+    backbone: str,
     tokens: int,
     prices: int,
     as_json: bool,
@@ -188,13 +190,13 @@ def inspect(
     if (model is None) != list_families:
         raise click.UsageError("Give either MODEL or --families.")
     if list_families:
-        _refuse_given(context, "encoding", "tokens", "prices")
+        _refuse_given(context, "encoding", "backbone", "tokens", "prices")
     from smoe.prep import inspect as inspection
 
     if list_families or model is None:
         show(inspection.families(), as_json)
         return
-    result = inspection.inspect(model, encoding, tokens, prices)
+    result = inspection.inspect(model, encoding, tokens, prices, backbone)
     show(result, as_json)
     if result.refusal:
         raise SystemExit(1)

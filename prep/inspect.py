@@ -23,6 +23,7 @@ from smoe.artifacts.encodings import record_layout
 from smoe.artifacts.layout import ExpertShape
 from smoe.artifacts.tables import TABLES, nbytes
 from smoe.artifacts.tables import TRACE as TRACE_TABLES
+from smoe.prep.backbone.quantise import check_precision
 from smoe.prep.checkpoint.checkpoint import read_config
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam, text_class
 from smoe.prep.checkpoint.few_bits import bytes_per_weight, kept_encoding, quantiser_of
@@ -39,6 +40,7 @@ from smoe.prep.progress import duration
 from smoe.prep.statistics.profile import SAMPLE, TRACE
 from smoe.prep.statistics.sums import MAX_RANKS
 from smoe.prep.sweep.gradients import IN_MEMORY
+from smoe.runtime.allowance import usual_process
 from smoe.runtime.budget import RUNTIME, SESSION
 from smoe.runtime.choose.prices import KINDS
 
@@ -51,6 +53,8 @@ READ = 0.2e9  # bytes of experts per second: read, merged, checked
 PACK = 0.11e9  # the same, encoded and written as well
 QUANTISE = 0.35e6  # weights per second, where nested codes are calibrated (docs/log.md, 2026-11-25)
 EXPORT = 5.5  # seconds per MoE layer
+# Bytes of a weight of the backbone (backbone/quantise.py: blocks of 32 share a float32 scale).
+BACKBONE = {"f32": 4.0, "int8": 1 + 4 / 32, "int4": 0.5 + 4 / 32}
 SMALL = 2.0  # how much longer many small products on widened weights take than one large one
 
 
@@ -80,6 +84,7 @@ class Inspection:
     ]  # memory of the runtime besides its KV cache: at least, and with all experts resident
     seconds: float | None
     encoding: str
+    backbone: str  # its precision
     tokens: int
 
     def as_dict(self) -> dict:
@@ -101,7 +106,8 @@ class Inspection:
             f"{self.parameters / 1e9:.2f} billion parameters, "
             f"{self.expert_parameters / 1e9:.2f} in experts{active}",
             f"weights: {self.weights or f'all there, {_size(self.download)}'}",
-            f"bundle: about {_size(self.bundle)} with experts in {self.encoding}",
+            f"bundle: about {_size(self.bundle)} with experts in {self.encoding}, backbone in "
+            f"{self.backbone}",
             f"device: from {_size(self.device[0])} to {_size(self.device[1])} with all experts in "
             "memory, and the KV cache",
             f"build: about {_size(self.disk)} of disk, {_size(self.memory)} of memory for "
@@ -137,12 +143,18 @@ def _size(nbytes: int | None) -> str:
 
 
 def inspect(
-    path: str | Path, encoding: str = STORED, tokens: int = 65536, prices: int = PRICE_TOKENS
+    path: str | Path,
+    encoding: str = STORED,
+    tokens: int = 65536,
+    prices: int = PRICE_TOKENS,
+    backbone: str = "f32",
 ) -> Inspection:
     """Look at the checkpoint at `path`, a directory that needs a config.json and no more, or the
     name ORG/NAME[@REVISION] of a repository, of which its config and headers are fetched, for a
-    build in `encoding` with so many calibration `tokens`, of which so many for `prices`. A config
-    that cannot be read, or is of a family that cannot be run, is a `PrepError`."""
+    build in `encoding` with a `backbone` of that precision and so many calibration `tokens`, of
+    which so many for `prices`. A config that cannot be read, or is of a family that cannot be run,
+    is a `PrepError`."""
+    check_precision(backbone)
     remote = Remote.of(path)
     path = remote.path if remote else Path(path)
     config = read_config(path)
@@ -152,7 +164,7 @@ def inspect(
         encoding = kept_encoding(quantiser) or ("f16" if half else "bf16")
     model = empty_model(config, path)
     refuse_without_seam(model, path)
-    sizes = _Sizes.of(model, encoding, tokens, prices, _shape(model), quantiser)
+    sizes = _Sizes.of(model, encoding, tokens, prices, _shape(model), quantiser, backbone)
     opened = remote.headers if remote else partial(open_weights, path)
     download, wrong = _weights(partial(opened, quantiser), model)
     return Inspection(
@@ -175,6 +187,7 @@ def inspect(
         device=sizes.device,
         seconds=_seconds(sizes, encoding, tokens, prices),
         encoding=encoding,
+        backbone=backbone,
         tokens=tokens,
     )
 
@@ -281,6 +294,7 @@ class _Sizes:
         prices: int,
         shape: ExpertShape,
         quantiser: HfQuantizer | None = None,
+        precision: str = "f32",
     ) -> _Sizes:
         modules = [module for _, module in experts_modules(model)]
         layers = [expert_geometry(module) for module in modules]
@@ -299,7 +313,9 @@ class _Sizes:
             _table_bytes(experts, hidden, top_k or experts, min(tokens, TRACE))
             for experts, hidden, _ in layers
         )
-        fixed = 4 * backbone + RUNTIME + SESSION * (len(layers) + 1)
+        stored = int(BACKBONE[precision] * backbone)
+        copies = 1 if precision == "f32" else 2  # ONNX Runtime lays quantised weights out anew
+        fixed = copies * stored + RUNTIME + SESSION * (len(layers) + 1)
         expert = max(n // e for n, (e, _, _) in zip(per_layer, layers, strict=True))
         # In 16 bits what is read and what is made of it exist at once; of codes one expert at a
         # time is decoded.
@@ -318,11 +334,16 @@ class _Sizes:
             backbone=backbone,
             in_experts=sum(per_layer),
             active=active,
-            bundle=shards + 4 * backbone + tables + (32 << 20),
+            bundle=shards + stored + tables + (32 << 20),
             outputs=sum(tokens * hidden * 4 for _, hidden, _ in layers),
             memory=int(PROCESS + 4 * backbone + held + layer + activations),
-            device=(fixed + (top_k or 1) * max(records), fixed + shards),
+            device=(_device(fixed + (top_k or 1) * max(records)), _device(fixed + shards)),
         )
+
+
+def _device(engine: int) -> int:
+    """Bytes of a process on the device with an engine of so many."""
+    return engine + usual_process(engine)
 
 
 def _table_bytes(experts: int, hidden: int, top_k: int, traced: int) -> int:

@@ -127,20 +127,17 @@ class Engine:
         io: str | None = None,
         beside: str | int | None = None,
     ) -> Engine:
-        """Open the bundle at `path` in a process that holds no more than `memory` in all,
-        interpreter and libraries included (bytes, or text like "64MiB"; None: all experts resident,
-        or as many as this machine and its cgroup leave room for), or no more than `beside` above
-        what it holds now, for sequences of up to `context` tokens (None: 2048, or what the model
-        was made for if that is less). `threads` run the backbone (None: as many as pay, by the size
-        of each segment's weights) and the experts (None: all processors that this process may use).
+        """Open the bundle at `path` in a process that holds no more than `memory` in all (bytes, or
+        text like "64MiB"; None: what machine and cgroup leave), or no more than `beside` above what
+        it holds now, for sequences of up to `context` tokens (None: 2048, or what the model was
+        made for if that is less). `threads` run the backbone (None: as many as pay, by the size of
+        each segment's weights) and the experts (None: all processors that this process may use).
         `level` is how many planes of every expert are read (None: all; fewer is lossy). `policies`
         say what stays, what stands in and what is read ahead where memory does not hold all
-        experts; `io` is "direct" (past the page cache) or "buffered" (None: by a short
-        measurement).
+        experts; `io` is "direct" (past the page cache) or "buffered" (None: by a measurement).
 
         A damaged bundle, or one without such a level, is a `BundleError`, a budget that is too
-        small an `EngineError` that names the minimum, and so are policies that have no effect or
-        cannot work."""
+        small an `EngineError` that names the minimum, and so are policies that cannot work."""
         bundle = open_bundle(path)
         tables = tables_bytes(policies, bundle)
         plan = allowance.allow(bundle, memory, beside, context, level, tables)

@@ -105,12 +105,15 @@ def test_the_command_says_it_and_takes_one_of_two(smoe_prep, checkpoints, tmp_pa
 
 def test_the_walkthrough_quotes_what_inspect_says(smoe_prep, root):
     page = (root / "docs" / "walkthrough.md").read_text()
-    for model in sorted((root / "docs" / "models").iterdir()):
-        for encoding in ("bf16", "int8"):
-            said = smoe_prep("inspect", model.relative_to(root), "--encoding", encoding).stdout
-            for line in said.splitlines():
-                if not line.startswith("weights:"):
-                    assert re.sub(r"; about [^;]* on this machine", "", line) in page, line
+    quoted = re.findall(r"^\$ smoe-prep inspect (docs/models/.*)\n((?:.+\n)+?)```", page, re.M)
+    named = {options.split()[0] for options, _ in quoted}
+    assert named == {f"docs/models/{model.name}" for model in (root / "docs" / "models").iterdir()}
+    for options, written in quoted:
+        said = smoe_prep("inspect", *options.split()).stdout.splitlines()
+        lines = [line for line in said if not line.startswith("weights:")]
+        assert [re.sub(r"; about [^;]* on this machine", "", line) for line in lines] == (
+            written.splitlines()
+        )
 
 
 def test_families_with_options_that_say_nothing_about_them_are_refused(smoe_prep):
