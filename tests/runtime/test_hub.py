@@ -28,8 +28,8 @@ def hub():
 
 @pytest.fixture
 def bundle(goldens, tmp_path) -> Path:
-    """The newest golden bundle, with a licence."""
-    copied = Path(shutil.copytree(goldens[-1], tmp_path / "tiny.smoe"))
+    """A golden bundle of three layers, with a licence."""
+    copied = Path(shutil.copytree(goldens[3], tmp_path / "tiny.smoe"))
     (copied / "licence").mkdir()
     (copied / "licence" / "LICENSE").write_text("You may.")
     _edit(copied, _licensed)
