@@ -171,11 +171,11 @@ def pack_matrix(
     """The tensors of a matrix from its codes uint8 `[n_out, n_in]` and scales float32 `[n_out,
     groups]`, which must be values of bfloat16."""
     split, out = encoding.of(name), {f"{name}_scale": _tiled_scale(to_bf16(scale))}
-    first = 0
+    quads, first = _quads(codes), 0
     for p, bits in enumerate(split.planes):
         positions = range(first, first + bits)
         out[f"{name}_plane{p}"] = np.stack(
-            [_slice(codes >> (split.total - 1 - t) & 1, t) for t in positions], axis=2
+            [_slice(quads >> (split.total - 1 - t), t) for t in positions], axis=2
         )
         first += bits
     return out
@@ -272,18 +272,26 @@ def _tiles(dims: tuple[int, int]) -> tuple[int, int]:
     return -(-dims[0] // ROWS), -(-dims[1] // COLUMNS)
 
 
-def _slice(bits: np.ndarray, t: int) -> np.ndarray:
-    """Bit t (0 the most significant) of all codes, uint8 of 0 and 1 `[n_out, n_in]`, as uint8
-    `[tiles, blocks, 64]`."""
-    tiles, blocks = _tiles(bits.shape)
+def _quads(codes: np.ndarray) -> np.ndarray:
+    """Codes uint8 `[n_out, n_in]` as uint8 `[tiles, blocks, row, column of a quad, quad]`."""
+    tiles, blocks = _tiles(codes.shape)
     padded = np.zeros((tiles * ROWS, blocks * COLUMNS), np.uint8)
-    padded[: bits.shape[0], : bits.shape[1]] = bits
-    quads = padded.reshape(tiles, ROWS, blocks, 8, 4).transpose(
-        0, 2, 3, 1, 4
-    )  # tile, block, quad, row, column
-    return np.bitwise_or.reduce(quads << _places(t)[:, None, None], axis=2).reshape(
-        tiles, blocks, ROWS * 4
-    )
+    padded[: codes.shape[0], : codes.shape[1]] = codes
+    quads = padded.reshape(tiles, ROWS, blocks, 8, 4).transpose(0, 2, 1, 4, 3)
+    return np.ascontiguousarray(quads)
+
+
+def _slice(quads: np.ndarray, t: int) -> np.ndarray:
+    """Bit t (0 the most significant) of all codes, the last bit of each of `quads`, as uint8
+    `[tiles, blocks, 64]`.
+
+    The bits of a byte's eight quads are bytes of one integer; a product brings them together at its
+    top, each at its place, and no two of what it makes besides are at the same place.
+    """
+    apart = (quads & np.uint8(1)).view("<u8")[..., 0]
+    places = (56 - 8 * quad + int(place) for quad, place in enumerate(_places(t)))
+    gathered = apart * np.uint64(sum(1 << place for place in places)) >> np.uint64(56)
+    return gathered.astype(np.uint8).reshape(*quads.shape[:2], ROWS * 4)
 
 
 def _unsliced(packed: np.ndarray, t: int) -> np.ndarray:
