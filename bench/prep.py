@@ -89,11 +89,11 @@ def levels(run: Run) -> Rows:
     }  # fmt: skip
     lines = []
     with tempfile.TemporaryDirectory() as scratch:
-        for name in run.encodings:
+        for number, name in enumerate(run.encodings):
             encoding = nested.parse(name)
             bundles = [
                 build(
-                    EXAMPLE, Path(scratch) / f"{quantiser}-{encoding.levels}.smoe", CALIBRATION,
+                    EXAMPLE, Path(scratch) / f"{quantiser}-{number}.smoe", CALIBRATION,
                     "--tokens", str(run.calibration_tokens), "--encoding", name,
                     "--quantiser", quantiser, "--prices", "0",
                 )
