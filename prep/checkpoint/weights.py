@@ -222,8 +222,14 @@ class Weights:
                 model, hf_quantizer=self.quantiser
             ),
         )
+        wanted = {n: w.dtype for n, w in model.named_parameters(remove_duplicate=False)}
         with quiet():
-            return convert_and_load_state_dict_in_model(model, tensors, config)
+            converted = convert_and_load_state_dict_in_model(model, tensors, config)
+        # In a checkpoint of few bits, what is stored plainly comes in the dtype it is stored in.
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            if weight.dtype != wanted[name]:
+                weight.data = weight.data.to(wanted[name])
+        return converted
 
 
 def open_weights(path: Path, quantiser: HfQuantizer | None = None) -> Weights:

@@ -42,14 +42,15 @@ SCHEMES = {
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """scheme -> the checkpoint in few bits, and the same weights in float32."""
+    """scheme -> the checkpoint in few bits, and the same weights in float32; what is not in few bits
+    is bfloat16 in both, as it is published."""
     made = {}
 
     def get(scheme):
         if scheme not in made:
             family, stored, changes = SCHEMES[scheme]
             directory = tmp_path_factory.mktemp("few")
-            make_model(family, **changes).save_pretrained(directory / "plain")
+            make_model(family, **changes).bfloat16().save_pretrained(directory / "plain")
             made[scheme] = stored(directory / "plain", directory)
         return made[scheme]
 
