@@ -9,12 +9,13 @@ import click
 
 from smoe.prep.cli_options import json_option, show_text
 from smoe.prep.progress import Progress
+from smoe.prep.replay.asked import budgets_of, with_bound
 from smoe.prep.replay.plan import choose
 from smoe.prep.replay.plan import plan as make_plan
 from smoe.prep.replay.plan import text_of as plan_text
 from smoe.prep.replay.report import simulation_text
 from smoe.prep.replay.routing_trace import read_trace
-from smoe.prep.replay.simulate import COUNTINGS, budgets_of, with_bound
+from smoe.prep.replay.simulate import COUNTINGS
 from smoe.prep.replay.simulate import report as simulation_report
 from smoe.prep.replay.simulate import simulate as run_simulation
 from smoe.runtime.budget import parse_size
@@ -93,10 +94,11 @@ def simulate(
     per token."""
     trace = read_trace(source, level, prompt)
     progress = Progress()
+    budgets = budgets_of(trace, memory, residency)
     rows = run_simulation(
         trace,
-        with_bound(trace, policies),
-        budgets_of(trace, memory, residency),
+        with_bound(trace, policies, budgets),
+        budgets,
         substitute,
         warm,
         counting,

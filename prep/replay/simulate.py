@@ -19,7 +19,7 @@ import numpy as np
 from smoe.artifacts.manifest import Routing
 from smoe.prep.errors import PrepError
 from smoe.prep.replay.routing_trace import Trace, TraceStep
-from smoe.runtime.budget import parse_size
+from smoe.runtime.budget import show_size
 from smoe.runtime.cache.cache import ExpertCache
 from smoe.runtime.cache.eviction import EVICTIONS, Belady, Eviction, eviction_named
 from smoe.runtime.cache.residency import PINNED, Residency
@@ -103,6 +103,8 @@ def simulate(
         raise PrepError(f"{trace.name} has no calibration counts to start from; leave out warm.")
     for policy in policies:
         _eviction(policy, trace)  # a wrong name is said before the first run
+        if policy.startswith(PER_LAYER) and counting != "whole":
+            _refuse_small_shares(policy, trace, min(*budgets, trace.total))
     substitute = (
         None if substitution is None else functools.partial(_substitution, substitution, trace)
     )
@@ -125,14 +127,19 @@ def simulate(
     return rows
 
 
-def with_bound(trace: Trace, policies: SequenceOf[str]) -> list[str]:
-    """What to replay: the bound, then what was asked for, or all that this trace allows if nothing
-    was."""
-    able = [n for n, kind in EVICTIONS.items() if trace.scored or not kind.needs_scores]
-    return [
-        BOUND,
-        *(policy for policy in policies or [*able, "layer-lru", "layer-lfu"] if policy != BOUND),
-    ]
+def least_for_shares(trace: Trace) -> int:
+    """The least budget of which every layer's share holds a record."""
+    return max(trace.records) * len(trace.experts)
+
+
+def _refuse_small_shares(policy: str, trace: Trace, budget: int) -> None:
+    least = least_for_shares(trace)
+    if budget < least:
+        enough = show_size(least, up=True) if trace.sized else trace.show(least)
+        raise PrepError(
+            f"A budget of {trace.show(budget)} has no record for each layer, which {policy} needs; "
+            f"give {enough} or more, or leave out {policy}."
+        )
 
 
 def report(trace: Trace, rows: SequenceOf[Row]) -> dict:
@@ -364,37 +371,3 @@ COUNTINGS: dict[str, tuple[type[Replay], type[Residency]]] = {
     "whole": (WholeStepReplay, WholeSteps),
     "slot": (SlotReplay, Residency),
 }
-
-
-# -- budgets ---------------------------------------------------------------------------------------
-
-SWEEP = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)  # of all experts, where nothing is asked for
-
-
-def budgets_of(trace: Trace, memory: SequenceOf[str], residency: SequenceOf[float]) -> list[int]:
-    """Bytes for resident experts (records, where their sizes are not known) of what was asked for:
-    sizes, or parts of all experts; `SWEEP` if neither was."""
-    if memory and residency:
-        raise PrepError("Budgets are given either as memory or as residency, not as both.")
-    wrong = [part for part in residency if not 0 < part <= 1]
-    if wrong:
-        raise PrepError(
-            f"A residency of {wrong[0]} was asked for; it is a part of all experts, above 0 and up "
-            f"to 1."
-        )
-    if memory and not trace.sized and not all(text.strip().isdigit() for text in memory):
-        raise PrepError(
-            f"{trace.name} does not say how large records are; give --memory as a number of "
-            f"records."
-        )
-    asked = [parse_size(text) if trace.sized else int(text) for text in memory] or [
-        int(part * trace.total) for part in residency or SWEEP
-    ]
-    least = max(trace.records)
-    for budget in asked:
-        if budget < least:
-            raise PrepError(
-                f"A budget of {trace.show(budget)} holds no record of {trace.show(least)}; give "
-                f"more."
-            )
-    return asked

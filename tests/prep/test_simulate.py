@@ -161,6 +161,21 @@ def test_a_bundle_replays_like_the_engine_runs(golden, smoe_prep):
     )
 
 
+def test_where_nothing_is_asked_for_every_layer_has_room_for_its_share(tmp_path, smoe_prep):
+    file = tmp_path / "pico.route.csv"
+    file.write_text(ROUTE)
+    done = smoe_prep("simulate", file, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert {row["budget"] for row in rows} == {300, 400, 500, 750}
+    assert {"layer-lru", "lru"} <= {row["policy"] for row in rows}
+    done = smoe_prep("simulate", file, "--residency", "0.2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "layer-lru" not in done.stdout and "lru" in done.stdout
+    done = smoe_prep("simulate", file, "--residency", "0.2", "--policy", "layer-lru")
+    assert done.returncode == 1 and "has no record for each layer, which layer-lru" in done.stderr
+
+
 def test_the_engine_misses_what_its_replay_says(golden):
     """The same ids through the engine and through the simulator, token by token."""
     spec = safetensors_file.load(golden / "trace.safetensors")
