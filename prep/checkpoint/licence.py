@@ -15,7 +15,8 @@ from smoe.artifacts.licence import FOLDER, Licence
 from smoe.artifacts.validate import file_at
 from smoe.prep.progress import Progress
 
-TEXTS = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
+TEXTS = ("LICENSE", "LICENCE", "MODEL_LICENSE", "COPYING", "NOTICE", "THIRD_PARTY", "TERMS")
+TEXTS += ("USE_POLICY", "USAGE_POLICY")
 CARD = "README.md"
 
 

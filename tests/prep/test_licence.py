@@ -15,6 +15,7 @@ from smoe.runtime.__main__ import main
 
 QUIET = Progress(True)
 TEXTS = ("LICENSE", "license-code.txt", "LICENCE.md", "COPYING", "Notice", "USE_POLICY.md")
+TEXTS += ("USAGE_POLICY", "MODEL_LICENSE", "THIRD_PARTY_NOTICES.md", "terms.txt")
 
 
 def test_texts_and_card_are_in_the_bundle_and_info_says_them(
