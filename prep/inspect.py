@@ -94,7 +94,7 @@ class Inspection:
         used = "" if self.top_k is None else f", {self.top_k} used per token"
         active = ""
         if self.active_parameters is not None:
-            active = f", {self.active_parameters / 1e9:.2f} billion used per token"
+            active = f", {_count(self.active_parameters)} used per token"
         hours = ""
         if self.seconds is not None:
             hours = f"; about {duration(self.seconds)} on this machine"
@@ -103,8 +103,8 @@ class Inspection:
             f"{self.family} ({self.architecture}): {verdict}",
             f"{self.layers} MoE layers of {self.experts} experts{used}; hidden {self.hidden}, "
             f"width {self.width}",
-            f"{self.parameters / 1e9:.2f} billion parameters, "
-            f"{self.expert_parameters / 1e9:.2f} in experts{active}",
+            f"{_count(self.parameters)} parameters, {_count(self.expert_parameters)} in experts"
+            f"{active}",
             f"weights: {self.weights or f'all there, {_size(self.download)}'}",
             f"bundle: about {_size(self.bundle)} with experts in {self.encoding}, backbone in "
             f"{self.backbone}",
@@ -135,6 +135,12 @@ class Families:
             text = family["text"] or "no model generates text"
             lines.append(f"  {family['family']:22} {family['experts']:24} {text}")
         return lines
+
+
+def _count(parameters: int) -> str:
+    if parameters < 1e8:
+        return f"{parameters / 1e6:.2f} million"
+    return f"{parameters / 1e9:.2f} billion"
 
 
 def _size(nbytes: int | None) -> str:

@@ -178,9 +178,14 @@ def refuse_full_disk(name: Name, directory: Path, needed: int, refusal: type[Smo
     free = shutil.disk_usage(there).free
     if needed > free:
         raise refusal(
-            f"{name} needs {needed / 1e9:.2f} GB more at {there}, where {free / 1e9:.2f} GB are "
+            f"{name} needs {size_of(needed)} more at {there}, where {size_of(free)} are "
             "free; make room, or let HF_HOME name a larger disk."
         )
+
+
+def size_of(nbytes: int) -> str:
+    """Of what is fetched, for people, in the units of hubs."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def download(
@@ -302,7 +307,7 @@ def fetch_bundle(name: Name, say: Callable[[str], None]) -> Path:
         if missing:
             needed = sum(max(wanted.size, 0) for wanted in missing.values())
             refuse_full_disk(name, target, needed, EngineError)
-            say(f"{name}: {len(missing)} files, {needed / 1e9:.2f} GB, to {target}")
+            say(f"{name}: {len(missing)} files, {size_of(needed)}, to {target}")
         for file, wanted in missing.items():
             download(hub, name, commit, file, target / file, wanted.size, wanted.sha256)
         if not checked:

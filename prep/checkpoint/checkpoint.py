@@ -25,7 +25,13 @@ from transformers import AutoConfig, GenerationConfig
 from smoe.artifacts.errors import first_line
 from smoe.prep.checkpoint.coded import CodedExperts, read_coded
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam
-from smoe.prep.checkpoint.few_bits import decoded_dtype, kept_encoding, quantiser_of
+from smoe.prep.checkpoint.few_bits import (
+    decoded_dtype,
+    is_code,
+    kept_encoding,
+    method_of,
+    quantiser_of,
+)
 from smoe.prep.checkpoint.hub import Remote
 from smoe.prep.checkpoint.seam import ExpertsLayer, ExpertsModule, experts_modules, layers_used
 from smoe.prep.checkpoint.tokenizer import read_text_side
@@ -66,6 +72,14 @@ class Checkpoint:
         """Those that the experts are stored in."""
         names = {name for layer in self.sources for tensors in layer.values() for name in tensors}
         return sorted({self.weights.stored[name].dtype for name in names}, key=str)
+
+    @property
+    def stored_in(self) -> str:
+        """The scheme of few bits that the experts are stored in, or their dtypes; for people."""
+        dtypes, quantiser = self.expert_dtypes, self.weights.quantiser
+        if quantiser is not None and any(is_code(dtype) for dtype in dtypes):
+            return method_of(quantiser)
+        return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
     @property
     def kept_encoding(self) -> str:

@@ -139,7 +139,7 @@ def kept_encoding(quantiser: HfQuantizer | None) -> str | None:
     or groups that no encoding has."""
     if quantiser is None:
         return None
-    if "mxfp4" in str(quantiser.quantization_config.quant_method).lower():
+    if method_of(quantiser) == "mxfp4":
         return "nested:2+1+1:32:fp4"
     schemes = [w for w in _schemes(quantiser) if w.type == "int" and w.num_bits == 4]
     widths = {128 if w.strategy == "channel" else w.group_size for w in schemes}
@@ -156,13 +156,18 @@ def _schemes(quantiser: HfQuantizer) -> list[Any]:
     return [scheme.weights for scheme in groups.values() if scheme.weights]
 
 
+def method_of(quantiser: HfQuantizer) -> str:
+    """The name of a scheme, as config.json writes it."""
+    method = quantiser.quantization_config.quant_method
+    return str(getattr(method, "value", method)).lower()
+
+
 def bytes_per_weight(quantiser: HfQuantizer) -> float:
     """About how many bytes of the checkpoint an expert's weight takes."""
     schemes = _schemes(quantiser)
     if schemes:
         return max(w.num_bits / 8 + 2 / max(32, w.group_size or 0) for w in schemes)
-    method = str(quantiser.quantization_config.quant_method).lower()
-    return 0.5 + 1 / 32 if "mxfp4" in method else 1.0
+    return 0.5 + 1 / 32 if method_of(quantiser) == "mxfp4" else 1.0
 
 
 def is_code(dtype: torch.dtype) -> bool:

@@ -25,7 +25,7 @@ from smoe.prep.checkpoint.weights import (
 )
 from smoe.prep.errors import PrepError
 from smoe.prep.progress import Progress
-from smoe.runtime.hub import Name, again, asking, download, first_file, refuse_full_disk
+from smoe.runtime.hub import Name, again, asking, download, first_file, refuse_full_disk, size_of
 
 CONFIG = "config.json"
 SMALL = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # configs, tokenizers and templates
@@ -82,7 +82,7 @@ class Remote:
                 needed = sum(self.files[name] for name in missing)
                 refuse_full_disk(self.name, self.path, needed, PrepError)
                 progress.say(
-                    f"{self.name}: {len(missing)} files, {needed / 1e9:.2f} GB, to {self.path}"
+                    f"{self.name}: {len(missing)} files, {size_of(needed)}, to {self.path}"
                 )
             for name in missing:
                 if name in weights:

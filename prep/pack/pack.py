@@ -147,8 +147,7 @@ def chosen_encoding(checkpoint: Checkpoint, asked: str, progress: Progress) -> s
     if asked != STORED:
         return asked
     kept = checkpoint.kept_encoding
-    stored = ", ".join(str(dtype).removeprefix("torch.") for dtype in checkpoint.expert_dtypes)
-    progress.say(f"encoding: {kept}, for experts stored in {stored}")
+    progress.say(f"encoding: {kept}, for experts stored in {checkpoint.stored_in}")
     return kept
 
 

@@ -42,8 +42,8 @@ SCHEMES = {
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """scheme -> the checkpoint in few bits, and the same weights in float32; what is not in few bits
-    is bfloat16 in both, as it is published."""
+    """scheme -> the checkpoint in few bits, and the same weights in float32; what is not in few
+    bits is bfloat16 in both, as it is published."""
     made = {}
 
     def get(scheme):
@@ -159,6 +159,14 @@ def test_kept_codes_can_still_be_rounded(pairs, tmp_path, smoe_prep):
     assert smoe_prep("pack", few, "-o", tmp_path / "rounded", *options).returncode == 0
     said = smoe_prep("pack", few, "-o", tmp_path / "x", *options[:2], "--quantiser", "kept")
     assert said.returncode == 1 and "has other values than those" in said.stderr
+
+
+def test_what_experts_are_stored_in_is_said_by_its_name(pairs, checkpoints):
+    schemes = {"gpt_oss in mxfp4": "mxfp4", "deepseek_v3 in block fp8": "fp8"}
+    schemes |= {"qwen3_moe in int4": "compressed-tensors"}
+    for scheme, name in schemes.items():
+        assert open_checkpoint(pairs(scheme)[0]).stored_in == name
+    assert open_checkpoint(checkpoints("mixtral")).stored_in == "float32"
 
 
 def test_weights_that_are_no_codes_are_not_kept(checkpoints, tmp_path, smoe_prep):
