@@ -61,7 +61,7 @@ def allow(
     allowed = None if room is None else default_budget(whole.total, room.nbytes)
     if room is None or allowed is None:
         return whole
-    return plan(allowed, _default(room), process(alone, allowed))
+    return plan(allowed, _default(room, whole.minimum), process(alone, allowed))
 
 
 def process(alone: MemoryPlan, budget: int | None = None) -> int:
@@ -106,12 +106,14 @@ def _beside(stated: int, held: int) -> Source:
     )
 
 
-def _default(room: machine.Room) -> Source:
+def _default(room: machine.Room, minimum: int) -> Source:
+    """Where a plan needs `minimum` bytes."""
     left, reserve = show_size(room.nbytes), show_size(room.nbytes // RESERVE)
+    all_of_it = f"; --memory {left} takes the reserve, too" if minimum <= room.nbytes else ""
     return Source(
         f"of {left} that {room.keeper} leaves, {reserve} in reserve{_unknown()}",
         f"What {room.keeper} leaves, {left} less a reserve of {reserve},",
-        f"Give it more, or take a shorter context; --memory {left} takes the reserve, too.",
+        f"Give it more, or take a shorter context{all_of_it}.",
     )
 
 

@@ -22,6 +22,7 @@ from smoe.runtime.cli_options import (
     json_option,
     open_engine,
     open_exact_twin,
+    refuse_generation,
 )
 from smoe.runtime.conversation import Conversation, Message
 from smoe.runtime.device_profile import measure_device
@@ -63,6 +64,7 @@ def run(
 ) -> None:
     """Generate from PROMPT ("-" reads it from stdin). BUNDLE is a directory, or the name
     ORG/NAME[@REVISION] of one to fetch, with the extra smoe[hub]."""
+    refuse_generation(options)
     text = sys.stdin.read() if prompt == "-" else prompt
     with open_engine(located(bundle), options) as engine:
         _say(*engine.mode_lines())
@@ -115,6 +117,7 @@ def chat(
     **options: Any,
 ) -> None:
     """Talk, a line a turn; an empty line or end of input ends it. Ctrl-C cuts an answer short."""
+    refuse_generation(options)
     template = read_text(chat_template) if chat_template else None
     conversation = Conversation(system)
     with open_engine(located(bundle), options) as engine:
@@ -141,6 +144,8 @@ def chat(
             text = "".join(token.text for token in tokens)
             made = {"text": text, "stats": engine.stats.as_dict()}
             _show(json.dumps(made) if as_json else "")
+            if engine.stats.finish == "length" and not as_json:
+                _say(f"smoe: cut at {len(tokens)} tokens; --max-new-tokens has room for more.")
         if not as_json:
             _say(_statistics(engine.stats))
 
@@ -369,12 +374,12 @@ def _statistics(stats: Stats) -> str:
         if stats.decode_steps
         else "no decode"
     )
+    decoded = ", ".join(filter(None, (rate, stats.finish)))
     buffered = stats.shards_buffered
     refused = f", {buffered} shards could not be read directly" if buffered else ""
     return (
         f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} "
-        f"new ({rate}, "
-        f"{stats.finish}); experts: {stats.hits} hits, {stats.misses} misses ({stats.hit_rate:.1%} "
+        f"new ({decoded}); experts: {stats.hits} hits, {stats.misses} misses ({stats.hit_rate:.1%} "
         "hit), "
         f"{show_size(stats.bytes_read)} read, {stats.stall_seconds:.2f} s waiting{refused}"
     )

@@ -15,7 +15,9 @@ from smoe.runtime.budget import parse_size, plan_memory, show_size
 from smoe.runtime.cache.eviction import EVICTIONS
 from smoe.runtime.cache.storage import IO
 from smoe.runtime.engine import Engine
+from smoe.runtime.errors import EngineError
 from smoe.runtime.options import PREFETCHES, SUBSTITUTIONS, Policies, tables_bytes
+from smoe.runtime.sampling import Sampling
 
 POLICIES = Policies()
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -121,6 +123,15 @@ generation_options = _options(
         "--special", is_flag=True, help="Print the text of special tokens too, as they were made."
     ),
 )
+
+
+def refuse_generation(options: dict[str, Any]) -> None:
+    """An `EngineError` for what of `generation_options` no bundle could do, before one is
+    loaded."""
+    how = (options[name] for name in ("temperature", "top_k", "top_p", "seed"))
+    Sampling(*how)
+    if options["max_new_tokens"] < 1:
+        raise EngineError(f"--max-new-tokens is {options['max_new_tokens']}; at least 1 is wanted.")
 
 
 def open_engine(bundle: Path, options: dict[str, Any]) -> Engine:

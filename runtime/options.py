@@ -311,7 +311,7 @@ def _predicted(text: str, distance: int, manifest: Manifest, tables: Tables) -> 
         raise EngineError(
             f"Prefetch {text} is not possible: this bundle has no linear predictor at distance "
             f"{distance}, because it was "
-            "built without --prices or because another predictor was better; use previous or "
+            "built with --prices 0 or because another predictor was better; use previous or "
             "transition."
         )
     linear = [

@@ -121,8 +121,8 @@ def choose(candidates: Sequence[Candidate], speed: float | None, loss: float | N
     known = [c for c in candidates if c.loss is not None]
     if not known:
         raise PrepError(
-            "This bundle has no prices, so that what these ways lose is not known; build it with "
-            "--prices."
+            "This bundle has no prices, so that what these ways lose is not known; build it "
+            "from --calibration text without --prices 0."
         )
     if speed is not None:
         able = [c for c in known if c.tokens_per_second >= speed]

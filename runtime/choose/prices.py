@@ -92,7 +92,8 @@ class Prices:
             raise EngineError(
                 f"This bundle has no prices (its tables lack "
                 f"{', '.join(sorted(set(missing))) or 'all layers'}); build "
-                "it again with --prices, or run it without a loss budget."
+                "it again from --calibration text without --prices 0, or run it without a loss "
+                "budget."
             )
         for name, layer in (
             (name, layer) for layer in tables for name in PRICE_TABLES if name in layer

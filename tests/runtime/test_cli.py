@@ -184,6 +184,24 @@ def test_mistakes_are_one_sentence_without_a_traceback(golden, root, arguments, 
     assert said in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("option", [("--temperature", "-1"), ("--max-new-tokens", "0")])
+@pytest.mark.parametrize("command", [("run", "x"), ("chat",)])
+def test_what_no_bundle_could_do_is_said_before_one_is_opened(tmp_path, command, option):
+    done = smoe(command[0], tmp_path / "none", *command[1:], *option)
+    assert done.returncode == 1 and f" is {option[1]}" in done.stderr
+    assert "does not exist" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_chat_without_a_word_made_nothing(golden):
+    done = smoe("chat", golden)
+    assert done.returncode == 0 and "0 new (no decode);" in done.stderr
+
+
+def test_a_chat_says_that_an_answer_was_cut(golden):
+    done = smoe("chat", golden, "--max-new-tokens", 3, stdin="hello\n")
+    assert "smoe: cut at 3 tokens; --max-new-tokens has room for more." in done.stderr
+
+
 def test_an_unknown_kernel_is_refused(golden):
     done = smoe("run", golden, "x", SMOE_KERNELS="abacus")
     assert done.returncode == 1 and "no kernels 'abacus'" in done.stderr

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from bench import cgroup
-from smoe.runtime import Engine, EngineError, machine
+from smoe.artifacts import open_bundle
+from smoe.runtime import Engine, EngineError, allowance, machine
 from smoe.runtime.budget import RESERVE
 from smoe.runtime.machine import Processors, Room, held_memory, memory_room, processors
 
@@ -249,7 +250,11 @@ def test_the_machine_is_asked_where_nothing_is_stated(golden, monkeypatch):
     with Engine.open(golden, context=300) as engine:
         assert engine.plan.total <= enough - enough // RESERVE
     monkeypatch.setattr(machine, "memory_room", lambda: Room(30 * MIB, "this container"))
-    with pytest.raises(EngineError, match="What this container leaves, 30.0MiB less a reserve of"):
+    with pytest.raises(EngineError, match="leaves, 30.0MiB less a reserve of .* context.$"):
+        Engine.open(golden, context=300)
+    reserved = allowance.allow(open_bundle(golden), "1GiB", context=300).minimum + 2 * MIB
+    monkeypatch.setattr(machine, "memory_room", lambda: Room(reserved, "this container"))
+    with pytest.raises(EngineError, match="; --memory .*MiB takes the reserve, too.$"):
         Engine.open(golden, context=300)
     monkeypatch.setattr(machine, "memory_room", lambda: None)
     with Engine.open(golden, context=300) as engine:
