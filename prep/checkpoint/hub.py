@@ -60,6 +60,7 @@ class Remote:
         """The tensors of the checkpoint, which `quantiser` decodes, from the headers of its files,
         of which no more is fetched."""
         if self.files is None:
+            self._refuse_without_weights()
             return open_weights(self.path, quantiser)
         with asking(self.name, PrepError, "prep") as hub:
             names = self._weights(hub)
@@ -89,6 +90,20 @@ class Remote:
                     self._fetch_weights(hub, name)
                 self._cached(hub, name)
         return self.path
+
+    def _refuse_without_weights(self) -> None:
+        """A `PrepError` if the hub does not answer, and the cache has the config only, or weights
+        in part."""
+        there = [file.name for file in self.path.iterdir()]
+        try:
+            whole = set(weight_files(self.path, there)) <= set(there)
+        except PrepError:
+            whole = False
+        if not whole:
+            raise PrepError(
+                f"{self.name} is not whole in {self.path}, and the hub does not answer; run this "
+                "again with a network."
+            )
 
     def _weights(self, hub: Any) -> list[str]:
         """The names of the weight files; the repository has them all."""

@@ -97,6 +97,21 @@ def test_a_build_by_name_through_breaks_is_the_one_by_path_and_fetches_no_code(
     assert not hub.served.asked
 
 
+@pytest.mark.parametrize("kept", ["config.json", "model.safetensors.index.json"])
+def test_what_was_only_inspected_needs_a_network(root, hub, tmp_path, kept):
+    source = root / "examples" / "reference"
+    repository = hub.served.add("acme/reference", source)
+    if kept == "config.json":
+        repository.files = {
+            "config.json": repository.files["config.json"],
+            "model.safetensors": repository.files["model-00001-of-00002.safetensors"],
+        }
+    _python(hub, tmp_path, "-m", "smoe.prep", "inspect", "acme/reference", "--prices", "0")
+    (said,) = _opened(hub, tmp_path, "acme/reference", HF_HUB_OFFLINE="1")
+    assert said.startswith("acme/reference is not whole in ")
+    assert said.endswith("the hub does not answer; run this again with a network.")
+
+
 def test_a_killed_fetch_is_gone_on_with(root, hub, tmp_path):
     source, file = root / "examples" / "reference", "model-00002-of-00002.safetensors"
     hub.served.add("acme/reference", source)
