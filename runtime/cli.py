@@ -12,11 +12,12 @@ import click
 from click.core import ParameterSource
 
 from smoe.artifacts import Bundle, open_bundle
-from smoe.artifacts.errors import printable
 from smoe.artifacts.licence import Licence
 from smoe.runtime import allowance
 from smoe.runtime.budget import MemoryPlan, memory_for, plan_memory, show_size
+from smoe.runtime.cli_chat import chat
 from smoe.runtime.cli_options import (
+    NEW_TOKENS,
     engine_options,
     generation_options,
     json_option,
@@ -24,15 +25,13 @@ from smoe.runtime.cli_options import (
     open_exact_twin,
     refuse_generation,
 )
-from smoe.runtime.conversation import Conversation, Message
+from smoe.runtime.cli_output import say, show
 from smoe.runtime.device_profile import measure_device
-from smoe.runtime.engine import Engine, Token
 from smoe.runtime.errors import EngineError
 from smoe.runtime.evaluate import bench as run_bench
 from smoe.runtime.evaluate import bench_lines
 from smoe.runtime.hub import located
-from smoe.runtime.stats import Stats
-from smoe.runtime.text import StopWhen, Text, read_text
+from smoe.runtime.text import StopWhen, Text
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -65,18 +64,19 @@ def run(
     """Generate from PROMPT ("-" reads it from stdin). BUNDLE is a directory, or the name
     ORG/NAME[@REVISION] of one to fetch, with the extra smoe[hub]."""
     refuse_generation(options)
+    options["max_new_tokens"] = options["max_new_tokens"] or NEW_TOKENS
     text = sys.stdin.read() if prompt == "-" else prompt
     with open_engine(located(bundle), options) as engine:
-        _say(*engine.mode_lines())
+        say(*engine.mode_lines())
         asked = _parse_ids(text) if ids else text
         tokens = []
         try:
             for token in engine.generate(asked, stop=StopWhen(stop), **options):
                 tokens.append(token)
                 if not as_json:
-                    _show(f"{token.id} " if ids else token.text, end="")
+                    show(f"{token.id} " if ids else token.text, end="")
         except KeyboardInterrupt:
-            _say("", "cancelled")
+            say("", "cancelled")
         if as_json:
             made = {
                 "text": "".join(token.text for token in tokens),
@@ -84,102 +84,10 @@ def run(
                 "stats": engine.stats.as_dict(),
                 "memory": _plan(engine.plan),
             }
-            _show(json.dumps(made))
+            show(json.dumps(made))
         else:
-            _show("")
-            _say(_statistics(engine.stats))
-
-
-@cli.command()
-@engine_options
-@generation_options
-@click.option("--system", help="What the model is told before the first turn.")
-@click.option(
-    "--chat-template",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A Jinja template in place of the bundle's.",
-)
-@click.option(
-    "--overflow",
-    type=click.Choice(["drop", "end"]),
-    default="drop",
-    show_default=True,
-    help="What a conversation longer than the context does: drop its oldest turns, or end.",
-)
-@json_option
-def chat(
-    bundle: Path,
-    system: str | None,
-    chat_template: Path | None,
-    overflow: str,
-    as_json: bool,
-    stop: tuple[str, ...],
-    **options: Any,
-) -> None:
-    """Talk, a line a turn; an empty line or end of input ends it. Ctrl-C cuts an answer short."""
-    refuse_generation(options)
-    template = read_text(chat_template) if chat_template else None
-    conversation = Conversation(system)
-    with open_engine(located(bundle), options) as engine:
-
-        def encode(messages: list[Message]) -> list[int]:
-            return engine.text.chat(messages, template)
-
-        encode(conversation.messages("?"))  # no template: say so now
-        _say(*engine.mode_lines())
-        room = engine.context - options["max_new_tokens"]
-        while line := _ask():
-            try:
-                ids, dropped = conversation.fitting(line, encode, room)
-                if dropped:
-                    _say(_overflow(engine.context, dropped, overflow))
-                    if overflow == "end":
-                        break
-                tokens = _answer(engine, ids, stop, options, not as_json)
-                answer = engine.text.answer([token.id for token in tokens], template, stop)
-            except EngineError as error:  # the conversation so far is kept
-                _say(f"smoe: {error}")
-                continue
-            conversation.answered(line, answer, dropped)
-            text = "".join(token.text for token in tokens)
-            made = {"text": text, "stats": engine.stats.as_dict()}
-            _show(json.dumps(made) if as_json else "")
-            if engine.stats.finish == "length" and not as_json:
-                _say(f"smoe: cut at {len(tokens)} tokens; --max-new-tokens has room for more.")
-        if not as_json:
-            _say(_statistics(engine.stats))
-
-
-def _overflow(context: int, dropped: int, overflow: str) -> str:
-    longer = f"this conversation is longer than the context of {context} tokens"
-    if overflow == "end":
-        return (
-            f"smoe: {longer} and ends here; --overflow drop goes on without its oldest turns, "
-            "--context TOKENS has room for more."
-        )
-    turns = "oldest turn is" if dropped == 1 else f"{dropped} oldest turns are"
-    return f"smoe: {longer}: its {turns} dropped; --context TOKENS has room for more."
-
-
-def _ask() -> str:
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return ""
-
-
-def _answer(
-    engine: Engine, ids: list[int], stop: tuple[str, ...], generation: dict[str, Any], show: bool
-) -> list[Token]:
-    tokens: list[Token] = []
-    try:
-        for token in engine.generate(ids, stop=StopWhen(stop), reuse=True, **generation):
-            tokens.append(token)
-            if show:
-                _show(token.text, end="")
-    except KeyboardInterrupt:
-        _say("", "cancelled")
-    return tokens
+            show("")
+            say(engine.stats.line())
 
 
 @cli.command()
@@ -235,21 +143,21 @@ def bench(
         _refuse_others({"bundle", "machine", "io", "as_json"})
         measured = measure_device(located(bundle), options["io"])
         _write(machine, measured.to_json())
-        _show(measured.to_json().rstrip() if as_json else f"{machine}: written")
+        show(measured.to_json().rstrip() if as_json else f"{machine}: written")
         return
     assert text is not None
     bundle = located(bundle)
     measured_run = run_bench(
         lambda: open_engine(bundle, dict(options)),
-        lambda: open_exact_twin(bundle, dict(options), _say),
+        lambda: open_exact_twin(bundle, dict(options), say),
         text,
         tokens,
         length,
         prompt,
         choices,
-        _say,
+        say,
     )
-    _show(json.dumps(measured_run) if as_json else "\n".join(bench_lines(measured_run)))
+    show(json.dumps(measured_run) if as_json else "\n".join(bench_lines(measured_run)))
 
 
 def _refuse_others(allowed: set[str]) -> None:
@@ -282,11 +190,11 @@ def info(bundle: Path, context: int | None, as_json: bool) -> None:
     """Say what a bundle holds, and how much memory it needs."""
     description = _about(located(bundle), context)
     if as_json:
-        _show(json.dumps(description))
+        show(json.dumps(description))
         return
     for name, value in description.items():
         sized = isinstance(value, int) and (name.startswith("memory") or name.endswith("bytes"))
-        _show(f"{name.replace('_', ' '):24} {show_size(value) if sized else value}")
+        show(f"{name.replace('_', ' '):24} {show_size(value) if sized else value}")
 
 
 def _about(bundle: Path, context: int | None) -> dict[str, Any]:
@@ -342,7 +250,7 @@ def verify(bundle: Path, as_json: bool) -> None:
     size = sum(file.size for file in manifest.files.values())
     checked = {"ok": True, "files": len(manifest.files), "bytes": size}
     line = f"{bundle}: {len(manifest.files)} files, {show_size(size)}, all as the manifest says"
-    _show(json.dumps(checked) if as_json else line)
+    show(json.dumps(checked) if as_json else line)
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -368,30 +276,4 @@ def _plan(plan: MemoryPlan) -> dict[str, int | None]:
     }
 
 
-def _statistics(stats: Stats) -> str:
-    rate = (
-        f"{stats.decode_steps / stats.decode_seconds:.1f} tok/s"
-        if stats.decode_steps
-        else "no decode"
-    )
-    decoded = ", ".join(filter(None, (rate, stats.finish)))
-    buffered = stats.shards_buffered
-    refused = f", {buffered} shards could not be read directly" if buffered else ""
-    return (
-        f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} "
-        f"new ({decoded}); experts: {stats.hits} hits, {stats.misses} misses ({stats.hit_rate:.1%} "
-        "hit), "
-        f"{show_size(stats.bytes_read)} read, {stats.stall_seconds:.2f} s waiting{refused}"
-    )
-
-
-def _show(text: str, end: str = "\n") -> None:
-    """Text on stdout. Everything that is printed comes by here or by `_say`: bundles are somebody
-    else's."""
-    click.echo(printable(text) + end, nl=False)
-
-
-def _say(*lines: str) -> None:
-    """Lines on stderr."""
-    for line in lines:
-        click.echo(printable(line), err=True)
+cli.add_command(chat)

@@ -105,8 +105,13 @@ ENGINE_NAMES = (
     "substitution",
     "loss",
 )
+NEW_TOKENS = 64  # of a continuation; an answer may have half of the context
 generation_options = _options(
-    click.option("--max-new-tokens", type=int, default=64, show_default=True),
+    click.option(
+        "--max-new-tokens",
+        type=int,
+        help=f"Default: {NEW_TOKENS}, or in a chat half of the context.",
+    ),
     click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
     click.option("--top-k", type=int, default=0, help="Draw from the k best tokens only."),
     click.option(
@@ -130,8 +135,9 @@ def refuse_generation(options: dict[str, Any]) -> None:
     loaded."""
     how = (options[name] for name in ("temperature", "top_k", "top_p", "seed"))
     Sampling(*how)
-    if options["max_new_tokens"] < 1:
-        raise EngineError(f"--max-new-tokens is {options['max_new_tokens']}; at least 1 is wanted.")
+    most = options["max_new_tokens"]
+    if most is not None and most < 1:
+        raise EngineError(f"--max-new-tokens is {most}; at least 1 is wanted.")
 
 
 def open_engine(bundle: Path, options: dict[str, Any]) -> Engine:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from smoe.runtime.budget import show_size
+
 
 @dataclass
 class Stats:
@@ -56,6 +58,19 @@ class Stats:
     def substituted_share(self) -> float:
         """Of all slots."""
         return self.substituted / max(1, self.slots)
+
+    def line(self) -> str:
+        """For people."""
+        rate = f"{self.decode_steps / self.decode_seconds:.1f} tok/s" if self.decode_steps else ""
+        decoded = ", ".join(filter(None, (rate or "no decode", self.finish)))
+        buffered = self.shards_buffered
+        refused = f", {buffered} shards could not be read directly" if buffered else ""
+        return (
+            f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s, "
+            f"{self.new_tokens} new ({decoded}); experts: {self.hits} hits, {self.misses} misses "
+            f"({self.hit_rate:.1%} hit), {show_size(self.bytes_read)} read, "
+            f"{self.stall_seconds:.2f} s waiting{refused}"
+        )
 
     def as_dict(self) -> dict[str, float | int | str]:
         """For `--json`."""

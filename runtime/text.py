@@ -62,6 +62,10 @@ class Text:
         stream = Stream(self, stops, special)
         return "".join(map(stream.push, ids)) + stream.finish()
 
+    def is_special(self, token: int) -> bool:
+        """Whether a token is one of control, whose text is shown where it is asked for only."""
+        return self._required().id_to_token(token) in special_tokens(self._required())
+
     def chat(
         self,
         messages: list[dict[str, Any]],

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from smoe.artifacts.errors import first_line, printable
+from smoe.runtime import Engine
 
 
 def smoe(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
@@ -72,6 +73,34 @@ def test_chat_answers_every_line_and_reuses_its_state(golden):
     # conversation has.
     first, both = (turn["stats"]["prompt_tokens"] for turn in turns)
     assert 0 < both - first < first + 30
+
+
+def test_chat_gives_the_template_its_variables(golden, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{{ persona }}{% for t in tools %}{{ t.name }}{% endfor %}{{ messages[-1].content }}"
+    )
+    given = {"persona": "a pirate of many words", "tools": [{"name": "look"}]}
+    options = ("--chat-template", template, "--max-new-tokens", 2, "--json")
+    done = smoe(
+        "chat", golden, *options, "--chat-template-kwargs", json.dumps(given), stdin="hello\n"
+    )
+    with Engine.open(golden, beside="1GiB") as engine:
+        ids = engine.text.encode("a pirate of many wordslookhello", special=False)
+    assert json.loads(done.stdout)["stats"]["prompt_tokens"] == len(ids)
+    for wrong, said in (
+        ("{", "is not JSON"),
+        ("[1]", "is a JSON object"),
+        ('{"messages": 1}', "is"),
+    ):
+        done = smoe("chat", golden, "--chat-template-kwargs", wrong, stdin="hello\n")
+        assert done.returncode == 2 and f"--chat-template-kwargs {said}" in done.stderr
+
+
+def test_an_answer_may_take_what_the_context_leaves(golden):
+    done = smoe("chat", golden, "--context", 100, "--json", stdin="hello\n")
+    stats = json.loads(done.stdout)["stats"]
+    assert stats["finish"] == "end" or stats["prompt_tokens"] + stats["new_tokens"] == 100
 
 
 def test_chat_goes_on_when_the_context_is_full(golden):
