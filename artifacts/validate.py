@@ -44,8 +44,14 @@ def read_manifest(path: Path) -> Manifest:
         what = "is not a directory" if path.exists() else "does not exist"
         raise BundleError(f"{path} {what}; a bundle is the directory that `smoe-prep build` wrote.")
     if not file.is_file():
+        checkpoint = (path / "config.json").is_file()
         raise BundleError(
-            f"{path} has no manifest.json; it is not a smoe bundle, or its build did not finish."
+            f"{path} has no manifest.json; it is not a smoe bundle, "
+            + (
+                "but looks like a checkpoint, which `smoe-prep build` makes a bundle of."
+                if checkpoint
+                else "or its build did not finish."
+            )
         )
     if file.stat().st_size > MAX_MANIFEST:
         raise BundleError(

@@ -85,7 +85,7 @@ def build(
     recipe, progress, output = recipe or Recipe(), progress or Progress(), Path(output)
     profiled = None if profiled is None else Path(profiled)
     refuse_existing(output)
-    _refuse_options(recipe, calibration)
+    _refuse_options(recipe, calibration, profiled)
     checkpoint = open_checkpoint(model, progress)
     encoding = chosen_encoding(checkpoint, recipe.encoding, progress)
     recipe = dataclasses.replace(recipe, encoding=encoding)
@@ -181,8 +181,14 @@ def _backbone(
     return Manifest.parse(file.read_text("utf-8"), str(file))
 
 
-def _refuse_options(recipe: Recipe, calibration: Calibration | None) -> None:
+def _refuse_options(recipe: Recipe, calibration: Calibration | None, profiled: Path | None) -> None:
     """An option that no model takes is a `PrepError` before the model is looked for."""
+    if calibration is not None:
+        calibration.refuse_wrong()
+    elif profiled is None:
+        raise PrepError(
+            "There is no calibration text; give --calibration FILE, or --profile PROFILE."
+        )
     if recipe.encoding != STORED:
         chosen_quantiser(recipe.encoding, recipe.quantiser, calibration)
     recipe.price_tokens(calibration)
@@ -203,10 +209,6 @@ def _refuse_early(
         profile = open_profile(profiled, checkpoint)
         if calibration is not None:
             _refuse_other_text(profiled, profile["calibration"], calibration)
-    elif calibration is None:
-        raise PrepError(
-            "There is no calibration text; give --calibration FILE, or --profile PROFILE."
-        )
 
 
 def _refuse_other_text(profiled: Path, made: dict, asked: Calibration) -> None:

@@ -192,7 +192,8 @@ def info(bundle: Path, context: int | None, as_json: bool) -> None:
     if as_json:
         show(json.dumps(description))
         return
-    for name, value in description.items():
+    provenance = description.pop("provenance")
+    for name, value in [*description.items(), *provenance.items()]:
         sized = isinstance(value, int) and (name.startswith("memory") or name.endswith("bytes"))
         show(f"{name.replace('_', ' '):24} {show_size(value) if sized else value}")
 
@@ -216,13 +217,13 @@ def _about(bundle: Path, context: int | None) -> dict[str, Any]:
         "vocabulary": manifest.model.vocabulary,
         "end_tokens": _ends(opened),
         "longest_context": manifest.model.context,
-        "because": manifest.provenance.get("context", "the model's config says so"),
+        "longest_context_reason": manifest.provenance.get("context", "the model's config says so"),
         "bytes": sum(file.size for file in manifest.files.values()),
         "context": full.context,
         "memory_process": held,
         "memory_minimum": full.minimum,
         "memory_one_token_cycle": memory_for(opened, full.token_cycle, context, process=held),
-        "memory_all_resident": full.total,
+        "memory_all_resident": max(full.total, full.minimum),
         "substitution": refusals[0] if refusals else "possible",
         **Licence.of(manifest).as_dict(bundle),
         "provenance": manifest.provenance,

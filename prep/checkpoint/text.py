@@ -43,19 +43,25 @@ class Calibration:
     seed: int = 0
     length: int = 512
 
-    def rows(
-        self, checkpoint: Checkpoint, say: Callable[[str], None] = lambda line: None
-    ) -> list[np.ndarray]:
-        """Sequences of token ids, int64 `[length]` each but the last; a `PrepError` if there is too
-        little text. `say` hears, once, that the model has no template for conversations."""
-        tokens = DEFAULT_TOKENS if self.tokens is None else self.tokens
-        if tokens < MINIMUM:
-            raise PrepError(f"--tokens is {tokens}; at least {MINIMUM} are needed for statistics.")
+    def refuse_wrong(self) -> None:
+        """A `PrepError` for numbers that no text can meet."""
+        if self.tokens is not None and self.tokens < MINIMUM:
+            raise PrepError(
+                f"--tokens is {self.tokens}; at least {MINIMUM} are needed for statistics."
+            )
         if self.length < 2 or self.seed < 0:
             raise PrepError(
                 f"length is {self.length} and seed {self.seed}; 2 and more, and 0 and more, are "
                 "wanted."
             )
+
+    def rows(
+        self, checkpoint: Checkpoint, say: Callable[[str], None] = lambda line: None
+    ) -> list[np.ndarray]:
+        """Sequences of token ids, int64 `[length]` each but the last; a `PrepError` if there is too
+        little text. `say` hears, once, that the model has no template for conversations."""
+        self.refuse_wrong()
+        tokens = DEFAULT_TOKENS if self.tokens is None else self.tokens
         pieces, total = [], 0
         encoder = _Encoder(checkpoint, say)
         for ids in encoder.encode(_shuffled(self.source, self.seed)):
