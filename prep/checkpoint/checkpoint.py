@@ -86,7 +86,14 @@ class Checkpoint:
         """The encoding that keeps the experts as they are stored; where there is none, as for
         float32 and float8, bf16."""
         half = self.expert_dtypes == [torch.float16]
-        return kept_encoding(self.weights.quantiser) or ("f16" if half else "bf16")
+        all_coded = all(
+            self.weights.coded(names)
+            for layer in self.sources
+            for parameter, names in layer.items()
+            if self.model.get_parameter(parameter).ndim > 2  # a matrix for each expert
+        )
+        codes = kept_encoding(self.weights.quantiser) if all_coded else None
+        return codes or ("f16" if half else "bf16")
 
     def fingerprint(self) -> str:
         """SHA-256 that tells one checkpoint from another: of the config, and of each weight file's
@@ -211,6 +218,7 @@ def read_config(path: Path) -> transformers.PreTrainedConfig:
         KeyError,
         OSError,
         TypeError,
+        AttributeError,
         RecursionError,
         StrictDataclassError,
     ) as error:

@@ -7,12 +7,14 @@ here: block fp8 with short blocks, and mxfp4, which would take most of a build's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import FP4_VALUES, Mxfp4Dequantize
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig
@@ -27,6 +29,7 @@ from smoe.prep.errors import PrepError
 READ = ("mxfp4", "fp8", "mxfp8", "compressed-tensors")
 # Of compressed-tensors, which is many: packed integers, and float8.
 FORMATS = ("pack-quantized", "float-quantized", "naive-quantized", "dense")
+SHUFFLED = ("group", "dynamic", True)  # of actorder; "weight" leaves columns where they are
 WAY_OUT = "smoe reads mxfp4, block fp8 and compressed-tensors int4 and fp8; give the original "
 WAY_OUT += "checkpoint, in bf16 or f16"
 
@@ -56,9 +59,15 @@ def quantiser_of(config: transformers.PreTrainedConfig, path: Path) -> HfQuantiz
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise PrepError(
             f"{path}/config.json: quantization_config is not one of {method} that transformers "
-            f"{transformers.__version__} reads: {first_line(error)}"
+            f"{transformers.__version__} reads: {_reason(error)}"
         ) from error
     return quantiser
+
+
+def _reason(error: Exception) -> str:
+    """What an exception says, in one line; of pydantic's, which begin with a count, the first."""
+    found = error.errors() if hasattr(error, "errors") else ()
+    return str(found[0]["msg"]) if found else first_line(error)
 
 
 def _refuse_formats(path: Path, fields: Mapping[str, Any]) -> None:
@@ -70,9 +79,16 @@ def _refuse_formats(path: Path, fields: Mapping[str, Any]) -> None:
         weights = known.get("weights") or {}
         if kept not in FORMATS:
             raise PrepError(f"{path} is stored in compressed-tensors' {kept}; {WAY_OUT}.")
-        if isinstance(weights, dict) and weights.get("symmetric") is False:
+        if not isinstance(weights, dict):
+            continue
+        if weights.get("symmetric") is False:
             raise PrepError(
                 f"{path} is stored in compressed-tensors' {kept} with zero points; {WAY_OUT}."
+            )
+        if weights.get("actorder") in SHUFFLED:
+            raise PrepError(
+                f"{path} is stored in compressed-tensors' {kept} with groups of columns that are "
+                f"no neighbours (actorder); {WAY_OUT}."
             )
 
 
@@ -160,6 +176,21 @@ def method_of(quantiser: HfQuantizer) -> str:
     """The name of a scheme, as config.json writes it."""
     method = quantiser.quantization_config.quant_method
     return str(getattr(method, "value", method)).lower()
+
+
+def packed_as_decoded(
+    quantiser: HfQuantizer, experts: bool, packed: Iterable[tuple[int, ...]], weights: int
+) -> bool:
+    """Whether `packed` tensors of int32, of these shapes, hold so many `weights` in the bits that
+    they are decoded by: `transformers` takes one scheme for all experts and one for all else,
+    whatever a config's groups of modules say."""
+    config = quantiser.compressor.quantization_config  # type: ignore[attr-defined]
+    scheme = (get_experts_scheme if experts else get_dense_scheme)(config)
+    bits = scheme.weights.num_bits
+    rows = [(math.prod(shape[:-1]), shape[-1]) for shape in packed]
+    most = sum(count * (words * 32 // bits) for count, words in rows)
+    least = sum(count * ((words - 1) * 32 // bits) for count, words in rows)
+    return least < weights <= most
 
 
 def bytes_per_weight(quantiser: HfQuantizer) -> float:

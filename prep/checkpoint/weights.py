@@ -30,8 +30,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.quantizers.base import HfQuantizer
 
+from smoe.artifacts.errors import first_line
 from smoe.artifacts.safetensors_file import read_raw_header
-from smoe.prep.checkpoint.few_bits import is_code
+from smoe.prep.checkpoint.few_bits import is_code, packed_as_decoded
 from smoe.prep.errors import PrepError
 
 INDEX = "model.safetensors.index.json"
@@ -103,14 +104,21 @@ class Weights:
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             for name, tensor in self.stored.items()
         }
-        info, _ = self._convert(model, empty, "meta")
+        try:
+            info, _ = self._convert(model, empty, "meta")
+        except AttributeError as error:  # what a scheme leaves as it is has no place in the model
+            raise PrepError(
+                f"{self.path}: its weights are stored in another way than quantization_config in "
+                f"config.json says ({first_line(error)}); give the original checkpoint, in bf16 or "
+                "f16."
+            ) from error
         wrong = sorted(str(entry[0]) for entry in info.mismatched_keys) + sorted(
             info.conversion_errors
         )
         if wrong and self.quantiser is not None and info.conversion_errors:
-            name, error = next(iter(info.conversion_errors.items()))
+            name, said = next(iter(info.conversion_errors.items()))
             raise PrepError(
-                f"{self.path}: {name} cannot be decoded: {_reason(error)}. Its weights are missing "
+                f"{self.path}: {name} cannot be decoded: {_reason(said)}. Its weights are missing "
                 "in part, or stored in a way that transformers "
                 f"{transformers.__version__} does not read; give the original checkpoint, in bf16 "
                 "or f16."
@@ -121,7 +129,29 @@ class Weights:
                 "than config.json says, "
                 f"{wrong[0]} first; download the checkpoint again."
             )
+        self._refuse_misread(model)
         return info
+
+    def _refuse_misread(self, model: transformers.PreTrainedModel) -> None:
+        """A `PrepError` for packed integers of other bits than they would be decoded by."""
+        if self.quantiser is None:
+            return
+        packed: dict[str, list[str]] = {}
+        targets = self.targets(model)
+        for name, target in targets.items():
+            if name.endswith(".weight_packed"):
+                packed.setdefault(target.name, []).append(name)
+        for parameter, names in packed.items():
+            shapes = [self.stored[name].shape for name in names]
+            experts = "*." in (targets[names[0]].pattern or "")
+            count = model.get_parameter(parameter).numel()
+            if not packed_as_decoded(self.quantiser, experts, shapes, count):
+                raise PrepError(
+                    f"{self.path}: {parameter} is packed in other bits than transformers "
+                    f"{transformers.__version__} decodes, which takes one group of "
+                    "quantization_config for all experts and one for all else; give the original "
+                    "checkpoint, in bf16 or f16."
+                )
 
     def targets(self, model: transformers.PreTrainedModel) -> dict[str, Target]:
         """What every stored tensor is for."""

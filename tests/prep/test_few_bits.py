@@ -242,6 +242,14 @@ def _with_scheme(checkpoint, directory, fields):
             },
             "compressed-tensors' pack-quantized with zero points",
         ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"g": {"targets": ["Linear"], "weights": {"actorder": "group"}}},
+            },
+            "compressed-tensors' pack-quantized with groups of columns that are no neighbours",
+        ),
     ],
 )
 def test_a_scheme_that_cannot_be_read_is_named_with_the_way_out(
@@ -252,6 +260,12 @@ def test_a_scheme_that_cannot_be_read_is_named_with_the_way_out(
         open_checkpoint(checkpoint)
     said = smoe_prep("inspect", checkpoint)
     assert said.returncode == 1 and "give the original checkpoint" in said.stdout + said.stderr
+
+
+@pytest.mark.parametrize("fields", [[], "fp8", 4, True])
+def test_a_quantization_config_that_is_no_object_is_one_sentence(checkpoints, tmp_path, fields):
+    with pytest.raises(PrepError, match="config.json is not one that transformers"):
+        open_checkpoint(_with_scheme(checkpoints("mixtral"), tmp_path / "m", fields))
 
 
 def test_gguf_is_not_read_and_that_is_said(tmp_path, smoe_prep):
@@ -270,6 +284,50 @@ def _changed(pair, directory, change):
     (directory / "config.json").write_text((pair[0] / "config.json").read_text())
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
+
+
+def _group(targets, **weights):
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32} | weights
+    return {"targets": targets, "weights": weights, "format": "pack-quantized"}
+
+
+FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "channel", "group_size": None}
+
+
+@pytest.mark.parametrize(
+    "groups, said",
+    [
+        ({"a": _group(["Linear"], num_bits=8)}, "is packed in other bits than transformers"),
+        (
+            # By their names transformers takes the first of these for all experts.
+            {"a": _group([r"re:.*attn.*"], **FLOAT8), "b": _group([r"re:.*mlp.*"])},
+            "stored in another way than quantization_config",
+        ),
+    ],
+)
+def test_experts_in_another_scheme_than_they_are_decoded_by_are_not_misread(
+    pairs, tmp_path, groups, said
+):
+    few = _changed(pairs("qwen3_moe in int4"), tmp_path / "m", lambda tensors: None)
+    config = json.loads((few / "config.json").read_text())
+    config["quantization_config"]["config_groups"] = groups
+    (few / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PrepError, match=said) as refused:
+        open_checkpoint(few)
+    assert "again" not in str(refused.value)
+
+
+def test_codes_are_kept_only_where_all_experts_have_them(pairs, tmp_path):
+    few, exact = pairs("gpt_oss in mxfp4")
+    plain = load_file(exact / "model.safetensors")
+
+    def change(tensors):
+        name = "model.layers.1.mlp.experts.down_proj"
+        del tensors[f"{name}_blocks"], tensors[f"{name}_scales"]
+        tensors[name] = plain[name].bfloat16()
+
+    assert open_checkpoint(few).kept_encoding == "nested:2+1+1:32:fp4"
+    assert open_checkpoint(_changed((few, exact), tmp_path / "m", change)).kept_encoding == "bf16"
 
 
 def test_a_scale_that_is_not_finite_is_found_where_it_is_read(pairs, tmp_path):
