@@ -72,7 +72,6 @@ class Subject:
         with Engine.open(bundle, context=CONTEXT, **beside(self.budget(0.25))) as engine:
             self.texts = rows(engine, documents, tokens, LENGTH)
             self.short = self.texts[: max(1, len(self.texts) // 3)]
-            self.positions = sum(len(row) - min(PROMPT, len(row)) + 1 for row in self.short)
             self.questions = items(engine, documents, choices) if choices else []
             self.exact = exact(engine, self.texts, PROMPT, scratch / "exact")
             self.answers = choose(engine, self.questions)
@@ -98,7 +97,7 @@ class Subject:
         """The same on a third of the text, and no questions."""
         with self._open(share, policies) as engine:
             measure(engine, self.texts[:1], PROMPT)
-            return measure(engine, self.short, PROMPT, self.exact[: self.positions])
+            return measure(engine, self.short, PROMPT, self.exact)
 
     def number_for(self, name: str, goal: float, share: float, quantity: str) -> float:
         """The policy's number at which `quantity` of a short run is `goal`, by bisection. With a

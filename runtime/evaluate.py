@@ -89,7 +89,7 @@ def _measured(
     texts: list[np.ndarray],
     prompt: int,
     questions: list[Item],
-    reference: np.ndarray | None = None,
+    reference: Exact | None = None,
     answers: np.ndarray | None = None,
 ) -> Measured:
     results = measure(engine, texts, prompt, reference)
@@ -190,23 +190,31 @@ def items(
     return made
 
 
-def exact(engine: Engine, texts: Sequence[np.ndarray], prompt: int, file: Path) -> np.ndarray:
-    """Log-probabilities after every scored position of `texts`, float32 `[positions, vocabulary]`,
-    kept in `file`."""
-    positions = sum(len(row) - _prompt(row, prompt) + 1 for row in texts)
-    log_probabilities = np.memmap(
-        file, np.float32, "w+", shape=(positions, engine.manifest.model.vocabulary)
-    )
-    at = 0
-    for row in texts:
-        for logits in engine.score(row, _prompt(row, prompt)):
-            log_probabilities[at] = log_softmax(logits)
-            at += 1
-    return log_probabilities
+@dataclass(frozen=True)
+class Exact:
+    """Log-probabilities of an exact run, kept in `file`: `exact[position]` is float32
+    `[vocabulary]`. They are read one by one: pages of a mapped file would count as memory that
+    this process holds when it opens the next engine."""
+
+    file: Path
+    vocabulary: int
+
+    def __getitem__(self, position: int) -> np.ndarray:
+        offset = 4 * self.vocabulary * position
+        return np.fromfile(self.file, np.float32, self.vocabulary, offset=offset)
+
+
+def exact(engine: Engine, texts: Sequence[np.ndarray], prompt: int, file: Path) -> Exact:
+    """Log-probabilities after every scored position of `texts`, kept in `file`."""
+    with open(file, "wb") as opened:
+        for row in texts:
+            for logits in engine.score(row, _prompt(row, prompt)):
+                log_softmax(logits).astype(np.float32).tofile(opened)
+    return Exact(file, engine.manifest.model.vocabulary)
 
 
 def measure(
-    engine: Engine, texts: Sequence[np.ndarray], prompt: int, reference: np.ndarray | None = None
+    engine: Engine, texts: Sequence[np.ndarray], prompt: int, reference: Exact | None = None
 ) -> Measured:
     """Run `engine` over `texts`, of which the first `prompt` tokens of each are a prompt. With
     `reference` (from `exact`) also the KL divergence from it in nats per token, with its standard

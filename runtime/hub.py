@@ -38,6 +38,7 @@ PATIENCE = 60.0  # seconds without a byte, after which a download is given up
 PAUSE = 0.5  # seconds after a break
 BUSY = (408, 429, 500, 502, 503, 504)  # answers of a hub that may be asked again
 PARTIAL = 206
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,11 @@ def _sentence(name: Name, error: Exception, constants: Any) -> str:
         return (
             f"The disk of {constants.HF_HOME} is full; make room, or let HF_HOME name a larger "
             "one, and run this again: it goes on where it stopped."
+        )
+    if getattr(error, "errno", None) in UNWRITABLE:
+        return (
+            f"{constants.HF_HOME} cannot be written to ({first_line(error)}); let HF_HOME name a "
+            "folder that can."
         )
     if not isinstance(error, OSError | errors.HTTPError | RuntimeError):
         return f"{name} at {hub} cannot be used: {first_line(error)}"

@@ -45,12 +45,15 @@ DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 def read_documents(source: str) -> Iterator[Document]:
     """The documents of a source, one after another."""
     path = Path(source)
+    if not source:
+        raise PrepError("The calibration source is empty; name a file, a directory or a dataset.")
     if path.is_file() and _reader(path):
         yield from _read_file(path)
     elif path.is_dir():
         yield from _read_directory(path)
     elif path.exists() or _reader(path):
-        what = f"is none of {', '.join(READERS)}" if path.exists() else "does not exist"
+        what = "is no file" if _reader(path) else f"is none of {', '.join(READERS)}"
+        what = what if path.exists() else "does not exist"
         raise PrepError(
             f"{source} {what}; give calibration text as a file of these kinds (.gz, .bz2, .xz and "
             ".zst of them too), a directory of them or a datasets name."

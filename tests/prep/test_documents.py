@@ -5,6 +5,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import shutil
 import tracemalloc
 
@@ -249,3 +250,16 @@ def test_so_many_of_a_data_set_are_streamed_and_shuffled(plain, tmp_path):
         _ids(f"{tmp_path}/set:301", plain)
     with pytest.raises(PrepError, match="has the splits train, not 'test'"):
         _ids(f"{tmp_path}/set(test):5", plain)
+
+
+def test_an_empty_source_is_not_the_directory_that_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("not meant")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PrepError, match="calibration source is empty"):
+        next(read_documents(""))
+
+
+def test_a_pipe_with_the_name_of_a_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(PrepError, match="is no file"):
+        next(read_documents(str(tmp_path / "pipe.jsonl")))

@@ -175,6 +175,14 @@ def test_what_cannot_be_fetched_is_a_sentence(hub, bundle, tmp_path, asked, said
     assert not list(tmp_path.rglob("setup.py")) and not (tmp_path / "x").exists()
 
 
+def test_a_cache_that_cannot_be_written_is_a_sentence_that_names_it(hub, bundle, tmp_path):
+    hub.served.add("acme/tiny", bundle)
+    (tmp_path / "home").write_text("a file")
+    answer = _smoe(hub, tmp_path / "home", "info", "acme/tiny")
+    assert answer.returncode == 1 and "let HF_HOME name a folder that can" in answer.stderr
+    assert "again" not in answer.stderr
+
+
 def test_a_path_that_exists_is_never_a_name(hub, bundle, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "acme").mkdir()

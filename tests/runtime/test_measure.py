@@ -12,6 +12,7 @@ from smoe.runtime import Engine, EngineError, Policies
 from smoe.runtime.budget import MIB, memory_for, plan_memory
 from smoe.runtime.evaluate import (
     OPTIONS,
+    Exact,
     bench,
     choose,
     exact,
@@ -21,6 +22,7 @@ from smoe.runtime.evaluate import (
     read_documents,
     rows,
 )
+from smoe.runtime.machine import held_memory
 
 DOCUMENTS = [("code", f"def main_{n}(argument): return argument + {n} " * 9) for n in range(4)] + [
     ("prose", "Grüße")
@@ -73,8 +75,8 @@ def test_quality_is_what_the_logits_say(small, golden, tmp_path):
         texts = rows(engine, DOCUMENTS, 140, 50)
         p = [_log_softmax(engine.logits(row)) for row in texts]
         kept = exact(engine, texts, 8, tmp_path / "exact")
-        assert kept.shape == (sum(len(row) - 7 for row in texts), 307)
-        assert np.allclose(kept, np.concatenate([of[7:] for of in p]), atol=1e-4)
+        found = np.stack([kept[at] for at in range(sum(len(row) - 7 for row in texts))])
+        assert np.allclose(found, np.concatenate([of[7:] for of in p]), atol=1e-4)
     with small() as engine:
         q = [np.stack(list(engine.score(row, 8))) for row in texts]
     with small() as engine:  # a fresh one, since what is resident changes what is left out
@@ -91,6 +93,13 @@ def test_quality_is_what_the_logits_say(small, golden, tmp_path):
     same = np.concatenate([a.argmax(-1) == b.argmax(-1) for a, b in zip(p, q, strict=True)])
     assert found["top1"] == pytest.approx(same.mean()) and 0 < found["top1"] < 1
     assert found["tokens"] == 140
+
+
+def test_the_exact_run_is_not_held_while_the_lossy_one_is_compared_with_it(tmp_path):
+    (tmp_path / "exact").write_bytes(bytes(64 << 20))
+    kept, before = Exact(tmp_path / "exact", 1 << 16), held_memory()
+    assert not any(kept[position].any() for position in range(256))
+    assert before is None or held_memory() - before < 8 << 20
 
 
 def test_the_choice_task_prefers_what_is_likelier(golden):
