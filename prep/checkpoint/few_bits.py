@@ -129,6 +129,10 @@ class _TwoCodesAtOnce(Mxfp4Dequantize):
             parts["blocks"],
             parts["scales"],
         )  # [E, n_out, n_in / 32, 16] and all but 16
+        if blocks.shape[:-1] != scales.shape:  # else they would be spread over the blocks
+            raise ValueError(
+                f"blocks of shape {tuple(blocks.shape)} with scales of {tuple(scales.shape)}"
+            )
         byte = torch.arange(256, device=blocks.device)
         values = torch.tensor(FP4_VALUES, dtype=torch.bfloat16, device=blocks.device)
         pairs = torch.stack([values[byte & 15], values[byte >> 4]], -1).view(torch.int32)[:, 0]

@@ -340,6 +340,15 @@ def test_a_scale_that_is_not_finite_is_found_where_it_is_read(pairs, tmp_path):
         expert_weights(module, 4)
 
 
+def test_scales_for_some_blocks_only_are_not_taken_for_all(pairs, tmp_path):
+    def change(tensors):
+        name = "model.layers.1.mlp.experts.down_proj_scales"
+        tensors[name] = tensors[name][..., :1].clone()
+
+    with pytest.raises(PrepError, match="down_proj cannot be decoded: .*blocks of shape"):
+        open_checkpoint(_changed(pairs("gpt_oss in mxfp4"), tmp_path / "m", change))
+
+
 @pytest.mark.parametrize(
     "scheme, lost",
     [
