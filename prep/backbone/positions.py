@@ -23,6 +23,7 @@ from smoe.prep.errors import PrepError
 
 UNSTATED = 2048  # tokens, for a config that says nothing of its context
 STRETCHED = ("yarn", "llama3")  # by a factor, at every length the same
+LONGEST = 2**31 - 1  # tokens, of any bundle
 TRIED = 256  # positions on which a rotary module is compared with what stands in for it
 SAME = 1e-6  # of cosines and sines
 
@@ -72,7 +73,7 @@ def _scaled(parameters: dict, stated: int) -> Reach:
     if "dynamic" in kind:
         return Reach(stated, f"dynamic rope takes other frequencies beyond {stated} tokens")
     if kind in STRETCHED and original * factor > stated:
-        tokens = int(original * factor)
+        tokens = int(min(original * factor, LONGEST))
         why = f"{kind} stretches {original} tokens by {factor:g}"
         return Reach(tokens, f"{why}; max_position_embeddings says {stated}")
     return Reach(stated)

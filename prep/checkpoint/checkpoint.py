@@ -218,6 +218,7 @@ def read_config(path: Path) -> transformers.PreTrainedConfig:
         KeyError,
         OSError,
         TypeError,
+        ArithmeticError,
         AttributeError,
         RecursionError,
         StrictDataclassError,

@@ -14,12 +14,23 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
 
+from smoe.artifacts.errors import first_line
 from smoe.prep.checkpoint.seam import experts_modules
 from smoe.prep.errors import PrepError
 
 # The text decoder alone where there is a class for it; else the whole model, of which text reaches
 # the decoder only.
 MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+# What code of a family raises where a value of a config is none that it knows.
+UNBUILT = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def text_class(config: type) -> type[transformers.PreTrainedModel] | None:
@@ -48,7 +59,14 @@ def empty_model(
     with contextlib.ExitStack() as contexts:
         for context in cls.get_init_context(torch.float32, False, False, None):
             contexts.enter_context(context)
-        model = cls(config)
+        try:
+            model = cls(config)
+        except UNBUILT as error:
+            raise PrepError(
+                f"{name}: transformers {transformers.__version__} makes no {cls.__name__} of its "
+                f"config.json ({type(error).__name__}: {first_line(error)}): a value in it is "
+                "damaged, or only a newer transformers knows it."
+            ) from error
     model.config.get_text_config().output_router_logits = False
     return model
 

@@ -3,6 +3,8 @@ on both sides of the length that the model was made for."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -113,3 +115,28 @@ def test_logits_are_those_of_the_model_at_every_length(built):
             )
         ends = [i for i, token in enumerate(greedy) if token == model.config.eos_token_id]
         assert tokens == greedy[: ends[0] + 1 if ends else None] and len(tokens) > 3
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "warp"},
+        {"rope_type": "yarn", "factor": "4"},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": -5},
+    ],
+)
+def test_a_way_to_stretch_positions_that_is_not_known_is_one_sentence(
+    checkpoints, tmp_path, smoe_prep, rope
+):
+    config = json.loads((checkpoints("qwen3_moe") / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 10000.0} | rope
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = smoe_prep("inspect", tmp_path)
+    assert said.returncode == 1 and "config.json" in said.stderr and "\n" not in said.stderr.strip()
+
+
+def test_no_factor_stretches_positions_beyond_what_a_bundle_can_say():
+    rope = {"rope_type": "yarn", "factor": float("inf"), "original_max_position_embeddings": 64}
+    config = pico.make_config("qwen3_moe", rope_parameters={"rope_theta": 10000.0} | rope)
+    assert reach(config).tokens == 2**31 - 1
