@@ -73,7 +73,7 @@ def empty_model(
 
 def refuse_without_seam(model: transformers.PreTrainedModel, name: str | Path) -> None:
     """A `PrepError` with the reason if the model's experts are not run through the seam."""
-    if not experts_modules(model):
+    if not any(len(module.down_proj) for _, module in experts_modules(model)):
         raise PrepError(
             f"{name} is a {model.config.model_type} model without experts on transformers' "
             "experts interface: either "

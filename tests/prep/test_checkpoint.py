@@ -251,6 +251,8 @@ def test_a_dense_model_is_refused_by_name(tmp_path):
         ('{"model_type": "warp"}', "config.json is not one that"),
         ('{"model_type": "mixtral"}', "has no .safetensors files"),
         ('{"model_type": "mixtral", "hidden_size": "abc"}', "config.json is"),
+        ('{"model_type": "mixtral", "num_local_experts": 0}', "a mixtral model without experts"),
+        ('{"model_type": "mixtral", "pad_token_id": 99999}', "makes no MixtralForCausalLM of its"),
         (
             '{"model_type": "openai_privacy_filter"}',
             "no model that generates text for the family openai_privacy_filter",
