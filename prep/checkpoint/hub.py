@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers.quantizers.base import HfQuantizer
 
+from smoe.artifacts.errors import first_line
 from smoe.prep.checkpoint.licence import CARD, is_licence
 from smoe.prep.checkpoint.weights import (
     INDEX,
@@ -147,8 +148,13 @@ class Remote:
 def _listed(hub: Any, name: Name, commit: str) -> dict[str, int]:
     """The files in a repository's own folder, and its chat templates, and their sizes."""
     ask = hub.HfApi().model_info
-    found = again(lambda: ask(name.repository, revision=commit, files_metadata=True))
-    files = {s.rfilename: s.size or 0 for s in found.siblings or ()}
+    try:
+        found = again(lambda: ask(name.repository, revision=commit, files_metadata=True))
+        files = {s.rfilename: s.size or 0 for s in found.siblings or ()}
+    except (TypeError, AttributeError, KeyError) as error:  # other JSON than a hub's
+        raise ValueError(f"its list of files is none ({first_line(error)}).") from error
+    if not all(isinstance(n, str) and type(size) is int for n, size in files.items()):
+        raise ValueError("its list of files has names or sizes that are none.")
     return {n: size for n, size in files.items() if "/" not in n or n.startswith(TEMPLATES)}
 
 

@@ -154,7 +154,9 @@ def test_what_cannot_be_fetched_is_a_sentence(checkpoints, hub, tmp_path):
     hub.served.repositories["acme/endless"] = Repository(
         hub.served.repositories["acme/tiny"].files | {"tokenizer.json": Content(b"", 10**15)}
     )
+    hub.served.add("acme/sizes", source).files["notes.txt"] = Content(b"", "many")  # type: ignore
     expected = {
+        "acme/sizes": "acme/sizes at http",
         "acme/gated": "acme/gated is gated: accept its terms at http",
         "acme/none": "acme/none is neither a path on this disk nor a model that http",
         "acme/tiny@v9": "acme/tiny has no revision 'v9'",
