@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import cgroup
-from smoe.artifacts import open_bundle
-from smoe.runtime import Engine, EngineError, allowance, machine
+from smoe.runtime import Engine, EngineError, machine
 from smoe.runtime.budget import RESERVE
 from smoe.runtime.machine import Processors, Room, held_memory, memory_room, processors
 
@@ -252,13 +251,21 @@ def test_the_machine_is_asked_where_nothing_is_stated(golden, monkeypatch):
     monkeypatch.setattr(machine, "memory_room", lambda: Room(30 * MIB, "this container"))
     with pytest.raises(EngineError, match="leaves, 30.0MiB less a reserve of .* context.$"):
         Engine.open(golden, context=300)
-    reserved = allowance.allow(open_bundle(golden), "1GiB", context=300).minimum + 2 * MIB
-    monkeypatch.setattr(machine, "memory_room", lambda: Room(reserved, "this container"))
-    with pytest.raises(EngineError, match="; --memory .*MiB takes the reserve, too.$"):
-        Engine.open(golden, context=300)
     monkeypatch.setattr(machine, "memory_room", lambda: None)
     with Engine.open(golden, context=300) as engine:
         assert "this system does not say what it leaves" in engine.plan.lines()[0]
+
+
+def test_the_reserve_is_offered_where_it_is_enough(golden, monkeypatch):
+    monkeypatch.setattr(machine, "held_memory", lambda: 100 * MIB)
+    monkeypatch.setattr(machine, "memory_room", lambda: None)
+    with Engine.open(golden, context=300) as engine:
+        least = engine.plan.minimum + MIB
+    monkeypatch.setattr(machine, "memory_room", lambda: Room(least, "this container"))
+    with pytest.raises(EngineError, match=r"; --memory .* takes the reserve, too\.") as refused:
+        Engine.open(golden, context=300)
+    memory = re.search(r"--memory (\S+)", str(refused.value))[1]
+    Engine.open(golden, context=300, memory=memory).close()
 
 
 def test_where_the_system_does_not_say_what_a_process_holds_the_mode_line_does(golden, monkeypatch):
