@@ -30,8 +30,10 @@ READ = ("mxfp4", "fp8", "mxfp8", "compressed-tensors")
 # Of compressed-tensors, which is many: packed integers, and float8.
 FORMATS = ("pack-quantized", "float-quantized", "naive-quantized", "dense")
 SHUFFLED = ("group", "dynamic", True)  # of actorder; "weight" leaves columns where they are
-WAY_OUT = "smoe reads mxfp4, block fp8 and compressed-tensors int4 and fp8; give the original "
-WAY_OUT += "checkpoint, in bf16 or f16"
+WAY_OUT = (
+    "smoe reads mxfp4, block fp8 and compressed-tensors int4 and fp8; give the original "
+    "checkpoint, in bf16 or f16"
+)
 
 
 def quantiser_of(config: transformers.PreTrainedConfig, path: Path) -> HfQuantizer | None:

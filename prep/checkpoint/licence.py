@@ -15,8 +15,10 @@ from smoe.artifacts.licence import FOLDER, Licence
 from smoe.artifacts.validate import file_at
 from smoe.prep.progress import Progress
 
-TEXTS = ("LICENSE", "LICENCE", "MODEL_LICENSE", "COPYING", "NOTICE", "THIRD_PARTY", "TERMS")
-TEXTS += ("USE_POLICY", "USAGE_POLICY")
+TEXTS = (
+    "LICENSE", "LICENCE", "MODEL_LICENSE", "COPYING", "NOTICE", "THIRD_PARTY", "TERMS",
+    "USE_POLICY", "USAGE_POLICY",
+)  # fmt: skip
 CARD = "README.md"
 
 

@@ -4,6 +4,7 @@ inside real groups, quotas and affinities."""
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
