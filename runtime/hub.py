@@ -23,7 +23,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from smoe.artifacts.errors import SmoeError, first_line
+from smoe.artifacts.errors import BundleError, SmoeError, first_line
 from smoe.artifacts.licence import Licence
 from smoe.artifacts.manifest import File, Manifest
 from smoe.artifacts.validate import MAX_MANIFEST, listing_problems, read_manifest, sha256
@@ -198,8 +198,8 @@ def download(
     hub: Any, name: Name, commit: str, file: str, target: Path, size: int, digest: str | None
 ) -> None:
     """Fetch one file of a repository to `target`, going on from what an earlier call left in
-    `target`.part. Bytes with another SHA-256 than `digest`, where one is known, are an OSError, and
-    removed."""
+    `target`.part. Bytes with another SHA-256 than `digest`, where one is known, are a ValueError,
+    and removed."""
     import fcntl  # only a Unix has it
 
     url = hub.hf_hub_url(name.repository, file, revision=commit)
@@ -215,8 +215,9 @@ def download(
         _persist(url, opened, size, file)
     if digest is not None and (found := sha256(part)) != digest:
         part.unlink()
-        raise OSError(
-            f"{file} came with the SHA-256 {found[:12]}…, {digest[:12]}… was wanted; it is removed."
+        raise ValueError(  # not to be asked for again without a word
+            f"{file} came with the SHA-256 {found[:12]}…, {digest[:12]}… was wanted; it is "
+            "removed. If it comes so again, the repository is damaged: ask its owner."
         )
     os.replace(part, target)
 
@@ -294,7 +295,7 @@ def fetch_bundle(name: Name, say: Callable[[str], None]) -> Path:
     with asking(name, EngineError, "hub") as hub:
         fetched, answers = _manifest(hub, name)
         commit, text = fetched.parent.name, fetched.read_bytes()
-        manifest = read_manifest(fetched.parent)
+        manifest = _read(name, fetched)
         _refuse(name, list(listing_problems(manifest)))
         digest = hashlib.sha256(text).hexdigest()[:16]
         folder = name.repository.replace("/", "--")
@@ -332,6 +333,18 @@ def _manifest(hub: Any, name: Name) -> tuple[Path, bool]:
         raise EngineError(
             f"{name} has no {MANIFEST}, so it is no bundle of smoe. Is it a checkpoint?  smoe-prep "
             f"build {name} -o {name.repository.rpartition('/')[2]}.smoe --calibration SOURCE"
+        ) from error
+
+
+def _read(name: Name, fetched: Path) -> Manifest:
+    """The manifest in a file of the hub's cache, which nobody can copy again."""
+    try:
+        return read_manifest(fetched.parent)
+    except BundleError as error:
+        why = str(error).replace(f"{fetched}", MANIFEST).partition("; copy")[0].rstrip(".")
+        raise EngineError(
+            f"{name} is no bundle that this smoe reads: {why}. Ask its owner, or take another "
+            "revision."
         ) from error
 
 
