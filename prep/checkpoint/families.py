@@ -33,6 +33,9 @@ UNBUILT = (
 )
 
 
+MOST_LAYERS = 4096  # a model is made layer by layer, before anything else can be known of it
+
+
 def text_class(config: type) -> type[transformers.PreTrainedModel] | None:
     """The class that generates text for a class of configs, or None."""
     classes = (mapping[config] for mapping in MAPPINGS if config in mapping)
@@ -54,6 +57,12 @@ def empty_model(
     config = copy.deepcopy(config)
     if cls.config_class is config.sub_configs.get("text_config"):
         config = config.get_text_config()
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise PrepError(
+            f"{name}: config.json says {layers} layers, and models have up to {MOST_LAYERS}: it is "
+            "damaged; download it again."
+        )
     for part in (config, config.get_text_config()):
         part.dtype = torch.float32
     with contextlib.ExitStack() as contexts:

@@ -249,6 +249,7 @@ def test_a_dense_model_is_refused_by_name(tmp_path):
         (None, "has no config.json"),
         ("{", "config.json is not one that transformers"),
         ('{"model_type": "warp"}', "config.json is not one that"),
+        ('{"model_type": "mixtral", "num_hidden_layers": 2147483648}', "says 2147483648 layers"),
         ('{"model_type": "mixtral"}', "has no .safetensors files"),
         ('{"model_type": "mixtral", "hidden_size": "abc"}', "config.json is"),
         ('{"model_type": "mixtral", "num_local_experts": 0}', "a mixtral model without experts"),
