@@ -78,6 +78,11 @@ def asking(name: Name, refusal: type[SmoeError], extra: str) -> Iterator[Any]:
             f"{name} is no path on this disk; to fetch a model of that name:  pip install "
             f"'smoe[{extra}]'"
         ) from error
+    if not hasattr(errors, "RemoteEntryNotFoundError"):  # before version 1
+        raise refusal(
+            f"{name} is no path on this disk, and huggingface_hub {huggingface_hub.__version__} is "
+            f"too old to fetch a model of that name with:  pip install --upgrade 'smoe[{extra}]'"
+        )
     try:
         yield huggingface_hub
     except (

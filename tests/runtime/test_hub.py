@@ -17,7 +17,7 @@ from smoe.artifacts import open_bundle
 from smoe.artifacts.licence import Licence
 from smoe.artifacts.validate import file_at
 
-pytest.importorskip("huggingface_hub", reason="bundles by name need smoe[hub]")
+pytest.importorskip("huggingface_hub", "1.31", reason="bundles by name need smoe[hub]")
 
 
 @pytest.fixture
