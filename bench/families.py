@@ -114,7 +114,8 @@ def _built(config_name: str, folder: Path, text: Path) -> dict[str, Any]:
         open_checkpoint(checkpoint)  # is refused
     pico.make_model(config_name).save_pretrained(checkpoint)
     quiet = Progress(quiet=True)
-    manifest = build(checkpoint, bundle, Calibration(str(text)), Recipe("f32"), progress=quiet)
+    built = build(checkpoint, bundle, Calibration(str(text)), Recipe("f32"), progress=quiet)
+    manifest = built.manifest
     return {
         "state": sorted({_kind(state) for state in manifest.backbone.state}),
         "rule": all(layer.routing is not None for layer in manifest.layers),
