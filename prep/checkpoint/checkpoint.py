@@ -200,7 +200,8 @@ def _fetched(remote: Remote, progress: Progress) -> Path:
 
 def read_config(path: Path) -> transformers.PreTrainedConfig:
     """config.json of a checkpoint; a `PrepError` if it is none."""
-    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+    alone = path.is_dir() and any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
+    if path.suffix == ".gguf" or alone:
         raise PrepError(
             f"{path} is GGUF, which smoe does not read; give the directory of the checkpoint that "
             "it was made from, with config.json and .safetensors files."

@@ -127,10 +127,8 @@ class _TwoCodesAtOnce(Mxfp4Dequantize):
             name.rpartition("_")[2]: value[0] if isinstance(value, list) else value
             for name, value in input_dict.items()
         }
-        blocks, scales = (
-            parts["blocks"],
-            parts["scales"],
-        )  # [E, n_out, n_in / 32, 16] and all but 16
+        # [E, n_out, groups, 16] and [E, n_out, groups]
+        blocks, scales = parts["blocks"], parts["scales"]
         if blocks.shape[:-1] != scales.shape:  # else they would be spread over the blocks
             raise ValueError(
                 f"blocks of shape {tuple(blocks.shape)} with scales of {tuple(scales.shape)}"

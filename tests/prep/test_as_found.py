@@ -75,6 +75,7 @@ def _shards_without_an_index(path):
 def _other_files(path):
     (path / "modeling_mine.py").write_text("raise SystemExit('code of a checkpoint ran')\n")
     (path / "pytorch_model.bin").write_bytes(b"\x80\x04never read")
+    (path / "model-Q4_K_M.gguf").write_bytes(b"GGUF, never read")
     (path / "original").mkdir()
     (path / "original" / "params.json").write_text("{")
 
