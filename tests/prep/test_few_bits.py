@@ -194,6 +194,12 @@ def test_codes_are_found_again_whatever_a_group_holds(table, factors):
     assert np.array_equal(torch.from_numpy(products).to(factors).float().numpy(), w)
 
 
+def test_a_zero_of_fp4_keeps_its_sign_which_fewer_bits_show():
+    w = np.array([[0.0, -0.0, 6.0] + [1.0] * 29], np.float32)
+    codes, _ = kept_codes(Split((2, 1, 1), "fp4"), 32, w)
+    assert codes[0, :3].tolist() == [8, 7, 15]
+
+
 def test_float16_is_kept(tmp_path, ids_file):
     model = make_model("qwen3_moe").half()
     model.save_pretrained(tmp_path / "m")
