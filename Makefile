@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 LEAN   := .venv-lean/bin
-SOURCES := pyproject.toml $(shell find artifacts prep runtime -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+SOURCES := pyproject.toml CMakeLists.txt $(shell find artifacts prep runtime -name "*.py" -o -name "*.cpp" -o -name "*.h")
 
 .PHONY: demo test lint check lean unbuildable wheel oldest sanitize threads aarch64 wheel-aarch64 docs clean
 
