@@ -57,11 +57,16 @@ def _encode_f16(name: str, w: np.ndarray) -> Encoded:
     with np.errstate(over="ignore"):
         half = w.astype(np.float16)
     if np.isinf(half).any():
-        raise BundleError(
-            f"{name} holds weights up to {np.abs(w).max():.6g}, and float16 ends at 65504; use "
-            "bf16 or f32."
-        )
+        raise too_large_for_f16(name, w)
     return {name: half}
+
+
+def too_large_for_f16(name: str, w: np.ndarray) -> BundleError:
+    """What is wrong with a matrix that float16 cannot hold."""
+    return BundleError(
+        f"{name} holds weights up to {np.abs(w).max():.6g}, and float16 ends at 65504; use bf16 "
+        "or f32."
+    )
 
 
 def _encode_int8(name: str, w: np.ndarray) -> Encoded:

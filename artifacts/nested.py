@@ -170,7 +170,7 @@ def pack_matrix(
 ) -> dict[str, np.ndarray]:
     """The tensors of a matrix from its codes uint8 `[n_out, n_in]` and scales float32 `[n_out,
     groups]`, which must be values of bfloat16."""
-    split, out = encoding.of(name), {f"{name}_scale": _tiled_scale(to_bf16(scale))}
+    split, out = encoding.of(name), {f"{name}_scale": tiled_scale(scale)}
     quads, first = _quads(codes), 0
     for p, bits in enumerate(split.planes):
         positions = range(first, first + bits)
@@ -207,8 +207,8 @@ def round_matrix(encoding: Nested, name: str, w: np.ndarray) -> tuple[np.ndarray
     """Codes and scales of float32 `w` `[n_out, n_in]`, each weight rounded to the nearest value of
     the full level.
 
-    A group's scale is the best of a few around its spread, all levels weighing the same. The
-    control that calibration has to beat.
+    A group's scale is the best of a few around its spread, all levels weighing the same; sums are
+    NumPy's, of eight running sums over a group. The control that calibration has to beat.
     """
     split, (n_out, n_in) = encoding.of(name), w.shape
     groups = -(-n_in // encoding.group)
@@ -236,19 +236,23 @@ def round_matrix(encoding: Nested, name: str, w: np.ndarray) -> tuple[np.ndarray
     return codes.reshape(n_out, -1)[:, :n_in], scale
 
 
-def scale_candidates(
-    split: Split, groups: np.ndarray, n_in: int, count: int = 9
-) -> list[np.ndarray]:
+def scale_candidates(split: Split, groups: np.ndarray, n_in: int) -> list[np.ndarray]:
     """Scales to try for the groups `[n_out, groups, group]` of rows of `n_in` columns: float32
     `[n_out, groups]`, values of bfloat16. For a table around the spread, for a uniform grid around
-    the largest magnitude; 0 for zeros."""
-    outermost = split.outermost
+    the largest magnitude; 0 for zeros. Up to the last rounding in float64."""
     if split.total <= 4:
         real = np.minimum(groups.shape[-1], n_in - np.arange(groups.shape[1]) * groups.shape[-1])
-        middle, around = np.sqrt(np.square(groups).sum(-1) / real), np.linspace(1.8, 3.0, count)
+        middle = np.sqrt(np.square(groups).sum(-1) / real)
     else:
-        middle, around = np.abs(groups).max(-1), np.linspace(0.7, 1.1, count)
-    return [from_bf16(to_bf16((middle * (k / outermost)).astype(np.float32))) for k in around]
+        middle = np.abs(groups).max(-1).astype(np.float64)
+    around = [k / split.outermost for k in tried_scales(split)]
+    return [from_bf16(to_bf16((middle * k).astype(np.float32))) for k in around]
+
+
+def tried_scales(split: Split) -> list[float]:
+    """What the outermost value may stand for, in units of a group's spread: its root mean square
+    for a table, its largest magnitude for a uniform grid."""
+    return (np.linspace(1.8, 3.0, 9) if split.total <= 4 else np.linspace(0.7, 1.1, 9)).tolist()
 
 
 def nearest(split: Split, x: np.ndarray) -> np.ndarray:
@@ -312,8 +316,10 @@ def _places(t: int) -> np.ndarray:
     return ((quad // 2 + t) % 4 + 4 * (quad % 2)).astype(np.uint8)
 
 
-def _tiled_scale(scale: np.ndarray) -> np.ndarray:
+def tiled_scale(scale: np.ndarray) -> np.ndarray:
+    """Scales float32 `[n_out, groups]`, values of bfloat16, as a record has them: uint16 `[tiles,
+    groups, 16]`."""
     tiles = -(-scale.shape[0] // ROWS)
-    padded = np.zeros((tiles * ROWS, scale.shape[1]), scale.dtype)
-    padded[: scale.shape[0]] = scale
+    padded = np.zeros((tiles * ROWS, scale.shape[1]), np.uint16)
+    padded[: scale.shape[0]] = to_bf16(scale)
     return padded.reshape(tiles, ROWS, -1).swapaxes(1, 2)

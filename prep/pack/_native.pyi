@@ -3,4 +3,24 @@ artifacts/nested.py and artifacts/encodings.py."""
 
 import numpy as np
 
+def variants() -> list[str]: ...
 def slice_codes(codes: np.ndarray, planes: list[np.ndarray], threads: int) -> None: ...
+
+class Grid:
+    def __init__(
+        self, bits: list[int], weights: list[float], around: list[float], values: np.ndarray
+    ) -> None: ...
+
+def round_nested(
+    variant: str,
+    w: np.ndarray,
+    group: int,
+    grid: Grid,
+    codes: np.ndarray,
+    scale: np.ndarray,
+    threads: int,
+) -> None: ...
+def round_int8(
+    variant: str, w: np.ndarray, codes: np.ndarray, scale: np.ndarray, threads: int
+) -> None: ...
+def round_half(variant: str, w: np.ndarray, kind: str, out: np.ndarray, threads: int) -> bool: ...

@@ -1,10 +1,14 @@
 // The Python face of the packer: checks everything once, lets go of the interpreter lock, calls.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <string>
 #include <vector>
 
+#include "rounding.h"
 #include "slices.h"
 
 namespace nb = nanobind;
@@ -12,6 +16,13 @@ using namespace nb::literals;
 using namespace smoe;
 
 using Codes = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using NewCodes = nb::ndarray<std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using NewScales = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Levels = nb::ndarray<const std::int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using NewBytes = nb::ndarray<std::int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using NewRow = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using NewHalves = nb::ndarray<std::uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Slices = nb::ndarray<std::uint8_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 
 static void require(bool holds, const char* sentence) {
@@ -39,8 +50,105 @@ static void slice(Codes codes, const std::vector<Slices>& planes, std::size_t th
     slice_codes(codes.data(), codes.shape(0), codes.shape(1), to.data(), to.size(), threads);
 }
 
+static const Rounder& named(const std::string& name) {
+    std::size_t count;
+    const Rounder* const* found = rounders(&count);
+    for (std::size_t i = 0; i < count; ++i)
+        if (name.empty() || name == found[i]->name) return *found[i];
+    throw nb::value_error("this processor has no such variant; ask variants()");
+}
+
+// A grid from the bits that each level reads, what its squared errors weigh, and the scales tried.
+// Of codes of up to 4 bits `values` int8 [levels, 2^bits] has what a full code stands for at every
+// level; of longer ones nothing, since they are one uniform grid.
+static Grid grid_of(const std::vector<std::size_t>& bits, const std::vector<float>& weights,
+                    const std::vector<double>& around, Levels values) {
+    Grid grid = {};
+    grid.levels = bits.size();
+    require(1 <= grid.levels && grid.levels <= MAX_LEVELS && weights.size() == grid.levels,
+            "1 to 7 levels, a weight for each");
+    require(!around.empty() && around.size() <= MAX_CANDIDATES, "1 to 32 scales");
+    for (std::size_t n = 0; n < grid.levels; ++n) {
+        require(n ? bits[n] == bits[n - 1] + 1 : bits[n] >= 2, "a base of 2 bits, then 1 bit each");
+        grid.bits[n] = bits[n], grid.weight[n] = weights[n];
+    }
+    grid.total = bits.back(), grid.candidates = around.size(), grid.table = grid.total <= 4;
+    require(grid.total <= 8, "codes have up to 8 bits");
+    std::copy(around.begin(), around.end(), grid.around);
+    if (!grid.table) return grid;
+    const std::size_t codes = std::size_t(1) << grid.total;
+    require(values.shape(0) == grid.levels && values.shape(1) == codes, "values [levels, 2^bits]");
+    for (std::size_t n = 0; n < grid.levels; ++n)
+        for (std::size_t c = 0; c < codes; ++c) grid.values[n][c] = values(n, c);
+    const float* full = grid.values[grid.levels - 1];
+    for (std::size_t c = 0; c + 1 < codes; ++c) grid.edges[c] = (full[c + 1] + full[c]) / 2;
+    return grid;
+}
+
+static void nested(const std::string& variant, Floats w, std::size_t group, const Grid& grid,
+                   NewCodes codes, NewScales scale, std::size_t threads) {
+    const std::size_t n_out = w.shape(0), n_in = w.shape(1);
+    require(group == 32 || group == 64 || group == 128, "groups of 32, 64 or 128");
+    require(n_in > 0 && codes.shape(0) == n_out && codes.shape(1) == n_in &&
+                scale.shape(0) == n_out && scale.shape(1) == (n_in + group - 1) / group,
+            "codes are as w, scales [n_out, groups]");
+    const Rounder& how = named(variant);
+    nb::gil_scoped_release unlocked;
+    round_nested(how, grid, w.data(), n_out, n_in, group, codes.data(), scale.data(), threads);
+}
+
+static void int8(const std::string& variant, Floats w, NewBytes codes, NewRow scale,
+                 std::size_t threads) {
+    require(codes.shape(0) == w.shape(0) && codes.shape(1) == w.shape(1) &&
+                scale.shape(0) == w.shape(0),
+            "codes are as w, scales [n_out]");
+    const Rounder& how = named(variant);
+    nb::gil_scoped_release unlocked;
+    round_int8(how, w.data(), w.shape(0), w.shape(1), codes.data(), scale.data(), threads);
+}
+
+static bool half(const std::string& variant, Floats w, const std::string& kind, NewHalves out,
+                 std::size_t threads) {
+    require(out.shape(0) == w.shape(0) && out.shape(1) == w.shape(1), "out is as w");
+    require(kind == "bf16" || kind == "f16", "kind: bf16 or f16");
+    const Rounder& how = named(variant);
+    nb::gil_scoped_release unlocked;
+    if (kind == "f16") return round_f16(how, w.data(), w.size(), out.data(), threads);
+    round_bf16(how, w.data(), w.size(), out.data(), threads);
+    return true;
+}
+
 NB_MODULE(_native, m) {
     m.doc() = "Packing in native code. The specification is artifacts/nested.py and encodings.py.";
+    m.def(
+        "variants",
+        [] {
+            std::size_t count;
+            const Rounder* const* found = rounders(&count);
+            std::vector<std::string> names;
+            for (std::size_t i = 0; i < count; ++i) names.emplace_back(found[i]->name);
+            return names;
+        },
+        "Instruction sets that this processor runs, best first; \"\" takes the best.");
+    nb::class_<Grid>(m, "Grid")
+        .def(
+            "__init__",
+            [](Grid* self, const std::vector<std::size_t>& bits, const std::vector<float>& weights,
+               const std::vector<double>& around,
+               Levels values) { new (self) Grid(grid_of(bits, weights, around, values)); },
+            "bits"_a, "weights"_a, "around"_a, "values"_a.noconvert(),
+            "What codes stand for at every level, and which scales are tried.");
+    m.def("round_nested", &nested, "variant"_a, "w"_a.noconvert(), "group"_a, "grid"_a,
+          "codes"_a.noconvert(), "scale"_a.noconvert(), "threads"_a,
+          "Fill codes uint8 [n_out, n_in] and scales float32 [n_out, groups] of w float32 [n_out, "
+          "n_in], as rounding.h says. The interpreter lock is released, here and below.");
+    m.def("round_int8", &int8, "variant"_a, "w"_a.noconvert(), "codes"_a.noconvert(),
+          "scale"_a.noconvert(), "threads"_a,
+          "Fill codes int8 [n_out, n_in] and scales float32 [n_out] of w float32 [n_out, n_in].");
+    m.def("round_half", &half, "variant"_a, "w"_a.noconvert(), "kind"_a, "out"_a.noconvert(),
+          "threads"_a,
+          "Fill uint16 [n_out, n_in] with w float32 in bf16 or f16; false if a weight was too "
+          "large for f16.");
     m.def("slice_codes", &slice, "codes"_a.noconvert(), "planes"_a.noconvert(), "threads"_a,
           "Fill planes uint8 [tiles, blocks, slices, 64] with the bits of codes uint8 [n_out, "
           "n_in], as slices.h says. The interpreter lock is released.");
