@@ -99,7 +99,8 @@ def door(run: Run) -> Rows:
 
 
 def _bundle(run: Run, directory: Path) -> Path:
-    from bench.models import Shape, random_bundle
+    from bench.models import random_bundle
+    from bench.random_models import Shape
 
     shape = Shape(
         layers=run.layers, experts=run.experts, top_k=8, hidden=run.hidden, width=run.width, heads=4

@@ -25,16 +25,9 @@ from bench.harness import (
     spread,
     timed,
 )
-from bench.models import (
-    CALIBRATION,
-    EXAMPLE,
-    Mxfp4Shape,
-    Shape,
-    build,
-    random_checkpoint,
-    random_text,
-)
+from bench.models import CALIBRATION, EXAMPLE, build
 from bench.page_cache import size
+from bench.random_models import Mxfp4Shape, Shape, random_checkpoint, random_text
 from smoe.artifacts import nested
 from smoe.artifacts.encodings import ENCODINGS
 

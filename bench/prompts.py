@@ -149,7 +149,8 @@ def read_missing(bundle: str, share: float, io: str) -> dict[str, float]:
 )
 def longprompt(run: Run) -> Rows:
     """A long prompt on a random bundle: peak memory against the budget, and bytes read."""
-    from bench.models import Shape, random_bundle
+    from bench.models import random_bundle
+    from bench.random_models import Shape
 
     with tempfile.TemporaryDirectory() as scratch:
         context = run.length + 2 * LATE[1]

@@ -16,7 +16,7 @@ from smoe.artifacts.encodings import encoding_named
 from smoe.artifacts.manifest import Experts, File, Manifest
 from smoe.artifacts.tables import study_of
 from smoe.artifacts.validate import file_at, sha256
-from smoe.prep.backbone.checked import export_checked
+from smoe.prep.backbone.alone import export_apart
 from smoe.prep.backbone.positions import reach
 from smoe.prep.backbone.quantise import check_precision
 from smoe.prep.checkpoint.checkpoint import Checkpoint, open_checkpoint, versions
@@ -29,7 +29,7 @@ from smoe.prep.learn import How, Text, learn
 from smoe.prep.options import STORED, Recipe, chosen_quantiser, quantiser_settings
 from smoe.prep.pack.pack import chosen_encoding, unpacked
 from smoe.prep.prices.calibrate import Fit, add_fit
-from smoe.prep.progress import Progress
+from smoe.prep.progress import Progress, peak_memory
 from smoe.prep.statistics.profile import open_profile
 from smoe.prep.sweep.forward import refuse_missing_device
 from smoe.prep.workdir import (
@@ -44,12 +44,15 @@ from smoe.prep.workdir import (
 
 @dataclass(frozen=True)
 class Built:
-    """A finished bundle, and what its prices were measured to be worth."""
+    """A finished bundle, what its prices were measured to be worth, and what this run took: seconds
+    by stage, and the most bytes that this process, or one that it started, held."""
 
     bundle: Path
     manifest: Manifest
     no_prices: str  # why the model has none; "" if it has, or none were asked for
     fit: list[Fit]
+    seconds: dict[str, float]
+    memory: int
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +60,13 @@ class Built:
 
     def as_dict(self) -> dict:
         fit = [fit.as_dict() for fit in self.fit]
-        return {"bundle": str(self.bundle), "bytes": self.nbytes, "price_fit": fit}
+        return {
+            "bundle": str(self.bundle),
+            "bytes": self.nbytes,
+            "price_fit": fit,
+            "seconds": {stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
+            "memory": self.memory,
+        }
 
     def lines(self) -> list[str]:
         lines = [f"{self.bundle}: {self.nbytes / 1e6:.1f} MB"]
@@ -84,6 +93,20 @@ def build(
     """
     recipe, progress, output = recipe or Recipe(), progress or Progress(), Path(output)
     profiled = None if profiled is None else Path(profiled)
+    with progress.stage("rest"):
+        built = _build(model, output, calibration, recipe, profiled, progress)
+    return dataclasses.replace(built, seconds=progress.seconds, memory=peak_memory())
+
+
+def _build(
+    model: str | Path,
+    output: Path,
+    calibration: Calibration | None,
+    recipe: Recipe,
+    profiled: Path | None,
+    progress: Progress,
+) -> Built:
+    """The stages."""
     refuse_existing(output)
     _refuse_options(recipe, calibration, profiled)
     checkpoint = open_checkpoint(model, progress)
@@ -110,7 +133,8 @@ def build(
         if no_prices:
             progress.say(f"prices: none for this model, and so no --loss: {no_prices}")
         # Last, though it may refuse a family: the exporter leaves 0.2 GB in the process.
-        draft = _backbone(checkpoint, partial, experts, recipe.backbone, progress)
+        with progress.stage("export"):
+            draft = _backbone(checkpoint, partial, experts, recipe.backbone, progress)
         for name, content in checkpoint.text_files.items():
             (partial / name).write_bytes(content)
         terms = copy_licence(checkpoint.path, partial, progress)
@@ -119,10 +143,11 @@ def build(
         write_whole(partial / "manifest.json", manifest.to_json())
         fit: list[Fit] = []
         if text.drawn and not no_prices:  # now that the bundle can run
-            fit = add_fit(partial, text.ids(text.held_out), _seed(calibration), progress)
+            with progress.stage("fit"):
+                fit = add_fit(partial, text.ids(text.held_out), _seed(calibration), progress)
             manifest = _with_new_tables(partial, manifest)
         open_bundle(partial)
-    return Built(bundle=output, manifest=manifest, no_prices=no_prices, fit=fit)
+    return Built(output, manifest, no_prices, fit, {}, 0)
 
 
 def _calibrated(recipe: Recipe, calibration: Calibration | None) -> bool:
@@ -171,11 +196,10 @@ def _settings(
 def _backbone(
     checkpoint: Checkpoint, partial: Path, experts: Experts, precision: str, progress: Progress
 ) -> Manifest:
-    """`export_checked`, once."""
+    """`export_apart`, once."""
     file = partial / FINISHED / "export.json"
     if not file.exists():
-        checkpoint.move_backbone("cpu")
-        manifest = export_checked(checkpoint, partial, experts, precision, progress)
+        manifest = export_apart(checkpoint, partial, experts, precision, progress)
         file.parent.mkdir(exist_ok=True)
         write_whole(file, manifest.to_json())
     return Manifest.parse(file.read_text("utf-8"), str(file))

@@ -1,8 +1,10 @@
 """Progress on stderr: one line that counts, with the time that is left. Silent where stderr is not
-a terminal."""
+a terminal. And how long each stage took, for machines."""
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -12,15 +14,38 @@ T = TypeVar("T")
 
 
 class Progress:
-    """`over` wraps a loop, `counter` counts, `say` prints a line. A quiet one does nothing."""
+    """`over` wraps a loop, `counter` counts, `say` prints a line; a quiet one prints nothing.
+    `seconds` are those of every `stage`."""
 
     def __init__(self, quiet: bool = False):
-        self._quiet = quiet
+        self.seconds: dict[str, float] = {}
+        self._stages: list[str] = []  # that are open, the innermost last
+        self._since = 0.0
+        self.quiet = quiet
         self._live = not quiet and sys.stderr.isatty()
 
     def say(self, line: str) -> None:
-        if not self._quiet:
+        if not self.quiet:
             print(line, file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """The block's time is that of stage `name`, less that of stages within it."""
+        self._count()
+        self._stages.append(name)
+        try:
+            yield
+        finally:
+            self._count()
+            self._stages.pop()
+
+    def _count(self) -> None:
+        """What passed since the last call belongs to the innermost stage."""
+        now = time.monotonic()
+        if self._stages:
+            name = self._stages[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
 
     def counter(self, stage: str, unit: str, total: int) -> Counter:
         return Counter(self, stage, unit, total)
@@ -70,6 +95,15 @@ class Counter:
         self._progress.say(
             f"{self._stage}: {count} {self._unit} in {duration(now - self._started)}{note}"
         )
+
+
+def peak_memory() -> int:
+    """The most bytes that this process, or one that it waited for, has held so far."""
+    ours, theirs = (
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return max(ours, theirs) * 1024
 
 
 def duration(seconds: float) -> str:

@@ -142,26 +142,30 @@ class FinishedLayers:
             return None
         return {name: array.copy() for name, array in safetensors_file.load(file).items()}
 
-    def outputs(self, layer: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The experts' outputs of a finished layer, float32, shaped and placed as `like`."""
+    def outputs(
+        self, layer: int, shapes: Sequence[torch.Size], device: str
+    ) -> Iterator[torch.Tensor]:
+        """What `keep_outputs` was given of a layer, float32, in pieces of these shapes."""
         with open(self._directory / f"{layer:02d}.outputs", "rb") as file:
-            return [self._output(file, hidden) for hidden in like]
+            for shape in shapes:
+                yield self._output(file, shape).to(device)
 
-    def _output(self, file, hidden: torch.Tensor) -> torch.Tensor:
-        output = np.empty(hidden.shape, np.float32)
+    def _output(self, file, shape: torch.Size) -> torch.Tensor:
+        output = np.empty(shape, np.float32)
         if file.readinto(output.reshape(-1).view(np.uint8).data) != output.nbytes:
             partial = self._directory.parent.parent
             raise PrepError(f"{file.name} is too short; remove {partial} and start again.")
-        return torch.from_numpy(output).to(hidden.device)
+        return torch.from_numpy(output)
 
-    def keep(
-        self, layer: int, outputs: Sequence[torch.Tensor], known: dict[str, np.ndarray]
-    ) -> None:
-        """Keep a layer. That it is finished is on the disk after all else, and soon."""
-        file = self._directory / f"{layer:02d}.outputs"
-        with _Direct(file) as opened:
+    def keep_outputs(self, layer: int, outputs: Sequence[torch.Tensor]) -> None:
+        """Write the experts' outputs of a layer, before `keep`."""
+        with _Direct(self._directory / f"{layer:02d}.outputs") as opened:
             for output in outputs:
                 opened.write(output.cpu().float().contiguous().numpy().reshape(-1).view(np.uint8))
+
+    def keep(self, layer: int, known: dict[str, np.ndarray]) -> None:
+        """Keep a layer. That it is finished is on the disk after all else, and soon."""
+        file = self._directory / f"{layer:02d}.outputs"
         self._settle(layer - 1)
         self._written[layer] = self._writer.submit(self._finish, layer, file, known)
 

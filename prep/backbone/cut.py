@@ -18,6 +18,7 @@ from smoe.prep.errors import PrepError
 
 OPSET = 23  # the first with RMSNormalization
 LOGITS = "logits"
+INLINE = 256  # bytes: smaller constants stay in the graph, where constant folding sees them
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class ExpertsNode:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Segments in memory, their weights still inside, and the weights of all of them by name."""
+    """Segments in memory, without the values of large weights, and the weights of all of them by
+    name."""
 
     segments: list[onnx.ModelProto]
     nodes: list[ExpertsNode]
@@ -143,6 +145,13 @@ def _node(node: ir.Node) -> onnx.NodeProto:
 
 
 def _tensor(name: str, tensor: ir.TensorProtocol) -> onnx.TensorProto:
+    """A constant, with its values where it stays in the graph: a large backbone fits twice into few
+    memories."""
+    if tensor.nbytes >= INLINE:
+        external = onnx.TensorProto.EXTERNAL
+        return onnx.TensorProto(
+            name=name, dims=list(tensor.shape), data_type=tensor.dtype, data_location=external
+        )
     proto = ir.to_proto(tensor)
     if not proto.HasField("raw_data"):  # one form for all, so that the writer can move it out
         proto = onnx.numpy_helper.from_array(tensor.numpy())

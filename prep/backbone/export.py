@@ -36,7 +36,6 @@ ELEMENTWISE = (
     "Identity",
 )  # what may follow the last product (scales, caps)
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm")
-INLINE = 256  # bytes: smaller constants stay in the graph, where constant folding sees them
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def write_weights(
             array = np.ascontiguousarray(
                 tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
             )
-            if array.nbytes < INLINE:
+            if array.nbytes < cut.INLINE:
                 continue
             dtype = next(n for n, d in DTYPES.items() if d == array.dtype)
             padding = -offset % ALIGN

@@ -124,6 +124,17 @@ class Checkpoint:
             if not tensor.is_meta and tensor.device != torch.device(device):
                 tensor.data = tensor.data.to(device)
 
+    @property
+    def backbone_bytes(self) -> int:
+        """Of all that is in memory."""
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        return sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
+
+    def forget_backbone(self) -> None:
+        """Let all that is in memory go; what is known of the checkpoint stays."""
+        self.model.to("meta")
+        _trim()
+
     @contextlib.contextmanager
     def experts(self, layer: int, device: str = "cpu") -> Iterator[ExpertsModule]:
         """The module of one layer's experts with its weights read to `device`, for the length of
@@ -355,6 +366,10 @@ def _forget(module: torch.nn.Module) -> None:
     a layer that it keeps for later were 0.4 GB of 1.5 (docs/log.md, 2026-11-22)."""
     for name, weight in list(module.named_parameters()):
         _replace(module, name, torch.empty_like(weight, device="meta"))
+    _trim()
+
+
+def _trim() -> None:
     trim = getattr(LIBC, "malloc_trim", None)  # only glibc has it
     if trim is not None:
         trim(0)

@@ -10,14 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import itertools
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -25,10 +20,11 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from smoe.prep.checkpoint.checkpoint import Checkpoint, one_small_heap
+from smoe.prep.checkpoint.ends import Ends
 from smoe.prep.checkpoint.seam import ExpertsModule, experts_run_by, mixed_outputs
 from smoe.prep.errors import NotDifferentiableError, PrepError
 from smoe.prep.progress import Progress
-from smoe.prep.sweep.scores import Scores
+from smoe.prep.sweep.passes import Arrival, Pass, Plain, Shelf
 from smoe.prep.workdir import FinishedLayers
 from smoe.runtime.machine import processors
 
@@ -93,81 +89,8 @@ class WayBack(Protocol):
     def passes(self, device: str) -> list[Pass]:
         """The passes forward."""
 
-    def walk_back(self, device: str, progress: Progress) -> None:
-        """All of them back, once they have arrived."""
-
-
-class AbandonedError(BaseException):
-    """In the thread of a pass that is given up; no model's `except Exception` holds it."""
-
-
-class Pass:
-    """Work in a thread of its own that runs only while `go` waits for it: neither a forward pass
-    nor autograd's way back can be left half-way otherwise."""
-
-    _current = threading.local()
-
-    def __init__(self, work: Callable[[], object]):
-        self.result: object = None  # what `work` returned, once `go` gave None
-        self._work = work
-        self._words: queue.SimpleQueue = queue.SimpleQueue()  # from the thread; None: it ended
-        self._answers: queue.SimpleQueue = queue.SimpleQueue()  # to the thread
-        self._pool = ThreadPoolExecutor(1)
-        self._running: Future | None = None
-
-    @classmethod
-    def current(cls) -> Pass:
-        """The pass whose thread this is."""
-        return cls._current.value
-
-    def go(self, answer: object = None):
-        """Start, or go on with `answer`: what the work pauses with next, None at its end. Raises
-        what the work raises."""
-        if self._running is None:
-            self._running = self._pool.submit(self._run)
-            self._running.add_done_callback(lambda _: self._words.put(None))
-        else:
-            self._answers.put(answer)
-        word = self._words.get()
-        if word is None:
-            self.result = self._running.result()
-        return word
-
-    def pause(self, word: object):
-        """In the thread: say `word` to who waits, and wait for the answer."""
-        self._words.put(word)
-        answer = self._answers.get()
-        if answer is AbandonedError:
-            raise AbandonedError
-        return answer
-
-    def experts(self, layer: int, hidden, ids, weights) -> torch.Tensor:
-        """In the thread, from the seam: the output of a layer's experts, shaped as `hidden`."""
-        return self.pause(_Arrival(layer, hidden, ids, weights, None))
-
-    def abandon(self) -> None:
-        """Let the thread end, wherever it is, and wait for that."""
-        self._answers.put(AbandonedError)
-        self._pool.shutdown()
-
-    def _run(self) -> object:
-        self._current.value = self
-        return self._work()
-
-
-@dataclass(frozen=True)
-class _Arrival:
-    """A pass at a layer's experts: hidden float `[.., H]`, ids and weights `[T, k]`."""
-
-    layer: int
-    hidden: torch.Tensor
-    ids: torch.Tensor
-    weights: torch.Tensor
-    scores: torch.Tensor | None
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        return self.hidden.reshape(-1, self.hidden.shape[-1])
+    def walk_back(self, device: str, ends: Ends, progress: Progress) -> None:
+        """All of them back, once they have arrived; past the head, `ends` may leave."""
 
 
 # NumPy's own threads, waiting for work, take the processors from torch's: three times the time.
@@ -198,19 +121,21 @@ def sweep(
         torch.set_num_threads(there)
     checkpoint.move_backbone(device)
     batches = batches_of(rows, 1 if logits else BATCH)
-    plain = [_Plain(checkpoint.model, batch, device, logits is not None) for batch in batches]
+    plain = [Plain(checkpoint.model, batch, device, logits is not None) for batch in batches]
     graph = backward.passes(device) if backward else []
-    lockstep = _Lockstep(checkpoint, plain, graph, device, backward)
+    lockstep = _Lockstep(checkpoint, plain, graph, device, backward, progress)
     count = progress.counter("sweep", "layers", len(checkpoint.layers))
-    with lockstep, experts_run_by(checkpoint.model, checkpoint.layers, _arrive):
-        lockstep.start()
-        for layer in range(len(checkpoint.layers)):
-            outputs, worked = lockstep.outputs(layer, observers, finished)
-            lockstep.go_on(outputs, logits)
-            del outputs
-            count.done(layer + 1, worked=worked)
+    ends = Ends(checkpoint)
+    with ends, lockstep, experts_run_by(checkpoint.model, checkpoint.layers, _arrive):
+        with progress.stage("sweep"):
+            lockstep.start()
+            for layer in range(len(checkpoint.layers)):
+                ends.leave()
+                outputs, worked = lockstep.outputs(layer, observers, finished)
+                lockstep.go_on(outputs, logits)
+                count.done(layer + 1, worked=worked)
         if backward is not None and not backward.refusal:
-            backward.walk_back(device, progress)
+            backward.walk_back(device, ends, progress)
 
 
 def refuse_missing_device(device: str) -> None:
@@ -236,50 +161,24 @@ def _arrive(layer, module, hidden, ids, weights):
     return Pass.current().experts(layer, hidden, ids, weights)
 
 
-class _Plain(Pass):
-    """A forward pass over a batch of token ids int64 `[n, length]`."""
-
-    result: torch.Tensor | None  # its logits, where they were asked for
-
-    def __init__(self, model: torch.nn.Module, batch: np.ndarray, device: str, logits: bool):
-        super().__init__(partial(self._forward, model, batch, device, logits))
-        self._scores = Scores()
-
-    @torch.no_grad()
-    def _forward(self, model, batch, device, logits) -> torch.Tensor | None:
-        options = {} if logits else _fewest_logits(model)
-        with self._scores:
-            ids = torch.from_numpy(batch).to(device)
-            result = model(input_ids=ids, use_cache=False, **options).logits
-        return result[0] if logits else None
-
-    def experts(self, layer, hidden, ids, weights):
-        scores = self._scores.take(ids)
-        return self.pause(_Arrival(layer, hidden, ids, weights, scores))
-
-
-def _fewest_logits(model: torch.nn.Module) -> dict[str, int]:
-    """Ask for one position's logits where the model can: nobody reads them, and over a large
-    vocabulary they are most of the memory."""
-    known = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-
-
 class _Lockstep:
-    """All passes of a sweep, at the same layer's experts."""
+    """All passes of a sweep, at the same layer's experts. What plain passes hand over lies in one
+    tensor, and in none of theirs while they wait."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        plain: list[_Plain],
+        plain: list[Plain],
         graph: list[Pass],
         device: str,
         backward: WayBack | None,
+        progress: Progress,
     ):
         self._checkpoint, self._device, self._backward = checkpoint, device, backward
-        self._plain, self._graph = plain, graph
-        self._arrived: list[_Arrival] = []
-        self._arrived_graph: list[_Arrival] = []
+        self._plain, self._graph, self._progress = plain, graph, progress
+        self._arrived: list[Arrival] = []
+        self._arrived_graph: list[Arrival] = []
+        self._shelf = Shelf([each.tokens for each in plain])
 
     def __enter__(self) -> None:
         pass
@@ -287,56 +186,73 @@ class _Lockstep:
     def __exit__(self, *_: object) -> None:
         for each in [*self._plain, *self._graph]:
             each.abandon()
+        self._shelf.clear()
 
     def start(self) -> None:
         """Every pass to its first layer."""
-        self._arrived = [each.go() for each in self._plain]
+        for number, each in enumerate(self._plain):
+            self._arrived.append(each.go())
+            self._put(number)
         with self._refusing():
             self._arrived_graph = [each.go() for each in self._graph]
 
     def outputs(
         self, layer: int, observers: Sequence[Observer], finished: FinishedLayers | None
-    ) -> tuple[list[torch.Tensor], bool]:
-        """The experts' outputs float32 `[T, H]` of the plain passes and of those under autograd,
-        and whether they had to be computed; every observer has visited the layer."""
+    ) -> tuple[Iterator[torch.Tensor], bool]:
+        """The experts' output for every pass, the plain ones first, float32, shaped as its hidden
+        state; and whether they had to be computed. Every observer has visited the layer."""
         self._refuse_disorder(layer)
-        module = self._checkpoint.layers[layer][1]
-        groups = [_together(module, a) for a in (self._arrived, self._arrived_graph) if a]
+        shapes = [each.hidden.shape for each in (*self._arrived, *self._arrived_graph)]
         known = finished.known(layer) if finished else None
         if finished and known is not None:
+            at = self._groups(self._checkpoint.layers[layer][1])[0]
             for observer in observers:
-                observer.resume(groups[0], _of_observer(known, observer))
-            return finished.outputs(layer, [at.hidden for at in groups]), False
+                observer.resume(at, _of_observer(known, observer))
+            return finished.outputs(layer, shapes, self._device), False
         left: Arrays = {}
-        with self._checkpoint.experts(layer, self._device) as module:
-            groups = [dataclasses.replace(at, module=module) for at in groups]
+        with contextlib.ExitStack() as stack:
+            with self._progress.stage("read"):
+                experts = self._checkpoint.experts(layer, self._device)
+                groups = self._groups(stack.enter_context(experts))
             computed = [_run_experts(at) for at in groups]
+            norms, outputs = computed[0][1], [output for output, _ in computed]
+            del computed
+            if finished:  # on the disk they are not in the observers' way
+                finished.keep_outputs(layer, outputs)
+                outputs.clear()
             for observer in observers:
-                seen = observer.visit(dataclasses.replace(groups[0], norms=computed[0][1]))
+                with self._progress.stage(observer.name):
+                    seen = observer.visit(dataclasses.replace(groups[0], norms=norms))
                 left |= {f"{observer.name}.{name}": array for name, array in seen.items()}
-        outputs = [output for output, _ in computed]
         if finished:
-            finished.keep(layer, outputs, left)
-        return outputs, True
+            finished.keep(layer, left)
+            return finished.outputs(layer, shapes, self._device), True
+        return _parts(outputs, shapes), True
 
     def go_on(
-        self, outputs: list[torch.Tensor], logits: Callable[[torch.Tensor], None] | None
+        self, outputs: Iterator[torch.Tensor], logits: Callable[[torch.Tensor], None] | None
     ) -> None:
         """Every pass to its next layer, or its end."""
-        outputs = list(outputs)
-        if self._plain:
-            parts = _parts(outputs.pop(0), self._arrived)
-            for i, plain in enumerate(self._plain):
-                self._arrived[i] = plain.go(next(parts))
-                if logits is not None and self._arrived[i] is None:
-                    assert plain.result is not None
-                    logits(plain.result)
-                    plain.result = None
+        for number, plain in enumerate(self._plain):
+            self._shelf.give_back(number, self._arrived[number].hidden)
+            self._arrived[number] = plain.go(next(outputs))
+            self._put(number)
+            if logits is not None and self._arrived[number] is None:
+                assert plain.result is not None
+                logits(plain.result)
+                plain.result = None
         with self._refusing():
-            if self._arrived_graph:
-                parts = _parts(outputs.pop(0), self._arrived_graph)
-                for i, graph in enumerate(self._graph):
-                    self._arrived_graph[i] = graph.go(next(parts))
+            for number, graph in enumerate(self._graph):
+                self._arrived_graph[number] = graph.go(next(outputs))
+
+    def _put(self, number: int) -> None:
+        """What a plain pass arrived with, if it did, in its place."""
+        arrived = self._arrived[number]
+        if arrived is None:
+            return
+        if len(arrived.ids) != self._plain[number].tokens:
+            self._refuse_order()
+        self._shelf.take(number, arrived.hidden)
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -353,20 +269,33 @@ class _Lockstep:
     def _refuse_disorder(self, layer: int) -> None:
         arrived = [*self._arrived, *self._arrived_graph]
         if any(each is None or each.layer != layer for each in arrived):
-            raise PrepError(
-                f"{self._checkpoint.path}: the model does not run its layers in order; it cannot "
-                "be prepared."
-            )
+            self._refuse_order()
+
+    def _refuse_order(self) -> None:
+        raise PrepError(
+            f"{self._checkpoint.path}: the model does not run its layers in order; it cannot "
+            "be prepared."
+        )
+
+    def _groups(self, module: ExpertsModule) -> list[AtExperts]:
+        """The tokens of the plain passes and of those under autograd, where there are some."""
+        groups = []
+        if self._arrived:
+            groups.append(_together(module, self._arrived, self._shelf.hidden))
+        if self._arrived_graph:
+            hidden = torch.cat([each.tokens for each in self._arrived_graph])
+            groups.append(_together(module, self._arrived_graph, hidden))
+        return groups
 
 
-def _together(module: ExpertsModule, arrived: list[_Arrival]) -> AtExperts:
+def _together(module: ExpertsModule, arrived: list[Arrival], hidden: torch.Tensor) -> AtExperts:
     scores = [each.scores for each in arrived]
     known = [part for part in scores if part is not None]
     return AtExperts(
         layer=arrived[0].layer,
         module=module,
         starts=(0, *np.cumsum([len(each.ids) for each in arrived]).tolist()),
-        hidden=torch.cat([each.tokens for each in arrived]),
+        hidden=hidden,
         ids=torch.cat([each.ids for each in arrived]),
         weights=torch.cat([each.weights for each in arrived]),
         scores=torch.cat(known) if len(known) == len(scores) else None,
@@ -381,11 +310,13 @@ def _run_experts(at: AtExperts) -> tuple[torch.Tensor, torch.Tensor]:
     return mixed_outputs(at.module, at.hidden, at.ids, at.weights, parts)
 
 
-def _parts(output: torch.Tensor, arrived: list[_Arrival]) -> Iterator[torch.Tensor]:
-    """Each pass's own output, shaped as its hidden state: the model may change it in place."""
-    sizes, shapes = [len(each.ids) for each in arrived], [each.hidden.shape for each in arrived]
-    for part, shape in zip(output.split(sizes), shapes, strict=True):
-        yield part.reshape(shape).clone()
+def _parts(outputs: list[torch.Tensor], shapes: list[torch.Size]) -> Iterator[torch.Tensor]:
+    """Each pass's own output: the model may change it in place."""
+    rows = [shape.numel() // shape[-1] for shape in shapes]
+    ends = np.cumsum([0, *rows]).tolist()
+    whole = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    for (start, end), shape in zip(itertools.pairwise(ends), shapes, strict=True):
+        yield whole[start:end].reshape(shape).clone()
 
 
 def _of_observer(known: Arrays, observer: Observer) -> Arrays:

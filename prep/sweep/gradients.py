@@ -20,6 +20,7 @@ import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +28,12 @@ import numpy as np
 import torch
 
 from smoe.prep.checkpoint.checkpoint import Checkpoint
+from smoe.prep.checkpoint.ends import Ends
 from smoe.prep.checkpoint.seam import ExpertsModule, expert_geometry, expert_outputs, slots_of
 from smoe.prep.errors import NotDifferentiableError
 from smoe.prep.progress import Progress
-from smoe.prep.sweep.forward import BATCH, AtExperts, Pass, Visitor, batches_of
+from smoe.prep.sweep.forward import BATCH, AtExperts, Visitor, batches_of
+from smoe.prep.sweep.passes import Pass
 
 IN_MEMORY = 128 << 20  # bytes that are saved for the way back and not in the file
 SMALL = 64 << 10  # bytes of a tensor that is never worth the file
@@ -67,13 +70,14 @@ class Backward:
         self._graphs = [_Graph(self._checkpoint, b, device, self._saved) for b in batches]
         return list(self._graphs)
 
-    def walk_back(self, device: str, progress: Progress) -> None:
+    def walk_back(self, device: str, ends: Ends, progress: Progress) -> None:
         """All draws of all passes back, meeting at every layer's experts."""
         assert self._saved is not None
         generators = [_generator(device, self._seed, draw) for draw in range(self._draws)]
         running = [[_Back(graph, g) for g in generators] for graph in self._graphs]
         try:
-            self._meet(running, device, progress)
+            with progress.stage("gradients"):
+                self._meet(running, device, ends, progress)
         except NotDifferentiableError as error:
             self.refusal = str(error)
         finally:
@@ -82,24 +86,32 @@ class Backward:
             self._graphs.clear()
             self._saved.close()
 
-    def _meet(self, running: list[list[_Back]], device: str, progress: Progress) -> None:
+    def _meet(
+        self, running: list[list[_Back]], device: str, ends: Ends, progress: Progress
+    ) -> None:
         layers = len(self._checkpoint.layers)
         count = progress.counter("gradients", "layers", layers)
         arrived = [[back.go() for back in draws] for draws in running]
+        ends.leave()
         for done, layer in enumerate(reversed(range(layers)), 1):
             self._refuse_unreached(layer, arrived)
             received = [graph.received(layer) for graph in self._graphs]
-            with self._checkpoint.experts(layer, device) as module:
+            with contextlib.ExitStack() as stack:
+                with progress.stage("read"):
+                    module = stack.enter_context(self._checkpoint.experts(layer, device))
                 at = _together(layer, module, received, arrived)
                 for observer in self._observers:
-                    observer.visit(at)
+                    with progress.stage(observer.name):
+                        observer.visit(at)
                 at_hidden, at_weights = _through_experts(at)
+                places = list(at.passes())
+                del at
             arrived = [
                 [
                     back.go((at_hidden[draw, tokens], at_weights[draw, tokens]))
                     for draw, back in enumerate(draws)
                 ]
-                for draws, tokens in zip(running, at.passes(), strict=True)
+                for draws, tokens in zip(running, places, strict=True)
             ]
             count.done(done)
 
@@ -161,15 +173,17 @@ class SavedTensors:
     """
 
     def __init__(self, model: torch.nn.Module, directory: Path | None):
-        tensors = [*model.parameters(), *model.buffers()]
-        self._weights = {t.untyped_storage().data_ptr() for t in tensors if not t.is_meta}
+        self._weights = [t for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
         self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  see `close`
         self._held = 0
 
     def put(self, tensor: torch.Tensor):
         """Keep a tensor as it is now; `get` takes what this returns."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() in self._weights or storage.nbytes() < tensor.nbytes:
+        weight = self._weight(storage.data_ptr())
+        if weight is not None:  # by name, so to say: it may leave memory, and come again
+            return _View(weight, tensor.shape, tensor.stride(), tensor.storage_offset())
+        if storage.nbytes() < tensor.nbytes:
             return tensor.detach()
         if tensor.nbytes < SMALL or self._held + tensor.nbytes <= IN_MEMORY:
             self._held += tensor.nbytes
@@ -183,6 +197,9 @@ class SavedTensors:
         """The tensor again."""
         if isinstance(packed, torch.Tensor):
             return packed
+        if isinstance(packed, _View):
+            whole = packed.weight.detach()
+            return whole.as_strided(packed.shape, packed.strides, packed.offset)
         start, shape, strides, dtype, device = packed
         flat = torch.empty(math.prod(shape), dtype=dtype)
         self._file.seek(start)
@@ -191,6 +208,21 @@ class SavedTensors:
 
     def close(self) -> None:
         self._file.close()
+
+    def _weight(self, address: int) -> torch.Tensor | None:
+        """The model's own tensor that lies there. Addresses are looked up anew: weights move."""
+        found = (t for t in self._weights if t.untyped_storage().data_ptr() == address)
+        return next(found, None)
+
+
+@dataclass(frozen=True)
+class _View:
+    """A view of one of the model's own weights."""
+
+    weight: torch.Tensor
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
 
 
 class _Graph(Pass):
