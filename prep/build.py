@@ -22,11 +22,11 @@ from smoe.prep.backbone.quantise import check_precision
 from smoe.prep.checkpoint.checkpoint import Checkpoint, open_checkpoint, versions
 from smoe.prep.checkpoint.hub import origin
 from smoe.prep.checkpoint.licence import copy_licence
-from smoe.prep.checkpoint.text import Calibration
+from smoe.prep.checkpoint.text import LENGTH, Calibration, Origin, digest, rows_of
 from smoe.prep.errors import PrepError
 from smoe.prep.inspect import disk_needed
 from smoe.prep.learn import How, Text, learn
-from smoe.prep.options import STORED, Recipe, chosen_quantiser, quantiser_settings
+from smoe.prep.options import STORED, Recipe, quantiser_settings
 from smoe.prep.pack.pack import chosen_encoding, unpacked
 from smoe.prep.prices.calibrate import Fit, add_fit
 from smoe.prep.progress import Progress, peak_memory
@@ -40,6 +40,7 @@ from smoe.prep.workdir import (
     refuse_full_disk,
     write_whole,
 )
+from smoe.prep.written import write
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ def build(
 ) -> Built:
     """Build the bundle `output` from the checkpoint at `model`.
 
-    `profiled` is a directory that `profile` wrote; without it the `calibration` text is profiled
-    now. Given both, the profile must have been made from that text. A nested encoding is quantised
-    on the text too. The bundle is written beside and renamed once it is whole; an existing `output`
+    `profiled` is a directory that `profile` wrote; without it the text is profiled now: that of
+    `calibration`, and what the model writes itself, as much as the recipe says. Given a profile and
+    a calibration, the profile must have been made from that text. A nested encoding is quantised on
+    the text too. The bundle is written beside and renamed once it is whole; an existing `output`
     is never touched. After an interruption the same call goes on from the layers that are finished,
     and gives the same bytes.
     """
@@ -111,23 +113,24 @@ def _build(
     _refuse_options(recipe, calibration, profiled)
     checkpoint = open_checkpoint(model, progress)
     encoding = chosen_encoding(checkpoint, recipe.encoding, progress)
-    recipe = dataclasses.replace(recipe, encoding=encoding)
+    recipe = recipe.resolved(encoding, calibration is not None, profiled is not None)
     _refuse_early(checkpoint, recipe, calibration, profiled)
     if not checkpoint.end_ids:
         progress.say(
             "warning: neither config, generation config nor tokenizer of this model names a token "
             "that ends a text: generation will run to its limit, unless --stop ends it."
         )
-    text = _text(checkpoint, recipe, calibration, profiled, progress)
-    with beside(output, _settings(checkpoint, recipe, text, profiled), progress) as partial:
-        needed = disk_needed(checkpoint.model, recipe.encoding, text.tokens)
-        refuse_full_disk(partial, needed)
+    given = _given(checkpoint, recipe, calibration, profiled, progress)
+    origin = _origin(recipe, calibration if given else None)
+    with beside(output, _settings(checkpoint, recipe, calibration, given, profiled), progress) as (
+        partial
+    ):
+        tokens = sum(map(len, given)) + origin.own
+        refuse_full_disk(partial, disk_needed(checkpoint.model, recipe.encoding, tokens))
         experts = unpacked(checkpoint, recipe.encoding)
+        text = _text(checkpoint, partial, experts, recipe, origin, given, progress)
         how = How(
-            experts=experts,
-            quantiser=chosen_quantiser(recipe.encoding, recipe.quantiser, calibration),
-            profiled=profiled,
-            device=recipe.device,
+            experts=experts, quantiser=recipe.quantiser, profiled=profiled, device=recipe.device
         )
         no_prices = learn(checkpoint, partial, text, how, progress)
         if no_prices:
@@ -144,52 +147,75 @@ def _build(
         fit: list[Fit] = []
         if text.drawn and not no_prices:  # now that the bundle can run
             with progress.stage("fit"):
-                fit = add_fit(partial, text.ids(text.held_out), _seed(calibration), progress)
+                fit = add_fit(partial, text.ids(text.held_out), origin.seed, progress)
             manifest = _with_new_tables(partial, manifest)
         open_bundle(partial)
     return Built(output, manifest, no_prices, fit, {}, 0)
 
 
-def _calibrated(recipe: Recipe, calibration: Calibration | None) -> bool:
-    return chosen_quantiser(recipe.encoding, recipe.quantiser, calibration) == "calibrated"
-
-
-def _seed(calibration: Calibration | None) -> int:
-    return calibration.seed if calibration else 0
-
-
-def _text(
+def _given(
     checkpoint: Checkpoint,
     recipe: Recipe,
     calibration: Calibration | None,
     profiled: Path | None,
     progress: Progress,
+) -> list[np.ndarray]:
+    """The rows of the calibration text, tokenised if anything needs them."""
+    needed = profiled is None or recipe.prices or recipe.quantiser == "calibrated"
+    if calibration is None or not needed:
+        return []
+    return calibration.rows(checkpoint, progress.say)
+
+
+def _origin(recipe: Recipe, calibration: Calibration | None) -> Origin:
+    """Of all text of a build."""
+    origin = Origin("", recipe.seed, LENGTH) if calibration is None else calibration.origin
+    if not recipe.self_tokens:
+        return origin
+    rounded = "nearest" if recipe.quantiser == "calibrated" else recipe.quantiser
+    writer = ", ".join(filter(None, (recipe.encoding, rounded)))
+    return dataclasses.replace(origin, own=recipe.self_tokens, writer=writer)
+
+
+def _text(
+    checkpoint: Checkpoint,
+    partial: Path,
+    experts: Experts,
+    recipe: Recipe,
+    origin: Origin,
+    given: list[np.ndarray],
+    progress: Progress,
 ) -> Text:
-    """The text, tokenised if anything needs it."""
-    price_tokens = recipe.price_tokens(calibration)
-    needed = profiled is None or price_tokens or _calibrated(recipe, calibration)
-    rows: list[np.ndarray] = []
-    if calibration is not None and needed:
-        rows = calibration.rows(checkpoint, progress.say)
-    return Text.split(calibration, rows, price_tokens)
+    """The text that was given, and what the model writes itself after it."""
+    rows = given
+    if origin.own:
+        own = write(checkpoint, partial, origin, experts, recipe.quantiser, recipe.device, progress)
+        rows = rows_of(np.concatenate([*given, own]), origin.length)
+    return Text.split(origin, rows, recipe.prices or 0)
 
 
 def _settings(
-    checkpoint: Checkpoint, recipe: Recipe, text: Text, profiled: Path | None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    given: list[np.ndarray],
+    profiled: Path | None,
 ) -> dict[str, str]:
     """All that the bundle's bytes depend on: an interrupted build goes on only with the same."""
     settings = {
         "--encoding": encoding_named(recipe.encoding).name,
         "--backbone": recipe.backbone,
-        "--prices": str(recipe.price_tokens(text.calibration)),
+        "--prices": str(recipe.prices),
+        "--self": str(recipe.self_tokens),
+        "--seed": str(recipe.seed),
         "--device": recipe.device,
     }
     settings |= quantiser_settings(recipe.encoding, recipe.quantiser)
     if profiled is not None:
-        digest = sha256(profiled / "tables.safetensors")[:12]
-        settings["--profile"] = f"{profiled.name} ({digest})"
-    if text.calibration is not None and text.rows:
-        settings |= text.calibration.settings(text.rows)
+        tables = sha256(profiled / "tables.safetensors")[:12]
+        settings["--profile"] = f"{profiled.name} ({tables})"
+    if calibration is not None and given:
+        settings |= calibration.settings(given)
     return settings | checkpoint.identity()
 
 
@@ -207,15 +233,13 @@ def _backbone(
 
 def _refuse_options(recipe: Recipe, calibration: Calibration | None, profiled: Path | None) -> None:
     """An option that no model takes is a `PrepError` before the model is looked for."""
+    given, made = calibration is not None, profiled is not None
     if calibration is not None:
         calibration.refuse_wrong()
-    elif profiled is None:
-        raise PrepError(
-            "There is no calibration text; give --calibration FILE, or --profile PROFILE."
-        )
+    recipe.refuse_wrong_self(given, made)
     if recipe.encoding != STORED:
-        chosen_quantiser(recipe.encoding, recipe.quantiser, calibration)
-    recipe.price_tokens(calibration)
+        recipe.resolved(recipe.encoding, given, made)
+    recipe.price_tokens(recipe.has_text(given, made))
     check_precision(recipe.backbone)
     refuse_missing_device(recipe.device)
 
@@ -227,7 +251,6 @@ def _refuse_early(
     profiled: Path | None,
 ) -> None:
     """Whatever the user may have got wrong is a `PrepError` now, not after hours of work."""
-    chosen_quantiser(recipe.encoding, recipe.quantiser, calibration)
     unpacked(checkpoint, recipe.encoding)
     if profiled is not None:
         profile = open_profile(profiled, checkpoint)
@@ -281,14 +304,16 @@ def _provenance(checkpoint: Checkpoint, recipe: Recipe, text: Text) -> dict[str,
     }
     if why := reach(checkpoint.config).why:
         provenance["context"] = why
-    quantiser = chosen_quantiser(recipe.encoding, recipe.quantiser, text.calibration)
-    if quantiser is not None:
-        provenance["quantiser"] = quantiser
-    if text.calibration is not None and text.rows:
+    if recipe.quantiser is not None:
+        provenance["quantiser"] = recipe.quantiser
+    if text.rows:
         provenance |= {
-            "calibration": Path(text.calibration.source).name,
-            "calibration_sha256": text.calibration.digest(text.rows),
+            "calibration": str(text.origin),
+            "calibration_sha256": digest(text.rows),
             "calibration_tokens": str(text.tokens),
-            "calibration_seed": str(text.calibration.seed),
+            "calibration_seed": str(text.origin.seed),
         }
+    if text.origin.own:
+        provenance["calibration_own_tokens"] = str(text.origin.own)
+        provenance["calibration_written_with"] = text.origin.writer
     return provenance

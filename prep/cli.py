@@ -14,10 +14,10 @@ import click
 from click.core import ParameterSource
 
 from smoe.artifacts.encodings import ENCODINGS
-from smoe.prep.checkpoint.text import DEFAULT_TOKENS, MINIMUM, Calibration
+from smoe.prep.checkpoint.text import DEFAULT_TOKENS, Calibration
 from smoe.prep.cli_options import json_option, show
 from smoe.prep.cli_replay import plan, simulate
-from smoe.prep.options import PRICE_TOKENS, QUANTISERS, Recipe
+from smoe.prep.options import MINIMUM, PRICE_TOKENS, QUANTISERS, SELF_ALONE, SELF_BESIDE, Recipe
 from smoe.prep.progress import Progress
 
 RECIPE = Recipe()
@@ -70,7 +70,7 @@ def _calibration(required: bool) -> Callable:
             type=int,
             default=CALIBRATION.seed,
             show_default=True,
-            help="Order of documents, sample.",
+            help="Order of documents, samples, and what the model writes itself.",
         ),
     )
 
@@ -102,14 +102,22 @@ def cli() -> None:
     help="What `smoe-prep profile` wrote (from --calibration, if both are given), instead of "
     "profiling now.",
 )
+@click.option(
+    "--self",
+    "own",
+    type=int,
+    metavar="N",
+    help="Tokens that the model writes itself and learns from, beside --calibration or in place of "
+    f"it; 0: none. [default: {SELF_ALONE}, or beside --calibration {SELF_BESIDE} where codes are "
+    "calibrated, else none]",
+)
 @_encoding
 @_quantiser
 @_backbone
 @click.option(
     "--prices",
     type=int,
-    help="Tokens of the calibration text that prices come from; 0: no prices. [default: "
-    f"{PRICE_TOKENS}]",
+    help=f"Tokens of the text that prices come from; 0: no prices. [default: {PRICE_TOKENS}]",
 )
 @_device
 @json_option
@@ -120,6 +128,7 @@ def build(
     tokens: int | None,
     seed: int,
     profiled: Path | None,
+    own: int | None,
     encoding: str,
     quantiser: str | None,
     backbone: str,
@@ -128,20 +137,32 @@ def build(
     as_json: bool,
 ) -> None:
     """Make a bundle of the checkpoint MODEL: profile, pack, price, export. MODEL is a directory, or
-    the name ORG/NAME[@REVISION] of a model to fetch; what stopped in the middle is gone on with."""
-    source = _source(calibration, tokens, seed)
+    the name ORG/NAME[@REVISION] of a model to fetch; what stopped in the middle is gone on with.
+    Without --calibration the model learns from text that it writes itself."""
+    source = _source(calibration, tokens, seed, writes=profiled is None and own != 0)
     from smoe.prep.build import build
 
     recipe = Recipe(
-        encoding=encoding, backbone=backbone, quantiser=quantiser, prices=prices, device=device
+        encoding=encoding,
+        backbone=backbone,
+        quantiser=quantiser,
+        prices=prices,
+        device=device,
+        self_tokens=own,
+        seed=seed,
     )
     show(build(model, output, source, recipe, profiled, Progress()), as_json)
 
 
-def _source(calibration: str | None, tokens: int | None, seed: int) -> Calibration | None:
-    if calibration is None and (tokens is not None or seed != CALIBRATION.seed):
+def _source(
+    calibration: str | None, tokens: int | None, seed: int, writes: bool = False
+) -> Calibration | None:
+    """The text that was given; a usage error for options that would say nothing without it, where
+    the model `writes` its own or does not."""
+    if calibration is None and (tokens is not None or (seed != CALIBRATION.seed and not writes)):
         raise click.UsageError(
-            "--tokens and --seed say how to read --calibration, which is not given."
+            "--tokens and --seed say how to read --calibration, which is not given"
+            + ("; --self N says how much the model writes itself." if writes else ".")
         )
     return None if calibration is None else Calibration(calibration, tokens, seed)
 

@@ -18,7 +18,7 @@ from smoe.artifacts.manifest import Experts
 from smoe.artifacts.tables import load_tables, save_tables
 from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.seam import expert_geometry
-from smoe.prep.checkpoint.text import Calibration
+from smoe.prep.checkpoint.text import Origin
 from smoe.prep.pack.pack import Packing, pack
 from smoe.prep.prices.price import DRAWS, Packed, Prices, sampled
 from smoe.prep.progress import Progress
@@ -39,25 +39,24 @@ HELD_OUT = 2048  # tokens on which predictors are compared
 
 @dataclass(frozen=True)
 class Text:
-    """The calibration text of a build: `rows` of token ids, and the token positions of those that
-    prices and predictors are learnt from (`drawn`) and measured on (`held_out`), per row. No rows
-    where nothing needs them, nothing drawn where there are to be no prices."""
+    """The text of a build: `rows` of token ids, and the token positions of those that prices and
+    predictors are learnt from (`drawn`) and measured on (`held_out`), per row. No rows where
+    nothing needs them, nothing drawn where there are to be no prices. `origin` says where the text
+    comes from."""
 
-    calibration: Calibration | None
+    origin: Origin
     rows: list[np.ndarray]
     drawn: list[np.ndarray]
     held_out: list[np.ndarray]
 
     @classmethod
-    def split(
-        cls, calibration: Calibration | None, rows: list[np.ndarray], price_tokens: int
-    ) -> Text:
+    def split(cls, origin: Origin, rows: list[np.ndarray], price_tokens: int) -> Text:
         """`rows`, with so many tokens for prices."""
         drawn: list[np.ndarray] = []
         held_out: list[np.ndarray] = []
-        if calibration is not None and price_tokens and rows:
-            drawn, held_out = sampled(rows, price_tokens, calibration.seed)
-        return cls(calibration=calibration, rows=rows, drawn=drawn, held_out=held_out)
+        if price_tokens and rows:
+            drawn, held_out = sampled(rows, price_tokens, origin.seed)
+        return cls(origin=origin, rows=rows, drawn=drawn, held_out=held_out)
 
     @property
     def tokens(self) -> int:
@@ -122,8 +121,10 @@ def _learn(
     tables = [observer.finish() for observer in observers if observer is not statistics]
     if prices is not None and not refusal:
         tables.append(prices.finish())
-    if statistics is not None and trace is not None and text.calibration is not None:
-        write_profile(checkpoint, directory, text.calibration, statistics, trace, tables)
+    if statistics is not None and trace is not None:
+        if line := statistics.hardly_reached():
+            progress.say(line)
+        write_profile(checkpoint, directory, text.origin, statistics, trace, tables)
     else:
         _copy_profile(how.profiled, directory)
         _add_tables(checkpoint, directory / "tables.safetensors", tables)
@@ -131,8 +132,7 @@ def _learn(
 
 
 def _profilers(checkpoint: Checkpoint, text: Text) -> tuple[Statistics, Trace]:
-    assert text.calibration is not None
-    return Statistics(checkpoint, text.tokens, text.calibration.seed), Trace(text.rows)
+    return Statistics(checkpoint, text.tokens, text.origin.seed), Trace(text.rows)
 
 
 def _predictors(checkpoint: Checkpoint, text: Text) -> Predictors:
@@ -147,8 +147,7 @@ def _predictors(checkpoint: Checkpoint, text: Text) -> Predictors:
 
 
 def _backward(checkpoint: Checkpoint, directory: Path, text: Text, prices: Prices) -> Backward:
-    assert text.calibration is not None
-    rows, seed = np.stack(text.ids(text.drawn)), text.calibration.seed
+    rows, seed = np.stack(text.ids(text.drawn)), text.origin.seed
     return Backward(checkpoint, rows, DRAWS, seed, [prices], directory)
 
 

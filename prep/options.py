@@ -3,19 +3,19 @@ commands answer at once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from smoe.artifacts import nested
 from smoe.artifacts.encodings import encoding_named
 from smoe.prep.errors import PrepError
 
-if TYPE_CHECKING:
-    from smoe.prep.checkpoint.text import Calibration
-
 STORED = "stored"  # the encoding that keeps what a checkpoint has
 QUANTISERS = ("calibrated", "nearest", "kept")
 PRICE_TOKENS = 8192  # of the calibration text
+# Tokens that a model writes itself, beside calibration text and in place of it (docs/log.md,
+# 2026-11-27); more than the most would be days of writing.
+SELF_BESIDE, SELF_ALONE, SELF_MOST = 32768, 49152, 1 << 24
+MINIMUM = 128  # tokens: below this the statistics would be of nothing
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,74 @@ class Recipe:
     # Tokens that prices come from; None: `PRICE_TOKENS` where there is text; 0: no prices.
     prices: int | None = None
     device: str = "cpu"  # what the sweep runs on, as torch names it
+    # Tokens that the model writes itself and learns from beside its calibration text; None:
+    # `SELF_BESIDE`, or `SELF_ALONE` where there is no other text and no profile.
+    self_tokens: int | None = None
+    seed: int = 0  # of what the model writes
 
-    def price_tokens(self, calibration: Calibration | None) -> int:
-        """How many tokens prices come from; 0 for none. A `PrepError` if there is no text for
+    def resolved(self, encoding: str, calibration: bool, profiled: bool) -> Recipe:
+        """The same with nothing left open, for experts in `encoding`, and where there is
+        `calibration` text or a finished profile. A `PrepError` where there is no text for it."""
+        text = self.has_text(calibration, profiled)
+        quantiser = chosen_quantiser(encoding, self.quantiser, text)
+        return replace(
+            self,
+            encoding=encoding,
+            quantiser=quantiser,
+            prices=self.price_tokens(text),
+            self_tokens=self.own_tokens(calibration, profiled, quantiser),
+        )
+
+    def price_tokens(self, text: bool) -> int:
+        """How many tokens prices come from; 0 for none. A `PrepError` if there is no `text` for
         them."""
         if self.prices is not None and self.prices < 0:
             raise PrepError(f"--prices is {self.prices}; 0 (none) or more tokens are wanted.")
-        if self.prices and calibration is None:
+        if self.prices and not text:
             raise PrepError(
                 "Prices come from text; give --calibration FILE too, or leave out --prices."
             )
         if self.prices is None:
-            return PRICE_TOKENS if calibration is not None else 0
+            return PRICE_TOKENS if text else 0
         return self.prices
 
+    def has_text(self, calibration: bool, profiled: bool) -> bool:
+        """Whether there is text to learn from: `calibration` text, or what the model writes itself
+        where there is neither that nor a finished profile."""
+        return calibration or (not profiled and self.self_tokens != 0)
 
-def chosen_quantiser(
-    encoding: str, asked: str | None, calibration: Calibration | None
-) -> str | None:
+    def own_tokens(self, calibration: bool, profiled: bool, quantiser: str | None) -> int:
+        """How many tokens the model is to write itself: by default some beside `calibration` text
+        where codes are calibrated, which gain by it, and none beside a finished profile."""
+        if self.self_tokens is not None:
+            return self.self_tokens
+        if calibration:
+            return SELF_BESIDE if quantiser == "calibrated" and not profiled else 0
+        return 0 if profiled else SELF_ALONE
+
+    def refuse_wrong_self(self, calibration: bool, profiled: bool) -> None:
+        """A `PrepError` for a number of tokens or a seed with which nothing can be written."""
+        tokens, alone = self.self_tokens, not calibration and not profiled
+        if tokens and profiled:
+            raise PrepError(
+                "--self says how much text the model writes and is profiled on, and --profile that "
+                "there is a profile already; leave one of them out."
+            )
+        if tokens == 0 and alone:
+            raise PrepError(
+                "There is no text to learn from; give --calibration FILE or --profile PROFILE, or "
+                "leave out --self 0, so that the model writes its own."
+            )
+        least = MINIMUM if alone else 0
+        if tokens is not None and not least <= tokens <= SELF_MOST:
+            raise PrepError(f"--self is {tokens}; {least} to {SELF_MOST} tokens are wanted.")
+        if self.seed < 0:
+            raise PrepError(f"--seed is {self.seed}; 0 and more are wanted.")
+
+
+def chosen_quantiser(encoding: str, asked: str | None, text: bool) -> str | None:
     """How a nested encoding's codes are found, None for the others; a `PrepError` if that cannot
-    be."""
+    be: "calibrated" takes `text`."""
     name = encoding_named(encoding).name
     if asked is not None and asked not in QUANTISERS:
         raise PrepError(f"There is no quantiser {asked!r}; there are {', '.join(QUANTISERS)}.")
@@ -66,7 +114,7 @@ def chosen_quantiser(
             f"--quantiser kept keeps a checkpoint's own codes, and {name} has other values than "
             "those; leave out --encoding to keep them."
         )
-    if quantiser == "calibrated" and calibration is None:
+    if quantiser == "calibrated" and not text:
         raise PrepError(
             f"{name} is quantised on calibration text; give --calibration FILE, or --quantiser "
             "nearest for plain rounding."

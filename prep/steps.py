@@ -78,7 +78,7 @@ def pack_to(
     `calibration` that the encoding does not use is a `PrepError`."""
     checkpoint = _opened(model, output, progress, device)
     encoding = chosen_encoding(checkpoint, encoding, progress)
-    chosen = chosen_quantiser(encoding, quantiser, calibration)
+    chosen = chosen_quantiser(encoding, quantiser, calibration is not None)
     if calibration is not None and chosen != "calibrated":
         raise PrepError("--calibration is for nested encodings with --quantiser calibrated.")
     settings = {"--encoding": encoding, "--device": device}

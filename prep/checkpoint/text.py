@@ -21,15 +21,41 @@ import tokenizers
 from smoe.prep.checkpoint.documents import PIECE, is_stream, piece_end, read_documents
 from smoe.prep.checkpoint.records import Conversation, Document
 from smoe.prep.errors import PrepError
+from smoe.prep.options import MINIMUM
 from smoe.runtime import chat
 from smoe.runtime.errors import EngineError
 
 if TYPE_CHECKING:
     from smoe.prep.checkpoint.checkpoint import Checkpoint
 
-MINIMUM = 128  # tokens: below this the statistics would be of nothing
-DEFAULT_TOKENS = 128 * 512
+LENGTH = 512  # of a row
+DEFAULT_TOKENS = 128 * LENGTH
 DOCUMENTS = 1024  # in memory at once
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where text comes from: the name of what was read, if anything was; the seed that drew its
+    order, what the model wrote and all samples; the length of its rows; and how many of its tokens
+    the model wrote itself (`own`), with experts packed by the quantiser `writer`."""
+
+    source: str
+    seed: int
+    length: int
+    own: int = 0
+    writer: str = ""
+
+    def __str__(self) -> str:
+        own = "text written by the model" if self.own else ""
+        return " and ".join(part for part in (self.source, own) if part)
+
+    def as_dict(self, tokens: int) -> dict[str, str | int]:
+        """For profile.json, of text of so many `tokens`."""
+        made: dict[str, str | int] = {"source": str(self), "tokens": tokens}
+        made |= {"length": self.length, "seed": self.seed}
+        if self.own:
+            made |= {"own_tokens": self.own, "written_with": self.writer}
+        return made
 
 
 @dataclass(frozen=True)
@@ -41,7 +67,12 @@ class Calibration:
     source: str
     tokens: int | None = None
     seed: int = 0
-    length: int = 512
+    length: int = LENGTH
+
+    @property
+    def origin(self) -> Origin:
+        """Of this text alone."""
+        return Origin(source=Path(self.source).name, seed=self.seed, length=self.length)
 
     def refuse_wrong(self) -> None:
         """A `PrepError` for numbers that no text can meet."""
@@ -81,21 +112,26 @@ class Calibration:
                 f"{self.source} holds {len(stream)} tokens, fewer than the {tokens} asked for; "
                 "give more text or a smaller --tokens."
             )
-        return [stream[i : i + self.length] for i in range(0, len(stream), self.length)]
+        return rows_of(stream, self.length)
 
     def settings(self, rows: list[np.ndarray]) -> dict[str, str]:
         """What `rows` depend on, and a digest of them."""
         tokens = "all there are" if self.tokens is None else str(self.tokens)
         return {
-            "--calibration": f"{Path(self.source).name} ({self.digest(rows)[:12]})",
+            "--calibration": f"{Path(self.source).name} ({digest(rows)[:12]})",
             "--tokens": tokens,
             "--seed": str(self.seed),
         }
 
-    @staticmethod
-    def digest(rows: list[np.ndarray]) -> str:
-        """SHA-256 of the token ids."""
-        return hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest()
+
+def rows_of(stream: np.ndarray, length: int) -> list[np.ndarray]:
+    """A stream of token ids, cut: each `[length]`, the last as long as is left."""
+    return [stream[i : i + length] for i in range(0, len(stream), length)]
+
+
+def digest(rows: list[np.ndarray]) -> str:
+    """SHA-256 of the token ids."""
+    return hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest()
 
 
 def _shuffled(source: str, seed: int) -> Iterator[Document]:

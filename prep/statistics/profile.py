@@ -21,8 +21,9 @@ from smoe.artifacts import safetensors_file
 from smoe.artifacts.tables import key, save_tables
 from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.seam import expert_geometry, expert_outputs
-from smoe.prep.checkpoint.text import Calibration
+from smoe.prep.checkpoint.text import Calibration, Origin
 from smoe.prep.errors import PrepError
+from smoe.prep.options import MINIMUM
 from smoe.prep.progress import Progress
 from smoe.prep.statistics.sums import LayerSums, activity
 from smoe.prep.sweep.forward import Arrays, AtExperts, sweep
@@ -75,6 +76,19 @@ class Statistics:
 
     def finish(self) -> list[Arrays]:
         return [sums.tables() for sums in self.sums]
+
+    def hardly_reached(self) -> str:
+        """For people: which experts the text hardly reached, by layer, and what to do; "" where it
+        reached all."""
+        few = [int((sums.counts < MINIMUM).sum()) for sums in self.sums]
+        if not any(few):
+            return ""
+        layers = ", ".join(f"{count} in layer {layer}" for layer, count in enumerate(few) if count)
+        experts = sum(len(sums.counts) for sums in self.sums)
+        return (
+            f"text: {sum(few)} of {experts} experts got fewer than {MINIMUM} tokens ({layers}), so "
+            "that little is known of them; give more text, or let the model write more (--self N)"
+        )
 
     def _activity(self, at: AtExperts) -> np.ndarray:
         return activity(at.ids.cpu().numpy(), len(self.sums[at.layer].counts))
@@ -171,7 +185,7 @@ def profile(
     trace = Trace(rows)
     with FinishedLayers(directory) as finished:
         sweep(checkpoint, rows, [statistics, trace], device, finished=finished, progress=progress)
-        result = write_profile(checkpoint, directory, calibration, statistics, trace, [])
+        result = write_profile(checkpoint, directory, calibration.origin, statistics, trace, [])
         finished.clear()
     return result
 
@@ -179,14 +193,14 @@ def profile(
 def write_profile(
     checkpoint: Checkpoint,
     directory: Path,
-    calibration: Calibration,
+    origin: Origin,
     statistics: Statistics,
     trace: Trace,
     more: Sequence[list[Arrays]],
 ) -> Profile:
     """Write tables (and `more` of them, per layer), trace, and last profile.json."""
     tables = statistics.finish()
-    result = _summary(checkpoint, calibration, statistics, tables)
+    result = _summary(checkpoint, origin, statistics, tables)
     merged = merged_tables(tables, *more)
     save_tables(directory / "tables.safetensors", merged, {"fingerprint": result.fingerprint})
     safetensors_file.save(directory / "study" / "trace.safetensors", trace.arrays)
@@ -229,7 +243,7 @@ def open_profile(directory: Path, checkpoint: Checkpoint) -> dict:
 
 def _summary(
     checkpoint: Checkpoint,
-    calibration: Calibration,
+    origin: Origin,
     statistics: Statistics,
     tables: list[Arrays],
 ) -> Profile:
@@ -238,10 +252,7 @@ def _summary(
         model=checkpoint.model.config.model_type,
         fingerprint=checkpoint.fingerprint(),
         calibration={
-            "source": Path(calibration.source).name,
-            "tokens": statistics.tokens,
-            "length": calibration.length,
-            "seed": calibration.seed,
+            **origin.as_dict(statistics.tokens),
             "sampled_tokens": len(statistics.sample),
         },
         layers=[_layer_summary(name, t) for name, t in zip(names, tables, strict=True)],
