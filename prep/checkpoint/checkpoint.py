@@ -23,7 +23,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig
 
 from smoe.artifacts.errors import first_line
-from smoe.prep.checkpoint.coded import CodedExperts, read_coded
+from smoe.prep.checkpoint.coded import (
+    Coded,
+    CodedExperts,
+    all_finite,
+    coded_apart,
+    read_coded,
+)
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam
 from smoe.prep.checkpoint.few_bits import (
     decoded_dtype,
@@ -136,9 +142,12 @@ class Checkpoint:
         _trim()
 
     @contextlib.contextmanager
-    def experts(self, layer: int, device: str = "cpu") -> Iterator[ExpertsModule]:
+    def experts(
+        self, layer: int, device: str = "cpu", apart: bool = False
+    ) -> Iterator[ExpertsModule]:
         """The module of one layer's experts with its weights read to `device`, for the length of
-        the block.
+        the block. `apart`: an expert's matrices are read when they are asked for, where that can
+        be, which is for who wants each once.
 
         Weights that are not finite are a `PrepError` that names them.
         """
@@ -150,8 +159,8 @@ class Checkpoint:
             for parameter, names in sorted(
                 self.sources[layer].items(), key=lambda item: self.weights.nbytes(item[1])
             )[::-1]:
-                if self.weights.coded(names):
-                    experts = read_coded(self.weights, self.model, parameter, names, device)
+                experts = self._coded(parameter, names, device, apart)
+                if experts is not None:
                     coded[parameter.removeprefix(f"{name}.")] = experts
                 else:
                     self.weights.load(self.model, names)
@@ -161,6 +170,15 @@ class Checkpoint:
             yield cast(ExpertsModule, CodedExperts(module, coded)) if coded else module
         finally:
             _forget(module)
+
+    def _coded(
+        self, parameter: str, names: dict[str, str | None], device: str, apart: bool
+    ) -> Coded | None:
+        """A parameter that stays as it is stored; None where it does not."""
+        where = (self.weights, self.model, parameter, names, device)
+        matrices = self.model.get_parameter(parameter).ndim > 2
+        found = coded_apart(*where) if apart and matrices else None
+        return read_coded(*where) if found is None and self.weights.coded(names) else found
 
 
 def versions() -> dict[str, str]:
@@ -306,7 +324,7 @@ def _load_backbone(path: Path, model: transformers.PreTrainedModel, weights: Wei
     weights.complete(model, info)  # ties weights, and fills buffers that no checkpoint holds
     _refuse_missing(path, info.missing_keys)
     for name, weight in model.named_parameters():
-        if not weight.is_meta and not torch.isfinite(weight).all():
+        if not weight.is_meta and not all_finite(weight):
             raise PrepError(
                 f"{path}: {name} holds values that are not finite; the checkpoint is damaged."
             )
@@ -345,8 +363,8 @@ def _refuse_infinite(path: Path, layer: str, module: torch.nn.Module) -> None:
     for name, weight in module.named_parameters():
         if weight.is_meta:  # stays in its codes, and is checked when it is decoded
             continue
-        for expert, part in enumerate(weight):  # one at a time: isfinite makes copies
-            if not torch.isfinite(part).all():
+        for expert, part in enumerate(weight):
+            if not all_finite(part):
                 raise PrepError(
                     f"{path}: {layer}.{name} of expert {expert} holds values that are not finite; "
                     "the checkpoint is "

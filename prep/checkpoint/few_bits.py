@@ -24,6 +24,8 @@ from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 
 from smoe.artifacts.errors import first_line
 from smoe.prep.errors import PrepError
+from smoe.prep.pack.compiled import native
+from smoe.runtime.machine import processors
 
 # Schemes whose load operations give the weights back on any processor.
 READ = ("mxfp4", "fp8", "mxfp8", "compressed-tensors")
@@ -105,10 +107,34 @@ class _ShortBlocks(Fp8Dequantize):
         grid = tuple(scales.shape[-2:])
         if not block or grid != (-(-rows // block[0]), -(-columns // block[1])):
             return super()._dequantize_one(quantized, scales, output_dtype)
+        if (
+            native is not None
+            and quantized.device.type == "cpu"
+            and quantized.dtype == torch.float8_e4m3fn
+            and output_dtype in (torch.float32, torch.bfloat16)
+        ):
+            return _dequantised(quantized, scales, block, output_dtype)
         padding = (0, grid[1] * block[1] - columns, 0, grid[0] * block[0] - rows)
         whole = torch.nn.functional.pad(quantized.view(torch.uint8), padding)
         decoded = super()._dequantize_one(whole.view(quantized.dtype), scales, output_dtype)
         return decoded[..., :rows, :columns]
+
+
+def _dequantised(
+    quantized: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """`_dequantize_one` in native code: float8 e4m3 `[.., rows, columns]` to float32 or
+    bfloat16."""
+    powers = scales.dtype == torch.uint8  # of two
+    factors = (scales.float() - 127).exp2() if powers else scales.float()
+    rows, columns = quantized.shape[-2:]
+    codes = quantized.contiguous().view(torch.uint8).reshape(-1, rows, columns)
+    factors = factors.reshape(-1, *factors.shape[-2:]).expand(len(codes), -1, -1).contiguous()
+    out = torch.empty(codes.shape, dtype=dtype)
+    filled = out.view(torch.uint16) if dtype == torch.bfloat16 else out
+    arrays = (codes.numpy(), factors.numpy())
+    native.dequantise_fp8(*arrays, *block, filled.numpy(), processors().count)
+    return out.reshape(quantized.shape)
 
 
 class _BlockFp8(FineGrainedFP8HfQuantizer):
@@ -133,6 +159,12 @@ class _TwoCodesAtOnce(Mxfp4Dequantize):
             raise ValueError(
                 f"blocks of shape {tuple(blocks.shape)} with scales of {tuple(scales.shape)}"
             )
+        if native is not None and blocks.device.type == "cpu":
+            w = torch.empty(*blocks.shape[:-1], 32, dtype=torch.bfloat16)
+            stored = (blocks.reshape(-1, 16).numpy(), scales.reshape(-1).numpy())
+            filled = w.view(torch.uint16).reshape(-1, 32).numpy()
+            native.dequantise_mxfp4(*stored, filled, processors().count)
+            return {full_layer_name: w.flatten(2).transpose(1, 2)}
         byte = torch.arange(256, device=blocks.device)
         values = torch.tensor(FP4_VALUES, dtype=torch.bfloat16, device=blocks.device)
         pairs = torch.stack([values[byte & 15], values[byte >> 4]], -1).view(torch.int32)[:, 0]

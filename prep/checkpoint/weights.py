@@ -171,16 +171,17 @@ class Weights:
         """Whether any of these tensors holds codes of a scheme of few bits."""
         return self.quantiser is not None and any(is_code(self.stored[n].dtype) for n in names)
 
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor as it is stored. A file that cannot be read, or became shorter, is a
-        `PrepError`."""
+    def read(self, name: str, row: int | None = None) -> torch.Tensor:
+        """A tensor as it is stored, or `[1, ..]` of it. A file that cannot be read, or became
+        shorter, is a `PrepError`."""
         stored = self.stored[name]
-        data = torch.empty(stored.nbytes, dtype=torch.uint8)
-        left = data.numpy().data
+        shape = stored.shape if row is None else (1, *stored.shape[1:])
+        tensor = torch.empty(shape, dtype=stored.dtype)
+        left = tensor.reshape(-1).view(torch.uint8).numpy().data
         try:
             begin = _begins(stored.file, stored.file.stat().st_mtime_ns)[name]
             with open(stored.file, "rb", buffering=0) as file:
-                file.seek(begin)
+                file.seek(begin + (row or 0) * tensor.nbytes)
                 while left and (count := file.readinto(left)):
                     left = left[count:]
         except OSError as error:
@@ -192,7 +193,7 @@ class Weights:
                 f"{stored.file} became shorter while it was read; leave it alone until smoe-prep "
                 "is done."
             )
-        return data.view(stored.dtype).reshape(stored.shape)
+        return tensor
 
     def load(self, model: transformers.PreTrainedModel, names: Iterable[str]) -> None:
         """Read the tensors `names` and put what they make into `model`, in the dtype its parameters

@@ -24,3 +24,18 @@ def round_int8(
     variant: str, w: np.ndarray, codes: np.ndarray, scale: np.ndarray, threads: int
 ) -> None: ...
 def round_half(variant: str, w: np.ndarray, kind: str, out: np.ndarray, threads: int) -> bool: ...
+def keep_codes(
+    values: np.ndarray,
+    w: np.ndarray,
+    group: int,
+    at_once: int,
+    codes: np.ndarray,
+    scale: np.ndarray,
+    threads: int,
+) -> bool: ...
+def dequantise_mxfp4(
+    blocks: np.ndarray, scales: np.ndarray, out: np.ndarray, threads: int
+) -> None: ...
+def dequantise_fp8(
+    codes: np.ndarray, factors: np.ndarray, high: int, wide: int, out: np.ndarray, threads: int
+) -> None: ...

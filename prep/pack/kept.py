@@ -13,13 +13,17 @@ import numpy as np
 
 from smoe.artifacts import nested
 from smoe.artifacts.bfloat16 import from_bf16, to_bf16
-from smoe.artifacts.encodings import fill_record, is_bias_or_norm
+from smoe.artifacts.encodings import is_bias_or_norm
 from smoe.artifacts.layout import RecordLayout
 from smoe.artifacts.nested import Split
 from smoe.prep.errors import PrepError
+from smoe.prep.pack.compiled import native
+from smoe.prep.pack.encode import codes_record
+from smoe.runtime.machine import processors
 
 AT_ONCE = 1 << 16  # weights
 
+Codes = tuple[np.ndarray, np.ndarray]
 Rounding = Callable[[np.ndarray], np.ndarray]
 
 
@@ -29,7 +33,8 @@ def kept_record(
     """One record, `uint8 [layout.nbytes]`, of an expert's float32 matrices and biases, in their own
     codes. Weights that are no codes of `encoding` are a `PrepError` that says `where`."""
     parsed = nested.parse(encoding)
-    tensors = {name: vector for name, vector in weights.items() if is_bias_or_norm(name)}
+    vectors = {name: vector for name, vector in weights.items() if is_bias_or_norm(name)}
+    codes = {}
     for name, w in weights.items():
         if is_bias_or_norm(name):
             continue
@@ -39,14 +44,26 @@ def kept_record(
                 f"{where}: {name} is not made of codes of {encoding}, so that they cannot be kept; "
                 "give another --encoding, like nested:2+1+1, or --quantiser calibrated."
             )
-        tensors |= nested.pack_matrix(parsed, name, *kept)
-    return fill_record(layout, tensors)
+        codes[name] = kept
+    return codes_record(layout, parsed, codes, vectors)
 
 
-def kept_codes(split: Split, group: int, w: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def kept_codes(split: Split, group: int, w: np.ndarray) -> Codes | None:
     """Codes uint8 `[n_out, n_in]` and factors float32 `[n_out, groups]`, values of bfloat16, whose
     products are `w` float32 `[n_out, n_in]` to the bit, rounded as `w` is; None if there are none.
-    """
+    `specified_codes`, in native code where there is some."""
+    if native is None:
+        return specified_codes(split, group, w)
+    codes = np.empty(w.shape, np.uint8)
+    scale = np.empty((w.shape[0], -(-w.shape[1] // group)), np.float32)
+    values, threads = split.values(len(split.planes)), processors().count
+    w, at_once = np.ascontiguousarray(w), AT_ONCE // group
+    kept = native.keep_codes(values, w, group, at_once, codes, scale, threads)
+    return (codes, scale) if kept else None
+
+
+def specified_codes(split: Split, group: int, w: np.ndarray) -> Codes | None:
+    """The specification of `kept_codes`, in NumPy."""
     (n_out, n_in), groups = w.shape, -(-w.shape[1] // group)
     short = groups * group - n_in
     padded = (np.pad(w, ((0, 0), (0, short))) if short else w).reshape(-1, group)

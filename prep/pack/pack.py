@@ -8,15 +8,16 @@ found again (`quantiser` "kept").
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from smoe.artifacts import nested
 from smoe.artifacts.encodings import (
-    encode_expert,
     encoding_named,
     fill_record,
     is_bias_or_norm,
@@ -35,6 +36,7 @@ from smoe.prep.checkpoint.seam import (
 )
 from smoe.prep.errors import PrepError
 from smoe.prep.options import STORED
+from smoe.prep.pack.encode import encode_record
 from smoe.prep.pack.kept import kept_record
 from smoe.prep.pack.quantise import Quantised, quantise, second_moment
 from smoe.prep.progress import Progress
@@ -43,6 +45,8 @@ from smoe.prep.sweep.forward import Arrays, AtExperts, sweep
 PAGE = 16384  # bytes: some aarch64 kernels use pages of this size
 COMMON = 256  # tokens of the layer at large, spread over the text, in every second moment
 AT_ONCE = 256 << 20  # bytes of second moments in memory
+
+Made = TypeVar("Made")
 
 
 class Packing:
@@ -89,15 +93,15 @@ class Packing:
     def round(self, layer: int, module: ExpertsModule) -> None:
         """Write a layer's shard without calibration; `module` has its weights."""
         layout, encoding = self._layout(module), self._experts.encoding
-        experts = range(expert_geometry(module)[0])
+        experts = _ahead(lambda e: expert_weights(module, e), expert_geometry(module)[0])
         if self._quantiser == "kept":
             name = self._checkpoint.layers[layer][0]
             records = (
-                kept_record(layout, encoding, expert_weights(module, e), f"{name}, expert {e}")
-                for e in experts
+                kept_record(layout, encoding, weights, f"{name}, expert {e}")
+                for e, weights in enumerate(experts)
             )
         else:
-            records = (encode_expert(layout, encoding, expert_weights(module, e)) for e in experts)
+            records = (encode_record(layout, encoding, weights) for weights in experts)
         self._write(layer, module, records)
 
     def _shard(self, layer: int) -> Path:
@@ -136,10 +140,21 @@ def pack(
     count = progress.counter("pack", "layers", len(checkpoint.layers))
     for layer in range(len(checkpoint.layers)):
         if layer in missing:
-            with checkpoint.experts(layer) as module:
+            with checkpoint.experts(layer, apart=True) as module:
                 packing.round(layer, module)
         count.done(layer + 1, worked=layer in missing)
     return experts
+
+
+def _ahead(made: Callable[[int], Made], count: int) -> Iterator[Made]:
+    """`made(0)`, `made(1)` and so on, each made while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(made, 0) if count else None
+        for number in range(count):
+            assert following is not None
+            one = following.result()
+            following = pool.submit(made, number + 1) if number + 1 < count else None
+            yield one
 
 
 def chosen_encoding(checkpoint: Checkpoint, asked: str, progress: Progress) -> str:

@@ -68,9 +68,8 @@ static void in_runs(std::size_t n, std::size_t threads, F&& f) {
 
 void round_bf16(const Rounder& how, const float* w, std::size_t n, std::uint16_t* out,
                 std::size_t threads) {
-    in_runs(n, threads, [&](std::size_t first, std::size_t count) {
-        how.bf16(w + first, count, out + first);
-    });
+    in_runs(n, threads,
+            [&](std::size_t first, std::size_t count) { how.bf16(w + first, count, out + first); });
 }
 
 bool round_f16(const Rounder& how, const float* w, std::size_t n, std::uint16_t* out,

@@ -12,15 +12,15 @@ constexpr std::size_t MAX_LEVELS = 7, MAX_TABLE = 16, MAX_CANDIDATES = 32, MAX_G
 
 // What codes stand for, and which scales are tried.
 struct Grid {
-    std::size_t total, levels;                // bits of a code; planes
-    std::size_t bits[MAX_LEVELS];             // of a code that a level has read
-    float weight[MAX_LEVELS];                 // that a level's squared error has in the sum
-    bool table;                               // codes of up to 4 bits: values, else a uniform grid
-    float values[MAX_LEVELS][MAX_TABLE];      // of a full code at every level
-    float edges[MAX_TABLE - 1];               // between neighbours at the full level
-    std::size_t candidates;                   // scales tried for a group,
-    double around[MAX_CANDIDATES];            // each times the group's spread: the root of its mean
-};                                            // square for a table, else its largest magnitude
+    std::size_t total, levels;            // bits of a code; planes
+    std::size_t bits[MAX_LEVELS];         // of a code that a level has read
+    float weight[MAX_LEVELS];             // that a level's squared error has in the sum
+    bool table;                           // codes of up to 4 bits: values, else a uniform grid
+    float values[MAX_LEVELS][MAX_TABLE];  // of a full code at every level
+    float edges[MAX_TABLE - 1];           // between neighbours at the full level
+    std::size_t candidates;               // scales tried for a group,
+    double around[MAX_CANDIDATES];        // each times the group's spread: the root of its mean
+};  // square for a table, else its largest magnitude
 
 // A group's weights, or two groups' side by side, as a variant wants them.
 struct Group {

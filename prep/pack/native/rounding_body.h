@@ -4,6 +4,8 @@
 // code compiled for another instruction set must not take its place.
 #include <cmath>
 
+#include "bits.h"
+
 namespace smoe {
 namespace {
 
@@ -11,26 +13,6 @@ typedef std::int32_t Ints __attribute__((vector_size(LANES * 4)));
 constexpr std::size_t PARTS = LANES < 8 ? 8 / LANES : 1;
 constexpr std::size_t AT_ONCE = LANES < 8 ? 1 : LANES / 8;
 constexpr std::size_t STEPS = MAX_GROUP / 8;
-
-inline float bits_to_float(std::uint32_t bits) {
-    float value;
-    __builtin_memcpy(&value, &bits, sizeof value);
-    return value;
-}
-inline std::uint32_t float_to_bits(float value) {
-    std::uint32_t bits;
-    __builtin_memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-inline std::uint16_t bf16_of(float value) {
-    const std::uint32_t bits = float_to_bits(value);
-    const std::uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    return value != value ? 0x7FC0 : std::uint16_t(rounded);
-}
-inline float through_bf16(float value) {
-    return bits_to_float(std::uint32_t(bf16_of(value)) << 16);
-}
 
 // NumPy's order of a sum: of eight running sums.
 inline float sum_of(const float* s) {
@@ -82,8 +64,10 @@ struct Uniform {
     std::size_t total;
 
     explicit Uniform(const Grid& grid)
-        : inverse(1 / float(1 << (8 - grid.total))), half(float(1 << (grid.total - 1))),
-          most((1 << grid.total) - 1), total(grid.total) {}
+        : inverse(1 / float(1 << (8 - grid.total))),
+          half(float(1 << (grid.total - 1))),
+          most((1 << grid.total) - 1),
+          total(grid.total) {}
 
     // How many edges lie below x. Exact: x - floor(x) is, wherever a comparison could go wrong.
     inline Ints code(Floats x) const {
@@ -181,7 +165,7 @@ inline void search(const Grid& grid, std::size_t size, const Group* groups, Stag
     for (std::size_t k = 0; k < grid.candidates; ++k) {
         float candidate[AT_ONCE];
         for (std::size_t a = 0; a < AT_ONCE; ++a)
-            set(a, candidate[a] = through_bf16(float(spread[a] * grid.around[k])));
+            set(a, candidate[a] = from_bf16(bf16_of(float(spread[a] * grid.around[k]))));
         const Costs costs = cost(scale, divisor);
         for (std::size_t a = 0; a < AT_ONCE; ++a)
             if (costs.of[a] < lowest[a])
@@ -221,12 +205,18 @@ void round_groups(const Grid& grid, std::size_t size, const Group* groups) {
     stage(staged, size, groups);
     if (grid.table) {
         switch (grid.total * 4 + grid.levels) {
-            case 2 * 4 + 1: return with_table<2, 1>(grid, size, groups, staged);
-            case 3 * 4 + 1: return with_table<3, 1>(grid, size, groups, staged);
-            case 3 * 4 + 2: return with_table<3, 2>(grid, size, groups, staged);
-            case 4 * 4 + 1: return with_table<4, 1>(grid, size, groups, staged);
-            case 4 * 4 + 2: return with_table<4, 2>(grid, size, groups, staged);
-            default: return with_table<4, 3>(grid, size, groups, staged);
+            case 2 * 4 + 1:
+                return with_table<2, 1>(grid, size, groups, staged);
+            case 3 * 4 + 1:
+                return with_table<3, 1>(grid, size, groups, staged);
+            case 3 * 4 + 2:
+                return with_table<3, 2>(grid, size, groups, staged);
+            case 4 * 4 + 1:
+                return with_table<4, 1>(grid, size, groups, staged);
+            case 4 * 4 + 2:
+                return with_table<4, 2>(grid, size, groups, staged);
+            default:
+                return with_table<4, 3>(grid, size, groups, staged);
         }
     }
     const Uniform uniform(grid);
@@ -259,15 +249,10 @@ void to_bf16(const float* w, std::size_t n, std::uint16_t* out) {
     for (std::size_t i = 0; i < n; ++i) out[i] = bf16_of(w[i]);
 }
 
-// To nearest even: normal numbers by their bits; the others by adding a number whose last bit is
-// that of the smallest float16.
 bool to_f16(const float* w, std::size_t n, std::uint16_t* out) {
     std::uint32_t most = 0;
     for (std::size_t i = 0; i < n; ++i) {
-        const std::uint32_t bits = float_to_bits(w[i]), size = bits & 0x7FFFFFFF;
-        const std::uint32_t normal = (size - 0x38000000 + 0xFFF + ((size >> 13) & 1)) >> 13;
-        const std::uint32_t small = float_to_bits(bits_to_float(size) + 0.5f) - 0x3F000000;
-        const std::uint32_t half = size < 0x38800000 ? small : normal;
+        const std::uint32_t bits = float_to_bits(w[i]), half = f16_size_of(bits & 0x7FFFFFFF);
         most = half > most ? half : most;
         out[i] = std::uint16_t(bits >> 16 & 0x8000) | std::uint16_t(half);
     }

@@ -15,8 +15,8 @@ struct Plane {
 };
 
 // The most significant bits of `codes` uint8 [n_out, n_in] go to the first plane; all planes
-// together have `total` slices, at most MAX_SLICES. Rows and columns that fill a tile or a block are
-// codes of 0. Any order of tiles gives the same bytes, on any number of threads.
+// together have as many slices as codes have bits, at most MAX_SLICES. Rows and columns that fill a
+// tile or a block are codes of 0.
 void slice_codes(const std::uint8_t* codes, std::size_t n_out, std::size_t n_in,
                  const Plane* planes, std::size_t count, std::size_t threads);
 
