@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from smoe.artifacts import nested
 from smoe.artifacts.encodings import (
     encoding_named,
-    fill_record,
-    is_bias_or_norm,
     record_layout,
 )
 from smoe.artifacts.layout import ExpertShape, RecordLayout
@@ -30,21 +27,20 @@ from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.seam import (
     ExpertsModule,
     expert_geometry,
-    expert_inner,
     expert_weights,
     probe_gate,
 )
 from smoe.prep.errors import PrepError
 from smoe.prep.options import STORED
+from smoe.prep.pack.calibrated import Calibrated
 from smoe.prep.pack.encode import encode_record
 from smoe.prep.pack.kept import kept_record
-from smoe.prep.pack.quantise import Quantised, quantise, second_moment
+from smoe.prep.pack.quantise import OWN
 from smoe.prep.progress import Progress
 from smoe.prep.sweep.forward import Arrays, AtExperts, sweep
 
 PAGE = 16384  # bytes: some aarch64 kernels use pages of this size
-COMMON = 256  # tokens of the layer at large, spread over the text, in every second moment
-AT_ONCE = 256 << 20  # bytes of second moments in memory
+NARROW = 0.05  # of all experts hardly reached: worth a word
 
 Made = TypeVar("Made")
 
@@ -66,6 +62,7 @@ class Packing:
         (directory / "experts").mkdir(parents=True, exist_ok=True)
         self._checkpoint, self._directory, self._experts = checkpoint, directory, experts
         self._quantiser, self._progress = quantiser, progress
+        self._hardly = np.zeros(2, int)  # experts that calibration hardly reached, and all
 
     def missing(self) -> list[int]:
         """The layers without a shard. What is there is whole: shards are renamed when they are."""
@@ -74,12 +71,13 @@ class Packing:
 
     def visit(self, at: AtExperts) -> Arrays:
         if not self._shard(at.layer).exists() and self._quantiser == "calibrated":
-            quantiser = _Calibrated(
+            quantiser = Calibrated(
                 at, nested.parse(self._experts.encoding), self._layout(at.module)
             )
             self._write(at.layer, at.module, quantiser.records())
             name = self._checkpoint.layers[at.layer][0]
             self._progress.say(f"pack: {name}: {quantiser.report()}")
+            self._hardly += np.array([quantiser.hardly, quantiser.experts])
         elif not self._shard(at.layer).exists():
             self.round(at.layer, at.module)
         return {}
@@ -88,6 +86,14 @@ class Packing:
         pass
 
     def finish(self) -> list[Arrays]:
+        """Says so where the text was too narrow."""
+        hardly, experts = self._hardly
+        if hardly > NARROW * experts:
+            self._progress.say(
+                f"pack: {hardly} of {experts} experts were reached by fewer than {OWN} tokens, and "
+                "were quantised by what their whole layer receives; calibrate on more text, or on "
+                "text of more kinds."
+            )
         return []
 
     def round(self, layer: int, module: ExpertsModule) -> None:
@@ -136,6 +142,7 @@ def pack(
     missing = packing.missing()
     if quantiser == "calibrated" and missing:
         sweep(checkpoint, rows or [], [packing], device, progress=progress)
+        packing.finish()
         return experts
     count = progress.counter("pack", "layers", len(checkpoint.layers))
     for layer in range(len(checkpoint.layers)):
@@ -190,73 +197,3 @@ def _layout(experts: Experts, module: ExpertsModule) -> RecordLayout:
     _, hidden, width = expert_geometry(module)
     shape = ExpertShape(hidden, width, experts.gate.kind != "plain", experts.biased, experts.normed)
     return record_layout(shape, experts.encoding, PAGE)
-
-
-class _Calibrated:
-    """Quantises the experts of one layer, a few at a time, on what arrives there."""
-
-    def __init__(self, at: AtExperts, encoding: nested.Nested, layout: RecordLayout):
-        self._at, self._module, self._encoding, self._layout = at, at.module, encoding, layout
-        self._lost: dict[str, list[np.ndarray]] = {}
-        stride = max(1, len(at.ids) // COMMON)
-        passes = [at.hidden[tokens] for tokens in at.passes()]
-        self._common = torch.cat([part[:: min(stride, len(part))] for part in passes])[:COMMON]
-
-    def records(self) -> Iterator[np.ndarray]:
-        count, hidden, width = expert_geometry(self._module)
-        at_once = max(1, AT_ONCE // (4 * max(hidden, width) ** 2))
-        for first in range(0, count, at_once):
-            yield from self._some(range(first, min(first + at_once, count)))
-
-    def report(self) -> str:
-        """The loss of output by level, over all experts, for people."""
-        shown = []
-        for matrices, lost in self._lost.items():
-            shown.append(
-                f"{matrices} " + ", ".join(f"{share:.2%}" for share in np.mean(lost, axis=0))
-            )
-        return "output lost by level: " + "; ".join(shown)
-
-    def _some(self, experts: range) -> Iterator[np.ndarray]:
-        weights = [expert_weights(self._module, e) for e in experts]
-        moments = [self._moments(e) for e in experts]
-        first: list[str] = [name for name in ("gate", "up") if name in weights[0]]
-        codes = self._quantised(first, weights, [m[0] for m in moments])
-        codes |= self._quantised(["down"], weights, [m[1] for m in moments])
-        for i, w in enumerate(weights):
-            tensors = {name: vector for name, vector in w.items() if is_bias_or_norm(name)}
-            for name, matrix in codes.items():
-                tensors |= nested.pack_matrix(
-                    self._encoding, name, matrix.codes[i], matrix.scale[i]
-                )
-            yield fill_record(self._layout, tensors)
-
-    def _quantised(
-        self, names: list[str], weights: list[dict], moments: list[torch.Tensor]
-    ) -> dict[str, Quantised]:
-        """Matrices with the same inputs, at once."""
-        stacked = torch.stack(
-            [torch.cat([torch.from_numpy(w[name]) for name in names]) for w in weights]
-        )
-        split = self._encoding.of(names[0])
-        stacked = stacked.to(self._common.device)
-        result = quantise(stacked, torch.stack(moments), split, self._encoding.group)
-        self._lost.setdefault("+".join(names), []).append(result.error)
-        parts = zip(
-            names,
-            np.split(result.codes, len(names), 1),
-            np.split(result.scale, len(names), 1),
-            strict=True,
-        )
-        return {name: Quantised(codes, scale, result.error) for name, codes, scale in parts}
-
-    def _moments(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Second moments of what the first matrices and the last one of an expert receive."""
-        tokens, ranks = torch.where(self._at.ids == expert)
-        own, w = self._at.hidden[tokens], self._at.weights[tokens, ranks].float()
-        own_inner = expert_inner(self._module, expert, own)
-        common_inner = expert_inner(self._module, expert, self._common)
-        return (
-            second_moment(own, w, self._common),
-            second_moment(own_inner, w, common_inner),
-        )

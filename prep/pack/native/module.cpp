@@ -35,6 +35,10 @@ using Products = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using HalfProducts = nb::ndarray<std::uint16_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Slices = nb::ndarray<std::uint8_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 
+namespace smoe::calibrated {
+void bind(nb::module_& m);  // columns_module.cpp
+}
+
 static void require(bool holds, const char* sentence) {
     if (!holds) throw nb::value_error(sentence);
 }
@@ -245,4 +249,5 @@ NB_MODULE(_native, m) {
           "high"_a, "wide"_a, "out"_a.noconvert(), "threads"_a, about_fp8);
     m.def("dequantise_fp8", &fp8<HalfProducts>, "codes"_a.noconvert(), "factors"_a.noconvert(),
           "high"_a, "wide"_a, "out"_a.noconvert(), "threads"_a, about_fp8);
+    calibrated::bind(m);
 }

@@ -1,0 +1,48 @@
+// Codes for a block of columns: `choose_columns` of prep/pack/columns.py, which is the specification.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace smoe::calibrated {
+
+constexpr std::size_t MAX_LEVELS = 7, MAX_COLUMNS = 128;
+
+// What codes stand for. Level l has 2^bits[l] values and one fewer edges between them, rising; bits
+// rise from level to level, and a code's first bits[l] bits are its place there.
+struct Grid {
+    std::size_t levels;
+    int bits[MAX_LEVELS];
+    float weights[MAX_LEVELS];
+    const float* values[MAX_LEVELS];
+    const float* edges[MAX_LEVELS];
+};
+
+// `columns` columns (at most MAX_COLUMNS) of `matrices` matrices of `rows` rows. target and before
+// are float [levels, matrices, rows, columns], before null where a column is chosen for the first
+// time; along float [matrices, columns, columns]; scale float [matrices, rows]; codes uint8
+// [matrices, rows, columns]. Written: codes, and target, which becomes by how much columns moved.
+struct Block {
+    std::size_t matrices, rows, columns;
+    float* target;
+    const float* before;
+    const float* along;
+    const float* scale;
+    std::uint8_t* codes;
+};
+
+// One instruction set's: the rows `first` up to `end` of matrix m.
+struct Chooser {
+    const char* name;
+    void (*rows)(const Grid&, const Block&, std::size_t m, std::size_t first, std::size_t end);
+};
+
+extern const Chooser columns_portable, columns_avx2, columns_avx512;
+
+// Those that this processor runs, best first.
+const Chooser* const* choosers(std::size_t* count);
+
+// Rows are independent of each other, so any number of threads gives the same codes, and every
+// instruction set those of the specification.
+void choose_columns(const Chooser&, const Grid&, const Block&, std::size_t threads);
+
+}  // namespace smoe::calibrated

@@ -1,0 +1,86 @@
+// The Python face of `choose_columns`.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "columns.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace smoe::calibrated {
+
+template <class T, std::size_t dims>
+using Array = nb::ndarray<T, nb::ndim<dims>, nb::c_contig, nb::device::cpu>;
+using Values = std::vector<Array<const float, 1>>;
+
+static void require(bool holds, const char* sentence) {
+    if (!holds) throw nb::value_error(sentence);
+}
+
+static const Chooser& named(const std::string& name) {
+    std::size_t count;
+    const Chooser* const* found = choosers(&count);
+    for (std::size_t i = 0; i < count; ++i)
+        if (name.empty() || name == found[i]->name) return *found[i];
+    throw nb::value_error("this processor has no such variant; ask variants()");
+}
+
+static Grid grid_of(const Values& values, const Values& edges, const std::vector<float>& weights) {
+    Grid grid = {};
+    grid.levels = values.size();
+    require(1 <= grid.levels && grid.levels <= MAX_LEVELS && edges.size() == grid.levels &&
+                weights.size() == grid.levels,
+            "1 to 7 levels, with values, edges and a weight each");
+    for (std::size_t l = 0; l < grid.levels; ++l) {
+        int bits = 1;
+        while (std::size_t(1) << bits < values[l].shape(0) && bits < 8) ++bits;
+        require(values[l].shape(0) == std::size_t(1) << bits &&
+                    edges[l].shape(0) == values[l].shape(0) - 1 &&
+                    (!l || bits > grid.bits[l - 1]),
+                "2^bits values, at most 256 and more than the level before, and an edge fewer");
+        grid.bits[l] = bits, grid.weights[l] = weights[l];
+        grid.values[l] = values[l].data(), grid.edges[l] = edges[l].data();
+    }
+    return grid;
+}
+
+static void choose(const std::string& variant, const Values& values, const Values& edges,
+                   const std::vector<float>& weights, Array<float, 4> target,
+                   std::optional<Array<const float, 4>> before, Array<const float, 3> along,
+                   Array<const float, 2> scale, Array<std::uint8_t, 3> codes,
+                   std::size_t threads) {
+    const Grid grid = grid_of(values, edges, weights);
+    const Block block = {target.shape(1), target.shape(2),
+                         target.shape(3), target.data(),
+                         before ? before->data() : nullptr, along.data(),
+                         scale.data(),    codes.data()};
+    require(target.shape(0) == grid.levels && 1 <= block.columns && block.columns <= MAX_COLUMNS,
+            "target: [levels, matrices, rows, columns], 1 to 128 columns");
+    for (std::size_t i = 0; before && i < 4; ++i)
+        require(before->shape(i) == target.shape(i), "before: as target");
+    for (std::size_t i = 0; i < 3; ++i)
+        require(codes.shape(i) == target.shape(i + 1), "codes: [matrices, rows, columns]");
+    require(along.shape(0) == block.matrices && along.shape(1) == block.columns &&
+                along.shape(2) == block.columns && scale.shape(0) == block.matrices &&
+                scale.shape(1) == block.rows,
+            "along: [matrices, columns, columns], scale: [matrices, rows]");
+    const Chooser& how = named(variant);
+    nb::gil_scoped_release unlocked;
+    choose_columns(how, grid, block, threads);
+}
+
+void bind(nb::module_& m) {
+    m.def("choose_columns", &choose, "variant"_a, "values"_a, "edges"_a, "weights"_a,
+          "target"_a.noconvert(), "before"_a.none(), "along"_a.noconvert(), "scale"_a.noconvert(),
+          "codes"_a.noconvert(), "threads"_a,
+          "Codes for a block of columns, as columns.h says. The interpreter lock is released.");
+}
+
+}  // namespace smoe::calibrated

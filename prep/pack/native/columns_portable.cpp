@@ -1,0 +1,9 @@
+// Any processor: vectors of four floats, which most have.
+#define LANES 4
+#include "columns_body.h"
+
+namespace smoe::calibrated {
+
+const Chooser columns_portable = {"portable", choose_all};
+
+}  // namespace smoe::calibrated
