@@ -160,19 +160,16 @@ class _Writer:
         model, cache = self._checkpoint.model, None
         ids = self._fresh(drawn[:, 0])
         yield ids
-        for step in range(1, drawn.shape[1]):
-            with experts_run_by(model, self._checkpoint.layers, self._mixed):
+        with experts_run_by(model, self._checkpoint.layers, self._mixed):
+            for draw in drawn.T[1:]:
                 given = torch.from_numpy(ids)[:, None].to(self._device)
                 result = model(
                     input_ids=given, past_key_values=cache, use_cache=True, **self._options
                 )
-            cache = result.past_key_values
-            fresh, said = (
-                self._fresh(drawn[:, step]),
-                self._said(result.logits[:, -1], drawn[:, step]),
-            )
-            ids = np.where(np.isin(ids, self._ends), fresh, said)
-            yield ids
+                cache = result.past_key_values
+                said = self._said(result.logits[:, -1], draw)
+                ids = np.where(np.isin(ids, self._ends), self._fresh(draw), said)
+                yield ids
 
     def _fresh(self, draws: np.ndarray) -> np.ndarray:
         """Tokens that begin a text, int64 `[n]`."""
