@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
+from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 
 from smoe.artifacts import safetensors_file
@@ -36,7 +37,7 @@ from smoe.artifacts.shard import shard_start
 from smoe.artifacts.tables import Tables
 from smoe.prep.backbone.positions import reach
 from smoe.prep.checkpoint.checkpoint import Checkpoint
-from smoe.prep.checkpoint.seam import ExpertsModule, expert_geometry, experts_run_by
+from smoe.prep.checkpoint.seam import ExpertsLayer, ExpertsModule, expert_geometry, experts_run_by
 from smoe.prep.checkpoint.text import Origin
 from smoe.prep.errors import PrepError
 from smoe.prep.pack.pack import pack
@@ -94,7 +95,8 @@ def write(
     an interrupted run finished are kept. A `PrepError` if the model does not give numbers.
     """
     tokens = origin.own
-    state, top_k = _measured(checkpoint, device)
+    checkpoint.move_backbone(device)
+    state, top_k = measured(checkpoint.model, checkpoint.layers, device)
     shape = Shape.of(tokens, state, reach(checkpoint.config).tokens)
     folder, rounded = directory / FINISHED / "written", directory / FINISHED / "rounded"
     folder.mkdir(parents=True, exist_ok=True)
@@ -222,11 +224,10 @@ def vocabulary(checkpoint: Checkpoint) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def _measured(checkpoint: Checkpoint, device: str) -> tuple[int, int]:
-    """Bytes that the model remembers per token of a text, and how many experts a token uses at
-    most."""
-    model, top_k = checkpoint.model, 1
-    checkpoint.move_backbone(device)
+def measured(model: PreTrainedModel, layers: list[ExpertsLayer], device: str) -> tuple[int, int]:
+    """Bytes that `model`, which is on `device`, remembers per token of a text, and how many experts
+    of one of `layers` a token uses at most."""
+    top_k = 1
     register_cache_pytrees_for_model(model)
 
     def zeros(layer, module, hidden, ids, weights):
@@ -241,7 +242,7 @@ def _measured(checkpoint: Checkpoint, device: str) -> tuple[int, int]:
         )
         return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
 
-    with experts_run_by(model, checkpoint.layers, zeros):
+    with experts_run_by(model, layers, zeros):
         return (remembered(2 * TRIED) - remembered(TRIED)) // TRIED, top_k
 
 

@@ -77,10 +77,10 @@ def test_no_text_holds_a_token_that_the_tokenizer_does_not_have(make, tmp_path):
     tokenizer.add_special_tokens(["w3", "<mask>"])  # <mask> is 180
     tokenizer.save(str(tmp_path / "m" / "tokenizer.json"))
     there, begins = vocabulary(open_checkpoint(tmp_path / "m"))
-    assert np.flatnonzero(there).tolist() == list(range(181))
-    assert np.flatnonzero(there & ~begins).tolist() == [2, 3, 180]
+    assert there[:181].all() and not there[190:].any()  # `transformers` adds a few of its own
+    assert np.flatnonzero(there & ~begins)[:3].tolist() == [2, 3, 180] and not begins[180:].any()
     ids = written(tmp_path / "m", tmp_path / "w", 8)
-    assert ids.max() <= 180 and not np.isin(ids[:, 0], [2, 3, 180]).any()
+    assert ids.max() < 190 and begins[ids[:, 0]].all()
 
 
 def test_a_model_that_ends_every_text_at_once_fills_rows_all_the_same(make, tmp_path):
@@ -104,7 +104,7 @@ def test_logits_that_are_no_numbers_are_refused(make, tmp_path):
     [
         (49152, 6144, 2048, Shape(96, 512, 64)),  # the example model
         (49152, 262144, 4096, Shape(384, 128, 32)),  # OLMoE: short texts rather than few at once
-        (49152, 196608, 40960, Shape(289, 170, 32)),  # Qwen3-30B-A3B
+        (49152, 196608, 40960, Shape(290, 170, 32)),  # Qwen3-30B-A3B
         (49152, 1 << 22, 4096, Shape(384, 128, 2)),
         (49152, 1 << 40, 4096, Shape(384, 128, 1)),
         (49152, 0, 256, Shape(192, 256, 64)),  # all state of a fixed size
@@ -129,10 +129,10 @@ def files(bundle):
 
 def test_killed_while_it_writes_a_build_goes_on_and_gives_the_same_bytes(short, tmp_path):
     """3,000 tokens are 94 texts, 64 and 30 at once."""
-    recipe = Recipe("nested:2+1+1:32", self_tokens=3000)
+    recipe = Recipe("nested:2+1+1:32", prices=0, self_tokens=3000)
     build(short, tmp_path / "whole", None, recipe, progress=QUIET)
-    arguments = "-o", str(tmp_path / "b"), "--encoding", recipe.encoding, "--self", "3000"
-    command = [sys.executable, "-m", "smoe.prep", "build", str(short), *arguments]
+    command = [sys.executable, "-m", "smoe.prep", "build", str(short), "-o", str(tmp_path / "b")]
+    command += ["--encoding", recipe.encoding, "--prices", "0", "--self", "3000"]
     for sign in ("rounded/experts/*.safetensors", "written/00000.safetensors"):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while process.poll() is None and not list((tmp_path / "b.partial/finished").glob(sign)):
@@ -150,10 +150,11 @@ def test_the_seed_decides_the_text(short, tmp_path):
     assert (written(short, tmp_path / "fewer", 2, seed=5)[0] == same[0][0]).all()
 
 
-def test_a_bundle_comes_from_nothing_but_a_model_and_runs(smoe_prep, short, tmp_path):
-    done = smoe_prep("build", short, "-o", tmp_path / "b", "--self", 600, "--seed", 3)
+def test_a_bundle_comes_from_nothing_but_a_model_and_runs(smoe_prep, checkpoints, tmp_path):
+    options = "-o", tmp_path / "b", "--self", 600, "--seed", 3
+    done = smoe_prep("build", checkpoints("olmoe"), *options)
     assert done.returncode == 0, done.stderr
-    assert "the model writes 600 tokens itself, 19 texts of 32 at once" in done.stderr
+    assert "the model writes 600 tokens itself, 3 texts of 256 at once" in done.stderr
     provenance = open_bundle(tmp_path / "b", hashes=True).manifest.provenance
     said = {name: provenance[f"calibration{name}"] for name in ("", "_tokens", "_own_tokens")}
     assert said == {"": "text written by the model", "_tokens": "600", "_own_tokens": "600"}
@@ -162,7 +163,7 @@ def test_a_bundle_comes_from_nothing_but_a_model_and_runs(smoe_prep, short, tmp_
     profile = json.loads((tmp_path / "b" / "study" / "profile.json").read_text())
     assert profile["calibration"]["source"] == "text written by the model"
     assert profile["calibration"]["own_tokens"] == profile["calibration"]["tokens"] == 600
-    assert open_bundle(tmp_path / "b").tables.column("price_fit")
+    assert "price_fit" in open_bundle(tmp_path / "b").tables.layers()[0]
     with Engine.open(tmp_path / "b", memory="2GiB") as engine:
         assert len(list(engine.generate([1, 2, 3], 4))) == 4
 
