@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,12 +27,13 @@ class Footprint:
     samples: list[tuple[float, int, int]] = field(default_factory=list)
 
 
-def measured(command: list[str]) -> Footprint:
-    """Run `command` to its end, its errors on our own; one that fails ends us."""
+def measured(command: list[str], look: Callable[[], None] = lambda: None) -> Footprint:
+    """Run `command` to its end, its errors on our own; one that fails ends us. `look` is called now
+    and then meanwhile."""
     result, done = Footprint(), threading.Event()
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    watch = threading.Thread(target=_watch, args=(process.pid, result, started, done))
+    watch = threading.Thread(target=_watch, args=(process.pid, result, started, done, look))
     watch.start()
     assert process.stdout is not None
     result.output = process.stdout.read()
@@ -48,8 +49,11 @@ def measured(command: list[str]) -> Footprint:
     return result
 
 
-def _watch(pid: int, result: Footprint, started: float, done: threading.Event) -> None:
+def _watch(
+    pid: int, result: Footprint, started: float, done: threading.Event, look: Callable[[], None]
+) -> None:
     while not done.wait(EVERY):
+        look()
         parts = [_resident(each) for each in _tree(pid)]
         anonymous, file = (sum(column) for column in zip(*parts, strict=True)) if parts else (0, 0)
         result.samples.append((time.monotonic() - started, anonymous, file))

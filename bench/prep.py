@@ -1,10 +1,9 @@
-"""What preparing gives and costs: quality by encoding and level, time of a profile and of prices,
-memory of a build."""
+"""What preparing gives and costs: quality by encoding and level, time of a profile and of
+prices."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,22 +19,19 @@ from bench.harness import (
     Table,
     bench,
     interleave,
-    note,
     option,
     spread,
     timed,
 )
 from bench.models import CALIBRATION, EXAMPLE, build
 from bench.page_cache import size
-from bench.random_models import Mxfp4Shape, Shape, random_checkpoint, random_text
 from smoe.artifacts import nested
 from smoe.artifacts.encodings import ENCODINGS
 
-GIGABYTE = 1e9
 NESTED = ("nested:2+1+1:128", "nested:5+1+1+1:128")
 
 
-def _prep(*arguments: object) -> dict[str, Any]:
+def smoe_prep(*arguments: object) -> dict[str, Any]:
     """What a command of smoe-prep says as JSON."""
     command = [sys.executable, "-m", "smoe.prep", *map(str, arguments), "--json"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -52,11 +48,13 @@ def encodings(run: Run) -> Rows:
     lines: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         profiled = Path(scratch) / "profile"
-        _prep("profile", EXAMPLE, "--calibration", CALIBRATION, "-o", profiled)
+        smoe_prep("profile", EXAMPLE, "--calibration", CALIBRATION, "-o", profiled)
         for encoding in ENCODINGS:
             bundle = Path(scratch) / f"{encoding}.smoe"
-            _prep("build", EXAMPLE, "-o", bundle, "--profile", profiled, "--encoding", encoding)
-            verified = _prep("verify", bundle, EXAMPLE, "--text", run.text, "--tokens", run.tokens)
+            smoe_prep("build", EXAMPLE, "-o", bundle, "--profile", profiled, "--encoding", encoding)
+            verified = smoe_prep(
+                "verify", bundle, EXAMPLE, "--text", run.text, "--tokens", run.tokens
+            )
             if not lines:
                 lines.append(["original", None, verified["perplexity_original"], None, None])
             lines.append([encoding, size(bundle) / 1e6, verified["perplexity_bundle"],
@@ -96,7 +94,7 @@ def levels(run: Run) -> Rows:
                 bits = encoding.split.bits(level) + 16 / encoding.group
                 line: list[Any] = [name, level, bits]
                 for bundle in bundles:
-                    verified = _prep("verify", bundle, EXAMPLE, "--text", run.text,
+                    verified = smoe_prep("verify", bundle, EXAMPLE, "--text", run.text,
                                   "--tokens", run.tokens, "--level", level)  # fmt: skip
                     rise = [
                         verified["perplexity_rise_percent"],
@@ -171,60 +169,3 @@ def _batches(rows: list[np.ndarray], tokens: int = 8192) -> list[Any]:
         for group in groups
         for i in range(0, len(group), max(1, tokens // len(group[0])))
     ]
-
-
-# -- models larger than memory may be --------------------------------------------------
-
-
-@bench(
-    options.tokens(4096),
-    option("--gigabytes", type=float, default=4.0, help="of experts"),
-    option("--stored", choices=["bf16", "mxfp4"], default="bf16", help="what experts are in"),
-    option("--encoding", default="stored"),
-    option("--prices", type=int, default=8192, help="tokens that prices are from; 0: none"),
-    option("--keep", type=Path, help="a folder for the checkpoint and the bundle"),
-)
-def large(run: Run) -> Rows:
-    """Memory and time of building a large checkpoint, beside what inspect said before.
-
-    Memory is the peak of all resident pages, mapped files included.
-    """
-    kind, bits = (Shape, 16) if run.stored == "bf16" else (Mxfp4Shape, 4.25)
-    layers, experts, hidden = 16, 64, 1024
-    each = run.gigabytes * GIGABYTE / (layers * experts * 3 * hidden * bits / 8)
-    width = int(each / 32 + 1) * 32
-    shape = kind(layers=layers, experts=experts, top_k=4, hidden=hidden, width=width)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = run.keep or Path(scratch)
-        model = random_checkpoint(folder / "model", shape)
-        note(f"experts: {shape.expert_bytes / GIGABYTE:.2f} GB in {run.stored}")
-        text = random_text(folder / "ids.jsonl", run.tokens, shape.vocabulary)
-        about = [model, "--tokens", run.tokens, "--encoding", run.encoding, "--prices", run.prices]
-        inspected, output = _prep("inspect", *about), folder / "model.smoe"
-        peak, seconds = _peak(
-            [sys.executable, "-m", "smoe.prep", "build", *map(str, about),
-             "--calibration", str(text), "-o", str(output)]
-        )  # fmt: skip
-        lines = [
-            ["memory, GB", inspected["memory"] / GIGABYTE, peak / GIGABYTE],
-            ["bundle, GB", inspected["bundle"] / GIGABYTE, size(output) / GIGABYTE],
-            ["seconds", inspected["seconds"], seconds],
-        ]
-    columns = {"": "{}", "said before": "{:.2f}", "measured": "{:.2f}"}
-    yield Table("large", columns, lines, f"{shape.expert_bytes / GIGABYTE:.2f} GB of experts")
-
-
-def _peak(command: list[str]) -> tuple[int, float]:
-    """The peak of resident memory of a command in bytes, and its seconds."""
-    status: list[int] = []
-
-    def wait() -> None:
-        process = subprocess.Popen(command, stdout=sys.stderr)
-        _, code, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(code)
-        status[:] = process.returncode, usage.ru_maxrss * 1024
-
-    seconds = timed(wait)
-    if status[0]:
-        raise SystemExit(f"{' '.join(command)} ended with {status[0]}.")
-    return status[1], seconds

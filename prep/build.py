@@ -24,7 +24,7 @@ from smoe.prep.checkpoint.hub import origin
 from smoe.prep.checkpoint.licence import copy_licence
 from smoe.prep.checkpoint.text import LENGTH, Calibration, Origin, digest, rows_of
 from smoe.prep.errors import PrepError
-from smoe.prep.inspect import disk_needed
+from smoe.prep.estimate import Sizes, Work, disk_bytes, memory_bytes, short_of_memory
 from smoe.prep.learn import How, Text, learn
 from smoe.prep.options import STORED, Recipe, quantiser_settings
 from smoe.prep.pack.pack import chosen_encoding, unpacked
@@ -126,7 +126,7 @@ def _build(
         partial
     ):
         tokens = sum(map(len, given)) + origin.own
-        refuse_full_disk(partial, disk_needed(checkpoint.model, recipe.encoding, tokens))
+        _refuse_small_machine(checkpoint, recipe, tokens, partial, progress)
         experts = unpacked(checkpoint, recipe.encoding)
         text = _text(checkpoint, partial, experts, recipe, origin, given, progress)
         how = How(
@@ -256,6 +256,17 @@ def _refuse_early(
         profile = open_profile(profiled, checkpoint)
         if calibration is not None:
             _refuse_other_text(profiled, profile["calibration"], calibration)
+
+
+def _refuse_small_machine(
+    checkpoint: Checkpoint, recipe: Recipe, tokens: int, partial: Path, progress: Progress
+) -> None:
+    """A disk without room is a `PrepError`, and little memory a warning: now, not after hours."""
+    sizes = Sizes.of(checkpoint.model, checkpoint.weights.quantiser)
+    work = Work(recipe.encoding, recipe.quantiser, recipe.backbone, tokens, recipe.prices or 0)
+    refuse_full_disk(partial, disk_bytes(sizes, work))
+    if short := short_of_memory(max(memory_bytes(sizes, work).values())):
+        progress.say(f"warning: {short}")
 
 
 def _refuse_other_text(profiled: Path, made: dict, asked: Calibration) -> None:

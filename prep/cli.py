@@ -176,6 +176,7 @@ def _source(
     help="List the families that can be prepared, instead.",
 )
 @_encoding
+@_quantiser
 @_backbone
 @click.option(
     "--tokens",
@@ -198,6 +199,7 @@ def inspect(
     model: Path | None,
     list_families: bool,
     encoding: str,
+    quantiser: str | None,
     backbone: str,
     tokens: int,
     prices: int,
@@ -211,13 +213,13 @@ def inspect(
     if (model is None) != list_families:
         raise click.UsageError("Give either MODEL or --families.")
     if list_families:
-        _refuse_given(context, "encoding", "backbone", "tokens", "prices")
+        _refuse_given(context, "encoding", "quantiser", "backbone", "tokens", "prices")
     from smoe.prep import inspect as inspection
 
     if list_families or model is None:
         show(inspection.families(), as_json)
         return
-    result = inspection.inspect(model, encoding, tokens, prices, backbone)
+    result = inspection.inspect(model, encoding, tokens, prices, backbone, quantiser)
     show(result, as_json)
     if result.refusal:
         raise SystemExit(1)

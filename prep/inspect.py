@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,45 +16,26 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import CONFIG_MAPPING
-from transformers.quantizers.base import HfQuantizer
 
-from smoe.artifacts.encodings import record_layout
-from smoe.artifacts.layout import ExpertShape
-from smoe.artifacts.tables import TABLES, nbytes
-from smoe.artifacts.tables import TRACE as TRACE_TABLES
 from smoe.prep.backbone.quantise import check_precision
 from smoe.prep.checkpoint.checkpoint import read_config
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam, text_class
-from smoe.prep.checkpoint.few_bits import bytes_per_weight, kept_encoding, quantiser_of
+from smoe.prep.checkpoint.few_bits import kept_encoding, quantiser_of
 from smoe.prep.checkpoint.hub import Remote
-from smoe.prep.checkpoint.seam import expert_geometry, experts_modules, probe_gate
+from smoe.prep.checkpoint.seam import experts_modules, probe_gate
 from smoe.prep.checkpoint.weights import Weights, open_weights
 from smoe.prep.errors import PrepError
-from smoe.prep.options import PRICE_TOKENS, STORED, default_quantiser
-from smoe.prep.pack.pack import PAGE
-from smoe.prep.prices.calibrate import AT_RANDOM, SIZES
-from smoe.prep.prices.calibrate import TOKENS as FIT_TOKENS
-from smoe.prep.prices.price import DRAWS
-from smoe.prep.progress import duration
-from smoe.prep.statistics.profile import SAMPLE, TRACE
-from smoe.prep.statistics.sums import MAX_RANKS
-from smoe.prep.sweep.gradients import IN_MEMORY
-from smoe.runtime.allowance import usual_process
-from smoe.runtime.budget import RUNTIME, SESSION
-from smoe.runtime.choose.prices import KINDS
-
-# Measured with bench/large.py (docs/log.md, 2026-11-22); all of them are about, and say so where
-# they are shown.
-PROCESS = (
-    1.0e9  # bytes: Python, torch and transformers, and what an export takes besides the weights
+from smoe.prep.estimate import (
+    Sizes,
+    Work,
+    bundle_bytes,
+    device_bytes,
+    disk_bytes,
+    memory_bytes,
+    stage_seconds,
 )
-READ = 0.2e9  # bytes of experts per second: read, merged, checked
-PACK = 0.11e9  # the same, encoded and written as well
-QUANTISE = 0.35e6  # weights per second, where nested codes are calibrated (docs/log.md, 2026-11-25)
-EXPORT = 5.5  # seconds per MoE layer
-# Bytes of a weight of the backbone (backbone/quantise.py: blocks of 32 share a float32 scale).
-BACKBONE = {"f32": 4.0, "int8": 1 + 4 / 32, "int4": 0.5 + 4 / 32}
-SMALL = 2.0  # how much longer many small products on widened weights take than one large one
+from smoe.prep.options import PRICE_TOKENS, STORED, default_quantiser
+from smoe.prep.progress import duration
 
 
 @dataclass(frozen=True)
@@ -83,6 +63,7 @@ class Inspection:
         int, int
     ]  # memory of the runtime besides its KV cache: at least, and with all experts resident
     seconds: float | None
+    stages: dict[str, dict[str, float]]  # "seconds" and "memory" of each that is known
     encoding: str
     backbone: str  # its precision
     tokens: int
@@ -112,7 +93,15 @@ class Inspection:
             "memory, and the KV cache",
             f"build: about {_size(self.disk)} of disk, {_size(self.memory)} of memory for "
             f"{self.tokens} tokens{hours}",
+            *self._stage_lines(),
         ]
+
+    def _stage_lines(self) -> list[str]:
+        """The stages that take a twentieth and more."""
+        known = self.stages.get("seconds", {}).items()
+        long = [(s, name) for name, s in known if s >= (self.seconds or 0) / 20]
+        said = ", ".join(f"{name} {duration(s)}" for s, name in sorted(long, reverse=True))
+        return [f"  of which {said}"] if said else []
 
 
 @dataclass(frozen=True)
@@ -154,29 +143,34 @@ def inspect(
     tokens: int = 65536,
     prices: int = PRICE_TOKENS,
     backbone: str = "f32",
+    quantiser: str | None = None,
 ) -> Inspection:
     """Look at the checkpoint at `path`, a directory that needs a config.json and no more, or the
     name ORG/NAME[@REVISION] of a repository, of which its config and headers are fetched, for a
     build in `encoding` with a `backbone` of that precision and so many calibration `tokens`, of
-    which so many for `prices`. A config that cannot be read, or is of a family that cannot be run,
-    is a `PrepError`."""
+    which so many for `prices`, and with the `quantiser` of that name. A config that cannot be read,
+    or is of a family that cannot be run, is a `PrepError`."""
     check_precision(backbone)
     remote = Remote.of(path)
     path = remote.path if remote else Path(path)
     config = read_config(path)
-    quantiser = quantiser_of(config, path)
+    decoder = quantiser_of(config, path)
     if encoding == STORED:
         half = config.get_text_config().dtype == torch.float16
-        encoding = kept_encoding(quantiser) or ("f16" if half else "bf16")
+        encoding = kept_encoding(decoder) or ("f16" if half else "bf16")
     model = empty_model(config, path)
     refuse_without_seam(model, path)
-    sizes = _Sizes.of(model, encoding, tokens, prices, _shape(model), quantiser, backbone)
+    sizes = Sizes.of(model, decoder)
+    work = Work(encoding, quantiser or default_quantiser(encoding), backbone, tokens, prices)
     opened = remote.headers if remote else partial(open_weights, path)
-    download, wrong = _weights(partial(opened, quantiser), model)
+    download, wrong, files = _weights(partial(opened, decoder), model)
+    refusal = _refusal(model)
+    seconds = {} if refusal else stage_seconds(sizes, work, model, () if remote else files)
+    memory = memory_bytes(sizes, work)
     return Inspection(
         family=model.config.model_type,
         architecture=type(model).__name__,
-        refusal=_refusal(model),
+        refusal=refusal,
         weights=wrong,
         layers=len(sizes.layers),
         experts=max(count for count, _, _ in sizes.layers),
@@ -187,21 +181,16 @@ def inspect(
         expert_parameters=sizes.in_experts,
         active_parameters=sizes.active,
         download=download,
-        bundle=sizes.bundle,
-        disk=sizes.disk,
-        memory=sizes.memory,
-        device=sizes.device,
-        seconds=_seconds(sizes, encoding, tokens, prices),
+        bundle=bundle_bytes(sizes, work),
+        disk=disk_bytes(sizes, work),
+        memory=max(memory.values()),
+        device=device_bytes(sizes, work),
+        seconds=sum(seconds.values()) if seconds else None,
+        stages={"seconds": seconds, "memory": {name: float(n) for name, n in memory.items()}},
         encoding=encoding,
         backbone=backbone,
         tokens=tokens,
     )
-
-
-def disk_needed(model: transformers.PreTrainedModel, encoding: str, tokens: int) -> int:
-    """About how many bytes a build has on disk at its largest: the bundle, or before it what
-    profiling `tokens` keeps."""
-    return _Sizes.of(model, encoding, tokens, 0, _shape(model)).disk
 
 
 def families() -> Families:
@@ -240,14 +229,6 @@ def _text_class(family: str) -> str:
     return ""
 
 
-def _shape(model: torch.nn.Module) -> ExpertShape:
-    """The shape of an expert but for its sizes."""
-    module = experts_modules(model)[0][1]
-    return ExpertShape(
-        0, 0, bool(module.has_gate), bool(module.has_bias), bool(module.has_post_expert_norm)
-    )
-
-
 def _refusal(model: torch.nn.Module) -> str:
     """Why the experts cannot be run on a device, '' if they can."""
     try:
@@ -259,142 +240,15 @@ def _refusal(model: torch.nn.Module) -> str:
 
 def _weights(
     opened: Callable[[], Weights], model: transformers.PreTrainedModel
-) -> tuple[int | None, str]:
-    """Bytes of the weights, and what is wrong with them."""
+) -> tuple[int | None, str, list[Path]]:
+    """Bytes of the weights, what is wrong with them, and their files."""
     try:
         weights = opened()
         total = weights.nbytes(weights.stored)
         missing = weights.check(model).missing_keys - model.all_tied_weights_keys.keys()
     except PrepError as error:
-        return None, str(error)
-    return (
-        total,
-        f"{len(missing)} are missing, {min(missing)} first; download the checkpoint again"
-        if missing
-        else "",
-    )
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    layers: list[tuple[int, int, int]]  # experts, hidden, width
-    top_k: int | None
-    backbone: int  # parameters
-    in_experts: int
-    active: int | None
-    bundle: int
-    outputs: int
-    memory: int
-    device: tuple[int, int]
-
-    @property
-    def disk(self) -> int:
-        return max(self.bundle, self.outputs)
-
-    @classmethod
-    def of(
-        cls,
-        model: transformers.PreTrainedModel,
-        encoding: str,
-        tokens: int,
-        prices: int,
-        shape: ExpertShape,
-        quantiser: HfQuantizer | None = None,
-        precision: str = "f32",
-    ) -> _Sizes:
-        modules = [module for _, module in experts_modules(model)]
-        layers = [expert_geometry(module) for module in modules]
-        per_layer = [sum(p.numel() for p in module.parameters()) for module in modules]
-        backbone = sum(p.numel() for p in model.parameters()) - sum(per_layer)
-        records = [
-            record_layout(
-                dataclasses.replace(shape, hidden=hidden, width=width), encoding, PAGE
-            ).nbytes
-            for _, hidden, width in layers
-        ]
-        config = model.config.get_text_config()
-        top_k = getattr(config, "num_experts_per_tok", None)
-        shards = sum(count * record for (count, _, _), record in zip(layers, records, strict=True))
-        tables = sum(
-            _table_bytes(experts, hidden, top_k or experts, min(tokens, TRACE))
-            for experts, hidden, _ in layers
-        )
-        stored = int(BACKBONE[precision] * backbone)
-        copies = 1 if precision == "f32" else 2  # ONNX Runtime lays quantised weights out anew
-        fixed = copies * stored + RUNTIME + SESSION * (len(layers) + 1)
-        expert = max(n // e for n, (e, _, _) in zip(per_layer, layers, strict=True))
-        # In 16 bits what is read and what is made of it exist at once; of codes one expert at a
-        # time is decoded.
-        layer = 2 * 2 * max(per_layer)
-        if quantiser is not None:
-            layer = int(bytes_per_weight(quantiser) * max(per_layer)) + 4 * 4 * expert
-        activations = 4 * tokens * config.hidden_size * 4  # residual, received, all of it, outputs
-        held = max(4 * backbone, IN_MEMORY if prices else 0)  # by the export, or for the way back
-        active = None
-        if top_k:
-            used = (n * top_k // e for n, (e, _, _) in zip(per_layer, layers, strict=True))
-            active = backbone + sum(used)
-        return cls(
-            layers=layers,
-            top_k=top_k,
-            backbone=backbone,
-            in_experts=sum(per_layer),
-            active=active,
-            bundle=shards + stored + tables + (32 << 20),
-            outputs=sum(tokens * hidden * 4 for _, hidden, _ in layers),
-            memory=int(PROCESS + 4 * backbone + held + layer + activations),
-            device=(_device(fixed + (top_k or 1) * max(records)), _device(fixed + shards)),
-        )
-
-
-def _device(engine: int) -> int:
-    """Bytes of a process on the device with an engine of so many."""
-    return engine + usual_process(engine)
-
-
-def _table_bytes(experts: int, hidden: int, top_k: int, traced: int) -> int:
-    """Of one layer, with its part of the trace."""
-    ranks, levels = min(MAX_RANKS, experts), 8  # of a nested encoding: small beside the rest
-    sizes = {"E": experts, "P": experts, "H": hidden, "R": ranks, "J": levels}
-    return nbytes(TABLES, sizes) + nbytes(TRACE_TABLES, {"T": traced, "K": top_k, "E": experts})
-
-
-def _seconds(sizes: _Sizes, encoding: str, tokens: int, prices: int) -> float | None:
-    """About how long a build takes on this machine: products at the speed that is measured now, the
-    rest by rates."""
-    if sizes.active is None:
-        return None
-    sampled = min(tokens, SAMPLE) * sizes.in_experts
-    multiplied = sizes.active * tokens + sampled + _priced(sizes, min(prices, tokens * 3 // 4))
-    products = SMALL * 2 * multiplied / _products_per_second()
-    quantised = sizes.in_experts / QUANTISE if default_quantiser(encoding) == "calibrated" else 0
-    return (
-        products
-        + quantised
-        + 2 * sizes.in_experts * (1 / READ + 1 / PACK)
-        + EXPORT * len(sizes.layers)
-    )
-
-
-def _priced(sizes: _Sizes, tokens: int) -> int:
-    """Multiplications for prices: two sweeps, in each of them forward and, for every draw, back;
-    all experts on every token; and the runs that prices are fitted to."""
-    assert sizes.active is not None
-    if not tokens:
-        return 0
-    runs = 1 + len(KINDS) * (len(SIZES) + len(AT_RANDOM))
-    return (
-        tokens * (2 * (1 + DRAWS) * sizes.active + sizes.in_experts)
-        + runs * FIT_TOKENS * sizes.active
-    )
-
-
-def _products_per_second() -> float:
-    """Floating-point operations per second in float32 products of the size that profiling has."""
-    x, w = torch.randn(256, 1024), torch.randn(1024, 1024)
-    best = float("inf")
-    for _ in range(8):
-        started = time.perf_counter()
-        x @ w
-        best = min(best, time.perf_counter() - started)
-    return 2 * 256 * 1024 * 1024 / best
+        return None, str(error), []
+    if missing:
+        lost = f"{len(missing)} are missing, {min(missing)} first; download the checkpoint again"
+        return total, lost, weights.files
+    return total, "", weights.files

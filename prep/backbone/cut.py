@@ -149,8 +149,9 @@ def _tensor(name: str, tensor: ir.TensorProtocol) -> onnx.TensorProto:
     memories."""
     if tensor.nbytes >= INLINE:
         external = onnx.TensorProto.EXTERNAL
+        dims = tensor.shape.numpy()
         return onnx.TensorProto(
-            name=name, dims=list(tensor.shape), data_type=tensor.dtype, data_location=external
+            name=name, dims=dims, data_type=tensor.dtype, data_location=external
         )
     proto = ir.to_proto(tensor)
     if not proto.HasField("raw_data"):  # one form for all, so that the writer can move it out

@@ -138,7 +138,7 @@ class Checkpoint:
 
     def forget_backbone(self) -> None:
         """Let all that is in memory go; what is known of the checkpoint stays."""
-        self.model.to("meta")
+        torch.nn.Module.to(self.model, "meta")
         _trim()
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ nearly all of its time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -46,13 +47,13 @@ class Ends:
             module.weight.data = module.weight.new_empty(0)
             self._away.add(name)
 
-    def _come(self, name: str, module: torch.nn.Module) -> None:
+    def _come(self, name: str, module: Any) -> None:
         if name in self._away:
             module.weight.data = self._weights.read(name).to(module.weight.dtype)
             self._away.remove(name)
 
 
-def _ends(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.nn.Module]]:
+def _ends(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
     """The modules with the names of what their weights are stored as."""
     model, weights = checkpoint.model, checkpoint.weights
     sources: dict[int, list[str]] = {}  # by parameter: tied ones are one

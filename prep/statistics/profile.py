@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ PROFILE_FILES = (
 )
 SAMPLE = 1024  # tokens on which all experts are run
 TRACE = 8192  # tokens kept in the trace
-SAMPLED_AT_ONCE = 32 << 20  # bytes, in float64, of all experts' outputs for sampled tokens
+SAMPLED_AT_ONCE = 128 << 20  # bytes of all experts' outputs for sampled tokens
+SUMMED_AT_ONCE = 32  # tokens of them that are float64 at a time
 
 
 class Statistics:
@@ -98,13 +99,26 @@ class Statistics:
         sample = torch.from_numpy(self.sample).to(at.hidden.device)
         x, active = at.hidden[sample], self._activity(at)[self.sample]
         experts = len(sums.counts)
-        together = max(1, SAMPLED_AT_ONCE // (experts * x.shape[1] * 8))
+        together = sampled_at_once(experts, x.shape[1])
         for start in range(0, len(x), together):
             group = slice(start, start + together)
-            outputs = torch.empty(len(x[group]), experts, x.shape[1], dtype=torch.float64)
+            outputs = torch.empty(len(x[group]), experts, x.shape[1])
             for expert in range(experts):
                 outputs[:, expert] = expert_outputs(at.module, expert, x[group])
-            sums.add_outputs(outputs.numpy(), active[group])
+            for few, routed in zip(
+                outputs.split(SUMMED_AT_ONCE), _split(active[group], SUMMED_AT_ONCE), strict=True
+            ):
+                sums.add_outputs(few.double().numpy(), routed)
+
+
+def sampled_at_once(experts: int, hidden: int) -> int:
+    """How many tokens go through all experts at once."""
+    return max(1, SAMPLED_AT_ONCE // (experts * hidden * 4))
+
+
+def _split(array: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(array), rows):
+        yield array[start : start + rows]
 
 
 class Trace:

@@ -222,7 +222,7 @@ class _View:
     weight: torch.Tensor
     shape: torch.Size
     strides: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 class _Graph(Pass):
