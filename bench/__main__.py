@@ -12,7 +12,7 @@ from bench.tables import rewrite
 from smoe.artifacts import SmoeError
 
 MODULES = (
-    "policies", "micro", "prep", "large", "memory", "outofcore", "families",
+    "policies", "micro", "prep", "large", "backbones", "memory", "outofcore", "families",
     "sidebyside", "prompts", "opening", "models", "soak",
 )  # fmt: skip
 

@@ -130,7 +130,11 @@ def _build(
         experts = unpacked(checkpoint, recipe.encoding)
         text = _text(checkpoint, partial, experts, recipe, origin, given, progress)
         how = How(
-            experts=experts, quantiser=recipe.quantiser, profiled=profiled, device=recipe.device
+            experts=experts,
+            quantiser=recipe.quantiser,
+            watch_backbone=recipe.backbone == "int4" and bool(text.rows),
+            profiled=profiled,
+            device=recipe.device,
         )
         no_prices = learn(checkpoint, partial, text, how, progress)
         if no_prices:
@@ -162,6 +166,7 @@ def _given(
 ) -> list[np.ndarray]:
     """The rows of the calibration text, tokenised if anything needs them."""
     needed = profiled is None or recipe.prices or recipe.quantiser == "calibrated"
+    needed = needed or recipe.backbone == "int4"
     if calibration is None or not needed:
         return []
     return calibration.rows(checkpoint, progress.say)
@@ -315,6 +320,9 @@ def _provenance(checkpoint: Checkpoint, recipe: Recipe, text: Text) -> dict[str,
     }
     if why := reach(checkpoint.config).why:
         provenance["context"] = why
+    if recipe.backbone != "f32":
+        calibrated = recipe.backbone == "int4" and bool(text.rows)
+        provenance["backbone"] = f"{recipe.backbone}, {'calibrated' if calibrated else 'rounded'}"
     if recipe.quantiser is not None:
         provenance["quantiser"] = recipe.quantiser
     if text.rows:

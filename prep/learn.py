@@ -16,6 +16,7 @@ import numpy as np
 from smoe.artifacts import safetensors_file
 from smoe.artifacts.manifest import Experts
 from smoe.artifacts.tables import load_tables, save_tables
+from smoe.prep.backbone.watch import BackboneCodes
 from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.seam import expert_geometry
 from smoe.prep.checkpoint.text import Origin
@@ -70,11 +71,13 @@ class Text:
 
 @dataclass(frozen=True)
 class How:
-    """How experts are packed, by which of `options.QUANTISERS`, and where a sweep runs: `profiled`
-    is a finished profile's directory, or None to profile now."""
+    """How experts are packed, by which of `options.QUANTISERS`, whether the backbone is calibrated
+    too, and where a sweep runs: `profiled` is a finished profile's directory, or None to profile
+    now."""
 
     experts: Experts
     quantiser: str | None
+    watch_backbone: bool
     profiled: Path | None
     device: str
 
@@ -107,6 +110,8 @@ def _learn(
         return ""
     packing = Packing(checkpoint, directory, how.experts, how.quantiser, progress)
     observers: list[Observer] = [packing]
+    if how.watch_backbone:
+        observers.insert(0, BackboneCodes(checkpoint, directory, text.tokens))
     statistics = trace = None
     if how.profiled is None:
         statistics, trace = _profilers(checkpoint, text)

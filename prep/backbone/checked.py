@@ -13,6 +13,7 @@ from smoe.prep.backbone.export import Exported, export
 from smoe.prep.backbone.onnx_graph import continues
 from smoe.prep.backbone.positions import reach
 from smoe.prep.backbone.quantise import reduce
+from smoe.prep.backbone.watch import known
 from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.seam import expert_geometry
 from smoe.prep.errors import PrepError
@@ -46,7 +47,10 @@ def export_checked(
         if not wrong and precision == "f32":
             return manifest
         if not wrong:
-            backbone, line = reduce(directory, manifest.backbone, manifest.layers, precision)
+            sources = known(checkpoint, directory)
+            backbone, line = reduce(
+                directory, manifest.backbone, manifest.layers, precision, sources
+            )
             progress.say(f"export: {line}")
             return dataclasses.replace(manifest, backbone=backbone)
         why = why or wrong

@@ -8,6 +8,7 @@ this file makes the graph, decides what is state, and puts weights and segments 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,9 +176,10 @@ def _constant(graph: ir.Graph, value: int) -> ir.Value:
 def write_weights(
     path: Path, weights: dict[str, ir.TensorProtocol] | dict[str, np.ndarray]
 ) -> dict[str, Initializer]:
-    """All weights one after another, aligned, each once; what is too small to matter stays in the
-    segments."""
+    """All weights one after another, aligned, equal bytes once; what is too small to matter stays
+    in the segments."""
     placed: dict[str, Initializer] = {}
+    written: dict[bytes, int] = {}  # offsets by what is there
     offset = 0
     with open(path, "wb") as file:
         for name, tensor in weights.items():
@@ -187,12 +189,13 @@ def write_weights(
             if array.nbytes < cut.INLINE:
                 continue
             dtype = next(n for n, d in DTYPES.items() if d == array.dtype)
-            padding = -offset % ALIGN
-            file.write(b"\0" * padding)
-            file.write(array.reshape(-1).view(np.uint8).data)
-            offset += padding
-            placed[name] = Initializer(name, dtype, array.shape, offset, array.nbytes)
-            offset += array.nbytes
+            data = array.reshape(-1).view(np.uint8).data
+            digest = hashlib.sha256(data).digest()
+            if digest not in written:
+                file.write(b"\0" * (-offset % ALIGN))
+                written[digest] = offset + -offset % ALIGN
+                offset = written[digest] + file.write(data)
+            placed[name] = Initializer(name, dtype, array.shape, written[digest], array.nbytes)
     return placed
 
 
