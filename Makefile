@@ -43,14 +43,14 @@ wheel:
 oldest:
 	.ci/wheel oldest
 
-## The kernels' tests with every read and every operation checked, in C++ and in nanobind. Python's own leaks are not ours.
+## The tests of kernels and packer with every read and every operation checked, in C++ and in nanobind. Python's own leaks are not ours.
 sanitize: .venv-lean/installed
 	rm -rf build/sanitize
 	CXX=g++ CXXFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" \
 		$(LEAN)/pip install -q --no-deps -C cmake.build-type=Debug --target build/sanitize .
 	PYTHONPATH=build/sanitize PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-		$(LEAN)/pytest -q --capture=sys tests/runtime/test_kernels*.py
+		$(LEAN)/pytest -q --capture=sys tests/runtime/test_kernels*.py tests/test_packing.py
 
 ## The native pool and kernels under the thread sanitizer, called from several threads at once.
 threads:

@@ -12,8 +12,8 @@ from bench.tables import rewrite
 from smoe.artifacts import SmoeError
 
 MODULES = (
-    "policies", "micro", "prep", "large", "backbones", "memory", "outofcore", "families",
-    "sidebyside", "prompts", "opening", "models", "soak",
+    "policies", "micro", "prep", "quality", "large", "backbones", "memory", "outofcore",
+    "families", "sidebyside", "prompts", "opening", "models", "packing", "soak",
 )  # fmt: skip
 
 

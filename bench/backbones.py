@@ -46,6 +46,7 @@ def backbones(run: Run) -> Rows:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         folder = run.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
         bundles = {name: _built(folder, name, run) for name in WAYS}
         losses = _losses(list(bundles.values()), run)
         lines = [

@@ -50,6 +50,9 @@ def _options(tokens: int, layers: int) -> tuple[Any, ...]:
         option("--encoding", help=f"[default: {NESTED}, where plain as stored]"),
         option("--quantiser", help="of nested encodings"),
         option("--prices", type=int, default=8192, help="tokens that prices are from; 0: none"),
+        option(
+            "--self", dest="own", type=int, default=0, help="tokens that the model writes itself"
+        ),
         option("--also", nargs="+", default=[], help="more options of smoe-prep build"),
         option("--keep", type=Path, help="a folder for the checkpoint and the bundle"),
     )
@@ -77,7 +80,7 @@ def large(run: Run) -> Rows:
         yield _sizes(said, took, disk, size(output))
         yield _rates(shape, run, built["seconds"])
         if run.geometry != "plain":
-            yield _published(run, said["stages"]["seconds"], built["seconds"])
+            yield _published(run, said["stage_seconds"], built["seconds"])
 
 
 def _shape(run: Run) -> Shape:
@@ -94,6 +97,7 @@ def _about(run: Run) -> list[str]:
     """What inspect and build are both told."""
     encoding = run.encoding or ("stored" if run.geometry == "plain" else NESTED)
     about = ["--tokens", run.tokens, "--encoding", encoding, "--prices", run.prices]
+    about += ["--self", run.own]
     return [*map(str, about), *(["--quantiser", run.quantiser] if run.quantiser else [])]
 
 
@@ -128,7 +132,7 @@ def _allocated(folder: Path) -> int:
 
 
 def _stages(said: dict[str, Any], seconds: dict[str, float], whole: float) -> Table:
-    before = said["stages"]["seconds"]
+    before = said["stage_seconds"]
     lines = [
         [stage, before.get(stage), took, took / before[stage] if before.get(stage) else None]
         for stage, took in sorted(seconds.items(), key=lambda item: -item[1])
@@ -173,7 +177,7 @@ def _published(run: Run, said: dict[str, float], took: dict[str, float]) -> Tabl
     lines: list[list[Any]] = []
     for name, folder in PUBLISHED.items():
         about = smoe_prep("inspect", ROOT / "docs" / "models" / folder, *_about(run))
-        expected = about["stages"]["seconds"]
+        expected = about["stage_seconds"]
         here = {
             stage: seconds
             * (took[stage] / said[stage] if took.get(stage) and said.get(stage) else 1)

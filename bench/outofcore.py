@@ -16,6 +16,7 @@ import math
 import mmap
 import os
 import random
+import shutil
 import statistics
 import tempfile
 import time
@@ -40,6 +41,7 @@ from bench.harness import (
     option,
     read_record,
 )
+from bench.random_models import FIRST_ID, GEOMETRIES, random_checkpoint, random_text
 
 SHARES = (0, 100, 75, 55, 40, 25)  # per cent of the bundle; 0 is no limit
 MODULES = {
@@ -76,6 +78,8 @@ class Row:
 @bench(
     options.TEXT, options.tokens(256), options.rounds(3),
     option("--directory", type=Path, required=True, help="where models are, or are made"),
+    option("--geometry", choices=GEOMETRIES, help="random weights of this model's sizes, instead"),
+    option("--layers", type=int, default=16, help="of that model"),
     option("--bundle", type=Path, help="instead of the padded example model"),
     option("--gguf", type=Path, help="for llama.cpp, instead of one made of the checkpoint"),
     option("--checkpoint", type=Path, help="for transformers, instead of the padded one"),
@@ -92,16 +96,18 @@ def outofcore(run: Run) -> Rows:
 
     Makes what is missing in the directory: the example model padded to real sizes, its bundle, and
     a GGUF file with Q4_0 experts and the rest in the type that is nearest to the bundle's backbone.
+    With --geometry a checkpoint of random weights instead, which is not kept, and random text.
     Needs memory cgroups and, for the other sides, pip install llama-cpp-python gguf accelerate.
     nats off: by how much the log-likelihood of any token differs from what the same engine gave
     without a limit, since a wrong answer is fast.
     """
     if reason := cgroup.unavailable():
         raise SystemExit(f"Nothing can be shown here: {reason}")
-    engines = [engine for engine in run.engines if _installed(engine)]
+    offered = [engine for engine in run.engines if not (run.geometry and engine == "transformers")]
+    engines = [engine for engine in offered if _installed(engine)]
     models = _models(run, engines)
     whole = page_cache.size(models["smoe"])
-    ids = tokens_of(models["smoe"], run.text, run.tokens)
+    ids = _text(models["smoe"], run)
     rows: list[Row] = []
     for turn, share, engine in _order(run.rounds, run.shares, engines):
         limit = whole * share // 100 if share else None
@@ -121,6 +127,8 @@ def _models(run: Run, engines: list[str]) -> dict[str, Path]:
     """engine -> its model; whatever is missing is made."""
     from bench import models
 
+    if run.geometry:
+        return _at_size(run, engines)
     bundle = run.bundle or models.padded(run.directory)
     paths = {"smoe": bundle}
     if "transformers" in engines or ("llama.cpp" in engines and not run.gguf):
@@ -134,6 +142,36 @@ def _models(run: Run, engines: list[str]) -> dict[str, Path]:
             backbone = GGUF_TYPES[manifest["backbone"]["precision"]]
             to_gguf(paths["transformers"], paths["llama.cpp"], backbone=backbone)
     return paths
+
+
+def _at_size(run: Run, engines: list[str]) -> dict[str, Path]:
+    """The same of random weights: the checkpoint is there only until all else is."""
+    from bench.models import PADDED, build
+
+    name = f"{run.geometry}-{run.layers}"
+    paths = {"smoe": run.directory / f"{name}.smoe"}
+    if "llama.cpp" in engines:
+        paths["llama.cpp"] = run.directory / f"{name}.gguf"
+    if all(path.exists() for path in paths.values()):
+        return paths
+    shape = GEOMETRIES[run.geometry](layers=run.layers)
+    checkpoint = random_checkpoint(run.directory / name, shape)
+    text = random_text(run.directory / f"{name}.jsonl", 256, shape.vocabulary)
+    build(checkpoint, paths["smoe"], text, "--tokens", "256", "--prices", "0", *PADDED)
+    if "llama.cpp" in engines and not paths["llama.cpp"].exists():
+        from bench.to_gguf import to_gguf
+
+        to_gguf(checkpoint, paths["llama.cpp"], backbone=GGUF_TYPES["int8"])
+    shutil.rmtree(checkpoint)
+    return paths
+
+
+def _text(bundle: Path, run: Run) -> list[int]:
+    if not run.geometry:
+        return tokens_of(bundle, run.text, run.tokens)
+    vocabulary = GEOMETRIES[run.geometry](layers=1).vocabulary
+    draw = random.Random(2)
+    return [draw.randrange(FIRST_ID, vocabulary) for _ in range(run.tokens)]
 
 
 def measure(

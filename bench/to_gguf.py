@@ -1,4 +1,4 @@
-"""A qwen3_moe checkpoint as a GGUF file for llama.cpp.
+"""A qwen3_moe or olmoe checkpoint as a GGUF file for llama.cpp.
 
 Experts and the rest have a type each, so that a file can be made that is as precise as a bundle is:
 f32 beside a bundle's float backbone, q8_0 beside int8. Routers and norms are float32 always, as in
@@ -27,6 +27,7 @@ IN_LAYER = {
     "attn_k_norm": "self_attn.k_norm",
 }  # fmt: skip
 EXPERTS = ("gate", "up", "down")
+FAMILIES = {"qwen3_moe": "qwen3moe", "olmoe": "olmoe"}  # as llama.cpp calls them
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,12 @@ class Checkpoint:
 def to_gguf(source: Path, out: Path, experts: str = "q4_0", backbone: str = "q8_0") -> int:
     """Write `out`; returns its bytes. A `ValueError` for another family."""
     config = json.loads((source / "config.json").read_text("utf-8"))
-    if config["model_type"] != "qwen3_moe":
-        raise ValueError(f"{source} is a {config['model_type']}; only qwen3_moe is known here.")
-    writer = gguf.GGUFWriter(out, "qwen3moe")
+    if config["model_type"] not in FAMILIES:
+        known = " and ".join(FAMILIES)
+        raise ValueError(f"{source} is a {config['model_type']}; {known} are known here.")
+    writer = gguf.GGUFWriter(out, FAMILIES[config["model_type"]])
     _settings(writer, config)
-    _vocabulary(writer, json.loads((source / "tokenizer.json").read_text("utf-8")), config)
+    _vocabulary(writer, _tokenizer(source, config), config)
     tensors = _tensors(Checkpoint(source), config, TYPES[experts], TYPES[backbone])
     for t in tensors:
         writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.nbytes, t.type)
@@ -98,18 +100,29 @@ def _settings(writer: gguf.GGUFWriter, config: dict) -> None:
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    width = config["intermediate_size"]
+    writer.add_feed_forward_length(width)
+    writer.add_expert_feed_forward_length(config.get("moe_intermediate_size", width))
     writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
     writer.add_expert_used_count(config["num_experts_per_tok"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_freq_base(config.get("rope_parameters", config)["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _tokenizer(source: Path, config: dict) -> dict:
+    """tokenizer.json; of a checkpoint without one, as many tokens as it has."""
+    file = source / "tokenizer.json"
+    if file.exists():
+        return json.loads(file.read_text("utf-8"))
+    names = {f"<{number}>": number for number in range(config["vocab_size"])}
+    return {"model": {"vocab": names, "merges": ["< 0"]}, "added_tokens": []}
 
 
 def _vocabulary(writer: gguf.GGUFWriter, tokenizer: dict, config: dict) -> None:
@@ -129,7 +142,7 @@ def _vocabulary(writer: gguf.GGUFWriter, tokenizer: dict, config: dict) -> None:
     writer.add_token_merges(
         [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]]
     )
-    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_bos_token_id(config.get("bos_token_id") or 0)
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_add_bos_token(False)
 

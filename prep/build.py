@@ -27,7 +27,7 @@ from smoe.prep.errors import PrepError
 from smoe.prep.estimate import Sizes, Work, disk_bytes, memory_bytes, short_of_memory
 from smoe.prep.learn import How, Text, learn
 from smoe.prep.options import STORED, Recipe, quantiser_settings
-from smoe.prep.pack.pack import chosen_encoding, unpacked
+from smoe.prep.pack.pack import chosen_encoding, losses, unpacked
 from smoe.prep.prices.calibrate import Fit, add_fit
 from smoe.prep.progress import Progress, peak_memory
 from smoe.prep.statistics.profile import open_profile
@@ -125,10 +125,11 @@ def _build(
     with beside(output, _settings(checkpoint, recipe, calibration, given, profiled), progress) as (
         partial
     ):
-        tokens = sum(map(len, given)) + origin.own
-        _refuse_small_machine(checkpoint, recipe, tokens, partial, progress)
+        tokens = sum(map(len, given))
+        _refuse_small_machine(checkpoint, recipe, tokens, origin.own, partial, progress)
         experts = unpacked(checkpoint, recipe.encoding)
-        text = _text(checkpoint, partial, experts, recipe, origin, given, progress)
+        with progress.stage("text"):
+            text = _text(checkpoint, partial, experts, recipe, origin, given, progress)
         how = How(
             experts=experts,
             quantiser=recipe.quantiser,
@@ -145,7 +146,8 @@ def _build(
         for name, content in checkpoint.text_files.items():
             (partial / name).write_bytes(content)
         terms = copy_licence(checkpoint.path, partial, progress)
-        provenance = _provenance(checkpoint, recipe, text) | terms.provenance()
+        lost = losses(partial, len(checkpoint.layers))
+        provenance = _provenance(checkpoint, recipe, text, lost) | terms.provenance()
         manifest = dataclasses.replace(draft, provenance=provenance, files=_files(partial))
         write_whole(partial / "manifest.json", manifest.to_json())
         fit: list[Fit] = []
@@ -194,7 +196,10 @@ def _text(
     """The text that was given, and what the model writes itself after it."""
     rows = given
     if origin.own:
-        own = write(checkpoint, partial, origin, experts, recipe.quantiser, recipe.device, progress)
+        with progress.stage("write"):
+            own = write(
+                checkpoint, partial, origin, experts, recipe.quantiser, recipe.device, progress
+            )
         rows = rows_of(np.concatenate([*given, own]), origin.length)
     return Text.split(origin, rows, recipe.prices or 0)
 
@@ -264,11 +269,17 @@ def _refuse_early(
 
 
 def _refuse_small_machine(
-    checkpoint: Checkpoint, recipe: Recipe, tokens: int, partial: Path, progress: Progress
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    given: int,
+    own: int,
+    partial: Path,
+    progress: Progress,
 ) -> None:
-    """A disk without room is a `PrepError`, and little memory a warning: now, not after hours."""
+    """A disk without room for a build with so many tokens, `given` and its `own`, is a `PrepError`,
+    and little memory a warning: now, not after hours."""
     sizes = Sizes.of(checkpoint.model, checkpoint.weights.quantiser)
-    work = Work(recipe.encoding, recipe.quantiser, recipe.backbone, tokens, recipe.prices or 0)
+    work = Work.of(recipe, given, own)
     refuse_full_disk(partial, disk_bytes(sizes, work))
     if short := short_of_memory(max(memory_bytes(sizes, work).values())):
         progress.say(f"warning: {short}")
@@ -309,8 +320,11 @@ def _with_new_tables(partial: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _provenance(checkpoint: Checkpoint, recipe: Recipe, text: Text) -> dict[str, str]:
-    """Where a bundle comes from: checkpoint, text, how its codes and prices were made, versions."""
+def _provenance(
+    checkpoint: Checkpoint, recipe: Recipe, text: Text, lost: dict[str, list[float]]
+) -> dict[str, str]:
+    """Where a bundle comes from: checkpoint, text, how its codes and prices were made, what its
+    codes `lost`, versions."""
     provenance = {
         "source": origin(checkpoint.path),
         "source_fingerprint": checkpoint.fingerprint(),
@@ -325,6 +339,9 @@ def _provenance(checkpoint: Checkpoint, recipe: Recipe, text: Text) -> dict[str,
         provenance["backbone"] = f"{recipe.backbone}, {'calibrated' if calibrated else 'rounded'}"
     if recipe.quantiser is not None:
         provenance["quantiser"] = recipe.quantiser
+    if lost:
+        shares = {name: [float(f"{x:.3g}") for x in levels] for name, levels in lost.items()}
+        provenance["output_lost_by_level"] = json.dumps(shares)
     if text.rows:
         provenance |= {
             "calibration": str(text.origin),

@@ -17,7 +17,7 @@ from smoe.artifacts.encodings import ENCODINGS
 from smoe.prep.checkpoint.text import DEFAULT_TOKENS, Calibration
 from smoe.prep.cli_options import json_option, show
 from smoe.prep.cli_replay import plan, simulate
-from smoe.prep.options import MINIMUM, PRICE_TOKENS, QUANTISERS, SELF_ALONE, SELF_BESIDE, Recipe
+from smoe.prep.options import MINIMUM, PRICE_TOKENS, QUANTISERS, SELF_TOKENS, Recipe
 from smoe.prep.progress import Progress
 
 RECIPE = Recipe()
@@ -45,11 +45,20 @@ _device = click.option(
     show_default=True,
     help="What text runs on, as torch names it: cpu, or cuda. Another one gives other bytes.",
 )
+_own = click.option(
+    "--self",
+    "own",
+    type=int,
+    metavar="N",
+    help="Tokens that the model writes itself and learns from, beside --calibration or in place of "
+    f"it; 0: none. [default: {SELF_TOKENS}; beside --calibration none unless codes are calibrated]",
+)
 _backbone = click.option(
     "--backbone",
     default=RECIPE.backbone,
     show_default=True,
-    help="Precision of the backbone: f32, int8 or int4.",
+    help="Precision of the backbone: f32, int8 or int4, which is calibrated where there is text "
+    "and keeps 8 bits where 4 cost most.",
 )
 
 
@@ -102,15 +111,7 @@ def cli() -> None:
     help="What `smoe-prep profile` wrote (from --calibration, if both are given), instead of "
     "profiling now.",
 )
-@click.option(
-    "--self",
-    "own",
-    type=int,
-    metavar="N",
-    help="Tokens that the model writes itself and learns from, beside --calibration or in place of "
-    f"it; 0: none. [default: {SELF_ALONE}, or beside --calibration {SELF_BESIDE} where codes are "
-    "calibrated, else none]",
-)
+@_own
 @_encoding
 @_quantiser
 @_backbone
@@ -178,6 +179,7 @@ def _source(
 @_encoding
 @_quantiser
 @_backbone
+@_own
 @click.option(
     "--tokens",
     type=click.IntRange(MINIMUM),
@@ -202,6 +204,7 @@ def inspect(
     quantiser: str | None,
     backbone: str,
     tokens: int,
+    own: int | None,
     prices: int,
     as_json: bool,
 ) -> None:
@@ -213,13 +216,13 @@ def inspect(
     if (model is None) != list_families:
         raise click.UsageError("Give either MODEL or --families.")
     if list_families:
-        _refuse_given(context, "encoding", "quantiser", "backbone", "tokens", "prices")
+        _refuse_given(context, "encoding", "quantiser", "backbone", "own", "tokens", "prices")
     from smoe.prep import inspect as inspection
 
     if list_families or model is None:
         show(inspection.families(), as_json)
         return
-    result = inspection.inspect(model, encoding, tokens, prices, backbone, quantiser)
+    result = inspection.inspect(model, encoding, tokens, prices, backbone, quantiser, own)
     show(result, as_json)
     if result.refusal:
         raise SystemExit(1)

@@ -1,69 +1,68 @@
-"""What a build takes, known from a config alone: bytes on disk and in memory, and seconds of every
-stage on this machine.
-
-Seconds are counts of what is to be done times how long that takes here (`probes`), which is
-measured at the model's own shapes.
-"""
+"""What a build takes in bytes, on disk and in memory, known from a config alone."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import transformers
 from transformers.quantizers.base import HfQuantizer
 
 from smoe.artifacts.encodings import encoding_named, record_layout
 from smoe.artifacts.layout import ExpertShape
-from smoe.artifacts.tables import DISTANCES, TABLES, nbytes
+from smoe.artifacts.tables import TABLES, nbytes
 from smoe.artifacts.tables import TRACE as TRACE_TABLES
-from smoe.prep import probes
 from smoe.prep.checkpoint.ends import LARGE as LARGE_END
 from smoe.prep.checkpoint.few_bits import bytes_per_weight
-from smoe.prep.checkpoint.seam import ExpertsModule, expert_geometry, experts_modules
+from smoe.prep.checkpoint.seam import expert_geometry, experts_modules
 from smoe.prep.learn import HELD_OUT
-from smoe.prep.pack.pack import AT_ONCE, PAGE
-from smoe.prep.prices.calibrate import AT_RANDOM, SIZES
-from smoe.prep.prices.calibrate import TOKENS as FIT_TOKENS
+from smoe.prep.options import Recipe
+from smoe.prep.pack.calibrated import AT_ONCE_CPU
+from smoe.prep.pack.pack import PAGE
 from smoe.prep.prices.price import DRAWS
-from smoe.prep.statistics.profile import SAMPLE, TRACE, sampled_at_once
+from smoe.prep.statistics.profile import TRACE, sampled_at_once
 from smoe.prep.statistics.sums import MAX_RANKS
-from smoe.prep.sweep.forward import TOGETHER
+from smoe.prep.sweep.forward import PIECE, TOGETHER
 from smoe.prep.sweep.gradients import IN_MEMORY
 from smoe.runtime.allowance import usual_process
-from smoe.runtime.budget import CHUNK, RUNTIME, SESSION
-from smoe.runtime.choose.prices import KINDS
+from smoe.runtime.budget import RUNTIME, SESSION
 from smoe.runtime.machine import memory_room
 
-# Bytes of a weight of the backbone (backbone/quantise.py: blocks of 32 share a float32 scale).
-BACKBONE = {"f32": 4.0, "int8": 1 + 4 / 32, "int4": 0.5 + 4 / 32}
-LENGTH = 512  # tokens of a row of calibration text
+# Bytes of a weight of the backbone and of its two ends (backbone/quantise.py: blocks of 32, or 64
+# with 4 bits, share a float32 scale; a vocabulary's tables have 8 bits at least).
+BACKBONE = {"f32": (4.0, 4.0), "int8": (1 + 4 / 32, 1 + 4 / 32), "int4": (0.5 + 4 / 64, 1 + 4 / 32)}
 
 # What `python -m bench large --geometry olmoe` measured (docs/log.md, 2026-11-27): bytes of Python,
 # torch and transformers with what they leave behind, and of the exporter without any weights.
 PROCESS, EXPORTER = 0.45e9, 0.4e9
 MARGIN = 0.15e9  # bytes of small things
-START = 8.0  # seconds of Python in which a process comes to have torch and transformers
-TRACED = 4.0  # seconds of Python per layer that is exported and checked
-ELEMENTS = 0.8e9  # float32 numbers per second that one thread sees in a long expression
-HASHED, WIDENED = 0.9e9, 0.5e9  # bytes per second of SHA-256, and of a backbone that is loaded
-BESIDES = 1.4  # how much longer a pass takes than its products
-LOGITS = 6  # how often a number of the logits is seen
 SAVED = 12  # hidden states per layer that lie on the disk for the way back
 
 
 @dataclass(frozen=True)
 class Work:
     """What is to be built: experts in `encoding` by `quantiser` (None: one way only), the backbone
-    in `precision`; `tokens` of text, of which so many for `prices`."""
+    in `precision`; `tokens` of text, `own` of which the model writes itself, and so many for
+    `prices`."""
 
     encoding: str
     quantiser: str | None
     precision: str
     tokens: int
     prices: int
+    own: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe, given: int, own: int) -> Work:
+        """For a recipe in which nothing is left open."""
+        return cls(
+            encoding=recipe.encoding,
+            quantiser=recipe.quantiser,
+            precision=recipe.backbone,
+            tokens=given + own,
+            prices=recipe.prices or 0,
+            own=own,
+        )
 
     @property
     def priced(self) -> int:
@@ -84,6 +83,7 @@ class Sizes:
     vocabulary: int
     heads: int  # numbers in the queries of a token
     depth: int  # layers with experts and without
+    state: int  # bytes that attention remembers of a token, at most
     stored: int
     shape: ExpertShape  # but for its sizes
 
@@ -108,6 +108,7 @@ class Sizes:
             vocabulary=config.vocab_size,
             heads=heads * (getattr(config, "head_dim", None) or hidden // heads),
             depth=config.num_hidden_layers,
+            state=2 * 4 * config.num_hidden_layers * _keys(config),
             stored=stored,
             shape=ExpertShape(
                 0, 0, bool(first.has_gate), bool(first.has_bias), bool(first.has_post_expert_norm)
@@ -139,6 +140,13 @@ class Sizes:
         return [record_layout(shape, encoding, PAGE).nbytes for shape in shapes]
 
 
+def _keys(config: transformers.PreTrainedConfig) -> int:
+    """Numbers in the keys of a token, in one layer."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return (getattr(config, "num_key_value_heads", None) or heads) * head
+
+
 def _ends(model: transformers.PreTrainedModel) -> tuple[int, ...]:
     """Numbers of the embedding and of the head, which may be one."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -156,9 +164,12 @@ def bundle_bytes(sizes: Sizes, work: Work) -> int:
         _table_bytes(experts, hidden, sizes.top_k or experts, min(work.tokens, TRACE))
         for experts, hidden, _ in sizes.layers
     )
-    return (
-        _shards(sizes, work) + int(BACKBONE[work.precision] * sizes.backbone) + tables + (32 << 20)
-    )
+    return _shards(sizes, work) + _backbone(sizes, work) + tables + (32 << 20)
+
+
+def _backbone(sizes: Sizes, work: Work) -> int:
+    ends, (inner, outer) = sum(sizes.ends), BACKBONE[work.precision]
+    return int(inner * (sizes.backbone - ends) + outer * ends)
 
 
 def _shards(sizes: Sizes, work: Work) -> int:
@@ -176,7 +187,8 @@ def _table_bytes(experts: int, hidden: int, top_k: int, traced: int) -> int:
 def disk_bytes(sizes: Sizes, work: Work) -> int:
     """At its largest: shards, and what a sweep keeps so that it can go on; or the bundle."""
     kept = sum((work.tokens + work.priced) * hidden * 4 for _, hidden, _ in sizes.layers)
-    saved = SAVED * work.priced * sizes.hidden * 4 * sizes.depth
+    kept += 2 * work.tokens * sizes.hidden * 4  # what passes hold while they wait
+    saved = SAVED * work.priced * sizes.hidden * 4 * (sizes.depth - 1)  # before experts: nothing
     logits = work.priced * sizes.vocabulary * 4
     return max(bundle_bytes(sizes, work), _shards(sizes, work) + kept + saved + logits)
 
@@ -187,15 +199,15 @@ def memory_bytes(sizes: Sizes, work: Work) -> dict[str, int]:
     ends = [4 * n for n in sizes.ends if 4 * n >= LARGE_END]
     backbone, largest = 4 * sizes.backbone, max((4 * n for n in sizes.ends), default=0)
     between = PROCESS + MARGIN + backbone - sum(ends)
-    text = 2 * work.tokens * row  # residual, and what experts receive
-    reading = sizes.stored + sizes.stored * 2 // 3  # a parameter, and what it is made of
-    moments = 3 * AT_ONCE if work.quantiser == "calibrated" else 0
-    learned = len(DISTANCES) * (work.priced + HELD_OUT) * row if work.priced else 0
+    text = work.tokens * row  # what experts receive; all else of it is in files
+    learned = 3 * (work.priced + HELD_OUT) * row if work.priced else 0  # centred, and once more
     back = (3 * DRAWS + 2) * work.priced * row
-    observed = sizes.stored + learned + max(moments, 2 * _sampled(sizes))
+    observed = max(_quantising(sizes, work), 2 * _sampled(sizes))
+    output = min(work.tokens, PIECE * TOGETHER) * row
+    graph = 4 * work.priced * row
     stages = {
         "open": PROCESS + backbone + largest,
-        "sweep": between + text + max(reading, sizes.stored + work.tokens * row, observed),
+        "sweep": between + text + graph + sizes.stored + max(output, observed, learned),
         "export": 2 * PROCESS + EXPORTER + 2 * backbone,
     }
     if work.priced:
@@ -215,6 +227,16 @@ def short_of_memory(needed: int) -> str:
     )
 
 
+def _quantising(sizes: Sizes, work: Work) -> int:
+    """Of a few experts' moments and, at every level, what is left of their weights."""
+    if work.quantiser != "calibrated":
+        return 0
+    _, hidden, width = max(sizes.layers, key=lambda layer: layer[1] * layer[2])
+    square, levels = max(hidden, width) ** 2, encoding_named(work.encoding).levels
+    at_once = max(1, AT_ONCE_CPU // (4 * square))
+    return at_once * 4 * (2 * square + 2 * width * hidden * 3 * levels)
+
+
 def _sampled(sizes: Sizes) -> int:
     experts = max(count for count, _, _ in sizes.layers)
     return sampled_at_once(experts, sizes.hidden) * experts * sizes.hidden * 4
@@ -222,7 +244,7 @@ def _sampled(sizes: Sizes) -> int:
 
 def device_bytes(sizes: Sizes, work: Work) -> tuple[int, int]:
     """Of the runtime besides its KV cache: at least, and with all experts resident."""
-    stored = int(BACKBONE[work.precision] * sizes.backbone)
+    stored = _backbone(sizes, work)
     copies = 1 if work.precision == "f32" else 2  # ONNX Runtime lays quantised weights out anew
     fixed = copies * stored + RUNTIME + SESSION * (len(sizes.layers) + 1)
     least = fixed + (sizes.top_k or 1) * max(sizes.records(work.encoding))
@@ -232,134 +254,3 @@ def device_bytes(sizes: Sizes, work: Work) -> tuple[int, int]:
 def _device(engine: int) -> int:
     """Bytes of a process on the device with an engine of so many."""
     return engine + usual_process(engine)
-
-
-# -- seconds ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What the seconds of a build are proportional to: `alike` layers as large as the largest one,
-    of E experts, k of which a token uses; T tokens of text and P for prices."""
-
-    alike: float
-    experts: int
-    k: int
-    tokens: int
-    priced: int
-    row: int  # numbers of a hidden state
-    body: int  # multiplications of a token between the two ends, but for experts
-    head: int
-
-    @classmethod
-    def of(cls, sizes: Sizes, work: Work) -> Counts:
-        return cls(
-            alike=sizes.in_experts / max(sizes.per_layer),
-            experts=max(count for count, _, _ in sizes.layers),
-            k=sizes.top_k or 1,
-            tokens=work.tokens,
-            priced=work.priced,
-            row=sizes.hidden,
-            body=sizes.backbone - sum(sizes.ends) + 2 * sizes.depth * LENGTH * sizes.heads,
-            head=sizes.vocabulary * sizes.hidden,
-        )
-
-    def per_expert(self, tokens: int) -> int:
-        """How many of so many tokens an expert gets."""
-        return max(1, tokens * self.k // self.experts)
-
-
-def stage_seconds(
-    sizes: Sizes, work: Work, model: transformers.PreTrainedModel, files: Sequence[Path]
-) -> dict[str, float]:
-    """Of every stage of `progress.Progress.seconds`, on this machine now; {} where the config does
-    not say how many experts a token uses. `files` are those of the weights that are there."""
-    if sizes.top_k is None:
-        return {}
-    counts = Counts.of(sizes, work)
-    modules = [module for _, module in experts_modules(model)]
-    one = probes.one_expert(modules[sizes.per_layer.index(max(sizes.per_layer))])
-    rates = _Rates(
-        product=probes.product_rate(counts.row),
-        single=probes.single_rate(counts.row),
-        write=probes.write_rate(),
-        slow=probes.slowness(),
-    )
-    seconds = _forward_seconds(sizes, counts, one, rates)
-    seconds["read"] = (
-        (2 if work.priced else 1) * counts.alike * sizes.stored / probes.read_rate(files)
-    )
-    seconds["packing"] = _packing_seconds(counts, work, one, rates)
-    if work.priced:
-        seconds |= _priced_seconds(sizes, work, counts, one, rates)
-    weights = 4 * sizes.backbone
-    seconds["export"] = (
-        rates.slow * (START + TRACED * len(sizes.layers)) + 3 * weights / rates.write
-    )
-    seconds["rest"] = rates.slow * START + weights / WIDENED + bundle_bytes(sizes, work) / HASHED
-    return dict(sorted(seconds.items()))
-
-
-@dataclass(frozen=True)
-class _Rates:
-    """Multiplications per second of torch, and of NumPy in a sweep; bytes written per second; and
-    how slow Python is."""
-
-    product: float
-    single: float
-    write: float
-    slow: float
-
-
-def _forward_seconds(
-    sizes: Sizes, counts: Counts, one: ExpertsModule, rates: _Rates
-) -> dict[str, float]:
-    expert = probes.expert_seconds(one, counts.per_expert(TOGETHER))
-    text = counts.tokens + counts.priced
-    sweep = counts.alike * text * counts.k * expert + BESIDES * text * counts.body / rates.product
-    sweep += counts.priced * counts.head / rates.product
-    sweep += 2 * len(sizes.layers) * text * 4 * counts.row / rates.write
-    few = probes.expert_seconds(one, sampled_at_once(counts.experts, counts.row))
-    sampled = min(SAMPLE, counts.tokens)
-    pairs = counts.experts**2 * (sampled * counts.row + counts.tokens)  # in float64
-    statistics = counts.experts * sampled * few + 2 * pairs / rates.single
-    return {"sweep": sweep, "statistics": counts.alike * statistics}
-
-
-def _packing_seconds(counts: Counts, work: Work, one: ExpertsModule, rates: _Rates) -> float:
-    seconds = counts.experts * probes.packing_seconds(one, work.encoding, work.quantiser)
-    if work.quantiser == "calibrated":
-        _, hidden, width = expert_geometry(one)
-        own = counts.per_expert(counts.tokens)
-        inner = probes.expert_seconds(one, own) * 2 / 3
-        moments = own * (hidden**2 + width**2) / probes.moment_rate(hidden)
-        seconds += counts.experts * (moments + own * inner)
-    return counts.alike * seconds
-
-
-def _priced_seconds(
-    sizes: Sizes, work: Work, counts: Counts, one: ExpertsModule, rates: _Rates
-) -> dict[str, float]:
-    """Predictors, the way back, prices, and the runs that they are fitted to."""
-    priced, k, row = counts.priced, counts.k, counts.row
-    slots = counts.alike * priced * k
-    expert = probes.expert_seconds(one, counts.per_expert(priced))
-    all_tokens = probes.expert_seconds(one, priced)
-    levels = encoding_named(work.encoding).levels
-    kernel = probes.kernel_seconds(one, work.encoding, counts.per_expert(priced))
-    regressions = sum(min(layer, len(DISTANCES)) for layer in range(len(sizes.layers)))
-    products = DRAWS * priced * (BESIDES * counts.body + counts.head) / rates.product
-    seen = DRAWS * counts.alike * priced * counts.experts * row  # g times every output
-    runs = 1 + len(KINDS) * (len(SIZES) + len(AT_RANDOM))
-    chunk = probes.kernel_seconds(one, work.encoding, counts.per_expert(CHUNK))
-    token = (counts.body + counts.head) / rates.product + counts.alike * k * chunk
-    return {
-        "predictors": regressions * (priced * row**2 + row**3 / 3) / rates.single,
-        "gradients": products
-        + slots * expert * (1 + DRAWS)
-        + DRAWS * priced * LOGITS * counts.head / row / ELEMENTS,
-        "prices": counts.alike * counts.experts * priced * all_tokens
-        + seen / ELEMENTS
-        + slots * (expert + levels * kernel),
-        "fit": runs * FIT_TOKENS * (token + LOGITS * counts.head / row / ELEMENTS),
-    }

@@ -32,10 +32,10 @@ from smoe.prep.estimate import (
     device_bytes,
     disk_bytes,
     memory_bytes,
-    stage_seconds,
 )
-from smoe.prep.options import PRICE_TOKENS, STORED, default_quantiser
+from smoe.prep.options import PRICE_TOKENS, STORED, Recipe
 from smoe.prep.progress import duration
+from smoe.prep.timing import stage_seconds
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Inspection:
         int, int
     ]  # memory of the runtime besides its KV cache: at least, and with all experts resident
     seconds: float | None
-    stages: dict[str, dict[str, float]]  # "seconds" and "memory" of each that is known
+    stage_seconds: dict[str, float]  # of those that `Progress.seconds` will have; {}: not known
+    stage_memory: dict[str, int]
     encoding: str
     backbone: str  # its precision
     tokens: int
@@ -98,7 +99,7 @@ class Inspection:
 
     def _stage_lines(self) -> list[str]:
         """The stages that take a twentieth and more."""
-        known = self.stages.get("seconds", {}).items()
+        known = self.stage_seconds.items()
         long = [(s, name) for name, s in known if s >= (self.seconds or 0) / 20]
         said = ", ".join(f"{name} {duration(s)}" for s, name in sorted(long, reverse=True))
         return [f"  of which {said}"] if said else []
@@ -144,12 +145,14 @@ def inspect(
     prices: int = PRICE_TOKENS,
     backbone: str = "f32",
     quantiser: str | None = None,
+    own: int | None = None,
 ) -> Inspection:
     """Look at the checkpoint at `path`, a directory that needs a config.json and no more, or the
     name ORG/NAME[@REVISION] of a repository, of which its config and headers are fetched, for a
     build in `encoding` with a `backbone` of that precision and so many calibration `tokens`, of
-    which so many for `prices`, and with the `quantiser` of that name. A config that cannot be read,
-    or is of a family that cannot be run, is a `PrepError`."""
+    which so many for `prices`, with the `quantiser` of that name, and as many `own` tokens besides,
+    which the model writes itself, as a build of this calibration text would have. A config that
+    cannot be read, or is of a family that cannot be run, is a `PrepError`."""
     check_precision(backbone)
     remote = Remote.of(path)
     path = remote.path if remote else Path(path)
@@ -161,7 +164,9 @@ def inspect(
     model = empty_model(config, path)
     refuse_without_seam(model, path)
     sizes = Sizes.of(model, decoder)
-    work = Work(encoding, quantiser or default_quantiser(encoding), backbone, tokens, prices)
+    recipe = Recipe(encoding, backbone, quantiser, prices, self_tokens=own)
+    recipe = recipe.resolved(encoding, calibration=tokens > 0, profiled=False)
+    work = Work.of(recipe, tokens, recipe.self_tokens or 0)
     opened = remote.headers if remote else partial(open_weights, path)
     download, wrong, files = _weights(partial(opened, decoder), model)
     refusal = _refusal(model)
@@ -186,10 +191,11 @@ def inspect(
         memory=max(memory.values()),
         device=device_bytes(sizes, work),
         seconds=sum(seconds.values()) if seconds else None,
-        stages={"seconds": seconds, "memory": {name: float(n) for name, n in memory.items()}},
+        stage_seconds={stage: round(s, 3) for stage, s in seconds.items()},
+        stage_memory=memory,
         encoding=encoding,
         backbone=backbone,
-        tokens=tokens,
+        tokens=work.tokens,
     )
 
 

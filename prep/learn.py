@@ -118,7 +118,7 @@ def _learn(
         observers += [statistics, trace]
     prices, backward = None, None
     if text.drawn:
-        observers.append(_predictors(checkpoint, text))
+        observers.append(_predictors(checkpoint, text, directory))
         prices = Prices(checkpoint, Packed(how.experts, directory))
         backward = _backward(checkpoint, directory, text, prices)
     sweep(checkpoint, text.rows, observers, how.device, backward, finished, progress)
@@ -140,7 +140,7 @@ def _profilers(checkpoint: Checkpoint, text: Text) -> tuple[Statistics, Trace]:
     return Statistics(checkpoint, text.tokens, text.origin.seed), Trace(text.rows)
 
 
-def _predictors(checkpoint: Checkpoint, text: Text) -> Predictors:
+def _predictors(checkpoint: Checkpoint, text: Text, directory: Path) -> Predictors:
     lengths = np.cumsum([len(part) for part in text.held_out])
     enough = 1 + int(np.searchsorted(lengths, HELD_OUT))
     return Predictors(
@@ -148,6 +148,7 @@ def _predictors(checkpoint: Checkpoint, text: Text) -> Predictors:
         learned=np.concatenate(text.drawn),
         held_out=np.concatenate(text.held_out[:enough]),
         starts=np.cumsum([0, *(len(row) for row in text.rows)]),
+        directory=directory,
     )
 
 

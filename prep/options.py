@@ -12,9 +12,9 @@ from smoe.prep.errors import PrepError
 STORED = "stored"  # the encoding that keeps what a checkpoint has
 QUANTISERS = ("calibrated", "nearest", "kept")
 PRICE_TOKENS = 8192  # of the calibration text
-# Tokens that a model writes itself, beside calibration text and in place of it (docs/log.md,
-# 2026-11-27); more than the most would be days of writing.
-SELF_BESIDE, SELF_ALONE, SELF_MOST = 32768, 49152, 1 << 24
+# Tokens that a model writes itself, beside calibration text or in place of it (docs/log.md,
+# 2026-11-27); more than the most would be weeks of writing.
+SELF_TOKENS, SELF_MOST = 49152, 1 << 24
 MINIMUM = 128  # tokens: below this the statistics would be of nothing
 
 
@@ -30,8 +30,8 @@ class Recipe:
     # Tokens that prices come from; None: `PRICE_TOKENS` where there is text; 0: no prices.
     prices: int | None = None
     device: str = "cpu"  # what the sweep runs on, as torch names it
-    # Tokens that the model writes itself and learns from beside its calibration text; None:
-    # `SELF_BESIDE`, or `SELF_ALONE` where there is no other text and no profile.
+    # Tokens that the model writes itself and learns from, beside its calibration text or in place
+    # of it; None: `SELF_TOKENS`, or none where they would gain little (`own_tokens`).
     self_tokens: int | None = None
     seed: int = 0  # of what the model writes
 
@@ -71,9 +71,8 @@ class Recipe:
         where codes are calibrated, which gain by it, and none beside a finished profile."""
         if self.self_tokens is not None:
             return self.self_tokens
-        if calibration:
-            return SELF_BESIDE if quantiser == "calibrated" and not profiled else 0
-        return 0 if profiled else SELF_ALONE
+        gains = quantiser == "calibrated" or not calibration
+        return SELF_TOKENS if gains and not profiled else 0
 
     def refuse_wrong_self(self, calibration: bool, profiled: bool) -> None:
         """A `PrepError` for a number of tokens or a seed with which nothing can be written."""

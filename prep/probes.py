@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from smoe.artifacts import nested
-from smoe.artifacts.encodings import encode_expert, encoding_named, record_layout
+from smoe.artifacts.encodings import encoding_named, record_layout
 from smoe.artifacts.layout import ExpertShape
+from smoe.prep.checkpoint.coded import all_finite
 from smoe.prep.checkpoint.seam import (
     ExpertsModule,
     expert_geometry,
@@ -28,6 +29,7 @@ from smoe.prep.checkpoint.seam import (
     expert_weights,
     probe_gate,
 )
+from smoe.prep.pack.encode import encode_record
 from smoe.prep.pack.pack import PAGE
 from smoe.prep.pack.quantise import quantise
 from smoe.runtime import kernels
@@ -35,6 +37,8 @@ from smoe.runtime import kernels
 ENOUGH = 0.06  # seconds of looking at one thing, if one call takes no more
 PIECE = 8 << 20  # bytes read or written at once
 ROWS = (64, 192)  # of a matrix to quantise: the cost of a row is their difference
+COLUMNS = 2048  # of it, at most: what is wider is taken to be that much slower
+AMONG = 1.35  # how much longer one of many experts takes than one alone, again and again
 PRODUCTS = 4e9  # multiplications, at most, in one call
 PYTHON = 0.0105  # seconds that `_interpreted` took where the rates of Python were measured
 
@@ -50,9 +54,9 @@ def seconds_of(work: Callable[[], object], enough: float = ENOUGH) -> float:
     return statistics.median(times)
 
 
-def product_rate(hidden: int) -> float:
-    """Multiplications per second of a pass through the backbone."""
-    x, w = torch.randn(2048, hidden), torch.randn(min(hidden, 2048), hidden)
+def product_rate(hidden: int, tokens: int = 2048) -> float:
+    """Multiplications per second of a pass of so many tokens through the backbone."""
+    x, w = torch.randn(tokens, hidden), torch.randn(min(hidden, 2048), hidden)
     return x.shape[0] * w.numel() / seconds_of(lambda: x @ w.T)
 
 
@@ -90,7 +94,7 @@ def expert_seconds(one: ExpertsModule, tokens: int) -> float:
     _, hidden, width = expert_geometry(one)
     tokens = max(1, min(tokens, int(PRODUCTS / (3 * hidden * width))))
     x = torch.randn(tokens, hidden)
-    return seconds_of(lambda: expert_outputs(one, 0, x)) / tokens
+    return AMONG * seconds_of(lambda: expert_outputs(one, 0, x)) / tokens
 
 
 def packing_seconds(one: ExpertsModule, encoding: str, quantiser: str | None) -> float:
@@ -98,25 +102,32 @@ def packing_seconds(one: ExpertsModule, encoding: str, quantiser: str | None) ->
     _, hidden, width = expert_geometry(one)
     if quantiser != "calibrated":
         layout = record_layout(_shape(one), encoding, PAGE)
-        return seconds_of(lambda: encode_expert(layout, encoding, expert_weights(one, 0)))
+        return AMONG * seconds_of(lambda: encode_record(layout, encoding, expert_weights(one, 0)))
     parsed, first = nested.parse(encoding), 2 if one.has_gate else 1
     seconds = seconds_of(lambda: expert_weights(one, 0))
-    seconds += _quantising(parsed.of("up"), parsed.group, first * width, hidden)
-    return seconds + _quantising(parsed.of("down"), parsed.group, hidden, width)
+    seconds += quantising_seconds(parsed.of("up"), parsed.group, first * width, hidden, 1)
+    return seconds + quantising_seconds(
+        parsed.of("down"), parsed.group, hidden, width, parsed.levels
+    )
 
 
-def _quantising(split: nested.Split, group: int, rows: int, columns: int) -> float:
-    """Of a matrix `[rows, columns]`, from two that have few rows."""
-    x = torch.randn(columns, columns)
-    moment = (x.T @ x / columns)[None]
+def quantising_seconds(
+    split: nested.Split, group: int, rows: int, columns: int, wanted: int
+) -> float:
+    """Of a matrix `[rows, columns]`, which is `wanted` once or at each level otherwise: from two
+    that have few rows, and not too many columns."""
+    tried = min(columns, COLUMNS)
+    x = torch.randn(wanted, 1, tried, tried)
+    moment = x.mT @ x / tried
 
     def seconds(some: int) -> float:
-        w = torch.randn(1, some, columns)
+        w = torch.randn(wanted, 1, some, tried)
         return seconds_of(lambda: quantise(w, moment, split, group), 0)
 
     few, more = (seconds(some) for some in ROWS)
     each = max(0.0, more - few) / (ROWS[1] - ROWS[0])
-    return max(0.0, few - each * ROWS[0]) + each * rows
+    fixed, wider = max(0.0, few - each * ROWS[0]), columns / tried
+    return fixed * wider**3 + each * rows * wider**2  # a factorisation, and products
 
 
 def kernel_seconds(one: ExpertsModule, encoding: str, tokens: int) -> float:
@@ -153,13 +164,14 @@ def read_rate(files: Sequence[Path]) -> float:
             largest.write_bytes(bytes(PIECE))
         size = largest.stat().st_size
         with open(largest, "rb", buffering=0) as file:
+            piece = torch.empty(PIECE, dtype=torch.uint8)
             starts = iter(np.random.default_rng(os.getpid()).integers(0, size - PIECE + 1, 100))
 
             def read() -> None:
                 file.seek(int(next(starts)))
-                piece = torch.frombuffer(bytearray(file.read(PIECE)), dtype=torch.uint8)
+                file.readinto(piece.numpy().data)
                 merged = torch.cat([part.view(torch.bfloat16) for part in piece.split(PIECE // 4)])
-                merged.isfinite().all()
+                all_finite(merged)
 
             return PIECE / seconds_of(read)
 

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -123,8 +123,8 @@ class FinishedLayers:
     experts' outputs, which later layers need."""
 
     def __init__(self, directory: Path):
-        self._directory = directory / FINISHED / "sweep"
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory / FINISHED / "sweep"  # files without a name may lie there too
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._writer = ThreadPoolExecutor(1)  # waits for the disk while the next layer is computed
         self._written: dict[int, Future] = {}  # by layer
 
@@ -137,7 +137,7 @@ class FinishedLayers:
     def known(self, layer: int) -> dict[str, np.ndarray] | None:
         """What `keep` was given of a layer, or None if it is not finished."""
         self._settle(layer)
-        file = self._directory / f"{layer:02d}.known"
+        file = self.directory / f"{layer:02d}.known"
         if not file.exists():
             return None
         return {name: array.copy() for name, array in safetensors_file.load(file).items()}
@@ -146,33 +146,33 @@ class FinishedLayers:
         self, layer: int, shapes: Sequence[torch.Size], device: str
     ) -> Iterator[torch.Tensor]:
         """What `keep_outputs` was given of a layer, float32, in pieces of these shapes."""
-        with open(self._directory / f"{layer:02d}.outputs", "rb") as file:
+        with open(self.directory / f"{layer:02d}.outputs", "rb") as file:
             for shape in shapes:
                 yield self._output(file, shape).to(device)
 
     def _output(self, file, shape: torch.Size) -> torch.Tensor:
         output = np.empty(shape, np.float32)
         if file.readinto(output.reshape(-1).view(np.uint8).data) != output.nbytes:
-            partial = self._directory.parent.parent
+            partial = self.directory.parent.parent
             raise PrepError(f"{file.name} is too short; remove {partial} and start again.")
         return torch.from_numpy(output)
 
-    def keep_outputs(self, layer: int, outputs: Sequence[torch.Tensor]) -> None:
+    def keep_outputs(self, layer: int, outputs: Iterable[torch.Tensor]) -> None:
         """Write the experts' outputs of a layer, before `keep`."""
-        with _Direct(self._directory / f"{layer:02d}.outputs") as opened:
+        with _Direct(self.directory / f"{layer:02d}.outputs") as opened:
             for output in outputs:
                 opened.write(output.cpu().float().contiguous().numpy().reshape(-1).view(np.uint8))
 
     def keep(self, layer: int, known: dict[str, np.ndarray]) -> None:
         """Keep a layer. That it is finished is on the disk after all else, and soon."""
-        file = self._directory / f"{layer:02d}.outputs"
+        file = self.directory / f"{layer:02d}.outputs"
         self._settle(layer - 1)
         self._written[layer] = self._writer.submit(self._finish, layer, file, known)
 
     def _finish(self, layer: int, outputs: Path, known: dict[str, np.ndarray]) -> None:
         with open(outputs, "rb") as opened:
             os.fsync(opened.fileno())
-        safetensors_file.save(self._directory / f"{layer:02d}.known", known)
+        safetensors_file.save(self.directory / f"{layer:02d}.known", known)
 
     def _settle(self, layer: int) -> None:
         """Wait until `layer` is written; what went wrong there is said now."""
@@ -183,7 +183,7 @@ class FinishedLayers:
         """The sweep's results are written; its layers are needed no more."""
         for layer in list(self._written):
             self._settle(layer)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 class _Direct:

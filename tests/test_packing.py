@@ -68,6 +68,30 @@ def test_any_shape_will_do(dims):
             assert np.array_equal(ours, theirs), variant
 
 
+@pytest.mark.parametrize("name", ["nested:2+1+1:128", "nested:2+1+1:32", "nested:5+1+1+1:128"])
+def test_the_same_scale_is_best_where_two_are_as_good(name):
+    """One weight of every row is moved to where the choice of the scale tips over: what the last
+    bit of a sum decides."""
+    encoding = nested.parse(name)
+    w = _normal(np.random.default_rng(3), (64, encoding.group))
+    sides = np.repeat(np.array([[0.25], [2]], np.float32), 64, axis=1)
+
+    def rounded(first):
+        w[:, 0] = first
+        return nested.round_matrix(encoding, "up", w)
+
+    below = rounded(sides[0])[1]
+    for _ in range(40):
+        middle = (sides[0] + sides[1]) / 2
+        same = (rounded(middle)[1] == below).ravel()
+        sides[0, same], sides[1, ~same] = middle[same], middle[~same]
+    for first in sides:
+        wanted = rounded(first)
+        for variant in native.variants():
+            for ours, theirs in zip(round_matrix(encoding, "up", w, variant), wanted, strict=True):
+                assert np.array_equal(ours, theirs), variant
+
+
 def test_a_matrix_that_lies_across_is_taken_as_it_is_meant():
     w = _normal(np.random.default_rng(2), (130, 70))
     encoding = nested.parse("nested:3+1:32")

@@ -39,11 +39,20 @@ class Coded:
 
 
 @torch.no_grad()
-def compensated(w: torch.Tensor, moment: torch.Tensor, bits: int, block: int) -> Coded:
-    """Codes of `w` float32 `[n_out, n_in]` for the second moment of its inputs `[n_in, n_in]`, in
-    blocks of `block` columns. Runs where its arguments are; a row's codes depend on no other
-    row."""
-    factor = _inverse_factor(moment)
+def inverse_factor(moment: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor U of the inverse of a damped second moment `[n_in, n_in]`, U^T U,
+    float32: row j says how column j's error is made up for by later ones."""
+    damped = moment.double()
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean() + 1e-12)
+    lower = torch.linalg.cholesky(damped)
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+
+
+@torch.no_grad()
+def compensated(w: torch.Tensor, factor: torch.Tensor, bits: int, block: int) -> Coded:
+    """Codes of `w` float32 `[n_out, n_in]` in blocks of `block` columns, for the second moment of
+    its inputs that `factor` (`inverse_factor`) is of. Runs where its arguments are; a row's codes
+    depend on no other row."""
     parts = [_rows(part, factor, 1 << (bits - 1), block) for part in w.float().split(ROWS)]
     codes, scale = (torch.cat(each).cpu().numpy() for each in zip(*parts, strict=True))
     return Coded(codes, scale, bits)
@@ -103,12 +112,3 @@ def _best_scale(columns: torch.Tensor, importance: torch.Tensor, middle: int) ->
 
 def _inverse(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale == 0, 0, 1 / scale)
-
-
-def _inverse_factor(moment: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor U of the damped moment's inverse, U^T U: row j says how column j's
-    error is made up for by later ones."""
-    damped = moment.double()
-    damped.diagonal().add_(DAMPING * damped.diagonal().mean() + 1e-12)
-    lower = torch.linalg.cholesky(damped)
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from smoe.artifacts import safetensors_file
-from smoe.prep.backbone.compensate import Coded, compensated
+from smoe.prep.backbone.compensate import Coded, compensated, inverse_factor
 from smoe.prep.backbone.quantise import BLOCK, Known, block_of
 from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.seam import expert_geometry
@@ -26,7 +26,7 @@ from smoe.prep.sweep.forward import Arrays, AtExperts
 from smoe.prep.workdir import FINISHED
 
 TOKENS = 8192  # of the text, evenly spaced, in a moment; for wide inputs `PER_COLUMN` a column
-PER_COLUMN = 4
+PER_COLUMN = 2
 FOLDER = Path(FINISHED) / "backbone"
 WIDEST = 8192  # columns; what is wider is rounded: its moment's inverse would take gigabytes
 
@@ -70,7 +70,8 @@ class BackboneCodes:
 
     def _receive(self, name: str, module: torch.nn.Module, given: tuple) -> None:
         """Before a module runs. Modules that receive the very same tensor share a moment."""
-        if torch.is_grad_enabled() or name in self._coded or self._file(self._layer).exists():
+        done = name in self._coded or self._file(self._layer).exists()
+        if done or not given or torch.is_grad_enabled():  # or a pass under autograd
             return
         x, owner = given[0], name
         if self._last[0] is x:
@@ -103,10 +104,12 @@ class BackboneCodes:
         """Find and keep the codes of all that ran before `layer`'s experts."""
         file, arrays = self._file(layer), Arrays()
         if not file.exists():
+            owners = list(self._moments)
+            factors = {name: inverse_factor(self._moments.pop(name)) for name in owners}
             for name, owner in self._owner.items():
-                weight = self._modules[name].weight
-                block = block_of(4, weight.shape[1])
-                coded = compensated(weight.detach(), self._moments[owner], 4, block)
+                module = self._modules[name]
+                block = block_of(4, module.in_features)
+                coded = compensated(module.weight, factors[owner], 4, block)
                 arrays |= {f"{name}.codes": coded.codes, f"{name}.scale": coded.scale}
             safetensors_file.save(file, arrays)
         self._coded |= _stems(safetensors_file.read_header(file).entries)

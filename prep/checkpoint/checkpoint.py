@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import hashlib
 import importlib.metadata
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import cast
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
 from smoe.artifacts.errors import first_line
 from smoe.prep.checkpoint.coded import (
@@ -40,7 +40,7 @@ from smoe.prep.checkpoint.few_bits import (
 )
 from smoe.prep.checkpoint.hub import Remote
 from smoe.prep.checkpoint.seam import ExpertsLayer, ExpertsModule, experts_modules, layers_used
-from smoe.prep.checkpoint.tokenizer import read_text_side
+from smoe.prep.checkpoint.tokenizer import end_ids, read_text_side
 from smoe.prep.checkpoint.weights import Weights, open_weights
 from smoe.prep.errors import PrepError
 from smoe.prep.progress import Progress
@@ -138,6 +138,7 @@ class Checkpoint:
 
     def forget_backbone(self) -> None:
         """Let all that is in memory go; what is known of the checkpoint stays."""
+        gc.collect()  # passes of a sweep refer to themselves, and to weights
         torch.nn.Module.to(self.model, "meta")
         _trim()
 
@@ -155,14 +156,14 @@ class Checkpoint:
         coded = {}
         try:
             # One parameter at a time, the largest first: what is read and what is made from it
-            # exist at once.
+            # may exist at once.
             for parameter, names in sorted(
                 self.sources[layer].items(), key=lambda item: self.weights.nbytes(item[1])
             )[::-1]:
                 experts = self._coded(parameter, names, device, apart)
                 if experts is not None:
                     coded[parameter.removeprefix(f"{name}.")] = experts
-                else:
+                elif not self._filled(parameter, names):
                     self.weights.load(self.model, names)
             _refuse_infinite(self.path, name, module)
             if device != "cpu":
@@ -170,6 +171,20 @@ class Checkpoint:
             yield cast(ExpertsModule, CodedExperts(module, coded)) if coded else module
         finally:
             _forget(module)
+
+    def _filled(self, parameter: str, names: dict[str, str | None]) -> bool:
+        """Whether a parameter could be read one expert at a time, and was: all that is read and all
+        that is made from it need not exist at once then."""
+        weight = self.model.get_parameter(parameter)
+        found = None
+        if weight.ndim > 2:
+            found = coded_apart(self.weights, self.model, parameter, names, "cpu")
+        if found is not None:
+            whole = torch.empty(weight.shape, dtype=weight.dtype)
+            for expert in range(len(whole)):
+                whole[expert] = found[expert]
+            _replace(self.model, parameter, whole)
+        return found is not None
 
     def _coded(
         self, parameter: str, names: dict[str, str | None], device: str, apart: bool
@@ -202,7 +217,7 @@ def open_checkpoint(path: str | Path, progress: Progress | None = None) -> Check
     refuse_without_seam(model, path)
     weights = open_weights(path, quantiser)
     text_files, end_of_text = read_text_side(path)
-    end_ids = _end_ids(path, config, end_of_text)
+    ends = end_ids(path, config, end_of_text)
     _load_backbone(path, model, weights)
     model.requires_grad_(False)  # only values are ever differentiated
     layers = layers_used(model)
@@ -213,7 +228,7 @@ def open_checkpoint(path: str | Path, progress: Progress | None = None) -> Check
             dtype = decoded_dtype(weights.stored[source].dtype for source in tensors)
             empty = torch.empty_like(model.get_parameter(parameter), dtype=dtype)
             _replace(module, parameter.removeprefix(f"{name}."), empty)
-    return Checkpoint(path, model, weights, layers, end_ids, sources, text_files)
+    return Checkpoint(path, model, weights, layers, ends, sources, text_files)
 
 
 def _fetched(remote: Remote, progress: Progress) -> Path:
@@ -264,40 +279,6 @@ def read_config(path: Path) -> transformers.PreTrainedConfig:
             f"{first_line(error)}"
         ) from error
     return config
-
-
-def _end_ids(
-    path: Path, config: transformers.PreTrainedConfig, end_of_text: int | None
-) -> tuple[int, ...]:
-    """The tokens that end a generation: all that generation_config.json and config.json write, and
-    the tokenizer's end of text; what the config's class has only where nothing is written, since a
-    class knows nothing of this vocabulary."""
-    places: list[int | list[int] | None] = []
-    if (path / "generation_config.json").is_file():
-        try:
-            generation = GenerationConfig.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise PrepError(
-                f"{path}/generation_config.json is damaged: {first_line(error)}"
-            ) from error
-        places.append(generation.eos_token_id)
-    own = [getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())]
-    said = list(_values(json.loads((path / "config.json").read_text("utf-8")), "eos_token_id"))
-    places += [value for value in own if value in said]
-    places.append(end_of_text)
-    if not any(value is not None for value in places):
-        places += own
-    ids = itertools.chain(*(v if isinstance(v, list) else [v] for v in places))
-    vocabulary = config.get_text_config().vocab_size
-    return tuple(dict.fromkeys(i for i in ids if i is not None and 0 <= i < vocabulary))
-
-
-def _values(tree: object, name: str) -> Iterator[object]:
-    """What a JSON document says of `name`, wherever it does."""
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        if key == name:
-            yield value
-        yield from _values(value, name)
 
 
 def _load_backbone(path: Path, model: transformers.PreTrainedModel, weights: Weights) -> None:

@@ -121,7 +121,7 @@ def coded_apart(
     converter = _converter(weights, model, set(sources.values()))
     operations = converter.operations if converter is not None else []
     known = weights.coded(sources) or all(type(o) in BY_EXPERT for o in operations)
-    if places is None or not known:
+    if places is None or not known or (converter is None and len(places[0]) > 1):
         return None
     first = {part: _empty(weights, part.name, row) for part, row in places[0].items()}
     shape = _decoding(weights, model, parameter, sources, "meta")(first).shape

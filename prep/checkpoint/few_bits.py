@@ -31,6 +31,7 @@ from smoe.runtime.machine import processors
 READ = ("mxfp4", "fp8", "mxfp8", "compressed-tensors")
 # Of compressed-tensors, which is many: packed integers, and float8.
 FORMATS = ("pack-quantized", "float-quantized", "naive-quantized", "dense")
+DECODED_TO = (torch.float32, torch.bfloat16)  # in native code
 SHUFFLED = ("group", "dynamic", True)  # of actorder; "weight" leaves columns where they are
 WAY_OUT = (
     "smoe reads mxfp4, block fp8 and compressed-tensors int4 and fp8; give the original "
@@ -107,25 +108,26 @@ class _ShortBlocks(Fp8Dequantize):
         grid = tuple(scales.shape[-2:])
         if not block or grid != (-(-rows // block[0]), -(-columns // block[1])):
             return super()._dequantize_one(quantized, scales, output_dtype)
-        if (
-            native is not None
-            and quantized.device.type == "cpu"
-            and quantized.dtype == torch.float8_e4m3fn
-            and output_dtype in (torch.float32, torch.bfloat16)
-        ):
-            return _dequantised(quantized, scales, block, output_dtype)
+        known = quantized.dtype == torch.float8_e4m3fn and output_dtype in DECODED_TO
+        if native is not None and quantized.device.type == "cpu" and known:
+            return block_fp8_decoded(quantized, scales, block, output_dtype)
         padding = (0, grid[1] * block[1] - columns, 0, grid[0] * block[0] - rows)
         whole = torch.nn.functional.pad(quantized.view(torch.uint8), padding)
         decoded = super()._dequantize_one(whole.view(quantized.dtype), scales, output_dtype)
         return decoded[..., :rows, :columns]
 
 
-def _dequantised(
-    quantized: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], dtype: torch.dtype
+def block_fp8_decoded(
+    quantized: torch.Tensor,
+    scales: torch.Tensor,
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    threads: int | None = None,
 ) -> torch.Tensor:
-    """`_dequantize_one` in native code: float8 e4m3 `[.., rows, columns]` to float32 or
-    bfloat16."""
-    powers = scales.dtype == torch.uint8  # of two
+    """Float8 e4m3 `[.., rows, columns]` times a factor for every `block` of rows and columns, or
+    the power of two that a byte stands for: what `transformers` makes of them in `dtype`, one of
+    `DECODED_TO`. In native code, on `threads` (None: as many as this process may use)."""
+    powers = scales.dtype == torch.uint8
     factors = (scales.float() - 127).exp2() if powers else scales.float()
     rows, columns = quantized.shape[-2:]
     codes = quantized.contiguous().view(torch.uint8).reshape(-1, rows, columns)
@@ -133,8 +135,20 @@ def _dequantised(
     out = torch.empty(codes.shape, dtype=dtype)
     filled = out.view(torch.uint16) if dtype == torch.bfloat16 else out
     arrays = (codes.numpy(), factors.numpy())
-    native.dequantise_fp8(*arrays, *block, filled.numpy(), processors().count)
+    native.dequantise_fp8(*arrays, *block, filled.numpy(), threads or processors().count)
     return out.reshape(quantized.shape)
+
+
+def mxfp4_decoded(
+    blocks: torch.Tensor, scales: torch.Tensor, threads: int | None = None
+) -> torch.Tensor:
+    """Blocks uint8 `[.., 16]` of two codes of FP4 each, times powers of two, uint8 `[..]`: bfloat16
+    `[.., 32]`. In native code, on `threads` (None: as many as this process may use)."""
+    w = torch.empty(*blocks.shape[:-1], 32, dtype=torch.bfloat16)
+    stored = (blocks.reshape(-1, 16).numpy(), scales.reshape(-1).numpy())
+    filled = w.view(torch.uint16).reshape(-1, 32).numpy()
+    native.dequantise_mxfp4(*stored, filled, threads or processors().count)
+    return w
 
 
 class _BlockFp8(FineGrainedFP8HfQuantizer):
@@ -160,10 +174,7 @@ class _TwoCodesAtOnce(Mxfp4Dequantize):
                 f"blocks of shape {tuple(blocks.shape)} with scales of {tuple(scales.shape)}"
             )
         if native is not None and blocks.device.type == "cpu":
-            w = torch.empty(*blocks.shape[:-1], 32, dtype=torch.bfloat16)
-            stored = (blocks.reshape(-1, 16).numpy(), scales.reshape(-1).numpy())
-            filled = w.view(torch.uint16).reshape(-1, 32).numpy()
-            native.dequantise_mxfp4(*stored, filled, processors().count)
+            w = mxfp4_decoded(blocks, scales)
             return {full_layer_name: w.flatten(2).transpose(1, 2)}
         byte = torch.arange(256, device=blocks.device)
         values = torch.tensor(FP4_VALUES, dtype=torch.bfloat16, device=blocks.device)

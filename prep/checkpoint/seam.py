@@ -131,16 +131,60 @@ def expert_outputs(module: ExpertsModule, expert: int, x: torch.Tensor) -> torch
     return module.post_expert_norm(y) if module.has_post_expert_norm else y
 
 
-def expert_inner(module: ExpertsModule, expert: int, x: torch.Tensor) -> torch.Tensor:
-    """What the last matrix of an expert receives, `[n, width]`."""
-    if module.has_gate:
-        return module._apply_gate(_linear(module, "gate_up_proj", expert, x))
-    return module.act_fn(_linear(module, "up_proj", expert, x))
+def expert_inner(
+    module: ExpertsModule, expert: int, x: torch.Tensor, first: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the last matrix of an expert receives, `[n, width]`; with `first` float `[matrices,
+    width, H]` in the place of its gate and up, or of up alone, if they are given."""
+    return _gated(module, _first_products(module, expert, x, first))
 
 
-def _linear(module: ExpertsModule, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+def felt_in_output(
+    module: ExpertsModule, expert: int, x: torch.Tensor, down: torch.Tensor
+) -> list[torch.Tensor]:
+    """How much an error in the products of gate, and of up, is felt in the output of each token `x`
+    `[n, H]`, whose last matrix is `down` `[H, width]`: `[n]` each, the norm of the output's change
+    per error of one in all rows, errors of different rows being independent."""
+    with torch.enable_grad():
+        products = _first_products(module, expert, x).detach().requires_grad_()
+        (slopes,) = torch.autograd.grad(_gated(module, products).sum(), products)
+    parts = _halves(module, slopes.mT) if module.has_gate else (slopes.mT,)
+    return [(down.square().sum(0) @ part.square()).sqrt() for part in parts]
+
+
+def _gated(module: ExpertsModule, products: torch.Tensor) -> torch.Tensor:
+    return module._apply_gate(products) if module.has_gate else module.act_fn(products)
+
+
+def _first_products(
+    module: ExpertsModule, expert: int, x: torch.Tensor, first: torch.Tensor | None = None
+) -> torch.Tensor:
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    rows = None if first is None else _joined(module, first)
+    return _linear(module, name, expert, x, rows)
+
+
+def _joined(module: ExpertsModule, first: torch.Tensor) -> torch.Tensor:
+    """The rows of gate and up, or of up alone, in the order of the module's one matrix."""
+    return (first if module.is_concatenated else first.transpose(0, 1)).flatten(0, 1)
+
+
+def _halves(module: ExpertsModule, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse: the rows of gate, and of up."""
+    first, second = rows.chunk(2) if module.is_concatenated else (rows[0::2], rows[1::2])
+    return first, second
+
+
+def _linear(
+    module: ExpertsModule,
+    name: str,
+    expert: int,
+    x: torch.Tensor,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The product with a matrix of an expert, or with `rows` `[n_out, n_in]` in its place."""
     w = getattr(module, name)[expert].float()  # stored in half precision, perhaps
-    y = x @ (w if module.is_transposed else w.T)
+    y = x @ rows.T if rows is not None else x @ (w if module.is_transposed else w.T)
     return y + getattr(module, f"{name}_bias")[expert].float() if module.has_bias else y
 
 
@@ -187,19 +231,17 @@ def expert_weights(module: ExpertsModule, expert: int) -> dict[str, np.ndarray]:
         w = getattr(module, name)[expert]
         return w.T if module.is_transposed else w
 
-    def halves(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        first, second = rows.chunk(2) if module.is_concatenated else (rows[0::2], rows[1::2])
-        return first, second
-
     tensors = {"down": rows("down_proj")}
     if module.has_gate:
-        tensors["gate"], tensors["up"] = halves(rows("gate_up_proj"))
+        tensors["gate"], tensors["up"] = _halves(module, rows("gate_up_proj"))
     else:
         tensors["up"] = rows("up_proj")
     if module.has_bias:
         tensors["down_bias"] = module.down_proj_bias[expert]
         if module.has_gate:
-            tensors["gate_bias"], tensors["up_bias"] = halves(module.gate_up_proj_bias[expert])
+            tensors["gate_bias"], tensors["up_bias"] = _halves(
+                module, module.gate_up_proj_bias[expert]
+            )
         else:
             tensors["up_bias"] = module.up_proj_bias[expert]
     if module.has_post_expert_norm:

@@ -14,11 +14,12 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from smoe.artifacts.errors import as_sentence, first_line
 from smoe.prep.checkpoint.weights import quiet
@@ -223,3 +224,37 @@ def battery(controls: Iterable[str] = ()) -> list[str]:
         for frame in ("{0}", "a{0}b", " {0} a", "a {0}{0}\n", "x{0}\n {0}y"):
             texts.append(frame.replace("{0}", control))
     return texts
+
+
+def end_ids(
+    path: Path, config: transformers.PreTrainedConfig, end_of_text: int | None
+) -> tuple[int, ...]:
+    """The tokens that end a generation: all that generation_config.json and config.json write, and
+    the tokenizer's end of text; what the config's class has only where nothing is written, since a
+    class knows nothing of this vocabulary."""
+    places: list[int | list[int] | None] = []
+    if (path / "generation_config.json").is_file():
+        try:
+            generation = GenerationConfig.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise PrepError(
+                f"{path}/generation_config.json is damaged: {first_line(error)}"
+            ) from error
+        places.append(generation.eos_token_id)
+    own = [getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())]
+    said = list(_values(json.loads((path / "config.json").read_text("utf-8")), "eos_token_id"))
+    places += [value for value in own if value in said]
+    places.append(end_of_text)
+    if not any(value is not None for value in places):
+        places += own
+    ids = itertools.chain(*(v if isinstance(v, list) else [v] for v in places))
+    vocabulary = config.get_text_config().vocab_size
+    return tuple(dict.fromkeys(i for i in ids if i is not None and 0 <= i < vocabulary))
+
+
+def _values(tree: object, name: str) -> Iterator[object]:
+    """What a JSON document says of `name`, wherever it does."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if key == name:
+            yield value
+        yield from _values(value, name)

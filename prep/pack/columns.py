@@ -1,8 +1,7 @@
 """What the codes of a split stand for at every level, and codes for a block of columns, one column
 after another: in native code where there is some, on a CPU, and in torch anywhere.
 
-A code fixes a value at every level, so it is chosen for all of them together, weighing the levels
-by `BASE` and `FULL`.
+A code fixes a value at every level, so it is chosen for all of them together, weighed.
 """
 
 from __future__ import annotations
@@ -14,9 +13,6 @@ import torch
 
 from smoe.artifacts.nested import Split, level_weight
 from smoe.prep.pack.compiled import native
-
-# How much more the base level and the full one weigh than those between (docs/log.md).
-BASE, FULL = 4.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -31,11 +27,12 @@ class Grid:
     outermost: int
 
     @classmethod
-    def of(cls, split: Split, device: torch.device) -> Grid:
-        """The grid of `split`, on `device`."""
+    def of(cls, split: Split, device: torch.device, base: float, full: float) -> Grid:
+        """The grid of `split`, on `device`. The base level and the full one weigh `base` and `full`
+        times as much as those between."""
         levels = range(1, len(split.planes) + 1)
         values = [torch.from_numpy(split.values(n).astype(np.float32)).to(device) for n in levels]
-        extra = {1: BASE, len(split.planes): FULL}
+        extra = {1: base, len(split.planes): full}
         weights = [level_weight(split, n) * extra.get(n, 1.0) for n in levels]
         edges = [(v[1:] + v[:-1]) / 2 for v in values]
         bits = [split.bits(n) for n in levels]
@@ -72,20 +69,22 @@ def choose_columns(
     before: torch.Tensor | None,
     along: torch.Tensor,
     scale: torch.Tensor,
+    variant: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes uint8 `[E, n_out, k]` for k columns that should be `target` float32 `[levels, E, n_out,
     k]`, with `scale` `[E, n_out]`; and by how much each moves, shaped as the targets: what it was
     `before` (where there is nothing, its target) less its new value.
 
-    What a column moves, times its row of `along` `[E, k, k]`, is added to the targets of the
-    columns after it.
+    What a column moves, times its row of `along` `[levels or 1, E, k, k]`, is added to the targets
+    of the columns after it. `variant` names an instruction set of `native.variants()`, all of which
+    give the same; "" is the best.
     """
     if native is None or target.device.type != "cpu":
         return choose_columns_in_torch(grid, target, before, along, scale)
     codes = torch.empty(target.shape[1:], dtype=torch.uint8)
     moved = target.clone(memory_format=torch.contiguous_format)
     native.choose_columns(
-        "",
+        variant,
         [v.numpy() for v in grid.values],
         [e.numpy() for e in grid.edges],
         grid.weights.tolist(),
@@ -114,5 +113,5 @@ def choose_columns_in_torch(
         codes[..., c] = grid.choose(target[..., c] * inverse)
         was = (target if before is None else before)[..., c]
         moved[..., c] = was - grid.look_up(codes[..., c]) * scale
-        target[..., c + 1 :] += moved[..., c, None] * along[:, None, c, c + 1 :]
+        target[..., c + 1 :] += moved[..., c, None] * along[..., c, None, c + 1 :]
     return codes, moved

@@ -72,8 +72,9 @@ def codes_record(
     and norm."""
     record = fill_record(layout, vectors)
     views = layout.views(record)
+    threads = processors().count
     for matrix, (found, scale) in codes.items():
-        _fill(views, encoding, matrix, found, scale, processors().count)
+        _fill(views, encoding, matrix, found, scale, threads)
     return record
 
 

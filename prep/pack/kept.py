@@ -48,17 +48,18 @@ def kept_record(
     return codes_record(layout, parsed, codes, vectors)
 
 
-def kept_codes(split: Split, group: int, w: np.ndarray) -> Codes | None:
+def kept_codes(split: Split, group: int, w: np.ndarray, threads: int | None = None) -> Codes | None:
     """Codes uint8 `[n_out, n_in]` and factors float32 `[n_out, groups]`, values of bfloat16, whose
     products are `w` float32 `[n_out, n_in]` to the bit, rounded as `w` is; None if there are none.
-    `specified_codes`, in native code where there is some."""
+    `specified_codes`, in native code where there is some, on `threads` (None: as many as this
+    process may use)."""
     if native is None:
         return specified_codes(split, group, w)
     codes = np.empty(w.shape, np.uint8)
     scale = np.empty((w.shape[0], -(-w.shape[1] // group)), np.float32)
-    values, threads = split.values(len(split.planes)), processors().count
-    w, at_once = np.ascontiguousarray(w), AT_ONCE // group
-    kept = native.keep_codes(values, w, group, at_once, codes, scale, threads)
+    values, w = split.values(len(split.planes)), np.ascontiguousarray(w)
+    threads = threads or processors().count
+    kept = native.keep_codes(values, w, group, AT_ONCE // group, codes, scale, threads)
     return (codes, scale) if kept else None
 
 

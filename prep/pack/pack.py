@@ -8,6 +8,7 @@ found again (`quantiser` "kept").
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,12 +33,13 @@ from smoe.prep.checkpoint.seam import (
 )
 from smoe.prep.errors import PrepError
 from smoe.prep.options import STORED
-from smoe.prep.pack.calibrated import Calibrated
+from smoe.prep.pack.calibrated import Calibrated, Losses
 from smoe.prep.pack.encode import encode_record
 from smoe.prep.pack.kept import kept_record
 from smoe.prep.pack.quantise import OWN
 from smoe.prep.progress import Progress
 from smoe.prep.sweep.forward import Arrays, AtExperts, sweep
+from smoe.prep.workdir import FINISHED, write_whole
 
 PAGE = 16384  # bytes: some aarch64 kernels use pages of this size
 NARROW = 0.05  # of all experts hardly reached: worth a word
@@ -74,7 +76,7 @@ class Packing:
             quantiser = Calibrated(
                 at, nested.parse(self._experts.encoding), self._layout(at.module)
             )
-            self._write(at.layer, at.module, quantiser.records())
+            self._write(at.layer, at.module, self._noting(at.layer, quantiser))
             name = self._checkpoint.layers[at.layer][0]
             self._progress.say(f"pack: {name}: {quantiser.report()}")
             self._hardly += np.array([quantiser.hardly, quantiser.experts])
@@ -109,6 +111,13 @@ class Packing:
         else:
             records = (encode_record(layout, encoding, weights) for weights in experts)
         self._write(layer, module, records)
+
+    def _noting(self, layer: int, quantiser: Calibrated) -> Iterator[np.ndarray]:
+        """Its records; what they lost is noted before the shard is there."""
+        yield from quantiser.records()
+        note = _note(self._directory, layer)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(note, json.dumps(quantiser.losses()))
 
     def _shard(self, layer: int) -> Path:
         return self._directory / Manifest.shard(layer)
@@ -154,14 +163,29 @@ def pack(
 
 
 def _ahead(made: Callable[[int], Made], count: int) -> Iterator[Made]:
-    """`made(0)`, `made(1)` and so on, each made while the one before is in use."""
+    """`made(0)`, `made(1)` and so on to `count`, each made while the one before is in use."""
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(made, 0) if count else None
-        for number in range(count):
-            assert following is not None
+        following = pool.submit(made, 0)
+        for number in range(1, count + 1):
             one = following.result()
-            following = pool.submit(made, number + 1) if number + 1 < count else None
+            if number < count:
+                following = pool.submit(made, number)
             yield one
+
+
+def losses(directory: Path, layers: int) -> Losses:
+    """What calibrated codes in `directory` lost in the mean of its `layers`; nothing where they
+    were made in another way."""
+    notes = [_note(directory, layer) for layer in range(layers)]
+    lost = [json.loads(note.read_text("utf-8")) for note in notes if note.exists()]
+    return {
+        matrices: np.mean([layer[matrices] for layer in lost], axis=0).tolist()
+        for matrices in (lost[0] if lost else ())
+    }
+
+
+def _note(directory: Path, layer: int) -> Path:
+    return directory / FINISHED / "lost" / f"{layer:02d}.json"
 
 
 def chosen_encoding(checkpoint: Checkpoint, asked: str, progress: Progress) -> str:

@@ -29,6 +29,8 @@ from smoe.prep.pack.columns import Grid, choose_columns
 DAMPING = 0.1
 # Tokens of the layer at large that every expert sees besides its own, however many those are.
 OWN = 64
+# How much more the base level and the full one weigh than those between (docs/log.md).
+BASE, FULL = 4.0, 2.0
 PASSES = 4  # over all columns, once each has a code
 CANDIDATES = 9  # scales tried for a group
 SHOWN = 256  # rows of a matrix that its loss is measured on
@@ -36,38 +38,62 @@ SHOWN = 256  # rows of a matrix that its loss is measured on
 
 @dataclass(frozen=True)
 class Quantised:
-    """codes uint8 `[E, n_out, n_in]`, scale float32 `[E, n_out, groups]` (values of bfloat16),
+    """codes uint8 `[E, n_out, n_in]`, scale float32 `[E, n_out, groups]` (values of bfloat16);
+    rest float32 `[levels, E, n_out, n_in]`, what each level leaves over, where the weights were;
     error float64 `[levels]`: the share of the output's second moment that is lost at each level,
     on the calibration tokens."""
 
     codes: np.ndarray
     scale: np.ndarray
+    rest: torch.Tensor
     error: np.ndarray
 
 
-def second_moment(x: torch.Tensor, weights: torch.Tensor, common: torch.Tensor) -> torch.Tensor:
-    """E[w^2 x x^T] over an expert's tokens `x` `[n, k]` with mixing weights `[n]`, blended with
-    `common` `[m, k]`, tokens of the layer at large that count as `OWN` tokens of mean weight: an
-    expert that few or no tokens reached still gets a moment of full rank. Float32 `[k, k]`."""
-    own = x * weights[:, None]
-    mean = weights.square().mean() if len(weights) else torch.ones((), device=x.device)
-    total = own.T @ own + common.T @ common * (mean * OWN / max(1, len(common)))
-    return total / (len(x) * mean + OWN * mean)
+def shares(weights: torch.Tensor, common: int) -> torch.Tensor:
+    """How much each token counts in an expert's moments: its own, with mixing weights `[n]`, and
+    `common` tokens of the layer at large, which count as `OWN` tokens of mean weight, so that an
+    expert that few or no tokens reached still gets a moment of full rank. Roots, `[n + common]`:
+    of tokens times these, the products sum up to a mean."""
+    mean = weights.square().mean() if len(weights) else weights.new_ones(())
+    of_layer = (mean * OWN / max(1, common)).expand(common)
+    each = torch.cat([weights.square(), of_layer])
+    return (each / each.sum()).sqrt()
 
 
-def quantise(w: torch.Tensor, moment: torch.Tensor, split: Split, group: int) -> Quantised:
-    """Codes and scales of `w` float32 `[E, n_out, n_in]` for second moments of its inputs `[E,
-    n_in, n_in]`.
+def second_moment(x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Of tokens `x` `[n, k]` with `shares` `[n]`: `[k, k]`."""
+    own = x * share[:, None]
+    return own.T @ own
+
+
+def made_up_for(w: torch.Tensor, moment: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The weights that do with damaged inputs what `w` `[.., n_out, n_in]` does with the right
+    ones, best in the least squares: `moment` `[.., n_in, n_in]` is of the damaged inputs, `wanted`
+    that of the right ones with them, E[right damaged^T]."""
+    damping = _damping(moment)
+    return torch.linalg.solve(moment + damping, (w @ (wanted + damping)).mT).mT
+
+
+def quantise(
+    w: torch.Tensor,
+    moment: torch.Tensor,
+    split: Split,
+    group: int,
+    base: float = BASE,
+    full: float = FULL,
+) -> Quantised:
+    """Codes and scales of `w` float32 `[levels, E, n_out, n_in]`, what each level should come to,
+    for second moments of its inputs `[levels, E, n_in, n_in]`; of either there may be one for all
+    levels. `base` and `full` weigh those levels.
 
     Runs where its arguments are, and takes about three times the memory of `w` per level.
     """
-    grid, damped = Grid.of(split, w.device), moment + _damping(moment)
+    grid, damped = Grid.of(split, w.device, base, full), moment + _damping(moment)
     found = _forecast(grid, w, damped, group)
     for _ in range(PASSES):
         _again(grid, w, damped, group, found)
-    return Quantised(
-        found.codes.cpu().numpy(), found.scale.cpu().numpy(), _lost(w, moment, found.rest)
-    )
+    lost = _lost(w, moment, found.rest)
+    return Quantised(found.codes.cpu().numpy(), found.scale.cpu().numpy(), found.rest, lost)
 
 
 @dataclass(frozen=True)
@@ -81,23 +107,24 @@ class _Found:
     @classmethod
     def nothing(cls, grid: Grid, w: torch.Tensor, group: int) -> _Found:
         return cls(
-            torch.zeros(w.shape, dtype=torch.uint8, device=w.device),
-            torch.zeros(*w.shape[:2], -(-w.shape[2] // group), device=w.device),
-            torch.zeros(len(grid.bits), *w.shape, device=w.device),
+            torch.zeros(w.shape[1:], dtype=torch.uint8, device=w.device),
+            torch.zeros(*w.shape[1:3], -(-w.shape[3] // group), device=w.device),
+            torch.zeros(len(grid.bits), *w.shape[1:], device=w.device),
         )
 
 
 def _forecast(grid: Grid, w: torch.Tensor, moment: torch.Tensor, group: int) -> _Found:
     """A code for every column: what it misses, the columns after it will make up for."""
-    found, missed = _Found.nothing(grid, w, group), torch.zeros(len(grid.bits), *w.shape).to(w)
+    found = _Found.nothing(grid, w, group)
+    missed = torch.zeros_like(found.rest)
     factor = _inverse_factor(moment)
-    diagonal = factor.diagonal(dim1=1, dim2=2)
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
     along = -factor / diagonal[..., None]
     for g, (start, end) in enumerate(_groups(w, group)):
         here = slice(start, end)
-        target = w[..., here] + missed[..., :start] @ along[:, :start, here]
-        scale = _best_scale(grid, target, diagonal[:, None, here].square().reciprocal())
-        codes, missed[..., here] = choose_columns(grid, target, None, along[:, here, here], scale)
+        target = w[..., here] + missed[..., :start] @ along[..., :start, here]
+        scale = _best_scale(grid, target, diagonal[..., None, here].square().reciprocal())
+        codes, missed[..., here] = choose_columns(grid, target, None, along[..., here, here], scale)
         found.rest[..., here] = w[..., here] - grid.look_up(codes) * scale[..., None]
         found.codes[..., here], found.scale[..., g] = codes, scale
     return found
@@ -106,10 +133,10 @@ def _forecast(grid: Grid, w: torch.Tensor, moment: torch.Tensor, group: int) -> 
 def _again(grid: Grid, w: torch.Tensor, moment: torch.Tensor, group: int, found: _Found) -> None:
     """Every group's scale and codes once more, in place, now that all the others are known: what it
     has to make up for is then exact and not a forecast."""
-    diagonal = moment.diagonal(dim1=1, dim2=2)[:, None]
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)[..., None, :]
     for g, (start, end) in enumerate(_groups(w, group)):
         here = slice(start, end)
-        inner, own = moment[:, here, here], diagonal[..., here]
+        inner, own = moment[..., here, here], diagonal[..., here]
         before = w[..., here] - found.rest[..., here]
         pull = found.rest @ moment[..., here]  # how each level's error acts on these columns
         acted = before @ inner
@@ -141,10 +168,9 @@ def _groups(w: torch.Tensor, group: int) -> Iterator[tuple[int, int]]:
 
 
 def _damping(moment: torch.Tensor) -> torch.Tensor:
-    mean = moment.diagonal(dim1=1, dim2=2).mean(-1)
-    return (
-        torch.eye(moment.shape[1], device=moment.device) * (DAMPING * mean + 1e-12)[:, None, None]
-    )
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+    eye = torch.eye(moment.shape[-1], device=moment.device)
+    return eye * (DAMPING * mean + 1e-12)[..., None, None]
 
 
 def _inverse_factor(moment: torch.Tensor) -> torch.Tensor:
@@ -176,7 +202,7 @@ def _best_scale(grid: Grid, rest: torch.Tensor, importance: torch.Tensor) -> tor
 def _lost(w: torch.Tensor, moment: torch.Tensor, rest: torch.Tensor) -> np.ndarray:
     """Per level, the second moment of the output's error over that of the output, of so many rows
     that people can go by it: float64 `[levels]`."""
-    apart = max(1, w.shape[1] // SHOWN)
+    apart = max(1, w.shape[-2] // SHOWN)
 
     def energy(v: torch.Tensor) -> torch.Tensor:
         rows = v[..., ::apart, :]

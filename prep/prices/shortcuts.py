@@ -18,10 +18,10 @@ from smoe.artifacts import Bundle, open_bundle
 from smoe.runtime import Engine, Policies
 from smoe.runtime.budget import memory_for
 from smoe.runtime.choose.prices import KINDS, Prices
-from smoe.runtime.evaluate import log_softmax
 from smoe.runtime.routing import Assignment, Available, Routed, as_routed
 
 LENGTH = 256  # tokens of a row
+AT_ONCE = 32  # tokens whose logits are compared at a time
 ABLE = 0.5  # of a layer's experts may stand in, drawn anew for every row and layer
 
 
@@ -139,6 +139,42 @@ class ScriptedShortcuts:
         return able[least], best[rows, least].astype(np.float32), costs[rows, least]
 
 
+@dataclass(frozen=True)
+class Exact:
+    """A row's logits float32 `[T, V]` as they are without shortcuts, and what all runs need of
+    them: probabilities float32, and the logarithms of their sums float64 `[T]`. Where the
+    vocabulary is large this is a good part of all work, so that nothing is done twice, and little
+    is float64."""
+
+    logits: np.ndarray
+    probabilities: np.ndarray
+    log_sums: np.ndarray
+
+    @classmethod
+    def of(cls, logits: np.ndarray) -> Exact:
+        exponentials, log_sums = _exponentials(logits)
+        return cls(logits, exponentials / exponentials.sum(-1, keepdims=True), log_sums)
+
+    def divergence(self, logits: np.ndarray) -> float:
+        """The sum over tokens of the KL divergence from these to other logits, in nats."""
+        total = 0.0
+        for start in range(0, len(logits), AT_ONCE):
+            rows = slice(start, start + AT_ONCE)
+            _, log_sums = _exponentials(logits[rows])
+            apart = self.logits[rows].astype(np.float64) - logits[rows]
+            total += float(np.einsum("tv,tv->", self.probabilities[rows], apart))
+            total += float((log_sums - self.log_sums[rows]).sum())
+        return total
+
+
+def _exponentials(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 `[T, V]`, of what lies below each row's largest, and the logarithms of the sums of
+    the exponentials themselves, float64 `[T]`."""
+    largest = logits.max(-1, keepdims=True)
+    exponentials = np.exp(logits - largest)
+    return exponentials, largest[:, 0] + np.log(exponentials.sum(-1, dtype=np.float64))
+
+
 def outcomes(
     bundle: Path,
     prices: Prices,
@@ -162,12 +198,11 @@ def outcomes(
         for number in progress(range(len(rows))):
             row = rows[number]
             told.begin(None, None, np.random.default_rng(seed))
-            exact, seen = log_softmax(engine.logits(row)), told.seen
+            exact, seen = Exact.of(engine.logits(row)), told.seen
             for perturb, outcome in zip(perturbations, results, strict=True):
                 random = np.random.default_rng([seed, number])
                 told.begin(perturb(seen, random), outcome, random)
-                q = log_softmax(engine.logits(row))
-                outcome.kl += float((np.exp(exact) * (exact - q)).sum())
+                outcome.kl += exact.divergence(engine.logits(row))
                 outcome.tokens += len(row)
     return results
 

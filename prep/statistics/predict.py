@@ -9,7 +9,9 @@ into the tables where it is the best, with the recall of all four.
 
 from __future__ import annotations
 
+import tempfile
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,18 +29,27 @@ LEAST = 1e-9  # scores that are probabilities are predicted as logarithms, from 
 
 
 class _Layer:
-    """Some tokens at one layer: what its experts received `[T, H]`, what was chosen `[T, k]`, and
-    what its scores were, or are taken to be `[T, E]`."""
+    """Some tokens at one layer: what was chosen `[T, k]`, and what its scores were, or are taken to
+    be `[T, E]`; what its experts received, `hidden` float32 `[T, H]`, lies in a file without a name
+    in `directory`."""
 
-    def __init__(self, at: AtExperts, tokens: torch.Tensor):
+    def __init__(self, at: AtExperts, tokens: torch.Tensor, directory: Path | None):
         experts = expert_geometry(at.module)[0]
         tokens = tokens.to(at.hidden.device)
-        self.hidden = at.hidden[tokens].float().cpu().numpy()
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  as long as the layer
+        hidden = at.hidden[tokens].float().cpu().numpy()
+        self._shape = hidden.shape
+        hidden.tofile(self._file)
         self.ids = at.ids[tokens].cpu().numpy()
         self.active = activity(self.ids, experts)
         self.scores = self.active.astype(np.float32)
         if at.scores is not None:
             self.scores = _regressable(at.scores[tokens, :experts].float().cpu().numpy())
+
+    @property
+    def hidden(self) -> np.ndarray:
+        self._file.seek(0)
+        return np.fromfile(self._file, np.float32).reshape(self._shape)
 
 
 def _regressable(scores: np.ndarray) -> np.ndarray:
@@ -50,8 +61,8 @@ def _regressable(scores: np.ndarray) -> np.ndarray:
 
 
 class Predictors:
-    """Learns from some tokens of a sweep and is measured on others; three layers' hidden states of
-    these are in memory. Leaves the `predict_...` tables."""
+    """Learns from some tokens of a sweep and is measured on others, for three layers
+    at a time. Leaves the `predict_...` tables."""
 
     name = "predictors"
 
@@ -61,9 +72,11 @@ class Predictors:
         learned: np.ndarray,
         held_out: np.ndarray,
         starts: np.ndarray,
+        directory: Path | None = None,
     ):
         """Tokens of the sweep, int64: `learned` to learn from, `held_out` to measure on, `starts`
-        the first ones of its rows."""
+        the first ones of its rows. Files lie in `directory`."""
+        self._directory = directory
         self._checkpoint, self._learned = checkpoint, len(learned)
         tokens = np.concatenate([learned, held_out])
         self._tokens, self._first = torch.from_numpy(tokens), np.isin(tokens, starts)
@@ -71,14 +84,14 @@ class Predictors:
         self._before: deque[_Layer] = deque(maxlen=len(DISTANCES))  # the nearest first
 
     def visit(self, at: AtExperts) -> Arrays:
-        now = _Layer(at, self._tokens)
+        now = _Layer(at, self._tokens, self._directory)
         self._tables.append(self._learn(at.layer, now))
         self._before.appendleft(now)
         return self._tables[-1]
 
     def resume(self, at: AtExperts, known: Arrays) -> None:
         self._tables.append(known)
-        self._before.appendleft(_Layer(at, self._tokens))
+        self._before.appendleft(_Layer(at, self._tokens, self._directory))
 
     def finish(self) -> list[Arrays]:
         return self._tables
@@ -90,17 +103,25 @@ class Predictors:
         bias = np.zeros((len(DISTANCES), now.scores.shape[1]), np.float32)
         tables: Arrays = {}
         for i, before in enumerate(self._before):
-            weights, bias[i] = _ridge(before.hidden[: self._learned], now.scores[: self._learned])
-            recall[:, i] = self._recalls(layer, before, now, weights, bias[i])
+            hidden = before.hidden
+            weights, bias[i] = _ridge(hidden[: self._learned], now.scores[: self._learned])
+            held = hidden[self._learned :]
+            recall[:, i] = self._recalls(layer, before, held, now, weights, bias[i])
             if recall[-1, i] >= np.nanmax(recall[:, i]):
                 tables[f"predict_{DISTANCES[i]}"] = weights.astype(np.float16)
         return tables | {"predict_bias": bias, "predict_recall": recall}
 
     def _recalls(
-        self, layer: int, before: _Layer, now: _Layer, weights: np.ndarray, bias: np.ndarray
+        self,
+        layer: int,
+        before: _Layer,
+        hidden: np.ndarray,
+        now: _Layer,
+        weights: np.ndarray,
+        bias: np.ndarray,
     ) -> list[float]:
         """Of each of `PREDICTORS`, the part of a token's experts that are among as many guesses, on
-        the held-out text."""
+        the held-out text, whose `hidden` states the layer before had."""
         held, k = slice(self._learned, None), now.ids.shape[1]
         previous = np.roll(now.active, 1, 0) & ~self._first[:, None]
         counts = before.active[: self._learned].T.astype(np.float64) @ now.active[: self._learned]
@@ -108,8 +129,8 @@ class Predictors:
         return [
             _recall(previous[held], now.active[held]),
             _recall(_best(before.active[held] @ chances, k), now.active[held]),
-            self._by_router(layer, before.hidden[held], now.active[held]),
-            _recall(_best(before.hidden[held] @ weights + bias, k), now.active[held]),
+            self._by_router(layer, hidden, now.active[held]),
+            _recall(_best(hidden @ weights + bias, k), now.active[held]),
         ]
 
     def _by_router(self, layer: int, hidden: np.ndarray, active: np.ndarray) -> float:

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from smoe.prep.checkpoint.ends import Ends
 from smoe.prep.checkpoint.seam import ExpertsModule, experts_run_by, mixed_outputs
 from smoe.prep.errors import NotDifferentiableError, PrepError
 from smoe.prep.progress import Progress
+from smoe.prep.sweep.held import Aside
 from smoe.prep.sweep.passes import Arrival, Pass, Plain, Shelf
 from smoe.prep.workdir import FinishedLayers
 from smoe.runtime.machine import processors
@@ -31,6 +33,7 @@ from smoe.runtime.machine import processors
 Arrays = dict[str, np.ndarray]
 BATCH = 4  # rows of a pass
 TOGETHER = 8192  # tokens whose experts run at once: small products are slow
+PIECE = 4  # times as many whose outputs are in memory at once
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ def sweep(
     plain = [Plain(checkpoint.model, batch, device, logits is not None) for batch in batches]
     graph = backward.passes(device) if backward else []
     lockstep = _Lockstep(checkpoint, plain, graph, device, backward, progress)
+    if finished is not None and device == "cpu":
+        lockstep.put_aside(finished.directory)
     count = progress.counter("sweep", "layers", len(checkpoint.layers))
     ends = Ends(checkpoint)
     with ends, lockstep, experts_run_by(checkpoint.model, checkpoint.layers, _arrive):
@@ -179,6 +184,12 @@ class _Lockstep:
         self._arrived: list[Arrival] = []
         self._arrived_graph: list[Arrival] = []
         self._shelf = Shelf([each.tokens for each in plain])
+        self._aside: Aside | None = None
+
+    def put_aside(self, directory: Path) -> None:
+        """Plain passes that wait hold their other hidden states in a file in `directory`."""
+        largest = max((each.tokens for each in self._plain), default=0)
+        self._aside = Aside(directory, 4 * largest * self._checkpoint.config.hidden_size)
 
     def __enter__(self) -> None:
         pass
@@ -187,6 +198,8 @@ class _Lockstep:
         for each in [*self._plain, *self._graph]:
             each.abandon()
         self._shelf.clear()
+        if self._aside is not None:
+            self._aside.close()
 
     def start(self) -> None:
         """Every pass to its first layer."""
@@ -214,15 +227,16 @@ class _Lockstep:
             with self._progress.stage("read"):
                 experts = self._checkpoint.experts(layer, self._device)
                 groups = self._groups(stack.enter_context(experts))
-            computed = [_run_experts(at) for at in groups]
-            norms, outputs = computed[0][1], [output for output, _ in computed]
-            del computed
-            if finished:  # on the disk they are not in the observers' way
-                finished.keep_outputs(layer, outputs)
-                outputs.clear()
+            norms = [torch.zeros_like(at.weights) for at in groups]
+            pieces = itertools.chain(*map(_run_experts, groups, norms))
+            outputs: list[torch.Tensor] = []
+            if finished:  # on the disk they are in nobody's way
+                finished.keep_outputs(layer, pieces)
+            else:
+                outputs += pieces
             for observer in observers:
                 with self._progress.stage(observer.name):
-                    seen = observer.visit(dataclasses.replace(groups[0], norms=norms))
+                    seen = observer.visit(dataclasses.replace(groups[0], norms=norms[0]))
                 left |= {f"{observer.name}.{name}": array for name, array in seen.items()}
         if finished:
             finished.keep(layer, left)
@@ -235,6 +249,8 @@ class _Lockstep:
         """Every pass to its next layer, or its end."""
         for number, plain in enumerate(self._plain):
             self._shelf.give_back(number, self._arrived[number].hidden)
+            if self._aside is not None:
+                self._aside.bring(number)
             self._arrived[number] = plain.go(next(outputs))
             self._put(number)
             if logits is not None and self._arrived[number] is None:
@@ -253,6 +269,8 @@ class _Lockstep:
         if len(arrived.ids) != self._plain[number].tokens:
             self._refuse_order()
         self._shelf.take(number, arrived.hidden)
+        if self._aside is not None:
+            self._aside.put(number, self._plain[number].held)
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -302,19 +320,25 @@ def _together(module: ExpertsModule, arrived: list[Arrival], hidden: torch.Tenso
     )
 
 
-def _run_experts(at: AtExperts) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts' output `[T, H]`, and the norm of every slot's `[T, k]`: a few passes at once."""
+def _run_experts(at: AtExperts, norms: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The experts' output, a few passes at once and in pieces of a few times that, `[n, H]`; fills
+    `norms` `[T, k]` with that of every slot's."""
     group = max(1, TOGETHER // at.starts[1])
     starts = [*at.starts[:-1:group], at.starts[-1]]
-    parts = [slice(*ends) for ends in itertools.pairwise(starts)]
-    return mixed_outputs(at.module, at.hidden, at.ids, at.weights, parts)
+    for first in range(0, len(starts) - 1, PIECE):
+        some = starts[first : first + PIECE + 1]
+        piece = slice(some[0], some[-1])
+        parts = [slice(a - some[0], b - some[0]) for a, b in itertools.pairwise(some)]
+        slots = at.ids[piece], at.weights[piece]
+        output, norms[piece] = mixed_outputs(at.module, at.hidden[piece], *slots, parts)
+        yield output
 
 
 def _parts(outputs: list[torch.Tensor], shapes: list[torch.Size]) -> Iterator[torch.Tensor]:
     """Each pass's own output: the model may change it in place."""
     rows = [shape.numel() // shape[-1] for shape in shapes]
     ends = np.cumsum([0, *rows]).tolist()
-    whole = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    whole = torch.cat(outputs)
     for (start, end), shape in zip(itertools.pairwise(ends), shapes, strict=True):
         yield whole[start:end].reshape(shape).clone()
 

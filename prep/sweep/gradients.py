@@ -35,7 +35,7 @@ from smoe.prep.progress import Progress
 from smoe.prep.sweep.forward import BATCH, AtExperts, Visitor, batches_of
 from smoe.prep.sweep.passes import Pass
 
-IN_MEMORY = 128 << 20  # bytes that are saved for the way back and not in the file
+IN_MEMORY = 64 << 20  # bytes that are saved for the way back and not in the file
 SMALL = 64 << 10  # bytes of a tensor that is never worth the file
 LOGITS = 64 << 20  # bytes of the logits of one pass, if one row does not have more
 

@@ -13,7 +13,9 @@ from functools import partial
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
+from smoe.prep.sweep.held import Held
 from smoe.prep.sweep.scores import Scores
 
 
@@ -95,15 +97,16 @@ class Plain(Pass):
 
     result: torch.Tensor | None  # its logits, where they were asked for
 
-    def __init__(self, model: torch.nn.Module, batch: np.ndarray, device: str, logits: bool):
+    def __init__(self, model: PreTrainedModel, batch: np.ndarray, device: str, logits: bool):
         super().__init__(partial(self._forward, model, batch, device, logits))
         self.tokens = batch.size
+        self.held = Held(batch.size * model.config.get_text_config().hidden_size)
         self._scores = Scores()
 
     @torch.no_grad()
     def _forward(self, model, batch, device, logits) -> torch.Tensor | None:
         options = {} if logits else _fewest_logits(model)
-        with self._scores:
+        with self._scores, self.held:
             ids = torch.from_numpy(batch).to(device)
             result = model(input_ids=ids, use_cache=False, **options).logits
         return result[0] if logits else None
@@ -137,7 +140,7 @@ class Shelf:
             self.hidden = rows.new_empty(self._tokens, rows.shape[1])
         self.hidden[self._places[number]] = rows
         storage = hidden.untyped_storage()
-        if hidden.is_contiguous() and storage.nbytes() == hidden.nbytes:
+        if storage.resizable() and hidden.is_contiguous() and storage.nbytes() == hidden.nbytes:
             storage.resize_(0)
 
     def give_back(self, number: int, hidden: torch.Tensor) -> None:

@@ -5,12 +5,14 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from smoe.prep.checkpoint.checkpoint import open_checkpoint
+from smoe.prep.checkpoint.seam import expert_geometry, expert_weights
 from smoe.prep.errors import PrepError
 
 
@@ -97,6 +99,17 @@ def test_an_expert_that_is_not_finite_is_refused_by_name_when_its_layer_is_read(
         pass
 
 
+def test_of_experts_read_one_by_one_only_the_damaged_one_is_refused(damaged):
+    def change(weights):
+        weights[EXPERT][3, 5] = torch.nan
+
+    checkpoint = open_checkpoint(damaged(change))
+    with checkpoint.experts(1, apart=True) as module:
+        expert_weights(module, 3)
+        with pytest.raises(PrepError, match="gate_up_proj of expert 4 holds values that are not"):
+            expert_weights(module, 4)
+
+
 @pytest.fixture
 def sharded(make, tmp_path):
     """A checkpoint of several files with an index."""
@@ -146,6 +159,20 @@ def test_what_is_read_is_what_transformers_reads(checkpoints, family):
             for part, weight in module.named_parameters():
                 assert torch.equal(weight, weights[f"{name}.{part}"])
         assert all(weight.is_meta for weight in module.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_read_one_by_one_are_the_same(checkpoints, family):
+    checkpoint = open_checkpoint(checkpoints(family))
+    for layer in range(len(checkpoint.layers)):
+        found = []
+        for apart in (False, True):
+            with checkpoint.experts(layer, apart=apart) as module:
+                count = expert_geometry(module)[0]
+                found.append([expert_weights(module, expert) for expert in range(count)])
+        for whole, alone in zip(*found, strict=True):
+            assert whole.keys() == alone.keys()
+            assert all(np.array_equal(whole[name], alone[name]) for name in whole)
 
 
 def test_half_precision_stays_half_in_memory(make, tmp_path):

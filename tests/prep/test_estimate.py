@@ -9,8 +9,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from smoe.artifacts import open_bundle
+from smoe.prep.build import build
+from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.errors import PrepError
+from smoe.prep.estimate import short_of_memory
 from smoe.prep.inspect import families, inspect
+from smoe.prep.options import Recipe
+from smoe.prep.progress import Progress
 
 
 @pytest.mark.parametrize(
@@ -40,6 +45,7 @@ def test_it_needs_a_config_and_no_more(checkpoints, tmp_path):
         "weights",
         "download",
         "seconds",
+        "stage_seconds",
     }
 
 
@@ -110,7 +116,7 @@ def test_the_walkthrough_quotes_what_inspect_says(smoe_prep, root):
     assert named == {f"docs/models/{model.name}" for model in (root / "docs" / "models").iterdir()}
     for options, written in quoted:
         said = smoe_prep("inspect", *options.split()).stdout.splitlines()
-        lines = [line for line in said if not line.startswith("weights:")]
+        lines = [line for line in said if not line.startswith(("weights:", "  of which"))]
         assert [re.sub(r"; about [^;]* on this machine", "", line) for line in lines] == (
             written.splitlines()
         )
@@ -119,3 +125,51 @@ def test_the_walkthrough_quotes_what_inspect_says(smoe_prep, root):
 def test_families_with_options_that_say_nothing_about_them_are_refused(smoe_prep):
     done = smoe_prep("inspect", "--families", "--encoding", "int8")
     assert done.returncode == 2 and "--encoding says nothing about families" in done.stderr
+
+
+def test_every_stage_is_estimated_and_measured(checkpoints, tmp_path):
+    text = tmp_path / "ids.jsonl"
+    text.write_text("".join(json.dumps({"input_ids": [i % 90] * 64}) + "\n" for i in range(16)))
+    built = build(
+        checkpoints("olmoe"), tmp_path / "bundle", Calibration(str(text), 1024),
+        Recipe("nested:2+1+1:32", prices=256, self_tokens=0), None, Progress(quiet=True),
+    ).as_dict()  # fmt: skip
+    said = inspect(checkpoints("olmoe"), "nested:2+1+1:32", tokens=1024, prices=256, own=0)
+    # The trace takes no time.
+    assert set(said.stage_seconds) == set(built["seconds"]) - {"trace"}
+    assert all(seconds >= 0 for seconds in said.stage_seconds.values())
+    assert sum(said.stage_seconds.values()) == pytest.approx(said.seconds, abs=0.01)
+    assert max(said.stage_memory.values()) == said.memory
+    assert 1e8 < built["memory"] < 4e9
+
+
+def test_what_is_not_asked_for_takes_nothing(checkpoints):
+    stages = inspect(checkpoints("olmoe"), "nested:2+1+1:32", tokens=1024, prices=0, own=0)
+    assert not stages.stage_seconds.keys() & {"gradients", "prices", "fit", "predictors"}
+    assert set(stages.stage_memory) == {"open", "sweep", "export"}
+
+
+@pytest.mark.parametrize("model", ["olmoe-1b-7b", "qwen3-30b-a3b"])
+def test_more_work_takes_more_time(root, model):
+    """At real sizes, where far more is far more than what two measurements differ by."""
+    config = root / "docs" / "models" / model
+    few = inspect(config, "nested:2+1+1", 8192, 1024, quantiser="nearest")
+    many = inspect(config, "nested:2+1+1", 262144, 32768, quantiser="nearest")
+    for stage in ("sweep", "gradients", "prices"):
+        assert many.stage_seconds[stage] > 4 * few.stage_seconds[stage]
+    assert many.stage_memory["sweep"] > few.stage_memory["sweep"]
+    assert many.stage_memory["export"] == few.stage_memory["export"]
+    assert few.layers > 1 and few.weights and few.seconds > 60
+
+
+def test_text_that_the_model_writes_takes_time(root):
+    config = root / "docs" / "models" / "olmoe-1b-7b"
+    some, more = (inspect(config, "nested:2+1+1", 1024, 0, own=own) for own in (4096, 65536))
+    none = inspect(config, "nested:2+1+1", 1024, 0, own=0)
+    assert none.stage_seconds["text"] == 0 and none.tokens == 1024
+    assert more.stage_seconds["text"] > some.stage_seconds["text"] > 1 and more.tokens == 66560
+
+
+def test_little_memory_is_said_before_the_work():
+    assert short_of_memory(1 << 20) == ""
+    assert "fewer --tokens" in short_of_memory(1 << 60)

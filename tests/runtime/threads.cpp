@@ -1,11 +1,12 @@
-// A small program for the thread sanitizer: several threads use the pool and the kernels at once,
-// as several engines of one process do. Every result is compared with that of one thread. `make
-// threads` builds and runs it.
+// A small program for the thread sanitizer: several threads use the pool, the kernels and the
+// packer at once, as several engines of one process do. Every result is compared with that of one
+// thread. `make threads` builds and runs it.
 #include <cstdio>
 #include <cstdlib>
 #include <thread>
 #include <vector>
 
+#include "../../prep/pack/native/rounding.h"
 #include "../../runtime/kernels/native/ffn.h"
 #include "../../runtime/kernels/native/pool.h"
 
@@ -76,16 +77,43 @@ void call_kernels(const Problem& problem, const std::vector<float>& wanted, std:
         require(problem.solve(1 + (round + caller) % 6) == wanted, "threads changed the bits");
 }
 
+// Weights rounded to codes of two bits, and to float16.
+std::vector<std::uint8_t> pack(const std::vector<float>& w, std::size_t threads) {
+    Grid grid = {};
+    grid.total = 2, grid.levels = 1, grid.bits[0] = 2, grid.weight[0] = 1, grid.table = true;
+    for (int code = 0; code < 4; ++code) grid.values[0][code] = float(2 * code - 3);
+    for (int edge = 0; edge < 3; ++edge) grid.edges[edge] = float(2 * edge - 2);
+    grid.candidates = 2, grid.around[0] = .5, grid.around[1] = .7;
+    const std::size_t n_out = w.size() / HIDDEN, groups = (HIDDEN + 31) / 32;
+    std::vector<std::uint8_t> codes(w.size());
+    std::vector<float> scale(n_out * groups);
+    std::vector<std::uint16_t> half(w.size());
+    round_nested(rounding_portable, grid, w.data(), n_out, HIDDEN, 32, codes.data(), scale.data(),
+                 threads);
+    require(round_f16(rounding_portable, w.data(), w.size(), half.data(), threads),
+            "a weight was said to be too large");
+    for (std::uint16_t bits : half) codes.push_back(std::uint8_t(bits ^ bits >> 8));
+    return codes;
+}
+
+void call_packer(const std::vector<float>& w, const std::vector<std::uint8_t>& wanted,
+                 std::size_t caller) {
+    for (std::size_t round = 0; round < ROUNDS; ++round)
+        require(pack(w, 1 + (round + caller) % 6) == wanted, "threads changed the codes");
+}
+
 }  // namespace
 
 int main() {
     const Problem problem;
+    const std::vector<std::uint8_t> codes = pack(problem.records, 1);
     const std::vector<float> wanted = problem.solve(1);
     std::vector<std::thread> callers;
     for (std::size_t caller = 0; caller < CALLERS; ++caller)
         callers.emplace_back([&, caller] {
             count_items(caller);
             call_kernels(problem, wanted, caller);
+            call_packer(problem.records, codes, caller);
         });
     for (std::thread& caller : callers) caller.join();
     std::puts("threads: every item once, the same bits, nothing for the sanitizer to say");

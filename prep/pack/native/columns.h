@@ -1,4 +1,4 @@
-// Codes for a block of columns: `choose_columns` of prep/pack/columns.py, which is the specification.
+// Codes for a block of columns: `choose_columns` of prep/pack/columns.py specifies them.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,13 +19,15 @@ struct Grid {
 
 // `columns` columns (at most MAX_COLUMNS) of `matrices` matrices of `rows` rows. target and before
 // are float [levels, matrices, rows, columns], before null where a column is chosen for the first
-// time; along float [matrices, columns, columns]; scale float [matrices, rows]; codes uint8
-// [matrices, rows, columns]. Written: codes, and target, which becomes by how much columns moved.
+// time; along float [levels, matrices, columns, columns], or of one level for all; scale float
+// [matrices, rows]; codes uint8 [matrices, rows, columns]. Written: codes; and target, which then
+// is by how much columns moved.
 struct Block {
     std::size_t matrices, rows, columns;
     float* target;
     const float* before;
     const float* along;
+    std::size_t along_level;  // floats from one level's to the next: 0 where there is one
     const float* scale;
     std::uint8_t* codes;
 };

@@ -1,5 +1,5 @@
-// The columns of a few rows, for one instruction set: the file that includes this says how many rows
-// go side by side in a vector (LANES).
+// The columns of a few rows, for one instruction set: the file that includes this says how many go
+// side by side in a vector (LANES).
 #include "columns.h"
 
 namespace smoe::calibrated {
@@ -91,8 +91,9 @@ void choose_rows(const Grid& grid, const Rows& rows) {
         const Codes code = choose(grid, x);
         for (std::size_t i = 0; i < rows.count; ++i)
             block.codes[rows.at(0, i) + c] = std::uint8_t(code[i]);
-        const float* along = block.along + (rows.m * columns + c) * columns;
         for (std::size_t l = 0; l < levels; ++l) {
+            const float* along =
+                block.along + l * block.along_level + (rows.m * columns + c) * columns;
             const Codes places = code >> (grid.bits[levels - 1] - grid.bits[l]);
             const Floats value = look_up(grid.values[l], places) * scale;
             const Floats moved = (block.before ? before[c * levels + l] : here[l]) - value;
@@ -106,8 +107,10 @@ void choose_rows(const Grid& grid, const Rows& rows) {
 
 void choose_all(const Grid& grid, const Block& block, std::size_t m, std::size_t first,
                 std::size_t end) {
-    for (; first < end; first += LANES)
-        choose_rows(grid, {block, grid.levels, m, first, end - first < LANES ? end - first : LANES});
+    for (; first < end; first += LANES) {
+        const std::size_t count = end - first < LANES ? end - first : LANES;
+        choose_rows(grid, {block, grid.levels, m, first, count});
+    }
 }
 
 }  // namespace

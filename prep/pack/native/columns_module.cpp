@@ -53,24 +53,30 @@ static Grid grid_of(const Values& values, const Values& edges, const std::vector
 
 static void choose(const std::string& variant, const Values& values, const Values& edges,
                    const std::vector<float>& weights, Array<float, 4> target,
-                   std::optional<Array<const float, 4>> before, Array<const float, 3> along,
+                   std::optional<Array<const float, 4>> before, Array<const float, 4> along,
                    Array<const float, 2> scale, Array<std::uint8_t, 3> codes,
                    std::size_t threads) {
     const Grid grid = grid_of(values, edges, weights);
-    const Block block = {target.shape(1), target.shape(2),
-                         target.shape(3), target.data(),
-                         before ? before->data() : nullptr, along.data(),
-                         scale.data(),    codes.data()};
+    const std::size_t k = target.shape(3);
+    const Block block = {target.shape(1),
+                         target.shape(2),
+                         k,
+                         target.data(),
+                         before ? before->data() : nullptr,
+                         along.data(),
+                         along.shape(0) == 1 ? 0 : target.shape(1) * k * k,
+                         scale.data(),
+                         codes.data()};
     require(target.shape(0) == grid.levels && 1 <= block.columns && block.columns <= MAX_COLUMNS,
             "target: [levels, matrices, rows, columns], 1 to 128 columns");
     for (std::size_t i = 0; before && i < 4; ++i)
         require(before->shape(i) == target.shape(i), "before: as target");
     for (std::size_t i = 0; i < 3; ++i)
         require(codes.shape(i) == target.shape(i + 1), "codes: [matrices, rows, columns]");
-    require(along.shape(0) == block.matrices && along.shape(1) == block.columns &&
-                along.shape(2) == block.columns && scale.shape(0) == block.matrices &&
-                scale.shape(1) == block.rows,
-            "along: [matrices, columns, columns], scale: [matrices, rows]");
+    require((along.shape(0) == 1 || along.shape(0) == grid.levels) &&
+                along.shape(1) == block.matrices && along.shape(2) == k && along.shape(3) == k &&
+                scale.shape(0) == block.matrices && scale.shape(1) == block.rows,
+            "along: [1 or levels, matrices, columns, columns], scale: [matrices, rows]");
     const Chooser& how = named(variant);
     nb::gil_scoped_release unlocked;
     choose_columns(how, grid, block, threads);

@@ -18,18 +18,20 @@ struct Grid {
     bool table;                           // codes of up to 4 bits: values, else a uniform grid
     float values[MAX_LEVELS][MAX_TABLE];  // of a full code at every level
     float edges[MAX_TABLE - 1];           // between neighbours at the full level
-    std::size_t candidates;               // scales tried for a group,
-    double around[MAX_CANDIDATES];        // each times the group's spread: the root of its mean
-};  // square for a table, else its largest magnitude
+    // Scales tried for a group, in units of its spread: the root of its mean square for a table,
+    // else its largest magnitude.
+    std::size_t candidates;
+    double around[MAX_CANDIDATES];
+};
 
-// A group's weights, or two groups' side by side, as a variant wants them.
 struct Group {
-    const float* from;  // `wide` columns, the rest of the group are zeros
+    const float* from;  // `wide` columns; the rest of the group are zeros
     std::size_t wide;
     std::uint8_t* codes;
     float* scale;
 };
 
+// An instruction set's way.
 struct Rounder {
     const char* name;
     std::size_t at_once;  // groups
