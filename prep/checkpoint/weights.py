@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.quantizers.base import HfQuantizer
 
-from smoe.artifacts.errors import first_line
+from smoe.artifacts.errors import BundleError, first_line
 from smoe.artifacts.safetensors_file import read_raw_header
 from smoe.prep.checkpoint.few_bits import is_code, packed_as_decoded
 from smoe.prep.errors import PrepError
@@ -184,9 +184,10 @@ class Weights:
                 file.seek(begin + (row or 0) * tensor.nbytes)
                 while left and (count := file.readinto(left)):
                     left = left[count:]
-        except OSError as error:
+        except (OSError, BundleError, ValueError, KeyError) as error:  # changed since it was opened
             raise PrepError(
-                f"{self.path} became unreadable: {error}; download it again."
+                f"{stored.file} is not whole any more ({first_line(error)}); download it again, and "
+                "leave it alone until smoe-prep is done."
             ) from error
         if left:
             raise PrepError(

@@ -143,8 +143,8 @@ def test_verify_finds_no_difference_in_f32_and_refuses_another_model(
             "/no/such is not a directory",
         ),
         (
-            ("build", "{model}", "-o", "{tmp}/b"),
-            "no calibration text; give --calibration FILE, or --profile",
+            ("build", "{model}", "-o", "{tmp}/b", "--self", "0"),
+            "no text to learn from; give --calibration FILE or --profile",
         ),
         (
             ("build", "{model}", "-o", "{tmp}/b", "--calibration", "{ids}", "--encoding", "int3"),
