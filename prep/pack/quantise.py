@@ -71,7 +71,8 @@ def made_up_for(w: torch.Tensor, moment: torch.Tensor, wanted: torch.Tensor) -> 
     ones, best in the least squares: `moment` `[.., n_in, n_in]` is of the damaged inputs, `wanted`
     that of the right ones with them, E[right damaged^T]."""
     damping = _damping(moment)
-    return torch.linalg.solve(moment + damping, (w @ (wanted + damping)).mT).mT
+    lower = torch.linalg.cholesky(moment + damping)
+    return torch.cholesky_solve((w @ (wanted + damping)).mT, lower).mT
 
 
 def quantise(
