@@ -39,6 +39,17 @@ def dequantise_mxfp4(
 def dequantise_fp8(
     codes: np.ndarray, factors: np.ndarray, high: int, wide: int, out: np.ndarray, threads: int
 ) -> None: ...
+def best_scales(
+    variant: str,
+    values: list[np.ndarray],
+    edges: list[np.ndarray],
+    weights: list[float],
+    target: np.ndarray,
+    importance: np.ndarray,
+    tried: np.ndarray,
+    scale: np.ndarray,
+    threads: int,
+) -> None: ...
 def choose_columns(
     variant: str,
     values: list[np.ndarray],

@@ -115,3 +115,44 @@ def choose_columns_in_torch(
         moved[..., c] = was - grid.look_up(codes[..., c]) * scale
         target[..., c + 1 :] += moved[..., c, None] * along[..., c, None, c + 1 :]
     return codes, moved
+
+
+def best_scales(
+    grid: Grid,
+    target: torch.Tensor,
+    importance: torch.Tensor,
+    tried: torch.Tensor,
+    variant: str = "",
+) -> torch.Tensor:
+    """Of the scales `tried` `[n, E, n_out]` that with which a block of columns, `target` float32
+    `[levels, E, n_out, k]`, loses least over all levels when each is rounded at the full one:
+    squares that `importance` `[levels or 1, E, k]` weighs. `[E, n_out]`; `variant` as above."""
+    if native is None or target.device.type != "cpu":
+        return best_scales_in_torch(grid, target, importance, tried)
+    best = torch.empty(tried.shape[1:])
+    native.best_scales(
+        variant,
+        [v.numpy() for v in grid.values],
+        [e.numpy() for e in grid.edges],
+        grid.weights.tolist(),
+        target.contiguous().numpy(),
+        importance.contiguous().numpy(),
+        tried.contiguous().numpy(),
+        best.numpy(),
+        torch.get_num_threads(),
+    )
+    return best
+
+
+def best_scales_in_torch(
+    grid: Grid, target: torch.Tensor, importance: torch.Tensor, tried: torch.Tensor
+) -> torch.Tensor:
+    """The specification of `best_scales`, which native code follows but for the order of sums."""
+    best, cost = torch.zeros_like(tried[0]), torch.full_like(tried[0], torch.inf)
+    for scale in tried:
+        codes = torch.bucketize(target[-1] / scale.clamp(min=1e-38)[..., None], grid.edges[-1])
+        off = target - grid.look_up(codes) * scale[..., None]
+        total = grid.weighed((off.square() * importance[..., None, :]).sum(-1))
+        best = torch.where(total < cost, scale, best)
+        cost = torch.minimum(total, cost)
+    return best

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from smoe.artifacts.nested import Split
-from smoe.prep.pack.columns import Grid, choose_columns
+from smoe.prep.pack.columns import Grid, best_scales, choose_columns
 
 # Of the mean diagonal, added to it: what was not seen in calibration must not be thought free.
 DAMPING = 0.1
@@ -124,7 +124,8 @@ def _forecast(grid: Grid, w: torch.Tensor, moment: torch.Tensor, group: int) -> 
     for g, (start, end) in enumerate(_groups(w, group)):
         here = slice(start, end)
         target = w[..., here] + missed[..., :start] @ along[..., :start, here]
-        scale = _best_scale(grid, target, diagonal[..., None, here].square().reciprocal())
+        importance = diagonal[..., here].square().reciprocal()
+        scale = best_scales(grid, target, importance, _tried(grid, target[-1]))
         codes, missed[..., here] = choose_columns(grid, target, None, along[..., here, here], scale)
         found.rest[..., here] = w[..., here] - grid.look_up(codes) * scale[..., None]
         found.codes[..., here], found.scale[..., g] = codes, scale
@@ -176,28 +177,22 @@ def _damping(moment: torch.Tensor) -> torch.Tensor:
 
 def _inverse_factor(moment: torch.Tensor) -> torch.Tensor:
     """The upper Cholesky factor U of the inverse, U^T U: row j says how column j's error is made up
-    for by later ones."""
-    lower = torch.linalg.cholesky(moment.double())
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    for by later ones. It is the inverse of the factor that the moment has when its columns are
+    counted from the last."""
+    upper = torch.linalg.cholesky(moment.flip(-1, -2)).flip(-1, -2)
+    eye = torch.eye(moment.shape[-1], device=moment.device)
+    return torch.linalg.solve_triangular(upper, eye.expand_as(moment), upper=True)
 
 
-def _best_scale(grid: Grid, rest: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """Scales `[E, n_out]` of a group `rest` `[levels, E, n_out, k]`: of a few, that with the least
-    cost at all levels."""
-    full, total = rest[-1], grid.bits[-1]
-    if total <= 4:
+def _tried(grid: Grid, full: torch.Tensor) -> torch.Tensor:
+    """Scales to try for a group that should be `full` `[E, n_out, k]` at the full level: `[n, E,
+    n_out]`, values of bfloat16."""
+    if grid.bits[-1] <= 4:
         middle, around = full.square().mean(-1).sqrt(), np.linspace(1.8, 3.0, CANDIDATES)
     else:
         middle, around = full.abs().amax(-1), np.linspace(0.7, 1.1, CANDIDATES)
-    best, cost = torch.zeros_like(middle), torch.full_like(middle, torch.inf)
-    for k in around.tolist():
-        scale = (middle * (k / grid.outermost)).bfloat16().float()
-        codes = torch.bucketize(full / scale.clamp(min=1e-38)[..., None], grid.edges[-1])
-        error = (rest - grid.look_up(codes) * scale[..., None]).square() * importance
-        candidate_cost = grid.weighed(error.sum(-1))
-        best = torch.where(candidate_cost < cost, scale, best)
-        cost = torch.minimum(candidate_cost, cost)
-    return best
+    tried = torch.stack([middle * (k / grid.outermost) for k in around.tolist()])
+    return tried.bfloat16().float()
 
 
 def _lost(w: torch.Tensor, moment: torch.Tensor, rest: torch.Tensor) -> np.ndarray:

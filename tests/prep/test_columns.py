@@ -7,7 +7,13 @@ import torch
 
 from smoe.artifacts import nested
 from smoe.artifacts.bfloat16 import from_bf16, to_bf16
-from smoe.prep.pack.columns import Grid, choose_columns, choose_columns_in_torch
+from smoe.prep.pack.columns import (
+    Grid,
+    best_scales,
+    best_scales_in_torch,
+    choose_columns,
+    choose_columns_in_torch,
+)
 from smoe.prep.pack.compiled import native
 from smoe.prep.pack.quantise import BASE, CANDIDATES, DAMPING, FULL, PASSES, quantise
 
@@ -139,3 +145,22 @@ def test_native_columns_are_those_of_torch_bit_by_bit(variant, split):
             wanted, wanted_moved = choose_columns_in_torch(grid, target, was, by, scale)
             assert torch.equal(codes, wanted) and torch.equal(moved, wanted_moved)
     assert not codes[0, 3].sum() or not scale[0, 3]
+
+
+@pytest.mark.parametrize("variant", native.variants() if native else [])
+@pytest.mark.parametrize("split", [(2, 1, 1), (5, 1, 1, 1), (4,)])
+def test_native_scales_are_those_of_torch(variant, split):
+    grid = Grid.of(nested.Split(split), torch.device("cpu"), BASE, FULL)
+    random = torch.Generator().manual_seed(2)
+    levels = len(split)
+    target = torch.randn(levels, 3, 37, 50, generator=random) * 0.1 + 0.02
+    target[:, 1, 5] = 0
+    importance = torch.rand(levels, 3, 50, generator=random) + 0.1
+    spread = target[-1].square().mean(-1).sqrt() * 3 / grid.outermost
+    tried = torch.stack([spread * k for k in (1.3, 0.7, 1.0, 0.8, 0.9)])
+    for weighed in (importance, importance[1:2] if levels > 1 else importance):
+        wanted = best_scales_in_torch(grid, target, weighed, tried)
+        assert torch.equal(best_scales(grid, target, weighed, tried, variant), wanted)
+        assert len({int((tried[:, 0, row] == wanted[0, row]).nonzero()) for row in range(37)}) > 1
+    nothing = best_scales(grid, target, torch.full_like(importance, torch.nan), tried, variant)
+    assert not nothing.any()

@@ -26,13 +26,26 @@ const Chooser* const* choosers(std::size_t* count) {
     return found;
 }
 
+// run(m, first, end) for a few rows of a matrix after others.
+template <class F>
+static void over_rows(const Shape& shape, std::size_t threads, F&& run) {
+    const std::size_t parts = (shape.rows + ROWS - 1) / ROWS;
+    parallel(shape.matrices * parts, threads, [&](std::size_t item) {
+        const std::size_t first = item % parts * ROWS;
+        run(item / parts, first, first + ROWS < shape.rows ? first + ROWS : shape.rows);
+    });
+}
+
 void choose_columns(const Chooser& how, const Grid& grid, const Block& block,
                     std::size_t threads) {
-    const std::size_t parts = (block.rows + ROWS - 1) / ROWS;
-    parallel(block.matrices * parts, threads, [&](std::size_t item) {
-        const std::size_t first = item % parts * ROWS;
-        const std::size_t end = first + ROWS < block.rows ? first + ROWS : block.rows;
-        how.rows(grid, block, item / parts, first, end);
+    over_rows(block, threads, [&](std::size_t m, std::size_t first, std::size_t end) {
+        how.rows(grid, block, m, first, end);
+    });
+}
+
+void best_scales(const Chooser& how, const Grid& grid, const Search& search, std::size_t threads) {
+    over_rows(search, threads, [&](std::size_t m, std::size_t first, std::size_t end) {
+        how.scales(grid, search, m, first, end);
     });
 }
 

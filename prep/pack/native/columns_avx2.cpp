@@ -4,6 +4,6 @@
 
 namespace smoe::calibrated {
 
-const Chooser columns_avx2 = {"avx2", choose_all};
+const Chooser columns_avx2 = {"avx2", choose_all, search_all};
 
 }  // namespace smoe::calibrated

@@ -4,6 +4,6 @@
 
 namespace smoe::calibrated {
 
-const Chooser columns_avx512 = {"avx512", choose_all};
+const Chooser columns_avx512 = {"avx512", choose_all, search_all};
 
 }  // namespace smoe::calibrated

@@ -53,7 +53,7 @@ inline Codes choose(const Grid& grid, const Floats* x) {
 
 // LANES rows of all levels from `first`, where fewer than LANES are left the first one again.
 struct Rows {
-    const Block& block;
+    const Shape& block;
     std::size_t levels, m, first, count;
 
     std::size_t at(std::size_t level, std::size_t i) const {
@@ -74,9 +74,8 @@ struct Rows {
     }
 };
 
-void choose_rows(const Grid& grid, const Rows& rows) {
+void choose_rows(const Grid& grid, const Block& block, const Rows& rows) {
     Floats rest[MAX_COLUMNS * MAX_LEVELS], before[MAX_COLUMNS * MAX_LEVELS];  // [columns, levels]
-    const Block& block = rows.block;
     const std::size_t levels = grid.levels, columns = block.columns;
     rows.load(block.target, rest);
     if (block.before) rows.load(block.before, before);
@@ -109,7 +108,47 @@ void choose_all(const Grid& grid, const Block& block, std::size_t m, std::size_t
                 std::size_t end) {
     for (; first < end; first += LANES) {
         const std::size_t count = end - first < LANES ? end - first : LANES;
-        choose_rows(grid, {block, grid.levels, m, first, count});
+        choose_rows(grid, block, {block, grid.levels, m, first, count});
+    }
+}
+
+// What rounding costs with a scale, columns one after another.
+Floats cost_of_scale(const Grid& grid, const Search& search, const Rows& rows, const Floats* target,
+                     Floats scale) {
+    const std::size_t last = grid.levels - 1;
+    const Floats least = Floats{} + 1e-38f, divisor = scale < least ? least : scale;
+    Floats cost = {};
+    for (std::size_t c = 0; c < search.columns; ++c) {
+        const Floats* here = target + c * grid.levels;
+        const Codes code = nearest(grid.edges[last], grid.bits[last], here[last] / divisor);
+        for (std::size_t l = 0; l <= last; ++l) {
+            const float* importance = search.importance + l * search.importance_level;
+            const Codes places = code >> (grid.bits[last] - grid.bits[l]);
+            const Floats off = here[l] - look_up(grid.values[l], places) * scale;
+            cost += off * off * (grid.weights[l] * importance[rows.m * search.columns + c]);
+        }
+    }
+    return cost;
+}
+
+void search_all(const Grid& grid, const Search& search, std::size_t m, std::size_t first,
+                std::size_t end) {
+    for (; first < end; first += LANES) {
+        const Rows rows = {search, grid.levels, m, first, end - first < LANES ? end - first : LANES};
+        Floats target[MAX_COLUMNS * MAX_LEVELS], best = {};
+        Floats least = Floats{} + __builtin_inff();
+        rows.load(search.target, target);
+        for (std::size_t t = 0; t < search.candidates; ++t) {
+            const float* tried = search.tried + (t * search.matrices + m) * search.rows;
+            Floats scale;
+            for (std::size_t i = 0; i < LANES; ++i)
+                scale[i] = tried[first + (i < rows.count ? i : 0)];
+            const Floats cost = cost_of_scale(grid, search, rows, target, scale);
+            best = cost < least ? scale : best;
+            least = cost < least ? cost : least;
+        }
+        for (std::size_t i = 0; i < rows.count; ++i)
+            search.scale[m * search.rows + first + i] = best[i];
     }
 }
 

@@ -1,4 +1,4 @@
-// The Python face of `choose_columns`.
+// The Python face of `choose_columns` and `best_scales`.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -58,9 +58,7 @@ static void choose(const std::string& variant, const Values& values, const Value
                    std::size_t threads) {
     const Grid grid = grid_of(values, edges, weights);
     const std::size_t k = target.shape(3);
-    const Block block = {target.shape(1),
-                         target.shape(2),
-                         k,
+    const Block block = {{target.shape(1), target.shape(2), k},
                          target.data(),
                          before ? before->data() : nullptr,
                          along.data(),
@@ -82,7 +80,36 @@ static void choose(const std::string& variant, const Values& values, const Value
     choose_columns(how, grid, block, threads);
 }
 
+static void search(const std::string& variant, const Values& values, const Values& edges,
+                   const std::vector<float>& weights, Array<const float, 4> target,
+                   Array<const float, 3> importance, Array<const float, 3> tried,
+                   Array<float, 2> scale, std::size_t threads) {
+    const Grid grid = grid_of(values, edges, weights);
+    const Search search = {{target.shape(1), target.shape(2), target.shape(3)},
+                           target.data(),
+                           importance.data(),
+                           importance.shape(0) == 1 ? 0 : target.shape(1) * target.shape(3),
+                           tried.shape(0),
+                           tried.data(),
+                           scale.data()};
+    require(target.shape(0) == grid.levels && 1 <= search.columns && search.columns <= MAX_COLUMNS,
+            "target: [levels, matrices, rows, columns], 1 to 128 columns");
+    require((importance.shape(0) == 1 || importance.shape(0) == grid.levels) &&
+                importance.shape(1) == search.matrices && importance.shape(2) == search.columns,
+            "importance: [1 or levels, matrices, columns]");
+    require(tried.shape(1) == search.matrices && tried.shape(2) == search.rows &&
+                scale.shape(0) == search.matrices && scale.shape(1) == search.rows,
+            "tried: [candidates, matrices, rows], scale: [matrices, rows]");
+    const Chooser& how = named(variant);
+    nb::gil_scoped_release unlocked;
+    best_scales(how, grid, search, threads);
+}
+
 void bind(nb::module_& m) {
+    m.def("best_scales", &search, "variant"_a, "values"_a, "edges"_a, "weights"_a,
+          "target"_a.noconvert(), "importance"_a.noconvert(), "tried"_a.noconvert(),
+          "scale"_a.noconvert(), "threads"_a,
+          "The scales to round with, as columns.h says. The interpreter lock is released.");
     m.def("choose_columns", &choose, "variant"_a, "values"_a, "edges"_a, "weights"_a,
           "target"_a.noconvert(), "before"_a.none(), "along"_a.noconvert(), "scale"_a.noconvert(),
           "codes"_a.noconvert(), "threads"_a,

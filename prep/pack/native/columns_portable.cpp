@@ -4,6 +4,6 @@
 
 namespace smoe::calibrated {
 
-const Chooser columns_portable = {"portable", choose_all};
+const Chooser columns_portable = {"portable", choose_all, search_all};
 
 }  // namespace smoe::calibrated
