@@ -23,6 +23,7 @@ from smoe.prep.backbone.quantise import BLOCK, Known, block_of
 from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.seam import expert_geometry
 from smoe.prep.sweep.forward import Arrays, AtExperts
+from smoe.prep.sweep.passes import Plain
 from smoe.prep.workdir import FINISHED
 
 TOKENS = 8192  # of the text, evenly spaced, in a moment; for wide inputs `PER_COLUMN` a column
@@ -69,9 +70,10 @@ class BackboneCodes:
         ]
 
     def _receive(self, name: str, module: torch.nn.Module, given: tuple) -> None:
-        """Before a module runs. Modules that receive the very same tensor share a moment."""
+        """Before a module runs in a pass without autograd: observers may run it on something else.
+        Modules that receive the very same tensor share a moment."""
         done = name in self._coded or self._file(self._layer).exists()
-        if done or not given or torch.is_grad_enabled():  # or a pass under autograd
+        if done or not given or not Plain.is_here():
             return
         x, owner = given[0], name
         if self._last[0] is x:

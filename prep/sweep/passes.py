@@ -42,6 +42,11 @@ class Pass:
         """The pass whose thread this is."""
         return cls._current.value
 
+    @classmethod
+    def is_here(cls) -> bool:
+        """Whether this thread is that of such a pass."""
+        return isinstance(getattr(cls._current, "value", None), cls)
+
     def go(self, answer: object = None):
         """Start, or go on with `answer`: what the work pauses with next, None at its end. Raises
         what the work raises."""
