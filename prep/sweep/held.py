@@ -4,6 +4,7 @@ model's code keeps of the size of a hidden state. All of that lies in a file mea
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import weakref
 from collections.abc import Callable
@@ -17,11 +18,12 @@ PLACES = 4  # hidden states of a pass that the file has room for; what is more s
 
 class Held(TorchFunctionMode):
     """A context that remembers all results of torch's functions in its thread that have so many
-    `numbers` and are still referred to: locals of the model's code."""
+    `numbers` and are still referred to: locals of the model's code, but not weights of `model`,
+    which a function may return as they are."""
 
-    def __init__(self, numbers: int) -> None:
+    def __init__(self, model: torch.nn.Module, numbers: int) -> None:
         super().__init__()
-        self._numbers = numbers
+        self._model, self._numbers = model, numbers
         self._made: list[weakref.ref[torch.Tensor]] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -35,9 +37,12 @@ class Held(TorchFunctionMode):
         alive = [tensor for made in self._made if (tensor := made()) is not None]
         self._made = [weakref.ref(tensor) for tensor in alive]
         found: dict[int, torch.UntypedStorage] = {}
+        weights = itertools.chain(self._model.parameters(), self._model.buffers())
+        shared = {w.untyped_storage().data_ptr() for w in weights if not w.is_meta}
         for tensor in alive:
             storage = tensor.untyped_storage()
-            if storage.nbytes() == tensor.nbytes and storage.resizable():
+            own = storage.data_ptr() not in shared and storage.nbytes() == tensor.nbytes
+            if own and storage.resizable():
                 found[storage.data_ptr()] = storage
         return list(found.values())
 

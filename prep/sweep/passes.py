@@ -105,7 +105,7 @@ class Plain(Pass):
     def __init__(self, model: PreTrainedModel, batch: np.ndarray, device: str, logits: bool):
         super().__init__(partial(self._forward, model, batch, device, logits))
         self.tokens = batch.size
-        self.held = Held(batch.size * model.config.get_text_config().hidden_size)
+        self.held = Held(model, batch.size * model.config.get_text_config().hidden_size)
         self._scores = Scores()
 
     @torch.no_grad()

@@ -112,6 +112,25 @@ def test_a_pass_that_waits_holds_nothing_and_goes_on_as_it_was(checkpoints, tmp_
     assert min(plain.held) > 0 and max(aside.held) == 0
 
 
+def test_a_pass_that_waits_leaves_the_weights_where_they_are(make, tmp_path):
+    """A router of six experts has as many weights as six tokens have numbers, and its code takes
+    them as they are."""
+    make("deepseek_v3").bfloat16().save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.layers[0][1].down_proj.shape[0] == 6
+    seen = _Seen()
+
+    def visit(at):
+        weights = [w for w in checkpoint.model.parameters() if not w.is_meta]
+        seen.held.append(sum(w.untyped_storage().nbytes() < w.nbytes for w in weights))
+        return {}
+
+    seen.visit = visit
+    with FinishedLayers(tmp_path) as finished:
+        sweep(checkpoint, [np.arange(6)], [seen], finished=finished)
+    assert seen.held == [0] * len(checkpoint.layers)
+
+
 def test_logits_are_those_of_the_model_although_everything_is_away(checkpoints, monkeypatch):
     monkeypatch.setattr(ends, "LARGE", 0)
     checkpoint = open_checkpoint(checkpoints("olmoe"))
