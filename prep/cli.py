@@ -17,7 +17,7 @@ from smoe.artifacts.encodings import ENCODINGS
 from smoe.prep.checkpoint.text import DEFAULT_TOKENS, Calibration
 from smoe.prep.cli_options import json_option, show
 from smoe.prep.cli_replay import plan, simulate
-from smoe.prep.options import MINIMUM, PRICE_TOKENS, QUANTISERS, SELF_TOKENS, Recipe
+from smoe.prep.options import PRICE_TOKENS, QUANTISERS, SELF_TOKENS, Recipe
 from smoe.prep.progress import Progress
 
 RECIPE = Recipe()
@@ -182,10 +182,10 @@ def _source(
 @_own
 @click.option(
     "--tokens",
-    type=click.IntRange(MINIMUM),
+    type=click.IntRange(0),
     default=DEFAULT_TOKENS,
     show_default=True,
-    help="Of calibration text.",
+    help="Of calibration text; 0: without any, as by build without --calibration.",
 )
 @click.option(
     "--prices",

@@ -23,6 +23,7 @@ from smoe.prep.checkpoint.families import empty_model, refuse_without_seam, text
 from smoe.prep.checkpoint.few_bits import kept_encoding, quantiser_of
 from smoe.prep.checkpoint.hub import Remote
 from smoe.prep.checkpoint.seam import experts_modules, probe_gate
+from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.checkpoint.weights import Weights, open_weights
 from smoe.prep.errors import PrepError
 from smoe.prep.estimate import (
@@ -149,10 +150,10 @@ def inspect(
 ) -> Inspection:
     """Look at the checkpoint at `path`, a directory that needs a config.json and no more, or the
     name ORG/NAME[@REVISION] of a repository, of which its config and headers are fetched, for a
-    build in `encoding` with a `backbone` of that precision and so many calibration `tokens`, of
-    which so many for `prices`, with the `quantiser` of that name, and as many `own` tokens besides,
-    which the model writes itself, as a build of this calibration text would have. A config that
-    cannot be read, or is of a family that cannot be run, is a `PrepError`."""
+    build in `encoding` with a `backbone` of that precision and so many calibration `tokens` (0:
+    without such text), of which so many for `prices`, with the `quantiser` of that name, and as
+    many `own` tokens besides, which the model writes itself (None: what a build would have). A
+    config that cannot be read, or is of a family that cannot be run, is a `PrepError`."""
     check_precision(backbone)
     remote = Remote.of(path)
     path = remote.path if remote else Path(path)
@@ -164,9 +165,7 @@ def inspect(
     model = empty_model(config, path)
     refuse_without_seam(model, path)
     sizes = Sizes.of(model, decoder)
-    recipe = Recipe(encoding, backbone, quantiser, prices, self_tokens=own)
-    recipe = recipe.resolved(encoding, calibration=tokens > 0, profiled=False)
-    work = Work.of(recipe, tokens, recipe.self_tokens or 0)
+    work = _work(Recipe(encoding, backbone, quantiser, prices, self_tokens=own), tokens)
     opened = remote.headers if remote else partial(open_weights, path)
     download, wrong, files = _weights(partial(opened, decoder), model)
     refusal = _refusal(model)
@@ -197,6 +196,15 @@ def inspect(
         backbone=backbone,
         tokens=work.tokens,
     )
+
+
+def _work(recipe: Recipe, tokens: int) -> Work:
+    """What is to be built with so many calibration tokens; a `PrepError` where that cannot be."""
+    if tokens:
+        Calibration("", tokens).refuse_wrong()
+    recipe.refuse_wrong_self(calibration=tokens > 0, profiled=False)
+    recipe = recipe.resolved(recipe.encoding, calibration=tokens > 0, profiled=False)
+    return Work.of(recipe, tokens, recipe.self_tokens or 0)
 
 
 def families() -> Families:

@@ -170,6 +170,20 @@ def test_text_that_the_model_writes_takes_time(root):
     assert more.stage_seconds["text"] > some.stage_seconds["text"] > 1 and more.tokens == 66560
 
 
+def test_without_calibration_text_there_is_what_the_model_writes(checkpoints, smoe_prep):
+    assert inspect(checkpoints("olmoe"), tokens=0).tokens == 49152
+    said = smoe_prep("inspect", checkpoints("olmoe"), "--tokens", 0, "--self", 300)
+    assert said.returncode == 0 and "for 300 tokens" in said.stdout, said.stderr
+    for options, wrong in (
+        (("--self", -1), "--self is -1; 0 to"),
+        (("--tokens", 127), "--tokens is 127; at least 128"),
+        (("--tokens", 0, "--self", 0), "no text to learn from"),
+        (("--tokens", 0, "--self", 5), "--self is 5; 128 to"),
+    ):
+        done = smoe_prep("inspect", checkpoints("olmoe"), *options)
+        assert done.returncode == 1 and wrong in done.stderr, (options, done.stderr)
+
+
 def test_little_memory_is_said_before_the_work():
     assert short_of_memory(1 << 20) == ""
     assert "fewer --tokens" in short_of_memory(1 << 60)
