@@ -36,13 +36,11 @@ from smoe.prep.options import STORED
 from smoe.prep.pack.calibrated import Calibrated, Losses
 from smoe.prep.pack.encode import encode_record
 from smoe.prep.pack.kept import kept_record
-from smoe.prep.pack.quantise import OWN
 from smoe.prep.progress import Progress
 from smoe.prep.sweep.forward import Arrays, AtExperts, sweep
 from smoe.prep.workdir import FINISHED, write_whole
 
 PAGE = 16384  # bytes: some aarch64 kernels use pages of this size
-NARROW = 0.05  # of all experts hardly reached: worth a word
 
 Made = TypeVar("Made")
 
@@ -64,7 +62,6 @@ class Packing:
         (directory / "experts").mkdir(parents=True, exist_ok=True)
         self._checkpoint, self._directory, self._experts = checkpoint, directory, experts
         self._quantiser, self._progress = quantiser, progress
-        self._hardly = np.zeros(2, int)  # experts that calibration hardly reached, and all
 
     def missing(self) -> list[int]:
         """The layers without a shard. What is there is whole: shards are renamed when they are."""
@@ -79,7 +76,6 @@ class Packing:
             self._write(at.layer, at.module, self._noting(at.layer, quantiser))
             name = self._checkpoint.layers[at.layer][0]
             self._progress.say(f"pack: {name}: {quantiser.report()}")
-            self._hardly += np.array([quantiser.hardly, quantiser.experts])
         elif not self._shard(at.layer).exists():
             self.round(at.layer, at.module)
         return {}
@@ -88,14 +84,6 @@ class Packing:
         pass
 
     def finish(self) -> list[Arrays]:
-        """Says so where the text was too narrow."""
-        hardly, experts = self._hardly
-        if hardly > NARROW * experts:
-            self._progress.say(
-                f"pack: {hardly} of {experts} experts were reached by fewer than {OWN} tokens, and "
-                "were quantised by what their whole layer receives; calibrate on more text, or on "
-                "text of more kinds."
-            )
         return []
 
     def round(self, layer: int, module: ExpertsModule) -> None:
@@ -151,7 +139,6 @@ def pack(
     missing = packing.missing()
     if quantiser == "calibrated" and missing:
         sweep(checkpoint, rows or [], [packing], device, progress=progress)
-        packing.finish()
         return experts
     count = progress.counter("pack", "layers", len(checkpoint.layers))
     for layer in range(len(checkpoint.layers)):

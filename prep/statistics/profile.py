@@ -39,6 +39,7 @@ SAMPLE = 1024  # tokens on which all experts are run
 TRACE = 8192  # tokens kept in the trace
 SAMPLED_AT_ONCE = 128 << 20  # bytes of all experts' outputs for sampled tokens
 SUMMED_AT_ONCE = 32  # tokens of them that are float64 at a time
+NAMED = 6  # layers that are named, at most, where text was narrow
 
 
 class Statistics:
@@ -79,12 +80,15 @@ class Statistics:
         return [sums.tables() for sums in self.sums]
 
     def hardly_reached(self) -> str:
-        """For people: which experts the text hardly reached, by layer, and what to do; "" where it
-        reached all."""
+        """For people: how many experts the text hardly reached, in the layers with most of them,
+        and what to do; "" where it reached all."""
         few = [int((sums.counts < MINIMUM).sum()) for sums in self.sums]
         if not any(few):
             return ""
-        layers = ", ".join(f"{count} in layer {layer}" for layer, count in enumerate(few) if count)
+        most = sorted(range(len(few)), key=lambda layer: -few[layer])[:NAMED]
+        named = [f"{few[layer]} in layer {layer}" for layer in most if few[layer]]
+        others = sum(few) - sum(few[layer] for layer in most)
+        layers = ", ".join(named + ([f"{others} in others"] if others else []))
         experts = sum(len(sums.counts) for sums in self.sums)
         return (
             f"text: {sum(few)} of {experts} experts got fewer than {MINIMUM} tokens ({layers}), so "

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from smoe.prep.errors import PrepError
 from smoe.prep.options import Recipe
 from smoe.prep.pack.pack import unpacked
 from smoe.prep.progress import Progress
+from smoe.prep.statistics.profile import Statistics
 from smoe.prep.written import Shape, draws, vocabulary, write
 from smoe.runtime import Engine
 
@@ -233,3 +235,14 @@ def test_experts_that_the_text_hardly_reached_are_named(short, tmp_path, capsys)
     assert f"text: {sum(few)} of {sum(map(len, counts))} experts" in line
     assert all(f"{n} in layer {layer}" in line for layer, n in enumerate(few) if n)
     assert "--self N" in line
+
+
+def test_of_many_layers_those_that_the_text_reached_least_are_named(checkpoints):
+    statistics = Statistics(open_checkpoint(checkpoints("mixtral")), 1000, 0)
+    statistics.sums = [replace(statistics.sums[0], counts=np.full(6, 128)) for _ in range(48)]
+    assert statistics.hardly_reached() == ""
+    for layer, sums in enumerate(statistics.sums):
+        sums.counts[: layer % 5] = 127
+    line = statistics.hardly_reached()
+    assert "text: 93 of 288 experts got fewer than 128 tokens (4 in layer 4, 4 in layer 9" in line
+    assert "4 in layer 29, 69 in others)" in line and line.count("in layer") == 6
