@@ -86,7 +86,7 @@ def levels(run: Run) -> Rows:
                 build(
                     EXAMPLE, Path(scratch) / f"{quantiser}-{number}.smoe", CALIBRATION,
                     "--tokens", str(run.calibration_tokens), "--encoding", name,
-                    "--quantiser", quantiser, "--prices", "0",
+                    "--quantiser", quantiser, "--prices", "0", "--self", "0",
                 )
                 for quantiser in ("calibrated", "nearest")
             ]  # fmt: skip
