@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from smoe.artifacts import SmoeError
 from smoe.artifacts.errors import printable
 from smoe.artifacts.manifest import ExpertActivation, Experts, Manifest
 from smoe.prep.backbone.checked import export_checked
@@ -61,6 +62,7 @@ def export_apart(
 
 def main() -> int:
     """In the process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who interrupts the build interrupts our parent
     request = json.load(sys.stdin)
     _end_with(request["parent"])
     experts = request["experts"]
@@ -72,7 +74,7 @@ def main() -> int:
             checkpoint, Path(request["directory"]), Experts(**experts), request["precision"],
             progress,
         )  # fmt: skip
-    except PrepError as error:
+    except (SmoeError, OSError) as error:
         print(printable(str(error)), end="")
         return REFUSED
     print(manifest.to_json())

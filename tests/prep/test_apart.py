@@ -60,6 +60,13 @@ def test_what_the_other_process_refuses_is_our_error(checkpoints, tmp_path):
         (checkpoint.path / "elsewhere.json").rename(checkpoint.path / "config.json")
 
 
+def test_a_disk_that_cannot_be_written_is_our_error_too(checkpoints, tmp_path):
+    checkpoint = open_checkpoint(checkpoints("olmoe"))
+    (tmp_path / "backbone").write_text("in the way")
+    with pytest.raises(PrepError, match="File exists"):
+        export_apart(checkpoint, tmp_path, unpacked(checkpoint, "f32"), "f32", QUIET, large=0)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_ends_leave_and_come_again(make, tmp_path, monkeypatch, tied):
     monkeypatch.setattr(ends, "LARGE", 0)
