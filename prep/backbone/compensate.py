@@ -59,8 +59,15 @@ def compensated(w: torch.Tensor, factor: torch.Tensor, bits: int, block: int) ->
 
 
 def nearest(rows: np.ndarray, bits: int, block: int) -> Coded:
-    """Codes of `rows` float32 `[n, k]` by plain rounding. The largest magnitude of a block gets the
-    lowest code, so that none is lost."""
+    """Codes of `rows` float32 `[n, k]` by plain rounding, `ROWS` at once: a vocabulary has 150,000.
+    The largest magnitude of a block gets the lowest code, so that none is lost."""
+    parts = [_nearest(rows[i : i + ROWS], bits, block) for i in range(0, len(rows), ROWS)]
+    codes, scale = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return Coded(codes, scale, bits)
+
+
+def _nearest(rows: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes uint8 `[n, blocks, block]` and scales `[n, blocks]` of some rows."""
     n, k = rows.shape
     blocks = -(-k // block)
     padded = np.pad(rows, ((0, 0), (0, blocks * block - k))).reshape(n, blocks, block)
@@ -68,7 +75,7 @@ def nearest(rows: np.ndarray, bits: int, block: int) -> Coded:
     middle = 1 << (bits - 1)
     scale = (largest / -middle).astype(np.float32)
     codes = np.rint(padded / np.where(scale == 0, 1, scale)) + middle
-    return Coded(np.clip(codes, 0, 2 * middle - 1).astype(np.uint8), scale[..., 0], bits)
+    return np.clip(codes, 0, 2 * middle - 1).astype(np.uint8), scale[..., 0]
 
 
 def _rows(

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from support import pico
 
 from smoe.artifacts import open_bundle, safetensors_file
-from smoe.prep.backbone import watch
+from smoe.prep.backbone import compensate, watch
 from smoe.prep.backbone.compensate import compensated, inverse_factor, nearest
 from smoe.prep.build import build
 from smoe.prep.checkpoint.text import Calibration
@@ -56,6 +56,14 @@ def test_rounding_takes_the_nearest_value():
     clipped = np.repeat((coded.codes == 15).reshape(5, -1)[:, :40], 1)  # one has no code: 8
     off = np.abs(coded.values(40) - rows)
     assert np.all(off <= 0.5001 * step + (0.5 * step) * clipped.reshape(off.shape))
+
+
+def test_many_rows_are_rounded_as_each_is_alone(monkeypatch):
+    rows = np.random.default_rng(0).normal(size=(11, 40)).astype(np.float32)
+    whole = nearest(rows, 8, 32)
+    monkeypatch.setattr(compensate, "ROWS", 4)
+    some = nearest(rows, 8, 32)
+    assert np.array_equal(whole.codes, some.codes) and np.array_equal(whole.scale, some.scale)
 
 
 def _stored(folder):
