@@ -31,7 +31,7 @@ from smoe.prep.pack.pack import chosen_encoding, losses, unpacked
 from smoe.prep.prices.calibrate import Fit, add_fit
 from smoe.prep.progress import Progress, peak_memory
 from smoe.prep.statistics.profile import open_profile
-from smoe.prep.sweep.forward import refuse_missing_device
+from smoe.prep.sweep.forward import refuse_missing_device, within_memory
 from smoe.prep.workdir import (
     FINISHED,
     MARKER,
@@ -196,7 +196,7 @@ def _text(
     """The text that was given, and what the model writes itself after it."""
     rows = given
     if origin.own:
-        with progress.stage("write"):
+        with progress.stage("write"), within_memory(recipe.device):
             own = write(
                 checkpoint, partial, origin, experts, recipe.quantiser, recipe.device, progress
             )

@@ -122,7 +122,8 @@ def sweep(
     one_small_heap()
     if torch.get_num_threads() > (there := processors().count):  # torch knows of no quota
         torch.set_num_threads(there)
-    checkpoint.move_backbone(device)
+    with within_memory(device):
+        checkpoint.move_backbone(device)
     batches = batches_of(rows, 1 if logits else BATCH)
     plain = [Plain(checkpoint.model, batch, device, logits is not None) for batch in batches]
     graph = backward.passes(device) if backward else []
@@ -131,7 +132,8 @@ def sweep(
         lockstep.put_aside(finished.directory)
     count = progress.counter("sweep", "layers", len(checkpoint.layers))
     ends = Ends(checkpoint)
-    with ends, lockstep, experts_run_by(checkpoint.model, checkpoint.layers, _arrive):
+    seam = experts_run_by(checkpoint.model, checkpoint.layers, _arrive)
+    with within_memory(device), ends, lockstep, seam:
         with progress.stage("sweep"):
             lockstep.start()
             for layer in range(len(checkpoint.layers)):
@@ -150,6 +152,19 @@ def refuse_missing_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise PrepError(f"--device {device} cannot be used: {reason}; leave it out.") from error
+
+
+@contextlib.contextmanager
+def within_memory(device: str) -> Iterator[None]:
+    """What does not fit into the memory of an accelerator is a `PrepError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise PrepError(
+            f"--device {device} has too little memory ({reason}); free some and give the same "
+            "command again, or leave the option out."
+        ) from error
 
 
 def batches_of(rows: Sequence[np.ndarray], together: int) -> Iterator[np.ndarray]:

@@ -315,5 +315,7 @@ def _refusing() -> Iterator[None]:
     """Autograd's own word for a model that cannot be differentiated becomes ours."""
     try:
         yield
+    except torch.OutOfMemoryError:  # says nothing of the model
+        raise
     except RuntimeError as error:
         raise NotDifferentiableError(str(error).strip().split("\n")[0]) from error
