@@ -9,7 +9,6 @@ texts; what is between the experts runs as `transformers` has it.
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from smoe.prep.checkpoint.text import Origin
 from smoe.prep.errors import PrepError
 from smoe.prep.pack.pack import pack
 from smoe.prep.progress import Progress
+from smoe.prep.sweep.passes import fewest_logits
 from smoe.prep.workdir import FINISHED
 from smoe.runtime.alone import ExpertsAlone
 from smoe.runtime.machine import held_memory, memory_room
@@ -144,7 +144,7 @@ class _Writer:
         there, begins = vocabulary(checkpoint)
         self._there = torch.from_numpy(there).to(device)
         self._begins, self._ends = np.flatnonzero(begins), list(checkpoint.end_ids)
-        self._options = _last_logits(checkpoint.model)
+        self._options = fewest_logits(checkpoint.model)
         checkpoint.move_backbone(device)
         self._experts = ExpertsAlone(bundle, _memory(state))
 
@@ -271,8 +271,3 @@ def _memory(state: int) -> int:
     if room is None:
         return 1 << 60
     return room.nbytes * 9 // 10 - (held_memory() or 0) - 2 * state
-
-
-def _last_logits(model: torch.nn.Module) -> dict[str, int]:
-    known = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}

@@ -186,8 +186,8 @@ class Weights:
                     left = left[count:]
         except (OSError, BundleError, ValueError, KeyError) as error:  # changed since it was opened
             raise PrepError(
-                f"{stored.file} is not whole any more ({first_line(error)}); download it again, and "
-                "leave it alone until smoe-prep is done."
+                f"{stored.file} is not whole any more ({first_line(error)}); download it again, "
+                "and leave it alone until smoe-prep is done."
             ) from error
         if left:
             raise PrepError(

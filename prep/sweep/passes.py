@@ -110,7 +110,7 @@ class Plain(Pass):
 
     @torch.no_grad()
     def _forward(self, model, batch, device, logits) -> torch.Tensor | None:
-        options = {} if logits else _fewest_logits(model)
+        options = {} if logits else fewest_logits(model)
         with self._scores, self.held:
             ids = torch.from_numpy(batch).to(device)
             result = model(input_ids=ids, use_cache=False, **options).logits
@@ -121,9 +121,9 @@ class Plain(Pass):
         return self.pause(Arrival(layer, hidden, ids, weights, scores))
 
 
-def _fewest_logits(model: torch.nn.Module) -> dict[str, int]:
-    """Ask for one position's logits where the model can: nobody reads them, and over a large
-    vocabulary they are most of the memory."""
+def fewest_logits(model: torch.nn.Module) -> dict[str, int]:
+    """Asks for the last position's logits where the model can: nobody reads the others, and over a
+    large vocabulary they are most of the memory."""
     known = inspect.signature(model.forward).parameters
     return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 

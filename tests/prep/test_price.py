@@ -252,7 +252,8 @@ def test_a_model_that_cannot_be_differentiated_is_swept_without_gradients(checkp
     assert backward.refusal and list(watch.at) == [0, 1]
 
 
-def test_too_little_memory_is_no_reason_for_a_bundle_without_prices(checkpoints):
+@pytest.mark.parametrize("under_autograd", [False, True])
+def test_too_little_memory_is_no_reason_for_a_bundle_without_prices(checkpoints, under_autograd):
     """An accelerator that is full half-way is a sentence, under autograd too."""
     checkpoint = open_checkpoint(checkpoints("mixtral"))
 
@@ -261,10 +262,9 @@ def test_too_little_memory_is_no_reason_for_a_bundle_without_prices(checkpoints)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
     checkpoint.model.lm_head.register_forward_pre_hook(full)
-    for under_autograd in (False, True):
-        backward = Backward(checkpoint, ROWS, 2, 0, [Watch()])
-        with pytest.raises(PrepError, match="--device cpu has too little memory .CUDA out.*GiB.."):
-            sweep(checkpoint, list(ROWS), [], backward=backward)
+    backward = Backward(checkpoint, ROWS, 2, 0, [Watch()])
+    with pytest.raises(PrepError, match="--device cpu has too little memory .CUDA out.*GiB.."):
+        sweep(checkpoint, list(ROWS), [], backward=backward)
 
 
 def test_an_unreadable_weight_is_no_reason_for_a_bundle_without_prices(checkpoints):
