@@ -22,6 +22,12 @@ from smoe.prep.progress import Progress
 
 LARGE = 256 << 20  # bytes of a backbone in memory: less is exported here, which takes seconds less
 REFUSED = 3  # the exit status that says that the reason is on stdout
+# Python looks for modules in the directory where it is started too, which may be a checkpoint, and
+# whose code is not to run.
+COMMAND = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "from smoe.prep.backbone.alone import main; sys.exit(main())"
+)
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 
@@ -47,8 +53,12 @@ def export_apart(
         "quiet": progress.quiet,
         "parent": os.getpid(),
     }
-    command = [sys.executable, "-m", "smoe.prep.backbone.alone"]
-    done = subprocess.run(command, input=json.dumps(request), stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND],
+        input=json.dumps(request),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     if done.returncode == REFUSED:
         raise PrepError(done.stdout)
     if done.returncode:
@@ -88,7 +98,3 @@ def _end_with(parent: int) -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         raise SystemExit("The process that asked for this export is gone.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,6 +2,8 @@
 ends of a model, and the hidden states of passes that wait."""
 
 import gc
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -34,6 +36,17 @@ def test_an_export_in_a_process_of_its_own_is_the_same(checkpoints, tmp_path):
     checkpoint, apart, theirs = _exported(checkpoints("olmoe"), tmp_path / "apart", large=0)
     assert apart == here and theirs == ours
     assert checkpoint.backbone_bytes == 0
+
+
+def test_code_that_lies_where_a_build_is_started_does_not_run(checkpoints, tmp_path, monkeypatch):
+    """Somebody may start it in the directory of a checkpoint."""
+    for module in ("onnx", "json", "smoe"):
+        (tmp_path / f"{module}.py").write_text("open('ran', 'w'); raise SystemExit(9)")
+    source = checkpoints("olmoe").resolve()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, filter(None, sys.path))))
+    monkeypatch.chdir(tmp_path)
+    _exported(source, tmp_path / "apart", large=0)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_expert_is_read_as_all_of_them_are(checkpoints):
