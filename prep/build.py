@@ -196,7 +196,7 @@ def _text(
     """The text that was given, and what the model writes itself after it."""
     rows = given
     if origin.own:
-        with progress.stage("write"), within_memory(recipe.device):
+        with within_memory(recipe.device):
             own = write(
                 checkpoint, partial, origin, experts, recipe.quantiser, recipe.device, progress
             )
