@@ -21,6 +21,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from smoe.prep.checkpoint.checkpoint import Checkpoint, one_small_heap
+from smoe.prep.checkpoint.coded import all_finite
 from smoe.prep.checkpoint.ends import Ends
 from smoe.prep.checkpoint.seam import ExpertsModule, experts_run_by, mixed_outputs
 from smoe.prep.errors import NotDifferentiableError, PrepError
@@ -283,6 +284,12 @@ class _Lockstep:
             return
         if len(arrived.ids) != self._plain[number].tokens:
             self._refuse_order()
+        if not all_finite(arrived.hidden):
+            raise PrepError(
+                f"{self._checkpoint.path}: what {self._checkpoint.layers[arrived.layer][0]} "
+                "receives from this text is not finite; its weights are damaged, or too large for "
+                "float32. Download the checkpoint again."
+            )
         self._shelf.take(number, arrived.hidden)
         if self._aside is not None:
             self._aside.put(number, self._plain[number].held)

@@ -151,6 +151,14 @@ def test_a_pass_that_waits_leaves_the_weights_where_they_are(make, tmp_path):
     assert seen.held == [0] * len(checkpoint.layers)
 
 
+def test_hidden_states_that_are_no_numbers_are_refused(make, tmp_path):
+    model = make("mixtral")
+    model.model.layers[0].self_attn.o_proj.weight.data.mul_(1e38)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(PrepError, match="what model.layers.0.mlp.experts receives .* not finite"):
+        sweep(open_checkpoint(tmp_path), [np.arange(8)], [])
+
+
 def test_logits_are_those_of_the_model_although_everything_is_away(checkpoints, monkeypatch):
     monkeypatch.setattr(ends, "LARGE", 0)
     checkpoint = open_checkpoint(checkpoints("olmoe"))
