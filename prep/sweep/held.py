@@ -52,7 +52,7 @@ class Aside:
     `bring` fills it again. Every pass has a place of its own."""
 
     def __init__(self, directory: Path, nbytes: int):
-        """`nbytes` are those of one hidden state, of the largest pass."""
+        """`nbytes` are those of one hidden state, of the largest pass; what takes more stays."""
         self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115  see `close`
         self._piece = torch.empty(nbytes, dtype=torch.uint8)  # what NumPy sees is not resizable
         self._away: dict[int, list[tuple[torch.UntypedStorage, int]]] = {}
@@ -60,7 +60,8 @@ class Aside:
     def put(self, number: int, held: Held) -> None:
         """What pass `number` holds, while it waits."""
         away = self._away[number] = []
-        for storage in held.storages()[:PLACES]:
+        fitting = [each for each in held.storages() if each.nbytes() <= len(self._piece)]
+        for storage in fitting[:PLACES]:
             self._seek(number, len(away))
             self._piece[: storage.nbytes()] = _bytes(storage)
             self._all(self._file.write, storage.nbytes())

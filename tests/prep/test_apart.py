@@ -151,6 +151,21 @@ def test_a_pass_that_waits_leaves_the_weights_where_they_are(make, tmp_path):
     assert seen.held == [0] * len(checkpoint.layers)
 
 
+def test_what_is_wider_than_a_hidden_state_stays_in_memory(checkpoints, tmp_path):
+    checkpoint, seen = open_checkpoint(checkpoints("mixtral")), _Seen()
+    block = checkpoint.model.model.layers[1]
+    plain = block.forward
+
+    def forward(hidden, *args, **kwargs):
+        wide = hidden.double()
+        return plain(hidden, *args, **kwargs) + (wide - wide).float()
+
+    block.forward = forward
+    with FinishedLayers(tmp_path) as finished:
+        sweep(checkpoint, [np.arange(8), np.arange(8)], [seen], finished=finished)
+    assert len(seen.hidden) == len(checkpoint.layers)
+
+
 def test_hidden_states_that_are_no_numbers_are_refused(make, tmp_path):
     model = make("mixtral")
     model.model.layers[0].self_attn.o_proj.weight.data.mul_(1e38)
