@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 
+import torch
 import transformers
 from transformers.quantizers.base import HfQuantizer
 
@@ -80,6 +82,7 @@ class Sizes:
     top_k: int | None
     backbone: int
     ends: tuple[int, ...]
+    products: dict[tuple[int, int], int]  # how many matrices of a shape the backbone multiplies by
     vocabulary: int
     heads: int  # numbers in the queries of a token
     depth: int  # layers with experts and without
@@ -105,6 +108,7 @@ class Sizes:
             top_k=getattr(config, "num_experts_per_tok", None),
             backbone=sum(p.numel() for p in model.parameters()) - sum(per_layer),
             ends=_ends(model),
+            products=_products(model),
             vocabulary=config.vocab_size,
             heads=heads * (getattr(config, "head_dim", None) or hidden // heads),
             depth=config.num_hidden_layers,
@@ -145,6 +149,17 @@ def _keys(config: transformers.PreTrainedConfig) -> int:
     heads = getattr(config, "num_attention_heads", None) or 1
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
     return (getattr(config, "num_key_value_heads", None) or heads) * head
+
+
+def _products(model: transformers.PreTrainedModel) -> dict[tuple[int, int], int]:
+    inside = tuple(f"{name}." for name, _ in experts_modules(model))
+    return dict(
+        Counter(
+            (module.out_features, module.in_features)
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and not name.startswith(inside)
+        )
+    )
 
 
 def _ends(model: transformers.PreTrainedModel) -> tuple[int, ...]:

@@ -21,6 +21,8 @@ import torch
 from smoe.artifacts import nested
 from smoe.artifacts.encodings import encoding_named, record_layout
 from smoe.artifacts.layout import ExpertShape
+from smoe.prep.backbone.compensate import compensated, inverse_factor
+from smoe.prep.backbone.quantise import block_of
 from smoe.prep.checkpoint.coded import all_finite
 from smoe.prep.checkpoint.seam import (
     ExpertsModule,
@@ -128,6 +130,17 @@ def quantising_seconds(
     each = max(0.0, more - few) / (ROWS[1] - ROWS[0])
     fixed, wider = max(0.0, few - each * ROWS[0]), columns / tried
     return fixed * wider**3 + each * rows * wider**2  # a factorisation, and products
+
+
+def backbone_seconds(rows: int, columns: int) -> float:
+    """Of a matrix of the backbone `[rows, columns]` in 4 bits: its codes, and what they go by."""
+    tried, some = min(columns, COLUMNS), min(rows, ROWS[1])
+    x, w = torch.randn(tried, tried), torch.randn(some, tried)
+    moment = x.T @ x / tried
+    factor, wider = inverse_factor(moment), columns / tried
+    fixed = seconds_of(lambda: inverse_factor(moment), 0)
+    each = seconds_of(lambda: compensated(w, factor, 4, block_of(4, tried)), 0)
+    return fixed * wider**3 + each * wider * rows / some
 
 
 def kernel_seconds(one: ExpertsModule, encoding: str, tokens: int) -> float:

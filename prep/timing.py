@@ -15,6 +15,8 @@ import transformers
 from smoe.artifacts.encodings import encoding_named
 from smoe.artifacts.tables import DISTANCES
 from smoe.prep import probes
+from smoe.prep.backbone.quantise import Known
+from smoe.prep.backbone.watch import is_watched
 from smoe.prep.checkpoint.seam import ExpertsModule, expert_geometry, experts_modules
 from smoe.prep.checkpoint.text import LENGTH
 from smoe.prep.estimate import Sizes, Work, bundle_bytes
@@ -94,6 +96,8 @@ def stage_seconds(
     seconds["packing"] = _packing_seconds(counts, work, one, rates)
     if work.priced:
         seconds |= _priced_seconds(sizes, work, counts, one, rates)
+    if work.precision == "int4" and work.tokens:
+        seconds["backbone"] = _backbone_seconds(sizes)
     seconds["text"] = _written_seconds(sizes, work, counts, one, rates) if work.own else 0.0
     weights = 4 * sizes.backbone
     seconds["export"] = (
@@ -127,6 +131,15 @@ def _forward_seconds(
     pairs = counts.experts**2 * (sampled * counts.row + counts.tokens)  # in float64
     statistics = counts.experts * sampled * few + 2 * pairs / rates.single
     return {"sweep": sweep, "statistics": counts.alike * statistics}
+
+
+def _backbone_seconds(sizes: Sizes) -> float:
+    known = Known(sizes.vocabulary, sizes.hidden)
+    return sum(
+        count * probes.backbone_seconds(*shape)
+        for shape, count in sizes.products.items()
+        if is_watched(known, *shape)
+    )
 
 
 def _written_seconds(

@@ -44,6 +44,11 @@ def linears(checkpoint: Checkpoint) -> dict[str, torch.nn.Linear]:
     }
 
 
+def is_watched(sizes: Known, n_out: int, n_in: int) -> bool:
+    """Whether the codes of a matrix `[n_out, n_in]` go by what it receives."""
+    return sizes.bits(n_out, n_in, "int4") == 4 and BLOCK <= n_in <= WIDEST
+
+
 class BackboneCodes:
     """An observer that finds the codes of a backbone in int4 and keeps them under `directory`, for
     `known` to read. `tokens` are those of the text."""
@@ -57,8 +62,7 @@ class BackboneCodes:
         self._modules = {
             name: module
             for name, module in linears(checkpoint).items()
-            if sizes.bits(module.out_features, module.in_features, "int4") == 4
-            and BLOCK <= module.in_features <= WIDEST
+            if is_watched(sizes, module.out_features, module.in_features)
         }
         self._moments: dict[str, torch.Tensor] = {}
         self._owner: dict[str, str] = {}  # which module's moment a module has

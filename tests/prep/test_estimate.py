@@ -127,14 +127,16 @@ def test_families_with_options_that_say_nothing_about_them_are_refused(smoe_prep
     assert done.returncode == 2 and "--encoding says nothing about families" in done.stderr
 
 
-def test_every_stage_is_estimated_and_measured(checkpoints, tmp_path):
+@pytest.mark.parametrize("backbone", ["f32", "int4"])
+def test_every_stage_is_estimated_and_measured(checkpoints, tmp_path, backbone):
     text = tmp_path / "ids.jsonl"
     text.write_text("".join(json.dumps({"input_ids": [i % 90] * 64}) + "\n" for i in range(16)))
     built = build(
         checkpoints("olmoe"), tmp_path / "bundle", Calibration(str(text), 1024),
-        Recipe("nested:2+1+1:32", prices=256, self_tokens=300), None, Progress(quiet=True),
+        Recipe("nested:2+1+1:32", backbone, prices=256, self_tokens=300), None,
+        Progress(quiet=True),
     ).as_dict()  # fmt: skip
-    said = inspect(checkpoints("olmoe"), "nested:2+1+1:32", tokens=1024, prices=256, own=300)
+    said = inspect(checkpoints("olmoe"), "nested:2+1+1:32", 1024, 256, backbone, own=300)
     # The trace takes no time.
     assert set(said.stage_seconds) == set(built["seconds"]) - {"trace"}
     assert all(seconds >= 0 for seconds in said.stage_seconds.values())
