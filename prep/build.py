@@ -281,7 +281,7 @@ def _refuse_small_machine(
     sizes = Sizes.of(checkpoint.model, checkpoint.weights.quantiser)
     work = Work.of(recipe, given, own)
     refuse_full_disk(partial, disk_bytes(sizes, work))
-    if short := short_of_memory(max(memory_bytes(sizes, work).values())):
+    if short := short_of_memory(memory_bytes(sizes, work)):
         progress.say(f"warning: {short}")
 
 

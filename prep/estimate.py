@@ -231,14 +231,17 @@ def memory_bytes(sizes: Sizes, work: Work) -> dict[str, int]:
     return {stage: int(size) for stage, size in stages.items()}
 
 
-def short_of_memory(needed: int) -> str:
-    """A sentence where this process may not hold `needed` bytes, "" where it may."""
-    room = memory_room()
+def short_of_memory(stages: dict[str, int]) -> str:
+    """A sentence where this process may not hold the bytes that one of `stages` needs, "" where it
+    may. Less text helps all but those that hold the backbone and no text."""
+    room, stage = memory_room(), max(stages, key=stages.__getitem__)
+    needed = stages[stage]
     if room is None or room.nbytes >= needed:
         return ""
+    less = "" if stage in ("open", "export") else ", or less text (--tokens, --self)"
     return (
-        f"about {needed / 1e9:.1f} GB of memory are needed, and {room.keeper} leaves "
-        f"{room.nbytes / 1e9:.1f} GB; give more, or fewer --tokens."
+        f"{stage} needs about {needed / 1e9:.1f} GB of memory, and {room.keeper} leaves "
+        f"{room.nbytes / 1e9:.1f} GB; give more{less}."
     )
 
 

@@ -187,5 +187,8 @@ def test_without_calibration_text_there_is_what_the_model_writes(checkpoints, sm
 
 
 def test_little_memory_is_said_before_the_work():
-    assert short_of_memory(1 << 20) == ""
-    assert "fewer --tokens" in short_of_memory(1 << 60)
+    assert short_of_memory({"sweep": 1 << 20, "export": 1 << 19}) == ""
+    text = short_of_memory({"sweep": 1 << 60, "export": 1 << 59})
+    assert text.startswith("sweep needs about 11529") and "less text (--tokens, --self)" in text
+    backbone = short_of_memory({"sweep": 1 << 59, "export": 1 << 60})
+    assert backbone.startswith("export needs") and backbone.endswith("GB; give more.")
