@@ -22,10 +22,10 @@ struct Shape {
     std::size_t matrices, rows, columns;
 };
 
-// Columns to choose codes for. target and before are float [levels, matrices, rows, columns], before null where a column is chosen for the first
-// time; along float [levels, matrices, columns, columns], or of one level for all; scale float
-// [matrices, rows]; codes uint8 [matrices, rows, columns]. Written: codes; and target, which then
-// is by how much columns moved.
+// Columns to choose codes for. target and before are float [levels, matrices, rows, columns], before
+// null where a column is chosen for the first time; along float [levels, matrices, columns,
+// columns], or of one level for all; scale float [matrices, rows]; codes uint8 [matrices, rows,
+// columns]. Written: codes; and target, which then is by how much columns moved.
 struct Block : Shape {
     float* target;
     const float* before;
@@ -37,8 +37,8 @@ struct Block : Shape {
 
 // Scales to choose from, tried float [candidates, matrices, rows], by what target float [levels,
 // matrices, rows, columns] loses at every level once it is rounded at the full one: squares that
-// importance weighs, float [levels, matrices, columns] or of one level for all. Written: scale float
-// [matrices, rows], the first of the best; 0 where none has a cost that is a number.
+// importance weighs, float [levels, matrices, columns] or of one level for all. Written: scale
+// float [matrices, rows], the first of the best; 0 where none has a cost that is a number.
 struct Search : Shape {
     const float* target;
     const float* importance;

@@ -134,7 +134,8 @@ Floats cost_of_scale(const Grid& grid, const Search& search, const Rows& rows, c
 void search_all(const Grid& grid, const Search& search, std::size_t m, std::size_t first,
                 std::size_t end) {
     for (; first < end; first += LANES) {
-        const Rows rows = {search, grid.levels, m, first, end - first < LANES ? end - first : LANES};
+        const std::size_t count = end - first < LANES ? end - first : LANES;
+        const Rows rows = {search, grid.levels, m, first, count};
         Floats target[MAX_COLUMNS * MAX_LEVELS], best = {};
         Floats least = Floats{} + __builtin_inff();
         rows.load(search.target, target);
