@@ -22,8 +22,8 @@ struct Shape {
     std::size_t matrices, rows, columns;
 };
 
-// Columns to choose codes for. target and before are float [levels, matrices, rows, columns], before
-// null where a column is chosen for the first time; along float [levels, matrices, columns,
+// Columns to choose codes for. target and before are float [levels, matrices, rows, columns],
+// before null where a column is chosen for the first time; along float [levels, matrices, columns,
 // columns], or of one level for all; scale float [matrices, rows]; codes uint8 [matrices, rows,
 // columns]. Written: codes; and target, which then is by how much columns moved.
 struct Block : Shape {
