@@ -186,7 +186,7 @@ def test_a_directory_is_all_its_files_in_order_and_a_bad_one_is_named_with_its_l
         ("e.jsonl", b"", "holds 0 tokens"),
         ("e.txt", b"", "holds 0 tokens"),
         ("e.json", b"", "is not JSON"),
-        ("e.jsonl.gz", gzip.compress(b""), "holds 0 tokens"),
+        ("e.jsonl.gz", gzip.compress(b"", mtime=0), "holds 0 tokens"),
         ("p.parquet", b"", "is not a whole Parquet file"),
     ],
 )  # fmt: skip
