@@ -63,7 +63,7 @@ def packing(run: Run) -> Rows:
             "bf16": random_checkpoint(folder / "olmoe", Shape(1, EXPERTS, 8, HIDDEN, WIDTH)),
             "mxfp4": random_checkpoint(folder / "mxfp4", Mxfp4Shape(2, EXPERTS, 4, HIDDEN, WIDTH)),
         }
-        calls = _roundings(run.encodings) | _decodings() | _llama()
+        calls = _roundings(run.encodings) | _calibrated(run.encodings) | _decodings() | _llama()
         ways: dict[tuple[str, str, int], Callable[[], list[float]]] = {
             (*key, threads): partial(_rate, call, weights, threads)
             for key, (call, weights) in calls.items()
@@ -83,9 +83,9 @@ def packing(run: Run) -> Rows:
         one, two = (results[str((*row, threads))] for threads in THREADS)
         walls = [_shown([wall for wall, _ in turns]) for turns in (one, two)]
         lines.append([*row, *walls, spread([busy for _, busy in one]).median])
-    rate = "{:.0f} ({:.0f} to {:.0f})"
+    rate = "{:.4g} ({:.4g} to {:.4g})"
     columns = {"what": "{}", "encoding": "{}", "1 thread": rate, "2 threads": rate,
-               "a processor second": "{:.0f}"}  # fmt: skip
+               "a processor second": "{:.4g}"}  # fmt: skip
     yield Table("packing", columns, lines, "Million weights a second: median, lowest and highest")
 
 
@@ -143,6 +143,37 @@ def _roundings(encodings: list[str]) -> Calls:
 def _kept(find: Callable[..., Any], split: nested.Split, w: np.ndarray, threads: int) -> None:
     if find(split, 32, w, threads) is None:
         raise SystemExit("the codes of mxfp4 were not found again")
+
+
+def _calibrated(encodings: list[str]) -> Calls:
+    """Codes that calibration finds for two experts, with all that they are learnt from: as many
+    tokens each as 65,536 with 8 of 64 experts bring."""
+    import torch
+    from transformers import OlmoeConfig
+    from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+    from smoe.prep.pack.calibrated import Calibrated
+    from smoe.prep.sweep.forward import AtExperts
+
+    experts, tokens, random = 2, 8192, torch.Generator().manual_seed(0)
+    config = OlmoeConfig(hidden_size=HIDDEN, intermediate_size=WIDTH, num_experts=experts)
+    module = OlmoeExperts(config).to(torch.bfloat16)
+    for parameter in module.parameters():
+        parameter.data.normal_(0, 0.02, generator=random)
+    hidden = torch.randn(tokens, HIDDEN, generator=random)
+    hidden += hidden @ torch.randn(HIDDEN, HIDDEN, generator=random) * 0.03  # inputs go together
+    ids = torch.arange(experts).repeat(tokens, 1)
+    at = AtExperts(0, module, (0, tokens), hidden, ids, torch.rand(ids.shape, generator=random))
+
+    @torch.no_grad()
+    def codes(name: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        layout = record_layout(ExpertShape(HIDDEN, WIDTH), name, 16384)
+        list(Calibrated(at, nested.parse(name), layout).records())
+
+    total = experts * 3 * HIDDEN * WIDTH
+    names = [name for name in encodings if name.startswith("nested")]
+    return {("calibrated codes", name): (partial(codes, name), total) for name in names}
 
 
 def _decodings() -> Calls:
