@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from smoe.prep.pack import quantise
+
 # Of the mean diagonal, added to it: what was not seen in calibration must not be thought free.
 DAMPING = 0.1
 # Scales tried for a block, in units of that which gives its largest weight the lowest code; each
@@ -40,12 +42,10 @@ class Coded:
 
 @torch.no_grad()
 def inverse_factor(moment: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor U of the inverse of a damped second moment `[n_in, n_in]`, U^T U,
-    float32: row j says how column j's error is made up for by later ones."""
-    damped = moment.double()
+    """`quantise.inverse_factor` of a second moment `[n_in, n_in]` once it is damped."""
+    damped = moment.clone()
     damped.diagonal().add_(DAMPING * damped.diagonal().mean() + 1e-12)
-    lower = torch.linalg.cholesky(damped)
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    return quantise.inverse_factor(damped)
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ def _forecast(grid: Grid, w: torch.Tensor, moment: torch.Tensor, group: int) -> 
     """A code for every column: what it misses, the columns after it will make up for."""
     found = _Found.nothing(grid, w, group)
     missed = torch.zeros_like(found.rest)
-    factor = _inverse_factor(moment)
+    factor = inverse_factor(moment)
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     along = -factor / diagonal[..., None]
     for g, (start, end) in enumerate(_groups(w, group)):
@@ -175,10 +175,10 @@ def _damping(moment: torch.Tensor) -> torch.Tensor:
     return eye * (DAMPING * mean + 1e-12)[..., None, None]
 
 
-def _inverse_factor(moment: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor U of the inverse, U^T U: row j says how column j's error is made up
-    for by later ones. It is the inverse of the factor that the moment has when its columns are
-    counted from the last."""
+def inverse_factor(moment: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor U of the inverse of moments `[.., n_in, n_in]`, U^T U: row j says
+    how column j's error is made up for by later ones. It is the inverse of the factor that the
+    moment has when its columns are counted from the last."""
     upper = torch.linalg.cholesky(moment.flip(-1, -2)).flip(-1, -2)
     eye = torch.eye(moment.shape[-1], device=moment.device)
     return torch.linalg.solve_triangular(upper, eye.expand_as(moment), upper=True)
