@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from smoe.runtime.choose.prices import LayerPrices, Prices
+from smoe.runtime.choose.prices import KINDS, LayerPrices, Prices, best_share
 from smoe.runtime.ledger import LossLedger
 from smoe.runtime.routing import Assignment, Available, Routed
 
@@ -82,30 +83,29 @@ class Priced:
     """
 
     def __init__(self, prices: Prices, sizes: list[np.ndarray], nats_per_byte: float):
-        self.prices, self.nats_per_byte, self._sizes = prices, nats_per_byte, sizes
+        self.nats_per_byte = nats_per_byte
+        self._layers = [
+            _Layer.of(layer, ends) for layer, ends in zip(prices.layers, sizes, strict=True)
+        ]
 
     def __call__(self, routed: Routed, available: Available) -> Assignment:
         """An expert has one alternative for all sequences that want it: each pays for its slots."""
-        full, level = available.full, available.level
-        prices, sizes = self.prices.layers[routed.layer], self._sizes[routed.layer]
+        level, layer = available.level, self._layers[routed.layer]
         payers = self._payers(routed)
-        short = _used(routed.ids, len(level)) & (level < full)
+        short = np.zeros(len(level) + 1, bool)  # the last is no expert, and short of nothing
+        np.less(level, available.full, out=short[:-1])
         if len(payers) < len(routed.step.spans):  # some are exact: what they use is read whole
             exact = ~np.isin(routed.owner, [payer.owner for payer in payers])
-            short &= ~_used(routed.ids[exact], len(level))
-        missing = np.flatnonzero(short)
-        if not len(missing):
+            short[routed.ids[exact]] = False
+        at = short[routed.ids.reshape(-1)].nonzero()[0]
+        if not len(at):
             return Assignment(ids=routed.ids, weights=routed.weights)
-        slots = _slots(routed, available, prices, short)
-        each = _nats_by_level(slots, prices, full)
-        saved = _bytes_saved(sizes, level[missing], full)
-        costs = np.zeros((len(payers), len(missing), full + 1))
-        paying = np.searchsorted([payer.owner for payer in payers], slots.owners)
-        np.add.at(costs, (paying, np.searchsorted(missing, slots.experts)), each)
-        costs[:, :, 1:][:, np.arange(1, full + 1) < level[missing][:, None]] = np.inf
-        alternatives = np.full(len(level), full)
-        alternatives[missing] = self._cheapest(costs, saved, payers)
-        return _assigned(routed, slots, each, alternatives, full)
+        slots = layer.slots(routed, at, level >= available.full)
+        resident = level[slots.missing]
+        costs = _costs(routed, slots, payers)
+        costs += layer.below[resident]
+        picked = self._cheapest(costs, layer.saved[resident], payers)
+        return _assigned(routed, slots, picked[slots.rows])
 
     def _payers(self, routed: Routed) -> list[_Payer]:
         """The sequences with a ledger that have tokens here; a token's worth comes in."""
@@ -114,7 +114,7 @@ class Priced:
         for owner, (ledger, tokens) in enumerate(each):
             if ledger is not None and tokens:
                 ledger.begin(routed.layer, tokens)
-                payers.append(_Payer(owner=owner, ledger=ledger))
+                payers.append(_Payer(owner, ledger))
         if payers:
             rates = [payer.ledger.nats_per_byte for payer in payers]
             self.nats_per_byte = sum(rates) / len(rates)
@@ -129,15 +129,17 @@ class Priced:
         A payer's nats count by what a byte is worth to it, so that one of a small budget is not
         outvoted.
         """
-        rates = np.array([payer.ledger.nats_per_byte for payer in payers])
-        weighted = (costs * (self.nats_per_byte / rates)[:, None, None]).sum(0)
+        weighted = costs[0]
+        if len(payers) > 1:
+            rates = np.array([payer.ledger.nats_per_byte for payer in payers])
+            weighted = (costs * (self.nats_per_byte / rates)[:, None, None]).sum(0)
         picked = (weighted - self.nats_per_byte * saved).argmin(1)
         rows, reading = np.arange(len(picked)), saved.shape[1] - 1
         paid = costs[:, rows, picked]
         demands = paid.sum(1).tolist()
-        for cost, payer in zip(paid, payers, strict=True):
+        for cost, payer, demand in zip(paid, payers, demands, strict=True):
             limit = max(payer.ledger.balance, 0)
-            if cost.sum() <= limit:
+            if demand <= limit or cost.sum() <= limit:
                 continue
             gain = saved[rows, picked]
             dearest_first = np.argsort(-cost / np.maximum(gain, 1), kind="stable")
@@ -150,94 +152,133 @@ class Priced:
         return picked
 
 
-@dataclass(frozen=True, eq=False)
-class _Payer:
+class _Payer(NamedTuple):
     owner: int  # the span
     ledger: LossLedger
 
 
-@dataclass(frozen=True, eq=False)
-class _Slots:
-    """The slots of experts that are not resident at their full level: token, rank, owner, expert,
-    mixing weight, and what takes the place (the number of experts: nothing), with which weight, for
-    how many nats."""
+class _Slots(NamedTuple):
+    """The slots of experts that are not resident at their full level: `at` are their numbers among
+    all T * k. `missing` are the experts, rising, each once, and `rows` which of them each slot
+    wants. `nats` float64 `[n, full + 1]` are what alternatives cost, where alternative j is level j
+    and 0 does without: what takes the place then (the number of experts: nothing) has the weight
+    beside it."""
 
-    tokens: np.ndarray
-    ranks: np.ndarray
-    owners: np.ndarray
-    experts: np.ndarray
-    weights: np.ndarray
+    at: np.ndarray
+    missing: np.ndarray
+    rows: np.ndarray
+    nats: np.ndarray
     stand_ins: np.ndarray
     stand_in_weights: np.ndarray
-    nats: np.ndarray
 
 
-def _used(ids: np.ndarray, experts: int) -> np.ndarray:
-    """bool `[E]`: those that some slot of `ids` wants."""
-    used = np.zeros(experts + 1, bool)
-    used[ids] = True
-    return used[:experts]
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """What the choices of a layer have in common.
+
+    By the level that is resident and the alternative, float64 `[full + 1, full + 1]`: `below` is
+    infinite where less than what is there would be used, and `saved` are the bytes of what is
+    missing that need not be read. `moments` float64 `[E, full + 1]` are what alternatives cost at a
+    mixing weight of 1, before `linear` and `root`, float64 `[full + 1]`, make nats of it; stand-ins
+    have the last column, since the full level costs nothing. From level `unpriced` on the bundle
+    does not say what they cost."""
+
+    prices: LayerPrices
+    below: np.ndarray
+    saved: np.ndarray
+    moments: np.ndarray
+    linear: np.ndarray
+    root: np.ndarray
+    unpriced: int
+
+    @classmethod
+    def of(cls, prices: LayerPrices, ends: np.ndarray) -> _Layer:
+        """Of records whose first j planes end at `ends[j]`."""
+        levels, full = np.arange(len(ends)), len(ends) - 1
+        read = np.maximum(ends[1:] - ends[:, None], 0)
+        unpriced = min(full, prices.level.shape[1] + 1)
+        moments = np.zeros((len(prices.level), full + 1))
+        moments[:, [0, full]] = prices.standin.diagonal()[:, None]
+        moments[:, 1:unpriced] = prices.level[:, : unpriced - 1]
+        skip, standin, level = (prices.fit[KINDS.index(kind)] for kind in KINDS)
+        linear, root = np.stack([skip, *[level] * (full - 1), standin], 1)
+        return cls(
+            prices=prices,
+            below=np.where((levels > 0) & (levels < levels[:, None]), np.inf, 0.0),
+            saved=np.concatenate([read[:, -1:], read[:, -1:] - read], 1).astype(np.float64),
+            moments=moments,
+            linear=linear,
+            root=root,
+            unpriced=unpriced,
+        )
+
+    def slots(self, routed: Routed, at: np.ndarray, able: np.ndarray) -> _Slots:
+        """Those at `at`, each with the cheaper of nothing and a stand-in among the experts that are
+        `able`, bool `[E]`."""
+        e = routed.ids.reshape(-1)[at]
+        w = routed.weights.reshape(-1)[at].astype(np.float64)
+        used = np.zeros(len(able), bool)
+        used[e] = True
+        missing = used.nonzero()[0]
+        rows = missing.searchsorted(e)
+        moments = self.moments[e]
+        moments *= (w * w)[:, None]
+        best = self.prices.best_stand_in(missing, able)
+        if best is None:
+            nats, stand_ins, weights = self._nats(moments), np.full(len(e), len(able)), w * 0
+        else:
+            candidates = best[rows]
+            between, other = self.prices.pair(e, candidates)
+            weights = w * best_share(between, other)
+            stand_in = moments[:, -1]
+            stand_in -= 2 * w * weights * between
+            stand_in += weights * weights * other
+            nats = self._nats(moments)
+            alone, stand_in = nats[:, 0], nats[:, -1]
+            better = stand_in < alone
+            np.minimum(alone, stand_in, out=alone)
+            stand_ins = np.where(better, candidates, len(able))
+            weights *= better
+        nats[:, -1] = 0
+        return _Slots(at, missing, rows, nats, stand_ins, weights.astype(np.float32))
+
+    def _nats(self, moments: np.ndarray) -> np.ndarray:
+        p = np.maximum(moments, 0, out=moments)  # of moments that are estimates
+        p /= 2
+        nats = self.linear * p
+        nats += self.root * np.sqrt(p)
+        nats[:, self.unpriced : -1] = np.inf
+        return nats
 
 
-def _slots(routed: Routed, available: Available, prices: LayerPrices, short: np.ndarray) -> _Slots:
-    """The slots of `short` experts (bool `[E]`), each with the cheapest of skipping and a stand-in
-    that is resident at its full level."""
-    experts = len(short)
-    tokens, ranks = np.nonzero(np.append(short, False)[routed.ids])
-    e = routed.ids[tokens, ranks]
-    w = routed.weights[tokens, ranks].astype(np.float64)
-    nats, stand_ins = prices.skip(e, w), np.full(len(e), experts)
-    weights = np.zeros(len(e), np.float32)
-    able = np.flatnonzero(available.level >= available.full)
-    if len(able):
-        candidates = np.full(experts, experts)
-        candidates[short] = prices.best_stand_in(np.flatnonzero(short), able)
-        candidates = candidates[e]
-        best = prices.best_weight(e, w, candidates)
-        costs = prices.stand_in(e, w, candidates, best)
-        better = costs < nats
-        nats = np.where(better, costs, nats)
-        stand_ins = np.where(better, candidates, stand_ins)
-        weights = np.where(better, best, weights).astype(np.float32)
-    return _Slots(
-        tokens=tokens,
-        ranks=ranks,
-        owners=routed.owner[tokens],
-        experts=e,
-        weights=w,
-        stand_ins=stand_ins,
-        stand_in_weights=weights,
-        nats=nats,
-    )
+def _costs(routed: Routed, slots: _Slots, payers: Sequence[_Payer]) -> np.ndarray:
+    """float64 `[payers, missing, full + 1]`: the nats of all slots that a payer has of an
+    expert."""
+    count, alternatives = len(slots.missing), slots.nats.shape[1]
+    costs = np.zeros((len(payers) * count, alternatives))
+    rows = slots.rows
+    if len(payers) > 1:
+        owners = routed.owner[slots.at // routed.ids.shape[1]]
+        rows = rows + count * np.searchsorted([payer.owner for payer in payers], owners)
+    if len(rows) == count:
+        costs[rows] = slots.nats  # every expert once
+    else:
+        np.add.at(costs, rows, slots.nats)
+    return costs.reshape(len(payers), count, alternatives)
 
 
-def _nats_by_level(slots: _Slots, prices: LayerPrices, full: int) -> np.ndarray:
-    """float64 `[slots, full + 1]`: column 0 does without, column j computes at level j."""
-    each = np.zeros((len(slots.experts), full + 1))
-    each[:, 0] = slots.nats
-    each[:, 1:-1] = np.inf  # where a bundle does not say what a level costs
-    levels = np.arange(1, min(full, prices.level.shape[1] + 1))
-    each[:, levels] = prices.at_level(slots.experts[:, None], slots.weights[:, None], levels)
-    return each
-
-
-def _bytes_saved(sizes: np.ndarray, level: np.ndarray, full: int) -> np.ndarray:
-    """float64 `[experts, full + 1]`: against reading all that is missing of experts at `level`."""
-    read = np.maximum(sizes[1 : full + 1] - sizes[level][:, None], 0)
-    return np.concatenate([read[:, -1:], read[:, -1:] - read], 1)
-
-
-def _assigned(
-    routed: Routed, slots: _Slots, nats: np.ndarray, alternatives: np.ndarray, full: int
-) -> Assignment:
-    """What the `alternatives` of experts, int64 `[E]`, make of their slots."""
-    chosen = alternatives[slots.experts]
+def _assigned(routed: Routed, slots: _Slots, chosen: np.ndarray) -> Assignment:
+    """What the alternatives `chosen`, int64, make of the slots."""
     ids, weights = routed.ids.copy(), routed.weights.copy()
+    full = slots.nats.shape[1] - 1
     levels = np.full(ids.shape, full)
-    gone = chosen == 0
-    at = slots.tokens[gone], slots.ranks[gone]
-    ids[at], weights[at] = slots.stand_ins[gone], slots.stand_in_weights[gone]
-    levels[slots.tokens[~gone], slots.ranks[~gone]] = chosen[~gone]
-    cost = nats[np.arange(len(chosen)), chosen]
-    per_token = np.bincount(slots.tokens, weights=cost, minlength=routed.tokens)
-    return Assignment(ids=ids, weights=weights, levels=levels, nats=per_token)
+    levels.reshape(-1)[slots.at] = chosen
+    gone = (chosen == 0).nonzero()[0]
+    if len(gone):
+        at = slots.at[gone]
+        ids.reshape(-1)[at] = slots.stand_ins[gone]
+        weights.reshape(-1)[at] = slots.stand_in_weights[gone]
+        levels.reshape(-1)[at] = full
+    cost = slots.nats[np.arange(len(chosen)), chosen]
+    nats = np.bincount(slots.at // ids.shape[1], weights=cost, minlength=routed.tokens)
+    return Assignment(ids=ids, weights=weights, levels=levels, nats=nats)

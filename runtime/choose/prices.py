@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -34,10 +35,19 @@ class LayerPrices:
     Prices are float64, in nats summed over all later positions of the sequence, and never negative.
     """
 
-    cross: np.ndarray  # [E, E]
-    standin: np.ndarray  # [E, E]
+    pairs: np.ndarray  # [E, E, 2]: price_cross and price_standin
     level: np.ndarray  # [E, J]
     fit: np.ndarray  # [3, 2], all float64
+
+    @property
+    def cross(self) -> np.ndarray:
+        """`[E, E]`."""
+        return self.pairs[..., 0]
+
+    @property
+    def standin(self) -> np.ndarray:
+        """`[E, E]`."""
+        return self.pairs[..., 1]
 
     def skip(self, e: np.ndarray, w: np.ndarray) -> np.ndarray:
         """Leave out expert `e` where its mixing weight is `w`."""
@@ -47,23 +57,36 @@ class LayerPrices:
         self, e: np.ndarray, w_e: np.ndarray, s: np.ndarray, w_s: np.ndarray
     ) -> np.ndarray:
         """Compute expert `s` with the weight `w_s` in place of `e` with `w_e`."""
-        own, between, other = self.standin[e, e], self.cross[e, s], self.standin[e, s]
+        own, (between, other) = self.standin[e, e], self.pair(e, s)
         return self._nats("standin", w_e * w_e * own - 2 * w_e * w_s * between + w_s * w_s * other)
 
     def best_weight(self, e: np.ndarray, w_e: np.ndarray, s: np.ndarray) -> np.ndarray:
         """The weight at which `s` stands in for `e` at the lowest price; 0 where none is better
         than skipping."""
-        other = self.standin[e, s]
-        return w_e * np.divide(
-            np.maximum(self.cross[e, s], 0), other, out=np.zeros(np.shape(other)), where=other > 0
-        )
+        return w_e * best_share(*self.pair(e, s))
 
-    def best_stand_in(self, e: np.ndarray, able: np.ndarray) -> np.ndarray:
-        """Which of experts `able` `[n]` stands in for each of `e` at the lowest price, each at its
-        best weight."""
-        between, other = np.maximum(self.cross[e[:, None], able], 0), self.standin[e[:, None], able]
-        saved = np.divide(between * between, other, out=np.zeros_like(other), where=other > 0)
-        return able[saved.argmax(1)]
+    def pair(self, e: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What both tables say of `e` and `s`."""
+        pairs = self.pairs[e, s]
+        return pairs[..., 0], pairs[..., 1]
+
+    def best_stand_in(self, e: np.ndarray, able: np.ndarray) -> np.ndarray | None:
+        """Which of the experts that are `able`, bool `[E]`, stands in for each of `e` `[n]` at the
+        lowest price, each at its best weight; None where none is able."""
+        ranked = self._stand_ins[e]
+        first = able[ranked].argmax(1)
+        best = ranked[np.arange(len(e)), first]
+        return best if able[best[0]] else None
+
+    @cached_property
+    def _stand_ins(self) -> np.ndarray:
+        """int16 `[E, E]`: for every expert all of them, the best stand-in first."""
+        between = np.maximum(self.cross, 0)
+        between *= between
+        saved = np.divide(
+            between, self.standin, out=np.zeros_like(between), where=self.standin > 0
+        )
+        return np.argsort(-saved, axis=1, kind="stable").astype(np.int16)
 
     def at_level(self, e: np.ndarray, w: np.ndarray, level: np.ndarray | int) -> np.ndarray:
         """Compute expert `e` from the first `level` (from 1) planes only; the full level costs
@@ -111,6 +134,13 @@ class Prices:
 
 
 def _layer(tables: dict[str, np.ndarray], fit: np.ndarray) -> LayerPrices:
-    cross, standin = (tables[f"price_{name}"].astype(np.float64) for name in ("cross", "standin"))
-    level = tables.get("price_level", np.zeros((len(cross), 0))).astype(np.float64)
-    return LayerPrices(cross, standin, level, fit.astype(np.float64))
+    pairs = np.stack([tables["price_cross"], tables["price_standin"]], axis=2, dtype=np.float64)
+    level = tables.get("price_level", np.zeros((len(pairs), 0))).astype(np.float64)
+    return LayerPrices(pairs, level, fit.astype(np.float64))
+
+
+def best_share(between: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Of the weight of a missing expert, what a stand-in gets best, by what the tables say of the
+    two."""
+    share = np.zeros(np.shape(other))
+    return np.divide(np.maximum(between, 0), other, out=share, where=other > 0)
