@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from smoe.runtime.errors import EngineError
 
-HEAD = 512  # tokens that are sorted first: a peaked distribution ends a draw within them
-GROWTH = 32  # so many times more where it does not
+BINS, WIDEST = 4096, 64.0  # tokens are put in bins by how far they are from the best, in nats
+STRIDE = 64  # one of so many logits tells where the best ones begin
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Sampler:
     def __init__(self, how: Sampling):
         self._how = how
         self._random = np.random.default_rng(how.seed)
+        self._bins: _Bins | None = None
 
     def draw(self, logits: np.ndarray) -> int:
         """A token id from float32 logits `[vocabulary]`. Filters apply in the order top-k, top-p
@@ -54,47 +56,84 @@ class Sampler:
         if how.temperature == 0:
             return int(np.argmax(logits))
         uniform = self._random.random()
-        order, probabilities = _head(logits, how, how.top_p if how.top_p < 1 else uniform)
+        if how.top_k and how.top_k < len(logits):
+            return _draw_among(ranked(logits, how.top_k), logits, how, uniform)
+        if self._bins is None or self._bins.size != len(logits):
+            self._bins = _Bins(len(logits))
+        if not self._bins.fill(logits, how.temperature):
+            return int(np.argmax(logits))
+        nucleus = 1.0
         if how.top_p < 1:
             # The smallest set whose mass reaches top_p: the token that crosses the line is still
             # in.
-            enough = int(np.searchsorted(np.cumsum(probabilities), how.top_p)) + 1
-            probabilities = probabilities[:enough] / probabilities[:enough].sum()
-        drawn = int(np.searchsorted(np.cumsum(probabilities), uniform, "right"))
-        return int(order[min(drawn, len(probabilities) - 1)])  # rounding may leave the sum short
+            _, nucleus = self._bins.token_at(how.top_p, "left")
+        token, _ = self._bins.token_at(uniform * nucleus, "right")
+        return token
 
 
-def _head(logits: np.ndarray, how: Sampling, mass: float) -> tuple[np.ndarray, np.ndarray]:
-    """The likeliest tokens, best first, until their probabilities sum to more than `mass`, or all
-    that `how.top_k` allows: ids `[n]` and probabilities float64 `[n]`.
+def _draw_among(order: np.ndarray, logits: np.ndarray, how: Sampling, uniform: float) -> int:
+    """One of the tokens in `order`, best first."""
+    scaled = logits[order].astype(np.float64) / how.temperature
+    ends = np.exp(scaled - scaled[0]).cumsum()
+    enough = len(ends)
+    if how.top_p < 1:
+        enough = int(ends.searchsorted(how.top_p * ends[-1])) + 1
+    drawn = int(ends.searchsorted(uniform * ends[enough - 1], "right"))
+    return int(order[min(drawn, enough - 1)])  # rounding may leave the sum short
 
-    A vocabulary is much longer than what a draw looks at, so it is not sorted as a whole.
-    """
-    limit = min(how.top_k or len(logits), len(logits))
-    best = float(logits.max()) / how.temperature
 
-    def weights(some: np.ndarray) -> np.ndarray:
-        return np.exp(some.astype(np.float64) / how.temperature - best)
+class _Bins:
+    """The tokens of a vocabulary, likeliest first, without sorting them all: in bins of like
+    logits, of which only those are sorted that a draw ends in. Its arrays, for `size` tokens, are
+    filled again for every draw: to get that much memory from the system takes longer than all
+    else."""
 
-    if limit == len(logits):
-        total, count = weights(logits).sum(), HEAD
-        while count < limit:
-            order = ranked(logits, count)
-            probabilities = weights(logits[order]) / total
-            if probabilities.sum() > mass:
-                return order, probabilities
-            count *= GROWTH
-    order = ranked(logits, limit)
-    probabilities = weights(logits[order])
-    return order, probabilities / probabilities.sum()
+    def __init__(self, size: int):
+        self.size = size
+        self._behind = np.empty(size, np.float32)
+        self._weights = np.empty(size)
+        self._bin = np.empty(size, np.intp)
+        self._mine = np.empty(size, bool)
+
+    def fill(self, logits: np.ndarray, temperature: float) -> bool:
+        """With the tokens of float32 `logits` `[size]`; whether all of them are numbers."""
+        self._logits = logits
+        behind = np.subtract(logits.max(), logits, out=self._behind)
+        behind /= np.float32(temperature)
+        most = float(behind.max())
+        if np.isnan(most):
+            return False
+        widest = min(WIDEST, most) or 1.0
+        np.exp(np.negative(behind, out=behind), out=self._weights)
+        behind *= np.float32((1 - BINS) / widest)
+        self._bin[:] = np.minimum(behind, BINS - 1, out=behind)
+        self._ends = np.bincount(self._bin, self._weights).cumsum()
+        self._total = float(self._ends[-1])
+        self._ends /= self._total
+        return True
+
+    def token_at(self, mass: float, side: Literal["left", "right"]) -> tuple[int, float]:
+        """The first token up to which there is so much of the probability ("left"), or more
+        ("right"), and how much there is up to its end."""
+        bin = min(int(self._ends.searchsorted(mass, side)), len(self._ends) - 1)
+        tokens = np.equal(self._bin, bin, out=self._mine).nonzero()[0]
+        tokens = tokens[np.argsort(-self._logits[tokens], kind="stable")]
+        ends = (self._weights[tokens] / self._total).cumsum()
+        if bin:
+            ends += self._ends[bin - 1]
+        at = min(int(ends.searchsorted(mass, side)), len(tokens) - 1)  # sums may be rounded
+        return int(tokens[at]), float(ends[at])
 
 
 def ranked(values: np.ndarray, count: int) -> np.ndarray:
     """Indices of the `count` highest of `values` `[n]`, best first; of equal ones the first comes
     first."""
-    if count >= len(values):
-        return np.argsort(-values, kind="stable")
-    least = np.partition(values, len(values) - count)[len(values) - count]
-    above = np.flatnonzero(values > least)
-    equal = np.flatnonzero(values == least)[: count - len(above)]
-    return np.concatenate([above[np.argsort(-values[above], kind="stable")], equal])
+    some = values[::STRIDE]
+    rank = 2 * count // STRIDE + 8  # among these, about which twice as many are found as are wanted
+    if rank >= len(some):
+        return np.argsort(-values, kind="stable")[:count]
+    least = np.partition(some, -rank)[-rank]
+    best = np.flatnonzero(values >= least)
+    if len(best) < count:
+        best = np.arange(len(values))
+    return best[np.argsort(-values[best], kind="stable")[:count]]

@@ -103,8 +103,8 @@ class Priced:
         slots = layer.slots(routed, at, level >= available.full)
         resident = level[slots.missing]
         costs = _costs(routed, slots, payers)
-        costs += layer.below[resident]
-        picked = self._cheapest(costs, layer.saved[resident], payers)
+        costs += layer.below.take(resident, axis=0)
+        picked = self._cheapest(costs, layer.saved.take(resident, axis=0), payers)
         return _assigned(routed, slots, picked[slots.rows])
 
     def _payers(self, routed: Routed) -> list[_Payer]:
@@ -221,7 +221,7 @@ class _Layer:
         used[e] = True
         missing = used.nonzero()[0]
         rows = missing.searchsorted(e)
-        moments = self.moments[e]
+        moments = self.moments.take(e, axis=0)
         moments *= (w * w)[:, None]
         best = self.prices.best_stand_in(missing, able)
         if best is None:

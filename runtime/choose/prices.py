@@ -67,13 +67,13 @@ class LayerPrices:
 
     def pair(self, e: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What both tables say of `e` and `s`."""
-        pairs = self.pairs[e, s]
+        pairs = self.pairs.reshape(-1, 2).take(e * len(self.pairs) + s, axis=0)
         return pairs[..., 0], pairs[..., 1]
 
     def best_stand_in(self, e: np.ndarray, able: np.ndarray) -> np.ndarray | None:
         """Which of the experts that are `able`, bool `[E]`, stands in for each of `e` `[n]` at the
         lowest price, each at its best weight; None where none is able."""
-        ranked = self._stand_ins[e]
+        ranked = self._stand_ins.take(e, axis=0)
         first = able[ranked].argmax(1)
         best = ranked[np.arange(len(e)), first]
         return best if able[best[0]] else None
@@ -83,9 +83,7 @@ class LayerPrices:
         """int16 `[E, E]`: for every expert all of them, the best stand-in first."""
         between = np.maximum(self.cross, 0)
         between *= between
-        saved = np.divide(
-            between, self.standin, out=np.zeros_like(between), where=self.standin > 0
-        )
+        saved = np.divide(between, self.standin, out=np.zeros_like(between), where=self.standin > 0)
         return np.argsort(-saved, axis=1, kind="stable").astype(np.int16)
 
     def at_level(self, e: np.ndarray, w: np.ndarray, level: np.ndarray | int) -> np.ndarray:

@@ -98,6 +98,29 @@ def test_the_best_are_ranked_with_ties_in_order(values, count):
     assert ranked(values, count).tolist() == np.argsort(-values, kind="stable")[:count].tolist()
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5}])
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_numbers_give_a_token_all_the_same(filters, odd):
+    sampler = Sampler(Sampling(1.0, **filters, seed=1))
+    for logits in (np.full(4, odd, np.float32), np.array([1, odd, 2, 3], np.float32)):
+        with np.errstate(invalid="ignore"):
+            assert sampler.draw(logits) in range(4)
+
+
+def test_a_token_that_is_ruled_out_is_never_drawn():
+    logits = np.full(5000, -np.inf, np.float32)
+    logits[[7, 4000]] = 3, 2
+    for filters in ({}, {"top_k": 5}, {"top_p": 0.9999}):
+        sampler = Sampler(Sampling(2.0, **filters, seed=1))
+        assert {sampler.draw(logits) for _ in range(50)} == {7, 4000}
+
+
+def test_a_sampler_draws_from_vocabularies_of_any_length():
+    sampler = Sampler(Sampling(1.0, seed=1))
+    for size in (1, 5000, 3):
+        assert sampler.draw(np.zeros(size, np.float32)) in range(size)
+
+
 def _fastest(call) -> float:
     def seconds() -> float:
         started = time.perf_counter()
