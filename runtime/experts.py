@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +18,7 @@ from smoe.runtime.budget import SLOTS
 from smoe.runtime.cache.cache import ExpertCache
 from smoe.runtime.cache.residency import Key
 from smoe.runtime.kernels import LayerKernel, Work
-from smoe.runtime.routing import Available, Dispatch, Routed
+from smoe.runtime.routing import Available, Dispatch, Routed, as_routed
 from smoe.runtime.system import trim_heap
 
 
@@ -33,6 +35,18 @@ class Pending(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Experts in memory. `where[l]` int64 `[E + 1]` says in which of `rows` uint8 `[frames, bytes]`
+    an expert of layer l lies with all of its `level` planes; -1: it is missing, and the last is no
+    expert. `kernels[l]` computes it."""
+
+    rows: np.ndarray
+    where: tuple[np.ndarray, ...]
+    kernels: Sequence[LayerKernel]
+    level: int
+
+
 class Experts(Protocol):
     """Who holds and computes the experts of all layers."""
 
@@ -47,6 +61,21 @@ class Experts(Protocol):
     def expect(self, guesses: Iterable[Key]) -> None:
         """These will be wanted soon, likeliest first: never blocks, never evicts before it
         reads."""
+        ...
+
+    def at_hand(self, routed: Routed, available: Available) -> np.ndarray | None:
+        """What every slot gives, float32 `[T, k, H]`, if none of what the router chose is missing:
+        computed, observed and counted. None otherwise, and nothing has happened."""
+        ...
+
+    def held(self) -> Held | None:
+        """What a loop over layers may use by itself until something else is asked for here; None
+        where there is nothing of the kind, or not now. Each layer's ids go to `used` afterwards."""
+        ...
+
+    def used(self, layer: int, ids: np.ndarray) -> None:
+        """A step ran the experts `ids` int64 `[T, k]` of what is `held`, as its router chose
+        them."""
         ...
 
     def start(self, layer: int, dispatch: Dispatch, x: np.ndarray, out: np.ndarray) -> Pending:
@@ -70,6 +99,7 @@ class LocalExperts:
 
     def __init__(self, cache: ExpertCache, kernels: Sequence[LayerKernel], full: int):
         self.cache, self.kernels, self.full = cache, kernels, full
+        self._where = tuple(cache.where(layer) for layer in range(len(kernels)))
 
     def available(self, layer: int) -> Available:
         """The cache's levels."""
@@ -83,6 +113,41 @@ class LocalExperts:
     def expect(self, guesses: Iterable[Key]) -> None:
         """To the cache."""
         self.cache.expect(guesses)
+
+    def at_hand(self, routed: Routed, available: Available) -> np.ndarray | None:
+        """In one call of the kernel, unless there are very many slots."""
+        layer, ids = routed.layer, routed.ids
+        if not self.cache.still:
+            return None
+        frames = self._where[layer].take(ids)
+        if frames.min() < 0:
+            return None
+        if len(ids) == 1:  # each slot is a group of its own
+            work = Work(frames[0], *_one_token(ids.shape[1], self.full))
+            outputs = self.kernels[layer](self.cache.rows, work, routed.hidden)[None]
+        else:
+            outputs = np.empty((*ids.shape, routed.hidden.shape[1]), np.float32)
+            dispatch = Dispatch.of(as_routed(routed, available), available)
+            self.compute(layer, dispatch, routed.hidden, outputs)
+        self.cache.used(layer, ids)
+        return outputs
+
+    def held(self) -> Held | None:
+        """While nothing is read."""
+        if not self.cache.still:
+            return None
+        return Held(self.cache.rows, self._where, self.kernels, self.full)
+
+    def used(self, layer: int, ids: np.ndarray) -> None:
+        """To the cache."""
+        self.cache.used(layer, ids)
+
+    def compute(self, layer: int, dispatch: Dispatch, x: np.ndarray, out: np.ndarray) -> None:
+        """Slots whose experts are resident at their levels."""
+        for batch in dispatch.batches(SLOTS):
+            frames = self.cache.frames_of(layer, batch.experts)
+            work = Work(frames, batch.levels, batch.starts, batch.tokens)
+            out[batch.tokens, batch.ranks] = self.kernels[layer](self.cache.rows, work, x)
 
     def start(self, layer: int, dispatch: Dispatch, x: np.ndarray, out: np.ndarray) -> Pending:
         """What is missing is asked for now, so that a guess comes after it; what runs, runs in
@@ -104,15 +169,15 @@ class _LocalPending:
     def __init__(
         self, experts: LocalExperts, layer: int, dispatch: Dispatch, x: np.ndarray, out: np.ndarray
     ):
-        self._cache, self._kernel = experts.cache, experts.kernels[layer]
-        self._layer, self._dispatch, self._x, self._out = layer, dispatch, x, out
+        self._experts, self._layer = experts, layer
+        self._dispatch, self._x, self._out = dispatch, x, out
         last = dispatch.highest
         first = last
         if len(last) < len(dispatch.experts):  # some expert has several levels
             first = np.concatenate([[0], last[:-1] + 1])
         self._first, self._last = first, last
         tokens = dispatch.starts[last + 1] - dispatch.starts[first]
-        bring = self._cache.bring(layer, dispatch.experts[last], dispatch.levels[last], tokens)
+        bring = experts.cache.bring(layer, dispatch.experts[last], dispatch.levels[last], tokens)
         self._bring, self._ready = bring, next(bring, None)
 
     def wait(self, idle: Callable[[], None] | None = None) -> None:
@@ -127,17 +192,19 @@ class _LocalPending:
                     groups = ready
                     if self._first is not self._last:
                         groups = _ranges(self._first[ready], self._last[ready] + 1)
-                    self._compute(self._dispatch.take(groups))
+                    part = self._dispatch.take(groups)
+                    self._experts.compute(self._layer, part, self._x, self._out)
                     yield
                 elif idle is not None:
                     idle()
                 ready = next(self._bring, None)
 
-    def _compute(self, part: Dispatch) -> None:
-        for batch in part.batches(SLOTS):
-            frames = self._cache.frames_of(self._layer, batch.experts)
-            work = Work(frames, batch.levels, batch.starts, batch.tokens)
-            self._out[batch.tokens, batch.ranks] = self._kernel(self._cache.rows, work, self._x)
+
+@lru_cache
+def _one_token(k: int, level: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Levels, starts and tokens of a `Work` of k slots, all of one token and for one expert
+    each."""
+    return np.full(k, level), np.arange(k + 1), np.zeros(k, np.int64)
 
 
 def _ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -8,34 +8,49 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
 from smoe.runtime.backbone import Backbone, Flow
 from smoe.runtime.cache.predict import Predictor
-from smoe.runtime.experts import Experts
+from smoe.runtime.experts import Experts, Held
 from smoe.runtime.routing import (
     Assignment,
     Available,
     Chooser,
     Dispatch,
     Routed,
+    as_routed,
     assign,
     combine,
 )
 from smoe.runtime.stats import Stats
 from smoe.runtime.step import Phase, Sequence, Span, Step
 
+FEW = 128  # tokens that go through several layers without a pause
+
 # A step on its way: it pauses where another step may run, and ends with each span's logits.
 Run = Generator[None, None, list[np.ndarray]]
 
 
+class Advance(Protocol):
+    """A backbone's loop from layer to layer below Python."""
+
+    def __call__(self, layer: int, flow: Flow, held: Held) -> Iterable[np.ndarray]:
+        """Run `flow`, for which the experts of all layers before `layer` are mixed, as far as all
+        that routers choose is `held`: the ids int64 `[T, k]` of each layer that was passed, mixed
+        too. `route` is asked for the one after them next, whose segment may have run."""
+        ...
+
+
 @dataclass(eq=False)
 class Model:
-    """`choose` decides for tokens that are decoded; a prompt takes what its router says."""
+    """`choose` decides for tokens that are decoded; a prompt takes what its router says. `advance`
+    is there where the backbone can go on by itself while nothing is missing."""
 
     backbone: Backbone
     experts: Experts
@@ -43,6 +58,7 @@ class Model:
     predict: Predictor
     stats: Stats
     layers: int
+    advance: Advance | None = None
 
     def step(self, step: Step) -> list[np.ndarray]:
         """Consume the tokens of `step`; each span's logits, float32 `[n, vocabulary]` for the n
@@ -56,10 +72,28 @@ class Model:
         """The same in parts: between two of them other steps may run, of other sequences. Closed
         before its end, it leaves its sequences as they were."""
         flow = self.backbone.begin(step)
-        for layer in range(self.layers):
+        layer = self._go_ahead(0, flow)
+        while layer < self.layers:
             mixed = yield from self._mixture(layer, flow)
             self.backbone.mix(layer, flow, mixed)
+            layer = self._go_ahead(layer + 1, flow)
         return self.backbone.finish(flow)
+
+    def _go_ahead(self, layer: int, flow: Flow) -> int:
+        """As many layers from `layer` on as need nobody's word; the first that does."""
+        step = flow.step
+        if self.advance is None or layer == self.layers or step.tokens > FEW:
+            return layer
+        decides = self.choose is not as_routed and step.decoding.any()
+        if decides or self._listens(step):
+            return layer
+        held = self.experts.held()
+        passed = () if held is None else self.advance(layer, flow, held)
+        for ids in passed:
+            self.stats.slots += ids.size
+            self.experts.used(layer, ids)
+            layer += 1
+        return layer
 
     def _mixture(self, layer: int, flow: Flow) -> Generator[None, None, np.ndarray]:
         """A layer up to what its experts add, float32 `[T, H]`; what every slot gave is gone then:
@@ -67,15 +101,34 @@ class Model:
         routed = self.backbone.route(layer, flow)
         available = self.experts.available(layer)
         assignment = self._assign(routed, available)
+        outputs = self._at_hand(routed, available, assignment)
+        if outputs is None:
+            outputs = yield from self._bring(routed, available, assignment, flow)
+        else:
+            yield
+        del routed  # what the experts received is not needed any more
+        return combine(outputs, assignment.weights)
+
+    def _at_hand(
+        self, routed: Routed, available: Available, assignment: Assignment
+    ) -> np.ndarray | None:
+        """What every slot gives, float32 `[T, k, H]`, if there is nothing to bring or to guess."""
+        as_it_is = assignment.ids is routed.ids and assignment.levels is None
+        if not as_it_is or self._listens(routed.step):
+            return None
+        return self.experts.at_hand(routed, available)
+
+    def _bring(
+        self, routed: Routed, available: Available, assignment: Assignment, flow: Flow
+    ) -> Generator[None, None, np.ndarray]:
+        """What every slot gives, float32 `[T, k, H]`, where some expert may be missing."""
         dispatch = Dispatch.of(assignment, available)
         self.experts.observe(routed)
         outputs = np.zeros((*assignment.ids.shape, routed.hidden.shape[1]), np.float32)
-        pending = self.experts.start(layer, dispatch, routed.hidden, outputs)
+        pending = self.experts.start(routed.layer, dispatch, routed.hidden, outputs)
         self._expect(routed)
-        idle = partial(self._look_ahead, layer, flow, outputs, assignment)
-        yield from pending.parts(idle)
-        del routed, pending, idle  # what the experts received is not needed any more
-        return combine(outputs, assignment.weights)
+        yield from pending.parts(partial(self._look_ahead, routed.layer, flow, outputs, assignment))
+        return outputs
 
     def _assign(self, routed: Routed, available: Available) -> Assignment:
         """What runs, counted."""
@@ -86,6 +139,10 @@ class Model:
         if assignment.nats is not None:
             self.stats.nats_spent += float(assignment.nats.sum())
         return assignment
+
+    def _listens(self, step: Step) -> bool:
+        """Whether guesses go by what routers say of the step."""
+        return self.predict.listens and bool(step.decoding.any())
 
     def _expect(self, routed: Routed) -> None:
         """Guesses go by what is decoded: a prompt needs most experts of every layer."""

@@ -16,7 +16,7 @@ import numpy as np
 from smoe.artifacts.manifest import Routing
 from smoe.runtime.step import Step
 
-BLOCK = 128  # tokens that are mixed at once
+BLOCK = 16  # tokens that are mixed at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,9 +250,9 @@ def combine(outputs: np.ndarray, weights: np.ndarray) -> np.ndarray:
     combined = np.empty((len(outputs), outputs.shape[2]), np.float32)
     for start in range(0, len(outputs), BLOCK):  # products of all tokens would be as large again
         block = slice(start, start + BLOCK)
-        np.multiply(outputs[block, 0], weights[block, :1], out=combined[block])
-        for rank in range(1, weights.shape[1]):
-            combined[block] += outputs[block, rank] * weights[block, rank, None]
+        products = outputs[block] * weights[block, :, None]
+        # Along an outer axis one after another, from the zero that changes nothing.
+        np.add.reduce(products, axis=1, out=combined[block], initial=-0.0)
     return combined
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from smoe.runtime.errors import EngineError
 
-BINS, WIDEST = 4096, 64.0  # tokens are put in bins by how far they are from the best, in nats
+# Tokens are put in bins by how far they are from the best, in nats.
+BINS, NARROWEST, WIDEST = 4096, 1e-6, 64.0
 STRIDE = 64  # one of so many logits tells where the best ones begin
 
 
@@ -103,7 +104,7 @@ class _Bins:
         most = float(behind.max())
         if np.isnan(most):
             return False
-        widest = min(WIDEST, most) or 1.0
+        widest = min(WIDEST, max(most, NARROWEST))
         np.exp(np.negative(behind, out=behind), out=self._weights)
         behind *= np.float32((1 - BINS) / widest)
         self._bin[:] = np.minimum(behind, BINS - 1, out=behind)

@@ -11,13 +11,14 @@ import itertools
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from smoe.runtime.cache.frames import Frames
 from smoe.runtime.cache.reader import Load, Reader, State, raise_first
 from smoe.runtime.cache.residency import FREE, PINNED, SHIELDED, Key, Residency
+from smoe.runtime.cache.run import Run
+from smoe.runtime.cache.uses import Uses
 from smoe.runtime.errors import EngineError
 from smoe.runtime.stats import Stats
 
@@ -30,41 +31,6 @@ NONE = np.zeros(0, np.int64)
 # Reads the planes of a record after the first `since`, up to `level`, into a frame: the bytes, or
 # an exception.
 Read = Callable[[int, int, np.ndarray, int, int], int]
-
-
-@dataclass(eq=False)
-class _Run:
-    """One step's way through a layer's experts: which of them `remaining` were not taken yet, bool
-    `[n]`, the `loads` of the others by index, and whether they are taken in order."""
-
-    layer: int
-    experts: np.ndarray
-    levels: np.ndarray
-    tokens: np.ndarray
-    loads: dict[int, Load] = field(default_factory=dict)
-    adopted: set[Load] = field(default_factory=set)  # others asked for these first
-    waiting: list[Load] = field(default_factory=list)
-    arrived: bool = False  # while it was looked at
-    first: bool = True
-    ordered: bool = False
-    used: int = SHIELDED  # the pin of what was taken
-
-    def __post_init__(self) -> None:
-        self.remaining = np.ones(len(self.experts), bool)
-        self.ready = np.zeros(len(self.experts), bool)
-        self.left = len(self.experts)
-
-    def waits(self) -> bool:
-        """Whether there is something left, and none of it has arrived since the last look."""
-        return bool(self.waiting) and all(load.on_its_way for load in self.waiting)
-
-    def took(self, given: np.ndarray) -> None:
-        """These were computed."""
-        self.remaining[given] = False
-        self.left -= len(given)
-        if self.loads:
-            for i in given.tolist():
-                self.loads.pop(i, None)
 
 
 class ExpertCache:
@@ -93,6 +59,7 @@ class ExpertCache:
         self._uses, self._at_once = uses, max(STREAMS, uses) if streams else 1 << 62
         self._capacity = residency.capacity
         self._lent: dict[int, int] = {}  # bytes, by the id of who borrowed them
+        self._seen = Uses(residency, stats)
         self._pins = np.zeros(residency.eviction.first[-1], np.int8)
         self._active: object = None  # whose pins these are
         self._unsettled = False  # where an interrupt may have left a change half done
@@ -125,6 +92,7 @@ class ExpertCache:
             self._settle()
             if id(borrower) not in self._lent:
                 weakref.finalize(borrower, self._have_back, id(borrower)).atexit = False
+            self._seen.learn()
             self._lent[id(borrower)] = nbytes
             self._unsettled = True
             left = self._capacity - sum([*self._lent.values()])
@@ -161,14 +129,26 @@ class ExpertCache:
         """The router of `layer` chose `ids` int64 `[T, k]` (E: no expert), by `scores` `[T, E]`
         where they are known: what eviction and the statistics go by, before any substitution."""
         with self._reader.lock:
-            levels = self._residency.levels(layer)
-            used = np.zeros(len(levels) + 1, bool)
-            used[ids] = True
-            chosen = used[:-1]
-            self.stats.wanted += int(np.count_nonzero(chosen))
-            self.stats.wanted_hits += int(np.count_nonzero(levels[chosen]))
-            self._residency.eviction.observe(layer, ids, scores)
-            self.stats.guesses_used += self._residency.use(layer, chosen)
+            self._seen.observe(layer, ids, scores)
+
+    @property
+    def still(self) -> bool:
+        """Whether nothing comes or goes until somebody asks for it. Then a step may use what is
+        resident whole, as `where` says, and afterwards say so by `used`, in place of `observe` and
+        `bring`."""
+        with self._reader.lock:
+            return not (self._unsettled or self._reader.busy or self.needs_scores)
+
+    def where(self, layer: int) -> np.ndarray:
+        """int64 `[E + 1]`, as it changes: where each expert of a layer lies in `rows`, -1 if it is
+        not resident whole, or is no expert (the last)."""
+        return self._residency.where(layer)
+
+    def used(self, layer: int, ids: np.ndarray) -> None:
+        """A step used the experts `ids` int64 `[T, k]` (E: no expert) of `layer`, as its router
+        chose them."""
+        with self._reader.lock:
+            self._seen.note(layer, ids)
 
     def expect(self, guesses: Iterable[Key]) -> None:
         """Read the likeliest of `guesses` (likeliest first) once nobody waits for a read. Guesses
@@ -202,7 +182,7 @@ class ExpertCache:
         fewer planes than it needs, only if nothing else can go (SMoE's shield). Where more is
         missing than may be on its way at once, as for a prompt, experts stream: what was used may
         go at once, so that a few frames serve them all. A failed read is an `EngineError`."""
-        run = _Run(layer=layer, experts=experts, levels=levels, tokens=tokens)
+        run = Run(layer=layer, experts=experts, levels=levels, tokens=tokens)
         idle = False
         try:
             while run.left:
@@ -227,7 +207,7 @@ class ExpertCache:
         with self._reader.lock:
             self._residency.end(layer)
 
-    def _look(self, run: _Run) -> np.ndarray:
+    def _look(self, run: Run) -> np.ndarray:
         """What of `run` can be taken now, indices int64; what is missing is asked for."""
         with self._reader.lock:
             self._settle()
@@ -258,7 +238,7 @@ class ExpertCache:
             )
         return given
 
-    def _go_on(self, run: _Run) -> None:
+    def _go_on(self, run: Run) -> None:
         """Wait for a read. Where none will arrive for want of a frame, order no longer matters:
         what is ready may hold the frame that the others need."""
         started = time.perf_counter()
@@ -271,7 +251,7 @@ class ExpertCache:
             )
         run.ordered = run.ordered and arrived
 
-    def _here(self, run: _Run) -> np.ndarray:
+    def _here(self, run: Run) -> np.ndarray:
         """bool `[n]`: what of `run` could be taken now; a guess may have brought it meanwhile."""
         with self._reader.lock:
             resident = self._residency.levels_of(run.layer, run.experts)
@@ -310,7 +290,7 @@ class ExpertCache:
             raise_first([load for load in loads if not load.on_its_way])
             loads = [load for load in loads if load.on_its_way]
 
-    def _demand(self, run: _Run, missing: np.ndarray) -> None:
+    def _demand(self, run: Run, missing: np.ndarray) -> None:
         """Ask for as many of `missing` as may be on their way at once."""
         loads = run.loads
         if loads:
@@ -336,7 +316,7 @@ class ExpertCache:
                 self.stats.guesses_used += load.state is State.READING
                 self._reader.demand(load, int(run.tokens[i]))
 
-    def _pin(self, run: _Run, pins: np.ndarray | int) -> None:
+    def _pin(self, run: Run, pins: np.ndarray | int) -> None:
         """Another run, paused meanwhile, loses its own: what of it was evicted is read again."""
         if self._active is not run:
             self._pins[:] = FREE
@@ -367,6 +347,7 @@ class ExpertCache:
         if load.since >= load.level:  # it came on another load
             load.since = load.level
             return True
+        self._seen.learn()
         frame = self._residency.reserve(load.key, load.level, self._pins)
         self._trim()
         if frame is None:

@@ -41,6 +41,12 @@ class Eviction:
             self._use(layer, ids[part].reshape(-1))
             self.count(layer, ids[part], None if scores is None else scores[part])
 
+    def observe_token(self, first: int, ids: np.ndarray) -> None:
+        """The same as `observe` for one layer after another, where a token passed those from
+        `first` on, whose routers chose `ids` int64 `[n, k]`. For policies that need no scores."""
+        for layer, chosen in enumerate(ids, first):
+            self.observe(layer, chosen[None], None)
+
     def _use(self, layer: int, slots: np.ndarray) -> None:
         when = self.clock + np.arange(1, len(slots) + 1) / (len(slots) + 1)
         used = slots < self.experts[layer]
@@ -193,18 +199,42 @@ class NextUse(Eviction):
         self.ahead = np.ones(len(experts))
 
     def count(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
-        low, high = self.first[layer], self.first[layer + 1]
-        fade = self.growth ** -min(len(ids), self.most)
+        self._count(slice(layer, layer + 1), self.uses_of(layer, ids)[None], len(ids))
+
+    def observe_token(self, first: int, ids: np.ndarray) -> None:
+        layers, (n, k) = slice(first, first + len(ids)), ids.shape
+        experts = self.experts[first]
+        if self.experts[layers] != [experts] * n or ids.max() >= experts:
+            super().observe_token(first, ids)
+            return
+        flat = ids + experts * np.arange(n)[:, None]
+        when = np.arange(1, k + 1) / (k + 1)
+        self.last[self.first[first] + flat] = (self.clock + np.arange(n))[:, None] + when
+        self.clock += n
+        uses = np.bincount(flat.reshape(-1), minlength=n * experts)
+        self._count(layers, uses.reshape(n, experts), 1)
+
+    def _count(self, layers: slice, uses: np.ndarray, tokens: int) -> None:
+        """So many `tokens` have `uses` `[n, E]` of the experts of n `layers`, which have as many
+        experts each."""
+        part = slice(self.first[layers.start], self.first[layers.stop])
+        fade = self.growth ** -min(tokens, self.most)
         weight = (1 - fade) / (1 - 1 / self.growth)  # of all tokens, the last counting 1
-        self.seen[layer] = self.seen[layer] * fade + weight
-        self.unit[layer] /= max(fade, 1e-100)
-        if self.unit[layer] > 1e100:
-            self.uses[low:high] /= self.unit[layer]
-            self.unit[layer] = 1
-        uses = self.uses_of(layer, ids)
-        self.uses[low:high] += weight / len(ids) * self.unit[layer] * uses
-        self.chance[low:high] = (1 - self.again) * self._frequency(layer) + self.again * (uses > 0)
-        self.ahead = self._ahead_of[layer]
+        seen, unit = self.seen[layers], self.unit[layers]
+        seen *= fade
+        seen += weight
+        unit /= max(fade, 1e-100)
+        decayed = self.uses[part].reshape(uses.shape)
+        large = unit > 1e100
+        if large.any():
+            decayed[large] /= unit[large, None]
+            unit[large] = 1
+        decayed += weight / tokens * unit[:, None] * uses
+        share = None if self.share is None else self.share[part].reshape(uses.shape)
+        chance = self.chance[part].reshape(uses.shape)
+        chance[:] = (1 - self.again) * self._frequency(decayed / unit[:, None], seen, share)
+        chance += self.again * (uses > 0)
+        self.ahead = self._ahead_of[layers.stop - 1]
 
     def warm(self, share: np.ndarray) -> None:
         super().warm(share)
@@ -227,14 +257,16 @@ class NextUse(Eviction):
         """Tokens until each is needed next."""
         return self.ahead[self.layer_of[keys]] + 1 / np.maximum(self.chance[keys], 1e-6)
 
-    def _frequency(self, layer: int) -> np.ndarray:
-        low, high = self.first[layer], self.first[layer + 1]
-        used = self.uses[low:high] / self.unit[layer]
-        if self.share is None:
-            return used / self.seen[layer]
-        slots = used.sum() / self.seen[layer]
-        prior = self.warmth * slots * self.share[low:high]
-        return (used + prior) / (self.seen[layer] + self.warmth)
+    def _frequency(
+        self, used: np.ndarray, seen: np.ndarray, share: np.ndarray | None
+    ) -> np.ndarray:
+        """float64 `[n, E]`: how often each expert is used, of n layers that have `seen` `[n]`
+        tokens."""
+        if share is None:
+            return used / seen[:, None]
+        slots = used.sum(1) / seen
+        prior = (self.warmth * slots)[:, None] * share
+        return (used + prior) / (seen + self.warmth)[:, None]
 
 
 class Belady(Eviction):

@@ -30,6 +30,11 @@ class Predictor:
         False  # wants the next layer's scores, which cost a run of its attention and router
     )
 
+    @property
+    def listens(self) -> bool:
+        """Whether it guesses by what a router says, and not only ahead of it."""
+        return not self.silent and not self.looks_ahead
+
     def __call__(self, routed: Routed) -> Guesses:
         """After a layer's router spoke."""
         return []

@@ -164,6 +164,11 @@ class Reader:
         """Whether a frame is being read into, or about to be."""
         return bool(self._reading) or any(load.claimed for load in self._waiting)
 
+    @property
+    def busy(self) -> bool:
+        """Whether any load is not done; under the lock."""
+        return bool(self._waiting or self._reading)
+
     def loads(self) -> list[Load]:
         """Those that are not done."""
         with self.lock:

@@ -49,6 +49,8 @@ class Residency:
         self.frame_bytes = np.zeros(frames, np.int64)  # of the capacity; of reserved frames too
         self._frame = np.full(self._first[-1], -1)  # of each expert
         self._level = np.zeros(self._first[-1], np.int64)  # of each expert, 0: not resident
+        self._where = [np.full(count + 1, -1) for count in experts]
+        self._guessing = False  # whether any frame may be `_guessed`
         self.used = [0] * len(experts)  # of the capacity, by layer
         self.total = 0
 
@@ -83,6 +85,11 @@ class Residency:
         """int64: the frames of these experts, -1 where one is not resident."""
         return self._frame[self._first[layer] + experts]
 
+    def where(self, layer: int) -> np.ndarray:
+        """int64 `[E + 1]`, which changes as experts come and go: the frame of each expert of a
+        layer that is resident whole, -1 where one is not, or is no expert (the last)."""
+        return self._where[layer]
+
     def full_level(self, layer: int) -> int:
         """Planes of a whole record of a layer."""
         return len(self._sizes[layer]) - 1
@@ -116,10 +123,16 @@ class Residency:
         most = self.capacity if self.share is None else self.share
         return most // self._sizes[layer][-1]
 
+    @property
+    def guessing(self) -> bool:
+        """Whether something was read on a guess and is not used yet."""
+        self._guessing = self._guessing and bool(self._guessed.any())
+        return self._guessing
+
     def use(self, layer: int, experts: np.ndarray) -> int:
         """A step uses these experts, bool `[E]`, resident or not; how many of them were read on a
         guess and are used for the first time."""
-        if not self._guessed.any():
+        if not self.guessing:
             return 0
         frames = self._frame[self._first[layer] + np.flatnonzero(experts)]
         frames = frames[frames >= 0]
@@ -129,7 +142,7 @@ class Residency:
 
     def end(self, layer: int) -> None:
         """The step leaves a layer: what was guessed for it and not used may go."""
-        if self._guessed.any():
+        if self.guessing:
             self._expired |= self._guessed & (self._layers == layer)
 
     def reserve(self, key: Key, level: int, pins: np.ndarray | None = None) -> int | None:
@@ -154,10 +167,12 @@ class Residency:
         """The reserved frame holds `key` now up to `level`."""
         flat = self.flat(key)
         self._level[flat], self._reserved[frame] = level, False
-        if self._frame[flat] == frame:
-            return
-        self._keys[frame], self._layers[frame], self._frame[flat] = flat, key[0], frame
-        self._guessed[frame], self._expired[frame] = guessed, False
+        if self._frame[flat] != frame:
+            self._keys[frame], self._layers[frame], self._frame[flat] = flat, key[0], frame
+            self._guessing = self._guessing or guessed
+            self._guessed[frame], self._expired[frame] = guessed, False
+        if level == self.full_level(key[0]):
+            self._where[key[0]][key[1]] = frame
 
     def abort(self, key: Key, frame: int) -> None:
         """The reserved frame was not filled, or nothing was added to what it holds."""
@@ -202,12 +217,14 @@ class Residency:
             self.evict(frame)
             return
         layer = int(self._layers[frame])
+        self._where[layer][flat - self._first[layer]] = -1
         self._level[flat] -= 1
         self._hold(frame, layer, self._sizes[layer][self._level[flat]])
 
     def evict(self, frame: int) -> None:
         """What the frame holds is gone."""
         layer = int(self._layers[frame])
+        self._where[layer][self._keys[frame] - self._first[layer]] = -1
         self._frame[self._keys[frame]] = -1
         self._level[self._keys[frame]] = 0
         self._keys[frame] = self._layers[frame] = -1
@@ -225,6 +242,11 @@ class Residency:
         self._guessed &= self._keys >= 0
         self._expired &= self._keys >= 0
         self._level[self._frame < 0] = 0
+        self._guessing = bool(self._guessed.any())
+        for layer, where in enumerate(self._where):
+            part = slice(self._first[layer], self._first[layer + 1])
+            whole = self._level[part] == self.full_level(layer)
+            where[:-1] = np.where(whole, self._frame[part], -1)
         layers, levels = self._layers.copy(), self._level[self._keys]
         for key, frame, level in reading:
             self._reserved[frame], layers[frame], levels[frame] = True, key[0], level
