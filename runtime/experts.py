@@ -37,9 +37,9 @@ class Pending(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """Experts in memory. `where[l]` int64 `[E + 1]` says in which of `rows` uint8 `[frames, bytes]`
-    an expert of layer l lies with all of its `level` planes; -1: it is missing, and the last is no
-    expert. `kernels[l]` computes it."""
+    """Experts in memory, as they come and go: `where[l]` int64 `[E]` says in which of `rows` uint8
+    `[frames, bytes]` an expert of layer l lies with all of its `level` planes, -1 where it does
+    not. `kernels[l]` computes it."""
 
     rows: np.ndarray
     where: tuple[np.ndarray, ...]
@@ -69,8 +69,9 @@ class Experts(Protocol):
         ...
 
     def held(self) -> Held | None:
-        """What a loop over layers may use by itself until something else is asked for here; None
-        where there is nothing of the kind, or not now. Each layer's ids go to `used` afterwards."""
+        """What a loop over layers may use by itself until something else is asked for here, always
+        the same object; None where there is nothing of the kind, or not now. Each layer's ids go to
+        `used` afterwards."""
         ...
 
     def used(self, layer: int, ids: np.ndarray) -> None:
@@ -99,7 +100,8 @@ class LocalExperts:
 
     def __init__(self, cache: ExpertCache, kernels: Sequence[LayerKernel], full: int):
         self.cache, self.kernels, self.full = cache, kernels, full
-        self._where = tuple(cache.where(layer) for layer in range(len(kernels)))
+        self._where = [cache.where(layer) for layer in range(len(kernels))]
+        self._held: Held | None = None
 
     def available(self, layer: int) -> Available:
         """The cache's levels."""
@@ -136,7 +138,10 @@ class LocalExperts:
         """While nothing is read."""
         if not self.cache.still:
             return None
-        return Held(self.cache.rows, self._where, self.kernels, self.full)
+        if self._held is None:
+            where = tuple(frames[:-1] for frames in self._where)
+            self._held = Held(self.cache.rows, where, self.kernels, self.full)
+        return self._held
 
     def used(self, layer: int, ids: np.ndarray) -> None:
         """To the cache."""

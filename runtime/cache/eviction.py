@@ -41,14 +41,14 @@ class Eviction:
             self._use(layer, ids[part].reshape(-1))
             self.count(layer, ids[part], None if scores is None else scores[part])
 
-    def observe_token(self, first: int, ids: np.ndarray) -> None:
-        """The same as `observe` for one layer after another, where a token passed those from
-        `first` on, whose routers chose `ids` int64 `[n, k]`. For policies that need no scores."""
+    def observe_layers(self, first: int, ids: np.ndarray) -> None:
+        """The same for one layer after another from `first` on, whose routers chose `ids` int64
+        `[n, T, k]`. For policies that need no scores, and no more than `CHUNK` tokens."""
         for layer, chosen in enumerate(ids, first):
-            self.observe(layer, chosen[None], None)
+            self.observe(layer, chosen, None)
 
     def _use(self, layer: int, slots: np.ndarray) -> None:
-        when = self.clock + np.arange(1, len(slots) + 1) / (len(slots) + 1)
+        when = self.clock + _order(len(slots))
         used = slots < self.experts[layer]
         if not used.all():
             slots, when = slots[used], when[used]
@@ -201,18 +201,18 @@ class NextUse(Eviction):
     def count(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
         self._count(slice(layer, layer + 1), self.uses_of(layer, ids)[None], len(ids))
 
-    def observe_token(self, first: int, ids: np.ndarray) -> None:
-        layers, (n, k) = slice(first, first + len(ids)), ids.shape
-        experts = self.experts[first]
+    def observe_layers(self, first: int, ids: np.ndarray) -> None:
+        layers, (n, tokens, k) = slice(first, first + len(ids)), ids.shape
+        experts, slots = self.experts[first], tokens * k
         if self.experts[layers] != [experts] * n or ids.max() >= experts:
-            super().observe_token(first, ids)
+            super().observe_layers(first, ids)
             return
-        flat = ids + experts * np.arange(n)[:, None]
-        when = np.arange(1, k + 1) / (k + 1)
-        self.last[self.first[first] + flat] = (self.clock + np.arange(n))[:, None] + when
+        at = np.arange(n)[:, None]
+        flat = ids.reshape(n, slots) + experts * at
+        self.last[self.first[first] + flat] = self.clock + at + _order(slots)
         self.clock += n
         uses = np.bincount(flat.reshape(-1), minlength=n * experts)
-        self._count(layers, uses.reshape(n, experts), 1)
+        self._count(layers, uses.reshape(n, experts), tokens)
 
     def _count(self, layers: slice, uses: np.ndarray, tokens: int) -> None:
         """So many `tokens` have `uses` `[n, E]` of the experts of n `layers`, which have as many
@@ -267,6 +267,11 @@ class NextUse(Eviction):
         slots = used.sum(1) / seen
         prior = (self.warmth * slots)[:, None] * share
         return (used + prior) / (seen + self.warmth)[:, None]
+
+
+def _order(slots: int) -> np.ndarray:
+    """float64 `[slots]`, rising, between 0 and 1: when the slots of a step come within it."""
+    return np.arange(1, slots + 1) / (slots + 1)
 
 
 class Belady(Eviction):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from smoe.runtime.cache.eviction import CHUNK
 from smoe.runtime.cache.residency import Residency
 from smoe.runtime.stats import Stats
 
@@ -18,7 +19,7 @@ class Uses:
         self._residency, self._eviction, self._stats = residency, residency.eviction, stats
         self._experts = np.array(self._eviction.experts)
         self._first = 0  # the layer of the first of those that are noted
-        self._noted: list[np.ndarray] = []  # int64 `[k]`, of one token
+        self._noted: list[np.ndarray] = []  # int64 `[T, k]`, all alike
 
     def observe(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
         """The router of `layer` chose `ids` int64 `[T, k]` (E: no expert), by `scores` `[T, E]`
@@ -36,18 +37,18 @@ class Uses:
     def note(self, layer: int, ids: np.ndarray) -> None:
         """The same where all of them were resident and were used as they are, and the policy needs
         no scores: hits too, and the step has left the layer."""
-        if len(ids) > 1:
+        if len(ids) > CHUNK:
             before = self._stats.wanted_hits
             self.observe(layer, ids, None)
             self._stats.hits += self._stats.wanted_hits - before
             self._residency.end(layer)
             return
         noted = self._noted
-        if noted and (layer != self._first + len(noted) or ids.shape[1] != len(noted[0])):
+        if noted and (layer != self._first + len(noted) or ids.shape != noted[0].shape):
             self.learn()
         if not self._noted:
             self._first = layer
-        self._noted.append(ids[0].copy())
+        self._noted.append(ids.copy())
         if layer + 1 == len(self._eviction.experts):
             self.learn()
 
@@ -58,14 +59,15 @@ class Uses:
         first, ids = self._first, np.stack(self._noted)
         self._noted = []
         layers = slice(first, first + len(ids))
-        flat = ids + self._eviction.first[layers, None]
+        slots = ids.reshape(len(ids), -1)
+        flat = slots + self._eviction.first[layers, None]
         used = np.zeros(self._eviction.first[-1], bool)
-        used[flat[ids < self._experts[layers, None]]] = True
+        used[flat[slots < self._experts[layers, None]]] = True
         count = int(np.count_nonzero(used))
         self._stats.wanted += count
         self._stats.wanted_hits += count
         self._stats.hits += count
-        self._eviction.observe_token(first, ids)
+        self._eviction.observe_layers(first, ids)
         if self._residency.guessing:
             for layer in range(layers.start, layers.stop):
                 low, high = self._eviction.first[layer : layer + 2]

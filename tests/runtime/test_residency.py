@@ -3,6 +3,7 @@
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from support.parts import placed
 
 from smoe.runtime.cache.eviction import LeastRecentlyUsed
 from smoe.runtime.cache.residency import FREE, PINNED, SHIELDED, Residency
@@ -64,6 +65,7 @@ def test_residency_is_least_recently_used(capacity, requests):
         assert _resident(residency, 0) == [e in held for e in range(10)]
         assert len(residency) == residency.total == len(held)
         assert residency.frames(0, np.arange(10)).tolist() == [where.get(e, -1) for e in range(10)]
+        assert placed(residency)
 
 
 def test_a_frame_that_was_not_filled_claims_nothing_and_is_free_again():
@@ -181,7 +183,7 @@ def test_planes_are_held_and_let_go_one_by_one(capacity, requests):
             held[key] = level
         for la in (0, 1):
             assert residency.levels(la).tolist() == [held.get((la, e), 0) for e in range(5)]
-        assert all(residency.level(k) == at for k, at in held.items())
+        assert all(residency.level(k) == at for k, at in held.items()) and placed(residency)
         assert residency.frame_bytes.sum() == residency.total <= capacity
         frames = {residency.find(k) for k in held}
         assert {int(residency.frame_bytes[residency.find(k)]) for k in held} <= {

@@ -7,7 +7,7 @@ No threads: a script says what happens next, where threads would leave it to cha
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.parts import accounted
+from support.parts import accounted, placed
 
 from smoe.runtime import EngineError
 from smoe.runtime.cache.cache import ExpertCache
@@ -110,6 +110,7 @@ class Script:
         assert self.residency.total <= self.residency.capacity
         if not any(load.claimed for load in self.reader.loads()):
             assert accounted(self.residency, SIZES)
+        assert placed(self.residency) or not self.cache.still
 
     def step(self, layer: int, experts: list[int], level: int) -> None:
         """What a step does; every expert comes once, whole, and stays until it was used."""

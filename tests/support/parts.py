@@ -184,6 +184,17 @@ def greedy(
     return tokens
 
 
+def placed(residency: Residency) -> bool:
+    """Whether what `where` says is what follows from levels and frames."""
+    for layer, count in enumerate(residency.eviction.experts):
+        experts = np.arange(count)
+        whole = residency.levels(layer) == residency.full_level(layer)
+        where = np.where(whole, residency.frames(layer, experts), -1)
+        if residency.where(layer).tolist() != [*where.tolist(), -1]:
+            return False
+    return True
+
+
 def accounted(residency: Residency, sizes: list[np.ndarray]) -> bool:
     """Whether all that is held is held by an expert that is resident, once nothing is on its way:
     no frame is lost. `sizes[l][j]` bytes of the first j planes."""
