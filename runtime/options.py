@@ -124,7 +124,8 @@ def tables_bytes(policies: Policies, bundle: Bundle) -> int:
     square = 8 * sum(layer.experts**2 for layer in layers)
     total = 0
     if policies.loss:
-        total += 2 * square + 8 * (3 * bundle.levels + 1) * sum(layer.experts for layer in layers)
+        total += 2 * square + square // 4  # prices, and the order of stand-ins
+        total += 8 * (4 * bundle.levels + 2) * sum(layer.experts for layer in layers)
         slots = [24 * chunk_tokens(bundle.manifest) * layer.top_k for layer in layers]
         total += 8 * max(2 * a.experts**2 + n for a, n in zip(layers, slots, strict=True))
     named = policies.substitution if isinstance(policies.substitution, str) else ""

@@ -75,16 +75,18 @@ class LayerPrices:
         lowest price, each at its best weight; None where none is able."""
         ranked = self._stand_ins.take(e, axis=0)
         first = able[ranked].argmax(1)
-        best = ranked[np.arange(len(e)), first]
+        best = ranked[np.arange(len(e)), first].astype(np.int64)
         return best if able[best[0]] else None
 
     @cached_property
     def _stand_ins(self) -> np.ndarray:
-        """int16 `[E, E]`: for every expert all of them, the best stand-in first."""
-        between = np.maximum(self.cross, 0)
-        between *= between
-        saved = np.divide(between, self.standin, out=np.zeros_like(between), where=self.standin > 0)
-        return np.argsort(-saved, axis=1, kind="stable").astype(np.int16)
+        """uint16 `[E, E]`: for every expert all of them, the best stand-in first."""
+        saved = np.maximum(self.cross, 0)  # in place from here on: one layer's square at a time
+        saved *= saved
+        np.divide(saved, self.standin, out=saved, where=self.standin > 0)
+        saved[self.standin <= 0] = 0
+        np.negative(saved, out=saved)
+        return np.argsort(saved, axis=1, kind="stable").astype(np.uint16)
 
     def at_level(self, e: np.ndarray, w: np.ndarray, level: np.ndarray | int) -> np.ndarray:
         """Compute expert `e` from the first `level` (from 1) planes only; the full level costs

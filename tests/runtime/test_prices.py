@@ -85,6 +85,19 @@ def test_the_best_weight_is_the_best_of_many(tables):
             )
 
 
+def test_the_best_stand_in_is_the_cheapest_of_those_that_are_able(tables):
+    (layer,) = Prices.of(tables, fitted=False).layers
+    random, e = np.random.default_rng(1), np.arange(E)
+    assert layer.best_stand_in(e, np.zeros(E, bool)) is None
+    for _ in range(20):
+        able = random.random(E) < 0.5
+        able[random.integers(E)] = True
+        best = layer.best_stand_in(e, able)
+        each = layer.stand_in(e[:, None], 0.5, e, layer.best_weight(e[:, None], 0.5, e))
+        assert able[best].all()
+        assert np.allclose(each[e, best], np.where(able, each, np.inf).min(1), atol=1e-15)
+
+
 def test_moments_that_are_no_form_cost_nothing_less_than_zero(tables):
     tables[0]["price_cross"] = tables[0]["price_cross"] + 5
     (layer,) = Prices.of(tables).layers
