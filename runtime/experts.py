@@ -18,7 +18,7 @@ from smoe.runtime.budget import SLOTS
 from smoe.runtime.cache.cache import ExpertCache
 from smoe.runtime.cache.residency import Key
 from smoe.runtime.kernels import LayerKernel, Work
-from smoe.runtime.routing import Available, Dispatch, Routed, as_routed
+from smoe.runtime.routing import Assignment, Available, Dispatch, Routed
 from smoe.runtime.system import trim_heap
 
 
@@ -63,8 +63,10 @@ class Experts(Protocol):
         reads."""
         ...
 
-    def at_hand(self, routed: Routed, available: Available) -> np.ndarray | None:
-        """What every slot gives, float32 `[T, k, H]`, if none of what the router chose is missing:
+    def at_hand(
+        self, routed: Routed, assignment: Assignment, available: Available
+    ) -> np.ndarray | None:
+        """What every slot of `assignment` gives, float32 `[T, k, H]`, if nothing is missing:
         computed, observed and counted. None otherwise, and nothing has happened."""
         ...
 
@@ -116,11 +118,16 @@ class LocalExperts:
         """To the cache."""
         self.cache.expect(guesses)
 
-    def at_hand(self, routed: Routed, available: Available) -> np.ndarray | None:
-        """In one call of the kernel, unless there are very many slots."""
+    def at_hand(
+        self, routed: Routed, assignment: Assignment, available: Available
+    ) -> np.ndarray | None:
+        """In one call of the kernel, unless there are very many slots. Of several tokens that take
+        shortcuts nothing is ever at hand."""
         layer, ids = routed.layer, routed.ids
         if not self.cache.still:
             return None
+        if assignment.ids is not ids or assignment.levels is not None:
+            return self._shortened(routed, assignment) if len(ids) == 1 else None
         frames = self._where[layer].take(ids)
         if frames.min() < 0:
             return None
@@ -129,9 +136,25 @@ class LocalExperts:
             outputs = self.kernels[layer](self.cache.rows, work, routed.hidden)[None]
         else:
             outputs = np.empty((*ids.shape, routed.hidden.shape[1]), np.float32)
-            dispatch = Dispatch.of(as_routed(routed, available), available)
+            dispatch = Dispatch.of(assignment, available)
             self.compute(layer, dispatch, routed.hidden, outputs)
         self.cache.used(layer, ids)
+        return outputs
+
+    def _shortened(self, routed: Routed, assignment: Assignment) -> np.ndarray | None:
+        """The same of one token that takes shortcuts: some slots have another expert, another
+        level, or nothing."""
+        layer, resident = routed.layer, self.cache.levels(routed.layer)
+        ranks = (assignment.ids[0] < len(resident)).nonzero()[0]
+        experts = assignment.ids[0, ranks]
+        full, starts, tokens = _one_token(len(ranks), self.full)
+        levels = full if assignment.levels is None else assignment.levels[0, ranks]
+        if (resident[experts] < levels).any():
+            return None
+        outputs = np.zeros((*assignment.ids.shape, routed.hidden.shape[1]), np.float32)
+        work = Work(self.cache.frames_of(layer, experts), levels, starts, tokens)
+        outputs[0, ranks] = self.kernels[layer](self.cache.rows, work, routed.hidden)
+        self.cache.used(layer, routed.ids, experts)
         return outputs
 
     def held(self) -> Held | None:

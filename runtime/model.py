@@ -113,10 +113,9 @@ class Model:
         self, routed: Routed, available: Available, assignment: Assignment
     ) -> np.ndarray | None:
         """What every slot gives, float32 `[T, k, H]`, if there is nothing to bring or to guess."""
-        as_it_is = assignment.ids is routed.ids and assignment.levels is None
-        if not as_it_is or self._listens(routed.step):
+        if self._listens(routed.step):
             return None
-        return self.experts.at_hand(routed, available)
+        return self.experts.at_hand(routed, assignment, available)
 
     def _bring(
         self, routed: Routed, available: Available, assignment: Assignment, flow: Flow

@@ -144,11 +144,11 @@ class ExpertCache:
         not resident whole, or is no expert (the last)."""
         return self._residency.where(layer)
 
-    def used(self, layer: int, ids: np.ndarray) -> None:
+    def used(self, layer: int, ids: np.ndarray, instead: np.ndarray | None = None) -> None:
         """A step used the experts `ids` int64 `[T, k]` (E: no expert) of `layer`, as its router
-        chose them."""
+        chose them, or in their place others, `instead` int64 `[n]`."""
         with self._reader.lock:
-            self._seen.note(layer, ids)
+            self._seen.note(layer, ids, instead)
 
     def expect(self, guesses: Iterable[Key]) -> None:
         """Read the likeliest of `guesses` (likeliest first) once nobody waits for a read. Guesses

@@ -34,13 +34,14 @@ class Uses:
         self._eviction.observe(layer, ids, scores)
         self._stats.guesses_used += self._residency.use(layer, chosen)
 
-    def note(self, layer: int, ids: np.ndarray) -> None:
-        """The same where all of them were resident and were used as they are, and the policy needs
-        no scores: hits too, and the step has left the layer."""
-        if len(ids) > CHUNK:
-            before = self._stats.wanted_hits
+    def note(self, layer: int, ids: np.ndarray, instead: np.ndarray | None) -> None:
+        """The same of a policy that needs no scores, where all were resident and were used, or in
+        their place others, `instead`: hits too, and the step has left the layer."""
+        if instead is not None or len(ids) > CHUNK:
             self.observe(layer, ids, None)
-            self._stats.hits += self._stats.wanted_hits - before
+            used = np.zeros(self._experts[layer] + 1, bool)
+            used[ids if instead is None else instead] = True
+            self._stats.hits += int(np.count_nonzero(used[:-1]))
             self._residency.end(layer)
             return
         noted = self._noted

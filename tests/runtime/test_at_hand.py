@@ -3,15 +3,22 @@
 import numpy as np
 import pytest
 from support.parts import Parts, decoded, greedy, make_parts, step
+from support.prices import add_prices
 
+from smoe.artifacts import open_bundle
 from smoe.runtime.cache.cache import ExpertCache
 from smoe.runtime.cache.eviction import LeastRecentlyUsed, NextUse, eviction_named
 from smoe.runtime.cache.residency import Residency
+from smoe.runtime.choose.priced import Priced
+from smoe.runtime.choose.prices import PRICE_TABLES, Prices
 from smoe.runtime.experts import Held, LocalExperts
 from smoe.runtime.kernels import Work
+from smoe.runtime.ledger import LossLedger
 from smoe.runtime.model import Model
+from smoe.runtime.options import level_sizes, substitution_named
 from smoe.runtime.routing import combine
 from smoe.runtime.stats import Stats
+from smoe.runtime.step import Sequence
 
 PROMPT = np.arange(3, 12)
 
@@ -19,7 +26,7 @@ PROMPT = np.arange(3, 12)
 class TheLongWay(LocalExperts):
     """Brings what is here as if it were not."""
 
-    def at_hand(self, routed, available):
+    def at_hand(self, routed, assignment, available):
         return None
 
 
@@ -53,6 +60,44 @@ def test_the_short_way_gives_counts_and_evicts_what_the_long_way_does(golden, ev
             done[-1] += (values.tolist(),)
     assert done[0] == done[1]
     assert (done[0][3]["misses"] > 14) == (experts == 9)
+
+
+def _priced(path, level: int) -> tuple[Priced, LossLedger]:
+    bundle = open_bundle(path)
+    prices = Prices.of(bundle.tables.layers(*PRICE_TABLES))
+    return Priced(prices, level_sizes(bundle, level), 1e-8), LossLedger(0.02, 2, 1e-8)
+
+
+@pytest.mark.parametrize("choose", ["priced", "smoe", "zero"])
+def test_shortcuts_to_what_is_here_go_the_short_way_too(goldens, tmp_path, choose):
+    """Experts in fewer planes, others in their place, nothing in their place."""
+    path, done, shortened = add_prices(goldens[2], tmp_path / "b.smoe"), [], 0
+    tokens = np.random.default_rng(3).integers(3, 40, 60).tolist()
+    for long in (False, True):
+        chooser, ledger = _priced(path, 3)
+        if choose != "priced":
+            chooser, ledger = substitution_named(f"{choose}:0.5", lambda name: []), None
+        with make_parts(path, 8, choose=chooser, threads=0) as parts:
+            kernels = parts.model.experts.kernels
+            way = TheLongWay if long else Counting
+            parts.model.experts = experts = way(parts.cache, kernels, 3)
+            sequence = Sequence(parts.backbone.new_state(300), ledger)
+            logits = [step(parts.model, decoded(sequence, token))[0] for token in tokens]
+            values = parts.residency.eviction.values(np.arange(14)).tolist()
+            done.append((np.stack(logits).tolist(), _state(parts), values, _counts(parts.stats)))
+            shortened += 0 if long else experts.shortened
+    assert done[0] == done[1] and done[0][3]["misses"] and shortened > 5
+
+
+class Counting(LocalExperts):
+    """Knows how often a shortcut was at hand."""
+
+    shortened = 0
+
+    def at_hand(self, routed, assignment, available):
+        outputs = super().at_hand(routed, assignment, available)
+        self.shortened += outputs is not None and assignment.ids is not routed.ids
+        return outputs
 
 
 class Below:
