@@ -31,7 +31,7 @@ from smoe.runtime.routing import (
 from smoe.runtime.stats import Stats
 from smoe.runtime.step import Phase, Sequence, Span, Step
 
-FEW = 128  # tokens that go through several layers without a pause
+FEW = 16  # tokens that go through several layers without a pause
 
 # A step on its way: it pauses where another step may run, and ends with each span's logits.
 Run = Generator[None, None, list[np.ndarray]]
