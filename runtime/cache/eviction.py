@@ -242,7 +242,7 @@ class NextUse(Eviction):
         self.chance = share * 1.0
 
     def values(self, keys: np.ndarray) -> np.ndarray:
-        return self.last[keys] * 1e-12 - self._waits(keys)
+        return self.last.take(keys) * 1e-12 - self._waits(keys)
 
     @property
     def by_planes(self) -> bool:  # type: ignore[override]
@@ -255,7 +255,8 @@ class NextUse(Eviction):
 
     def _waits(self, keys: np.ndarray) -> np.ndarray:
         """Tokens until each is needed next."""
-        return self.ahead[self.layer_of[keys]] + 1 / np.maximum(self.chance[keys], 1e-6)
+        chance = np.maximum(self.chance.take(keys), 1e-6)
+        return self.ahead.take(self.layer_of.take(keys)) + 1 / chance
 
     def _frequency(
         self, used: np.ndarray, seen: np.ndarray, share: np.ndarray | None

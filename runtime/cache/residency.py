@@ -197,17 +197,18 @@ class Residency:
         own = None if key is None else self.find(key)
         if own is not None:
             may_go[own] = False
-        frames = np.flatnonzero(may_go)
-        if pins is not None and len(frames):
-            pinned = pins[self._keys[frames]]
-            frames = frames[pinned == min(int(pinned.min()), SHIELDED)]
-        expired = self._expired[frames]
-        if expired.any():
-            frames = frames[expired]
+        if pins is not None:
+            pinned = pins.take(self._keys)
+            free = may_go & (pinned == FREE)
+            may_go = free if free.any() else may_go & (pinned == SHIELDED)
+        if self.guessing:
+            expired = may_go & self._expired
+            may_go = expired if expired.any() else may_go
+        frames = may_go.nonzero()[0]
         if not len(frames):
             return None
-        worth = self.eviction.planes(self._keys[frames], self._level[self._keys[frames]])
-        return int(frames[worth.argmin()])
+        keys = self._keys.take(frames)
+        return int(frames[self.eviction.planes(keys, self._level.take(keys)).argmin()])
 
     def shrink(self, frame: int) -> None:
         """Evict the highest plane, where eviction goes by planes and it is not the only one; the
