@@ -10,7 +10,8 @@ namespace {
 
 typedef __m256i Bytes;
 typedef __m256i Sums;
-constexpr std::size_t VECTOR = 32, OFFSET = 0, TOKENS = 8;
+typedef __m256 Floats;
+constexpr std::size_t VECTOR = 32, OFFSET = 0, TOKENS = 4, VECTORS = 1;
 
 inline Bytes bytes_at(const std::uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -25,6 +26,7 @@ inline Bytes table_of(const std::int8_t* t, std::uint8_t) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(t)));
 }
 inline Bytes look_up(Bytes table, Bytes nibbles) { return _mm256_shuffle_epi8(table, nibbles); }
+inline Bytes turned(Bytes v) { return _mm256_xor_si256(v, bytes_of(128)); }
 inline Bytes add(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
 inline __m256i quad_at(const std::int8_t* p) {
     std::int32_t quad;
@@ -37,13 +39,19 @@ inline Sums dot(Sums s, Bytes w, __m256i x) {
     return _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 inline Sums plus(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
-inline void scaled(Sums s, const std::uint16_t* scales, float step, float* y) {
+inline Sums no_sums() { return _mm256_setzero_si256(); }
+inline Floats floats_at(const float* p) { return _mm256_loadu_ps(p); }
+inline Floats no_floats() { return _mm256_setzero_ps(); }
+inline void put(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+inline Floats scales_at(const float* p) { return floats_at(p); }
+inline Floats scales_at(const std::uint16_t* p) {
     const __m256i wide =
-        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
-    const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-    const __m256 product =
-        _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(s), scale), _mm256_set1_ps(step));
-    _mm256_storeu_ps(y, _mm256_add_ps(_mm256_loadu_ps(y), product));
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline Floats scaled(Floats y, Sums s, Floats scale, float step) {
+    return _mm256_add_ps(
+        y, _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(s), scale), _mm256_set1_ps(step)));
 }
 
 }  // namespace

@@ -9,13 +9,15 @@ namespace {
 
 typedef __m512i Bytes;
 typedef __m512i Sums;
-constexpr std::size_t VECTOR = 64, OFFSET = 128, TOKENS = 16;
+typedef __m512 Floats;
+constexpr std::size_t VECTOR = 64, OFFSET = 128, TOKENS = 12, VECTORS = 2;
 
 inline Bytes bytes_at(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Bytes bytes_of(std::uint8_t b) { return _mm512_set1_epi8(char(b)); }
 inline Bytes pick(Bytes m, Bytes a, Bytes b) { return _mm512_ternarylogic_epi32(m, a, b, 0xCA); }
 inline Bytes lower(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 inline Bytes upper(Bytes v) { return lower(_mm512_srli_epi16(v, 4)); }
+inline Bytes turned(Bytes v) { return v; }
 inline Bytes add(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
 inline Bytes table_of(const std::int8_t* t, std::uint8_t offset) {
     const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(t));
@@ -27,16 +29,22 @@ inline __m512i quad_at(const std::int8_t* p) {
     __builtin_memcpy(&quad, p, sizeof quad);
     return _mm512_set1_epi32(quad);
 }
-inline Sums start(std::int32_t sum) { return _mm512_set1_epi32(-128 * sum); }
+inline Sums start(std::int32_t sum) { return _mm512_set1_epi32(sum); }
 inline Sums dot(Sums s, Bytes w, __m512i x) { return _mm512_dpbusd_epi32(s, w, x); }
 inline Sums plus(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
-inline void scaled(Sums s, const std::uint16_t* scales, float step, float* y) {
-    const __m512i wide =
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
-    const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-    const __m512 product =
-        _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(s), scale), _mm512_set1_ps(step));
-    _mm512_storeu_ps(y, _mm512_add_ps(_mm512_loadu_ps(y), product));
+inline Sums no_sums() { return _mm512_setzero_si512(); }
+inline Floats floats_at(const float* p) { return _mm512_loadu_ps(p); }
+inline Floats no_floats() { return _mm512_setzero_ps(); }
+inline void put(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline Floats scales_at(const float* p) { return floats_at(p); }
+inline Floats scales_at(const std::uint16_t* p) {
+    const auto narrow = reinterpret_cast<__v16hu>(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return reinterpret_cast<Floats>(__builtin_convertvector(narrow, __v16su) << 16);
+}
+inline Floats scaled(Floats y, Sums s, Floats scale, float step) {
+    const Floats exact = __builtin_convertvector(reinterpret_cast<__v16si>(s), Floats);
+    return _mm512_add_ps(y, _mm512_mul_ps(_mm512_mul_ps(exact, scale), _mm512_set1_ps(step)));
 }
 
 }  // namespace

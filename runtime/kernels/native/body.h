@@ -3,28 +3,35 @@
 // the files differ in registers and never in results. What is included before must be
 //
 //   Bytes              VECTOR bytes, a power of two up to 64: VECTOR/4 rows x 4 columns of a block
-//   Sums               VECTOR/4 int32, one per row
-//   bytes_at(p)        load;  pick(m, a, b): bits of a where m has ones, else of b;  lower(v),
-//   upper(v): nibbles look_up(t, v)      16 bytes (table_of: those at a place plus an offset),
-//   indexed by nibbles;  add(a, b): bytes dot(s, w, x)       s + sum over 4 columns of w * x,
-//   exactly; x = quad_at(p): 4 activations for every row start(sum)         the sums to begin with,
-//   where sum is that of the activations (OFFSET says whether w is w + 128) plus(a, b), scaled(s,
-//   scales, step): float32 of the sums * scales * step, added to y TOKENS             how many
-//   tokens' sums fit the registers beside the rest
+//   Sums, Floats       VECTOR/4 int32 or float32, one per row
+//   bytes_at(p)        load
+//   pick(m, a, b)      bits of a where m has ones, else of b
+//   lower(v), upper(v) nibbles
+//   look_up(t, v)      16 bytes (table_of: those at a place plus an offset), indexed by nibbles
+//   add(a, b)          bytes
+//   dot(s, w, x)       s + sum over 4 columns of w * x, exactly; x = quad_at(p): 4 activations for
+//                      every row. OFFSET says whether w is w + 128; turned(w) takes 128 off (where
+//                      OFFSET is 0)
+//   start(sum)         the sums to begin with, `sum` as `quantise` leaves it
+//   plus(a, b)         sums
+//   floats_at(p), put(p, v), no_floats()    load, store, zeros
+//   scales_at(p)       floats, from bfloat16 or float32
+//   scaled(y, s, scale, step)               y + (float32(s) * scale) * step
+//   TOKENS, VECTORS    how many products of a vector of rows and a token have sums in registers, and
+//                      of how many vectors they are; VECTORS divides TOKENS
 //
-// Dense weights, which need none of these, are in dense.h.
+// Codes that are bytes already are in tiles_body.h; dense weights, which need none of these, in
+// dense.h.
 #include <cstring>
 
 #include "dense.h"
+#include "tiles_body.h"
 
 namespace smoe {
 namespace {
 
 // ---- nested: codes from slices
 // --------------------------------------------------------------------------------------
-
-constexpr std::size_t PARTS = SLICE / VECTOR;  // of a block, each with rows of its own
-constexpr std::size_t QUADS = COLUMNS / 4;     // of a block's columns
 
 // A byte's bits where slice t holds the codes of quads 2m and 2m+1 (FORMAT.md, "nested").
 constexpr std::uint8_t place(std::size_t t, std::size_t m) {
@@ -97,21 +104,20 @@ SMOE_INLINE float from_bf16(std::uint16_t bits) {
 }
 
 // One token: values go from registers into the sums.
-template <std::size_t BITS>
-SMOE_INLINE void one_token(const Operand& w, std::size_t tile, const Tables& tables,
-                           const std::int8_t* q, const float* step, const std::int32_t* sum,
-                           float* y) {
+template <std::size_t BITS, class S>
+SMOE_INLINE void one_token(const Operand& w, std::size_t tile, const Rows& x, float* y) {
     const Matrix& m = *w.m;
+    const Tables& tables = m.tables[w.level - 1];
     const Slices at = slices_of(w, tile);
-    const auto* scales =
-        reinterpret_cast<const std::uint16_t*>(w.record + m.scale) + tile * m.groups() * ROWS;
+    const auto* scales = reinterpret_cast<const S*>(w.record + m.scale) + tile * m.groups() * ROWS;
     const std::size_t in_group = m.group / COLUMNS, blocks = m.blocks();
-    for (std::size_t r = 0; r < ROWS; ++r) y[r] = 0;
+    Floats total[PARTS];
+    for (std::size_t part = 0; part < PARTS; ++part) total[part] = no_floats();
     for (std::size_t g = 0, b = 0; b < blocks; ++g) {
         Sums sums[PARTS][2];
         for (std::size_t part = 0; part < PARTS; ++part) {
-            sums[part][0] = start(sum[g]);
-            sums[part][1] = start(0);
+            sums[part][0] = start(x.sum[0][g]);
+            sums[part][1] = no_sums();
         }
         const std::size_t end = b + in_group < blocks ? b + in_group : blocks;
         for (; b < end; ++b) {
@@ -122,79 +128,60 @@ SMOE_INLINE void one_token(const Operand& w, std::size_t tile, const Tables& tab
                 values<BITS>(slices, part, tables, v);
                 for (std::size_t i = 0; i < QUADS; ++i)
                     sums[part][i % 2] =
-                        dot(sums[part][i % 2], v[i], quad_at(q + b * COLUMNS + 4 * i));
+                        dot(sums[part][i % 2], v[i], quad_at(x.q[0] + b * COLUMNS + 4 * i));
             }
         }
         for (std::size_t part = 0; part < PARTS; ++part)
-            scaled(plus(sums[part][0], sums[part][1]), scales + g * ROWS + part * (VECTOR / 4),
-                   step[g], y + part * (VECTOR / 4));
+            total[part] = scaled(total[part], plus(sums[part][0], sums[part][1]),
+                                 scales_at(scales + g * ROWS + part * PART_ROWS), x.step[0][g]);
     }
+    for (std::size_t part = 0; part < PARTS; ++part) put(y + part * PART_ROWS, total[part]);
 }
 
-// N tokens against the values of one group of a tile, which are there already: [quads of the
-// group][64].
-template <std::size_t N>
-SMOE_INLINE void some_tokens(const std::uint8_t* v, std::size_t quads, const std::uint16_t* scales,
-                             std::size_t first, std::size_t g, const Rows& x, std::size_t t,
-                             float* y, std::size_t stride) {
-    for (std::size_t part = 0; part < PARTS; ++part) {
-        Sums sums[N];
-        const std::int8_t* q[N];
-        for (std::size_t n = 0; n < N; ++n) {
-            sums[n] = start(x.sum[t + n][g]);
-            q[n] = x.q[t + n] + first;
-        }
-        for (std::size_t i = 0; i < quads; ++i) {
-            const Bytes w = bytes_at(v + i * SLICE + part * VECTOR);
-            for (std::size_t n = 0; n < N; ++n) sums[n] = dot(sums[n], w, quad_at(q[n] + 4 * i));
-        }
-        for (std::size_t n = 0; n < N; ++n)
-            scaled(sums[n], scales + part * (VECTOR / 4), x.step[t + n][g],
-                   y + (t + n) * stride + part * (VECTOR / 4));
-    }
-}
-
-// Many tokens: the values of a group are written down once (they stay in the nearest cache) and
-// used for all of them.
+// The values of some blocks of a tile, written down.
 template <std::size_t BITS>
-SMOE_INLINE void many_tokens(const Operand& w, std::size_t tile, const Tables& tables,
-                             const Rows& x, float* y, std::size_t stride) {
-    const Matrix& m = *w.m;
-    const Slices at = slices_of(w, tile);
-    const auto* scales =
-        reinterpret_cast<const std::uint16_t*>(w.record + m.scale) + tile * m.groups() * ROWS;
-    const std::size_t in_group = m.group / COLUMNS, blocks = m.blocks();
-    alignas(64) std::uint8_t buffer[128 / 4 * SLICE];
-    for (std::size_t t = 0; t < x.n; ++t)
-        for (std::size_t r = 0; r < ROWS; ++r) y[t * stride + r] = 0;
-    for (std::size_t g = 0, b = 0; b < blocks; ++g) {
-        const std::size_t first = b, end = b + in_group < blocks ? b + in_group : blocks;
-        for (; b < end; ++b) {
-            const std::uint8_t* slices[MAX_BITS];
-            for (std::size_t t = 0; t < BITS; ++t) slices[t] = at.data[t] + b * at.step[t];
-            for (std::size_t part = 0; part < PARTS; ++part) {
-                Bytes v[QUADS];
-                values<BITS>(slices, part, tables, v);
-                for (std::size_t i = 0; i < QUADS; ++i)
-                    std::memcpy(buffer + ((b - first) * QUADS + i) * SLICE + part * VECTOR, &v[i],
-                                VECTOR);
-            }
+SMOE_INLINE void decode(const Slices& at, const Tables& tables, std::size_t first,
+                        std::size_t blocks, std::uint8_t* out) {
+    for (std::size_t b = 0; b < blocks; ++b) {
+        const std::uint8_t* slices[MAX_BITS];
+        for (std::size_t t = 0; t < BITS; ++t) slices[t] = at.data[t] + (first + b) * at.step[t];
+        for (std::size_t part = 0; part < PARTS; ++part) {
+            Bytes v[QUADS];
+            values<BITS>(slices, part, tables, v);
+            for (std::size_t i = 0; i < QUADS; ++i)
+                std::memcpy(out + (b * QUADS + i) * SLICE + part * VECTOR, &v[i], VECTOR);
         }
-        const std::size_t quads = (end - first) * QUADS;
-        std::size_t t = 0;
-        for (; t + TOKENS <= x.n; t += TOKENS)
-            some_tokens<TOKENS>(buffer, quads, scales + g * ROWS, first * COLUMNS, g, x, t, y,
-                                stride);
-        for (; t < x.n; ++t)
-            some_tokens<1>(buffer, quads, scales + g * ROWS, first * COLUMNS, g, x, t, y, stride);
+    }
+}
+
+constexpr std::size_t MOST_TILES = 2;  // of a call
+
+// Tiles times some tokens: many ones have the values of a chunk written down once.
+template <std::size_t BITS, class S = std::uint16_t>
+void nested_tiles(const Operand& w, std::size_t tile, std::size_t tiles, const Rows& x, float* y,
+                  std::size_t stride) {
+    if (x.n == 1) {
+        for (std::size_t i = 0; i < tiles; ++i)
+            one_token<BITS, S>(w, tile + i, x, y + i * ROWS);
+        return;
+    }
+    const Matrix& m = *w.m;
+    const auto* scales = reinterpret_cast<const S*>(w.record + m.scale) + tile * m.groups() * ROWS;
+    alignas(64) std::uint8_t buffer[MOST_TILES * CHUNK * BLOCK];
+    for (std::size_t b = 0; b < m.blocks(); b += CHUNK) {
+        const std::size_t blocks = m.blocks() - b < CHUNK ? m.blocks() - b : CHUNK;
+        for (std::size_t i = 0; i < tiles; ++i)
+            decode<BITS>(slices_of(w, tile + i), m.tables[w.level - 1], b, blocks,
+                         buffer + i * CHUNK * BLOCK);
+        const Panel<S> panel = {buffer, CHUNK * BLOCK, scales, m.groups(), m.group / COLUMNS,
+                                b,      blocks};
+        multiply_panel<false>(panel, tiles, x, y, stride);
     }
 }
 
 template <std::size_t BITS>
 void nested_tile(const Operand& w, std::size_t tile, const Rows& x, float* y, std::size_t stride) {
-    const Tables& tables = w.m->tables[w.level - 1];
-    if (x.n == 1) return one_token<BITS>(w, tile, tables, x.q[0], x.step[0], x.sum[0], y);
-    many_tokens<BITS>(w, tile, tables, x, y, stride);
+    nested_tiles<BITS>(w, tile, 1, x, y, stride);
 }
 
 void tile(const Operand& w, std::size_t tile, const Rows& x, float* y, std::size_t stride) {
@@ -270,7 +257,7 @@ void quantise(const float* x, std::size_t n, std::size_t group, std::int8_t* q, 
             }
         }
         for (std::size_t i = usable ? real : 0; i < all; ++i) q[first + i] = 0;
-        sum[g] = total;
+        sum[g] = -std::int32_t(OFFSET) * total;
     }
 }
 

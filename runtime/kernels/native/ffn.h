@@ -86,7 +86,8 @@ struct Operand {
 };
 
 // Activations: n rows, given by pointers. float32 for dense weights; for nested ones int8 [blocks *
-// 32], the step of each group, and each group's sum of q.
+// 32], the step of each group, and what each group's sums of products begin with (for kernels whose
+// weights carry an offset).
 struct Rows {
     std::size_t n;
     const float* const* x;

@@ -10,7 +10,8 @@ namespace {
 
 typedef uint8x16_t Bytes;
 typedef int32x4_t Sums;
-constexpr std::size_t VECTOR = 16, OFFSET = 0, TOKENS = 8;
+typedef float32x4_t Floats;
+constexpr std::size_t VECTOR = 16, OFFSET = 0, TOKENS = 8, VECTORS = 2;
 
 inline Bytes bytes_at(const std::uint8_t* p) { return vld1q_u8(p); }
 inline Bytes bytes_of(std::uint8_t b) { return vdupq_n_u8(b); }
@@ -21,6 +22,7 @@ inline Bytes table_of(const std::int8_t* t, std::uint8_t) {
     return vreinterpretq_u8_s8(vld1q_s8(t));
 }
 inline Bytes look_up(Bytes table, Bytes nibbles) { return vqtbl1q_u8(table, nibbles); }
+inline Bytes turned(Bytes v) { return veorq_u8(v, bytes_of(128)); }
 inline Bytes add(Bytes a, Bytes b) { return vaddq_u8(a, b); }
 inline int8x16_t quad_at(const std::int8_t* p) {
     std::int32_t quad;
@@ -38,10 +40,16 @@ inline Sums dot(Sums s, Bytes w, int8x16_t x) {
 #endif
 }
 inline Sums plus(Sums a, Sums b) { return vaddq_s32(a, b); }
-inline void scaled(Sums s, const std::uint16_t* scales, float step, float* y) {
-    const float32x4_t scale = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(scales), 16));
-    const float32x4_t product = vmulq_n_f32(vmulq_f32(vcvtq_f32_s32(s), scale), step);
-    vst1q_f32(y, vaddq_f32(vld1q_f32(y), product));
+inline Sums no_sums() { return vdupq_n_s32(0); }
+inline Floats floats_at(const float* p) { return vld1q_f32(p); }
+inline Floats no_floats() { return vdupq_n_f32(0); }
+inline void put(float* p, Floats v) { vst1q_f32(p, v); }
+inline Floats scales_at(const float* p) { return floats_at(p); }
+inline Floats scales_at(const std::uint16_t* p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+}
+inline Floats scaled(Floats y, Sums s, Floats scale, float step) {
+    return vaddq_f32(y, vmulq_n_f32(vmulq_f32(vcvtq_f32_s32(s), scale), step));
 }
 
 }  // namespace

@@ -6,7 +6,8 @@ namespace {
 
 typedef std::uint8_t Bytes __attribute__((vector_size(16)));
 typedef std::int32_t Sums __attribute__((vector_size(16)));
-constexpr std::size_t VECTOR = 16, OFFSET = 0, TOKENS = 4;
+typedef float Floats __attribute__((vector_size(16)));
+constexpr std::size_t VECTOR = 16, OFFSET = 0, TOKENS = 4, VECTORS = 1;
 
 inline Bytes bytes_at(const std::uint8_t* p) {
     Bytes v;
@@ -21,6 +22,7 @@ inline Bytes table_of(const std::int8_t* t, std::uint8_t) {
     return bytes_at(reinterpret_cast<const std::uint8_t*>(t));
 }
 inline Bytes look_up(Bytes table, Bytes nibbles) { return __builtin_shuffle(table, nibbles); }
+inline Bytes turned(Bytes v) { return v ^ 128; }
 inline Bytes add(Bytes a, Bytes b) { return a + b; }
 inline const std::int8_t* quad_at(const std::int8_t* p) { return p; }
 inline Sums start(std::int32_t) { return Sums{}; }
@@ -37,13 +39,21 @@ inline Sums dot(Sums s, Bytes w, const std::int8_t* x) {
     return s;
 }
 inline Sums plus(Sums a, Sums b) { return a + b; }
-inline void scaled(Sums s, const std::uint16_t* scales, float step, float* y) {
-    for (int r = 0; r < 4; ++r) {
-        const std::uint32_t wide = std::uint32_t(scales[r]) << 16;
-        float scale;
-        __builtin_memcpy(&scale, &wide, sizeof scale);
-        y[r] += (float(s[r]) * scale) * step;
-    }
+inline Sums no_sums() { return Sums{}; }
+inline Floats floats_at(const float* p) {
+    Floats v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+inline Floats no_floats() { return Floats{}; }
+inline void put(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+inline Floats scales_at(const float* p) { return floats_at(p); }
+inline Floats scales_at(const std::uint16_t* p) {
+    typedef std::uint32_t Words __attribute__((vector_size(16)));
+    return reinterpret_cast<Floats>(Words{p[0], p[1], p[2], p[3]} << 16);
+}
+inline Floats scaled(Floats y, Sums s, Floats scale, float step) {
+    return y + (__builtin_convertvector(s, Floats) * scale) * step;
 }
 
 }  // namespace
