@@ -54,6 +54,7 @@ SMOE_INLINE void multiply(const Panel<S>& p, std::size_t row_vector, const Rows&
         for (std::size_t n = 0; n < N; ++n)
             for (std::size_t v = 0; v < V; ++v) sums[v][n] = start(x.sum[t + n][g]);
         const std::size_t end = b + p.in_group < p.blocks ? b + p.in_group : p.blocks;
+#pragma GCC unroll 8
         for (std::size_t i = b * QUADS; i < end * QUADS; ++i) {
             if (STORED && N == 1) __builtin_prefetch(w[0] + i * SLICE + AHEAD);
             Bytes codes[V];
