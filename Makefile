@@ -50,7 +50,8 @@ sanitize: .venv-lean/installed
 		$(LEAN)/pip install -q --no-deps -C cmake.build-type=Debug --target build/sanitize .
 	PYTHONPATH=build/sanitize PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-		$(LEAN)/pytest -q --capture=sys tests/runtime/test_kernels*.py tests/test_packing.py
+		$(LEAN)/pytest -q --capture=sys tests/runtime/test_kernels*.py tests/runtime/test_products.py \
+		tests/runtime/test_attention.py tests/test_packing.py
 
 ## The native pool and kernels under the thread sanitizer, called from several threads at once.
 threads:

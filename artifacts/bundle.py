@@ -1,7 +1,7 @@
 """An opened bundle: what the door returns. Past it nothing is parsed, laid out or checked again.
 
-Opening reads the manifest, the header of every shard and that of the tables, each once, and no
-weight. What a record's scales hold is looked at when the record is read, not here.
+Opening reads the manifest, the header of every shard, that of the tables and the program, each
+once, and no weight. What a record's scales hold is looked at when the record is read, not here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from smoe.artifacts.encodings import record_layout
 from smoe.artifacts.errors import BundleError
 from smoe.artifacts.layout import RecordLayout
 from smoe.artifacts.manifest import Manifest
+from smoe.artifacts.program import Program
 from smoe.artifacts.tables import Tables
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ class Bundle:
 
     `layouts[l]` is the layout of the records of MoE layer l, `starts[l]` the byte of its shard
     where record 0 begins. `tables` reads what a policy asks for, and is empty where the bundle has
-    none.
+    none. `program` is the table of its backbone's operations, where it has one.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Bundle:
     layouts: tuple[RecordLayout, ...]
     starts: tuple[int, ...]
     tables: Tables
+    program: Program | None = None
 
     @property
     def levels(self) -> int:
@@ -75,11 +77,11 @@ def open_bundle(path: str | Path, hashes: bool = False) -> Bundle:
     checked(lambda: validate.check_weights(manifest))
     checked(lambda: validate.check_trace(path, manifest))
     tables = checked(lambda: validate.open_tables(path, manifest))
+    program = checked(lambda: validate.open_program(path, manifest))
     _refuse(wrong)
     assert tables is not None
-    return Bundle(
-        path, manifest, layouts, tuple(start for start in starts if start is not None), tables
-    )
+    whole = tuple(start for start in starts if start is not None)
+    return Bundle(path, manifest, layouts, whole, tables, program)
 
 
 def layouts_of(manifest: Manifest) -> tuple[RecordLayout, ...]:

@@ -8,19 +8,17 @@ fields mean is in FORMAT.md.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
-import types
-import typing
 from dataclasses import dataclass
 
+from smoe.artifacts import schema
 from smoe.artifacts.errors import BundleError
 from smoe.artifacts.layout import ExpertShape
 from smoe.artifacts.safetensors_file import DTYPES
 
 FORMAT = "smoe"
-VERSION = 5
+VERSION = 6
 STUDY, STUDY_SINCE = (
     "study",
     4,
@@ -90,7 +88,7 @@ class Wires:
 @dataclass(frozen=True)
 class Layer:
     """One MoE layer. Its experts run after the segment of the same number and before the next
-    one."""
+    one; after the segment one further where the backbone has a prelude."""
 
     name: str
     experts: int
@@ -150,7 +148,8 @@ class Initializer:
 @dataclass(frozen=True)
 class Backbone:
     """Everything but the experts. `heads` is the number of attention heads, for the memory plan.
-    `one_at_a_time` says that a call takes exactly one token."""
+    `one_at_a_time` says that a call takes exactly one token. `prelude` says that segment 0 comes
+    before the first layer's: embedding, positions, masks and rotary tables alone."""
 
     precision: str
     heads: int
@@ -159,6 +158,7 @@ class Backbone:
     initializers: tuple[Initializer, ...]
     state: tuple[State, ...]
     one_at_a_time: bool = dataclasses.field(default=False, metadata={"since": 2})
+    prelude: bool = dataclasses.field(default=False, metadata={"since": 6})
 
 
 @dataclass(frozen=True)
@@ -221,10 +221,7 @@ class Manifest:
     def parse(cls, text: str, where: str) -> Manifest:
         """Read manifest.json; `where` names the file in errors. A wrong field or type is a
         `BundleError`."""
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{where} is not JSON ({error}); copy the bundle again.") from error
+        data = schema.load(text, where)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(f"{where} does not say format {FORMAT!r}; this is not a smoe bundle.")
         if type(data.get("version")) is not int or not 1 <= data["version"] <= VERSION:
@@ -233,52 +230,4 @@ class Manifest:
                 f"{VERSION}; "
                 "upgrade smoe, or build the bundle again with it."
             )
-        return _parse(cls, data, where)
-
-
-def _parse(hint: typing.Any, value: typing.Any, where: str) -> typing.Any:
-    """`value` as an instance of the type `hint`, recursively; nothing is converted but int to
-    float."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        inner = next(a for a in args if a is not type(None))
-        return None if value is None else _parse(inner, value, where)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise _wrong(where, "an object", value)
-        hints, later = _schema(hint)
-        odd = sorted(
-            (set(value) ^ set(hints)) - (later - set(value))
-        )  # older versions lack what has a default
-        if odd:
-            raise BundleError(
-                f"{where}: the fields {', '.join(odd)} are missing or unknown; build the bundle "
-                "again."
-            )
-        return hint(**{key: _parse(hints[key], value[key], f"{where}: {key}") for key in value})
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise _wrong(where, "a list", value)
-        return tuple(_parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise _wrong(where, "an object", value)
-        return {key: _parse(args[1], item, f"{where}: {key}") for key, item in value.items()}
-    if hint is float and type(value) is int and abs(value) < 2**53:
-        value = float(value)
-    if type(value) is not hint:
-        raise _wrong(where, hint.__name__, value)
-    return value
-
-
-@functools.cache
-def _schema(data_class: type) -> tuple[dict[str, typing.Any], frozenset[str]]:
-    """The fields of a dataclass with their types, and those that older versions lack."""
-    later = (field.name for field in dataclasses.fields(data_class) if "since" in field.metadata)
-    return typing.get_type_hints(data_class), frozenset(later)
-
-
-def _wrong(where: str, expected: str, value: object) -> BundleError:
-    return BundleError(
-        f"{where}: {expected} was wanted, found {str(value)[:60]!r}; build the bundle again."
-    )
+        return schema.parse(cls, data, where)

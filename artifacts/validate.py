@@ -17,15 +17,16 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from smoe.artifacts import safetensors_file, tables
+from smoe.artifacts import program_checks, safetensors_file, tables
 from smoe.artifacts.encodings import encoding_named, float_fields
 from smoe.artifacts.errors import BundleError
 from smoe.artifacts.layout import RecordLayout
 from smoe.artifacts.licence import Licence
 from smoe.artifacts.manifest import ACTIVATIONS, KINDS, File, Manifest
+from smoe.artifacts.program import PROGRAM, PROGRAM_WEIGHTS, Program
 from smoe.artifacts.shard import shard_start
 
-MAX_MANIFEST = 64 << 20
+MAX_MANIFEST = MAX_PROGRAM = 64 << 20
 MAX_STATE = 1 << 40  # bytes of one sequence at its longest, in the widest dtype
 NORMALISERS = ("none", "sum", "softmax")
 TEXT_FILES = (
@@ -34,6 +35,7 @@ TEXT_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+PROGRAMS = {PROGRAM, PROGRAM_WEIGHTS}
 STUDY_FILES = ("trace.safetensors", "profile.json", "report.html")
 
 
@@ -57,11 +59,14 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(
             f"{file} has {file.stat().st_size} bytes, more than {MAX_MANIFEST}; it is damaged."
         )
+    return Manifest.parse(_text(file), str(file))
+
+
+def _text(file: Path) -> str:
     try:
-        text = file.read_text("utf-8")
+        return file.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise BundleError(f"{file} is not UTF-8; copy the bundle again.") from error
-    return Manifest.parse(text, str(file))
 
 
 def manifest_problems(manifest: Manifest) -> Iterator[str]:
@@ -126,11 +131,11 @@ def _wiring(m: Manifest) -> Iterator[str]:
         state.input for state in m.backbone.state
     }
     weights = {w.name for w in m.backbone.initializers}
-    if len(m.backbone.segments) != len(m.layers) + 1:
+    wanted = m.backbone.prelude + len(m.layers) + 1
+    if len(m.backbone.segments) != wanted:
         yield (
             f"manifest.json: {len(m.backbone.segments)} segments for {len(m.layers)} layers, "
-            f"{len(m.layers) + 1} "
-            "were wanted; build the bundle again."
+            f"{wanted} were wanted; build the bundle again."
         )
         return
     for i, segment in enumerate(m.backbone.segments):
@@ -146,16 +151,17 @@ def _wiring(m: Manifest) -> Iterator[str]:
                 "again."
             )
         known |= set(segment.outputs)
-        if i < len(m.layers):
-            wires = m.layers[i].wires
+        layer = i - m.backbone.prelude
+        if 0 <= layer < len(m.layers):
+            wires = m.layers[layer].wires
             needed = [wires.hidden, wires.ids, wires.weights]
-            if m.layers[i].routing:
+            if m.layers[layer].routing:
                 needed += [wires.scores, wires.raw]
             absent = [name for name in needed if name not in known]
             if absent:
                 yield (
-                    f"manifest.json: layer {i} takes {absent[0]!r}, which no segment gives; build "
-                    "the bundle again."
+                    f"manifest.json: layer {layer} takes {absent[0]!r}, which no segment gives; "
+                    "build the bundle again."
                 )
             known.add(wires.output)
     if "logits" not in m.backbone.segments[-1].outputs:
@@ -200,6 +206,8 @@ def listing_problems(m: Manifest) -> Iterator[str]:
     """What the manifest lists and no bundle has, or has outside itself, and what it fails to
     list."""
     required, optional = _parts(m)
+    if PROGRAMS & m.files.keys():  # both or none
+        required |= PROGRAMS
     for name in sorted(required - set(m.files)):
         yield f"manifest.json: files does not list {name}; build the bundle again."
     for name in m.files:
@@ -225,7 +233,7 @@ def _parts(m: Manifest) -> tuple[set[str], set[str]]:
     """The files that the bundle must have, and those that it may have."""
     required = {segment.file for segment in m.backbone.segments} | {m.backbone.weights}
     required |= {m.shard(i) for i in range(len(m.layers))}
-    optional = {"tables.safetensors", f"{m.study}tables.safetensors", *TEXT_FILES}
+    optional = {"tables.safetensors", f"{m.study}tables.safetensors", *TEXT_FILES, *PROGRAMS}
     return required, optional | {m.study + name for name in STUDY_FILES}
 
 
@@ -306,6 +314,22 @@ def check_weights(m: Manifest) -> None:
         raise BundleError(
             f"{m.backbone.weights} has {size} bytes, its last weight ends at {end}; build it again."
         )
+
+
+def open_program(path: Path, m: Manifest) -> Program | None:
+    """The program of the bundle's backbone, its table checked in full; None where there is none.
+    A `BundleError` that lists what is wrong."""
+    if PROGRAM not in m.files:
+        return None
+    if m.files[PROGRAM].size > MAX_PROGRAM:
+        raise BundleError(
+            f"{PROGRAM} has {m.files[PROGRAM].size} bytes, more than {MAX_PROGRAM}; it is damaged."
+        )
+    program = Program.parse(_text(path / PROGRAM), PROGRAM)
+    wrong = list(program_checks.problems(program, m, m.files[PROGRAM_WEIGHTS].size))
+    if wrong:
+        raise BundleError("\n".join(wrong))
+    return program
 
 
 def open_tables(path: Path, m: Manifest) -> tables.Tables:

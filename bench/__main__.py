@@ -12,7 +12,7 @@ from bench.tables import rewrite
 from smoe.artifacts import SmoeError
 
 MODULES = (
-    "policies", "micro", "prep", "quality", "large", "backbones", "memory", "outofcore",
+    "policies", "micro", "prep", "quality", "large", "backbones", "memory", "outofcore", "decoding",
     "families", "sidebyside", "prompts", "opening", "models", "packing", "soak",
 )  # fmt: skip
 

@@ -27,7 +27,7 @@ LIMIT = 600  # seconds of one family
 TOKENS = 211  # of a pico vocabulary
 COLUMNS = {
     "family": "{}", "result": "{}", "tokens of 48": "{:.0f}", "logit error": "{:.0e}",
-    "state": "{}", "routing rule": "{}", "why not": "{}",
+    "state": "{}", "routing rule": "{}", "program": "{}", "why not": "{}",
 }  # fmt: skip
 
 
@@ -119,7 +119,22 @@ def _built(config_name: str, folder: Path, text: Path) -> dict[str, Any]:
     return {
         "state": sorted({_kind(state) for state in manifest.backbone.state}),
         "rule": all(layer.routing is not None for layer in manifest.layers),
+        "program": _program(bundle),
     }
+
+
+def _program(bundle: Path) -> str:
+    """How much of the backbone compiles, and the first reason why not all of it does."""
+    from smoe.artifacts import open_bundle
+
+    opened = open_bundle(bundle)
+    if opened.program is None:
+        single = opened.manifest.backbone.one_at_a_time
+        return "none: one token at a time" if single else "none"
+    reasons = [part.reason for part in opened.program.parts if part.ops is None]
+    every = len(opened.program.parts)
+    causes = [reason for reason in reasons if ", which others take, " not in reason] or reasons
+    return f"{every - len(reasons)} of {every}: {causes[0][:120]}" if reasons else "whole"
 
 
 def _kind(state: Any) -> str:
@@ -139,5 +154,6 @@ def _line(result: dict[str, Any]) -> list[Any]:
         result["error"] / result["scale"] if "error" in result else None,
         ", ".join(result.get("state", [])),
         rule,
+        result.get("program"),
         re.sub(r"/tmp/\S*/model", "MODEL", result["cause"]),
     ]

@@ -90,8 +90,6 @@ def budgets(bundle: str, context: int, loss: float) -> list[int]:
     """The minimum that is stated, 1.1 and 2 times that, and what keeps one token's, half and all of
     the experts, or with a loss budget nearly all (there is nothing to spend it on with all of
     them). In a process like the one that is measured: its own memory is part of them."""
-    import onnxruntime  # noqa: F401  held before opening, wherever the runtime would load it
-
     from smoe.artifacts import open_bundle
     from smoe.runtime import Policies, allowance
     from smoe.runtime.budget import memory_for, plan_memory

@@ -128,7 +128,7 @@ def _models(run: Run, engines: list[str]) -> dict[str, Path]:
     from bench import models
 
     if run.geometry:
-        return _at_size(run, engines)
+        return at_size(run.directory, run.geometry, run.layers, "llama.cpp" in engines)
     bundle = run.bundle or models.padded(run.directory)
     paths = {"smoe": bundle}
     if "transformers" in engines or ("llama.cpp" in engines and not run.gguf):
@@ -144,21 +144,22 @@ def _models(run: Run, engines: list[str]) -> dict[str, Path]:
     return paths
 
 
-def _at_size(run: Run, engines: list[str]) -> dict[str, Path]:
-    """The same of random weights: the checkpoint is there only until all else is."""
+def at_size(directory: Path, geometry: str, layers: int, gguf: bool) -> dict[str, Path]:
+    """A bundle of random weights and, with `gguf`, the same for llama.cpp, in `directory`: made
+    where they are missing. The checkpoint is there only until they are."""
     from bench.models import PADDED, build
 
-    name = f"{run.geometry}-{run.layers}"
-    paths = {"smoe": run.directory / f"{name}.smoe"}
-    if "llama.cpp" in engines:
-        paths["llama.cpp"] = run.directory / f"{name}.gguf"
+    name = f"{geometry}-{layers}"
+    paths = {"smoe": directory / f"{name}.smoe"}
+    if gguf:
+        paths["llama.cpp"] = directory / f"{name}.gguf"
     if all(path.exists() for path in paths.values()):
         return paths
-    shape = GEOMETRIES[run.geometry](layers=run.layers)
-    checkpoint = random_checkpoint(run.directory / name, shape)
-    text = random_text(run.directory / f"{name}.jsonl", 256, shape.vocabulary)
+    shape = GEOMETRIES[geometry](layers=layers)
+    checkpoint = random_checkpoint(directory / name, shape)
+    text = random_text(directory / f"{name}.jsonl", 256, shape.vocabulary)
     build(checkpoint, paths["smoe"], text, "--tokens", "256", "--prices", "0", *PADDED)
-    if "llama.cpp" in engines and not paths["llama.cpp"].exists():
+    if gguf and not paths["llama.cpp"].exists():
         from bench.to_gguf import to_gguf
 
         to_gguf(checkpoint, paths["llama.cpp"], backbone=GGUF_TYPES["int8"])

@@ -29,6 +29,19 @@ def mutations(run: Run) -> Rows:
         yield Table("wrong", {"neither behaved nor refused": "{}"}, [[text] for text in wrong])
 
 
+@bench(option("--count", type=int, default=100_000), SEED, soak=True)
+def programs(run: Run) -> Rows:
+    """Damaged tables of a program end at the door, or run to the bits of their NumPy twin."""
+    from tests.support import damaged_runs
+
+    totals, wrong = damaged_runs.many(run.count, run.seed)
+    columns = {"tables": "{}", "healthy": "{}", "refused with a sentence": "{}", "neither": "{}"}
+    counts = [totals["healthy"], totals["refused"]]
+    yield Table("programs", columns, [[run.count, *counts, len(wrong)]], f"Seed {run.seed}")
+    if wrong:
+        yield Table("wrong", {"neither healthy nor refused": "{}"}, [[text] for text in wrong])
+
+
 @bench(option("--count", type=int, default=20, help="kills"), SEED, soak=True)
 def kills(run: Run) -> Rows:
     """Builds killed at random moments and started again give the same bytes.

@@ -1,4 +1,5 @@
-"""The commands of `smoe-prep`: build does all; profile, pack, export and verify are its steps.
+"""The commands of `smoe-prep`: build does all; profile, pack, export and verify are its steps. add
+gives an older bundle what is new.
 
 Each parses, calls one library function and prints. Results on stdout, progress on stderr. What
 loads torch is imported by the command that needs it, so that help, mistakes and replays answer at
@@ -345,6 +346,23 @@ def verify(
     from smoe.prep.verify import verify
 
     show(verify(bundle, model, held_out, memory, Progress(), level), as_json)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--program",
+    is_flag=True,
+    help="The backbone as a table of operations, which runs faster and without ONNX Runtime.",
+)
+@json_option
+def add(bundle: Path, program: bool, as_json: bool) -> None:
+    """Give BUNDLE, which an older smoe-prep built, what is new, without packing it again."""
+    if not program:
+        raise click.UsageError("Say what to add: --program.")
+    from smoe.prep.add import add_program
+
+    show(add_program(bundle, Progress()), as_json)
 
 
 cli.add_command(simulate)

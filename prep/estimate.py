@@ -27,12 +27,15 @@ from smoe.prep.statistics.sums import MAX_RANKS
 from smoe.prep.sweep.forward import PIECE, TOGETHER
 from smoe.prep.sweep.gradients import IN_MEMORY
 from smoe.runtime.allowance import usual_process
-from smoe.runtime.budget import RUNTIME, SESSION
+from smoe.runtime.execution import CODE, ONNX_CODE, SESSION
 from smoe.runtime.machine import memory_room
 
 # Bytes of a weight of the backbone and of its two ends (backbone/quantise.py: blocks of 32, or 64
 # with 4 bits, share a float32 scale; a vocabulary's tables have 8 bits at least).
 BACKBONE = {"f32": (4.0, 4.0), "int8": (1 + 4 / 32, 1 + 4 / 32), "int4": (0.5 + 4 / 64, 1 + 4 / 32)}
+
+# The same in a program: bfloat16 where a checkpoint has nothing else, scales in bfloat16.
+PROGRAM = {"f32": (2.0, 2.0), "int8": (1 + 2 / 32, 1 + 2 / 32), "int4": (0.5 + 2 / 64, 1 + 2 / 32)}
 
 # What `python -m bench large --geometry olmoe` measured (docs/log.md, 2026-11-27): bytes of Python,
 # torch and transformers with what they leave behind, and of the exporter without any weights.
@@ -106,7 +109,7 @@ class Sizes:
             layers=layers,
             per_layer=per_layer,
             top_k=getattr(config, "num_experts_per_tok", None),
-            backbone=sum(p.numel() for p in model.parameters()) - sum(per_layer),
+            backbone=_parameters(model) - sum(per_layer),
             ends=_ends(model),
             products=_products(model),
             vocabulary=config.vocab_size,
@@ -162,28 +165,42 @@ def _products(model: transformers.PreTrainedModel) -> dict[tuple[int, int], int]
     )
 
 
+def _parameters(model: transformers.PreTrainedModel) -> int:
+    """Of experts too; where embedding and head are one, once."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    head = getattr(outputs, "weight", None) if _tied(model) else None
+    twice = 0 if head is None or head is getattr(inputs, "weight", None) else head.numel()
+    return sum(p.numel() for p in model.parameters()) - twice
+
+
+def _tied(model: transformers.PreTrainedModel) -> bool:
+    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+
+
 def _ends(model: transformers.PreTrainedModel) -> tuple[int, ...]:
     """Numbers of the embedding and of the head, which may be one."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = [getattr(module, "weight", None) for module in modules]
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-    return tuple(w.numel() for w in weights[: 1 if tied else 2] if w is not None)
+    return tuple(w.numel() for w in weights[: 1 if _tied(model) else 2] if w is not None)
 
 
 # -- bytes -----------------------------------------------------------------------------------------
 
 
 def bundle_bytes(sizes: Sizes, work: Work) -> int:
-    """Of the finished bundle."""
+    """Of the finished bundle, with its backbone as graphs and as a program."""
     tables = sum(
         _table_bytes(experts, hidden, sizes.top_k or experts, min(work.tokens, TRACE))
         for experts, hidden, _ in sizes.layers
     )
-    return _shards(sizes, work) + _backbone(sizes, work) + tables + (32 << 20)
+    backbone = _backbone(sizes, BACKBONE[work.precision]) + _backbone(
+        sizes, PROGRAM[work.precision]
+    )
+    return _shards(sizes, work) + backbone + tables + (32 << 20)
 
 
-def _backbone(sizes: Sizes, work: Work) -> int:
-    ends, (inner, outer) = sum(sizes.ends), BACKBONE[work.precision]
+def _backbone(sizes: Sizes, per_weight: tuple[float, float]) -> int:
+    ends, (inner, outer) = sum(sizes.ends), per_weight
     return int(inner * (sizes.backbone - ends) + outer * ends)
 
 
@@ -261,10 +278,11 @@ def _sampled(sizes: Sizes) -> int:
 
 
 def device_bytes(sizes: Sizes, work: Work) -> tuple[int, int]:
-    """Of the runtime besides its KV cache: at least, and with all experts resident."""
-    stored = _backbone(sizes, work)
+    """Of the runtime besides its KV cache, with all of the backbone in ONNX Runtime: at least, and
+    with all experts resident."""
+    stored = _backbone(sizes, BACKBONE[work.precision])
     copies = 1 if work.precision == "f32" else 2  # ONNX Runtime lays quantised weights out anew
-    fixed = copies * stored + RUNTIME + SESSION * (len(sizes.layers) + 1)
+    fixed = copies * stored + CODE + ONNX_CODE + SESSION * (len(sizes.layers) + 1)
     least = fixed + (sizes.top_k or 1) * max(sizes.records(work.encoding))
     return _device(least), _device(fixed + _shards(sizes, work))
 

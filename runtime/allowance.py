@@ -3,13 +3,15 @@ leave, beside what this process holds already. `budget` divides it."""
 
 from __future__ import annotations
 
+import importlib
+
 from smoe.artifacts.bundle import Bundle
 from smoe.runtime import machine
 from smoe.runtime.budget import (
     MIB,
+    ONNX_PROCESS,
     PROCESS,
     RESERVE,
-    RUNTIME,
     SWING,
     MemoryPlan,
     Source,
@@ -19,6 +21,7 @@ from smoe.runtime.budget import (
     show_size,
 )
 from smoe.runtime.errors import EngineError
+from smoe.runtime.execution import AUTO, CODE, ONNX_CODE, Execution
 from smoe.runtime.system import trim_heap
 
 KERNEL = MIB  # what the kernel keeps for a process, beside the tables of its pages
@@ -34,6 +37,7 @@ def allow(
     context: int | None = None,
     level: int | None = None,
     tables: int = 0,
+    execution: Execution = AUTO,
 ) -> MemoryPlan:
     """The plan of an engine in a process that holds no more than `memory`, or no more than `beside`
     above what it holds now, or, if neither is stated, than what is left to it here. The rest as in
@@ -44,10 +48,10 @@ def allow(
             "not both."
         )
 
-    alone = plan_memory(bundle, None, context, level, tables)
+    def plan(budget: int | None, source: Source | None, held: int) -> MemoryPlan:
+        return plan_memory(bundle, budget, context, level, tables, held, source, execution)
 
-    def plan(budget: int | None, source: Source, held: int) -> MemoryPlan:
-        return plan_memory(bundle, budget, context, level, tables, held, source)
+    alone = plan(None, None, 0)
 
     if beside is not None:
         stated = parse_size(beside)
@@ -65,16 +69,22 @@ def allow(
 
 
 def process(alone: MemoryPlan, budget: int | None = None) -> int:
-    """Bytes that this process takes without an engine: what it holds, and what the kernel keeps for
-    it with an engine that takes `budget`, or what `alone`, a plan of nothing else, takes of that.
-    What closed engines left here, as far as this one uses it, is counted there."""
-    held = (machine.held_memory() or 0) - min(_left, RUNTIME + alone.workspace)
+    """Bytes that this process takes without an engine: what it holds, with ONNX Runtime where the
+    engine needs that, and what the kernel keeps for it with an engine that takes `budget`, or
+    what `alone`, a plan of nothing else, takes of that. What closed engines left here, as far as
+    this one uses it, is counted there."""
+    code = CODE
+    if alone.onnxruntime:
+        importlib.import_module("onnxruntime")
+        code += ONNX_CODE
+    held = (machine.held_memory() or 0) - min(_left, code + alone.workspace)
     return _with_kernel(max(0, held), alone.total if budget is None else min(budget, alone.total))
 
 
-def usual_process(engine: int) -> int:
-    """The same of a `smoe run` on another machine, with an engine of so many bytes."""
-    return _with_kernel(PROCESS, engine)
+def usual_process(engine: int, onnxruntime: bool = True) -> int:
+    """The same of a `smoe run` on another machine, with an engine of so many bytes that needs ONNX
+    Runtime or not."""
+    return _with_kernel(PROCESS + (ONNX_PROCESS if onnxruntime else 0), engine)
 
 
 def leave(plan: MemoryPlan) -> None:

@@ -12,6 +12,7 @@ from smoe.artifacts.bundle import Bundle
 from smoe.artifacts.encodings import checked_level, encoding_named
 from smoe.artifacts.manifest import Layer, Manifest
 from smoe.runtime.errors import EngineError
+from smoe.runtime.execution import AUTO, Division, Execution, divide
 
 MIB = 1 << 20
 _UNITS = {
@@ -32,16 +33,15 @@ LENDING = 2  # the memory of experts over what of it they lend, so that decoding
 RESERVE = 10  # the part of what may be held that is left alone where no budget is stated
 SLOTS = 256  # of one call of the kernels, before the last expert is added: more would be no faster
 
-# Measured with bench/memory.py on x86-64, ONNX Runtime 1.31: the code pages that ONNX Runtime and
-# tokenizers touch when they first run, what a session holds besides its weights, what a tokenizer
-# holds per byte of its file, and what it takes per token while it reads a prompt.
-RUNTIME = 18 * MIB
-SESSION = MIB // 2
+# Measured with bench/memory.py on x86-64: what a tokenizer holds per byte of its file, and what it
+# takes per token while it reads a prompt.
 TOKENIZER = 16
 READING = 512
-# What `smoe run` holds before it opens a bundle, for plans that are made elsewhere; and the part of
-# it by which two such processes may differ, which a minimum that is said has in it.
-PROCESS = 64 * MIB
+# What `smoe run` holds before it opens a bundle, for plans that are made elsewhere, what ONNX
+# Runtime's libraries add to it; and the part of it by which two such processes may differ, which a
+# minimum that is said has in it.
+PROCESS = 40 * MIB
+ONNX_PROCESS = 24 * MIB
 SWING = 16
 
 
@@ -63,11 +63,12 @@ class MemoryPlan:
     needed to run at all, `token_cycle` are used by one token. `prefill` is the most that is kept of
     a prompt's chunks, beyond the first, while they share the reads of a layer's experts; `lent` of
     it are the experts', who give way for as long as the prompt takes. `process` is what is there
-    without an engine, 0 where the engine alone is planned; `source` says where the budget comes
-    from."""
+    without an engine, 0 where the engine alone is planned, with ONNX Runtime loaded where
+    `onnxruntime`; `source` says where the budget comes from."""
 
     context: int
     budget: int | None
+    onnxruntime: bool
     backbone: int
     state: int
     workspace: int
@@ -171,11 +172,13 @@ def plan_memory(
     tables: int = 0,
     process: int = 0,
     source: Source | None = None,
+    execution: Execution = AUTO,
 ) -> MemoryPlan:
     """Divide `budget` bytes (None: as much as it takes) for sequences of `context` tokens (None:
     2048, or what the model was made for if that is less), experts at `level` (None: the highest),
-    so many bytes of `tables`, and what the `process` holds besides. An `EngineError` names the
-    minimum where the budget, which comes from `source`, is too small."""
+    so many bytes of `tables`, what the `process` holds besides, and the backbone run by
+    `execution`. An `EngineError` names the minimum where the budget, which comes from `source`, is
+    too small."""
     manifest = bundle.manifest
     layers, longest = manifest.layers, manifest.model.context
     context = min(2048, longest) if context is None else context
@@ -186,16 +189,17 @@ def plan_memory(
     level = checked_level(encoding_named(manifest.experts.encoding), level)
     record = max(layout.levels[level - 1] for layout in bundle.layouts)
     tokenizer = manifest.files["tokenizer.json"].size if "tokenizer.json" in manifest.files else 0
-    copies = 1 if manifest.backbone.precision == "f32" else 2  # ONNX Runtime's own, if not float
-    backbone = copies * manifest.files[manifest.backbone.weights].size
-    backbone += SESSION * len(manifest.backbone.segments) + RUNTIME + TOKENIZER * tokenizer
+    division = divide(manifest, bundle.program, execution)
     whole = MemoryPlan(
         context=context,
         budget=budget,
-        backbone=backbone,
-        state=sum(spec.nbytes(context) for spec in manifest.backbone.state),
-        workspace=_workspace(manifest, context) + tables + (READING * context if tokenizer else 0),
-        prefill=_prefill(manifest, context),
+        onnxruntime=division.needs_onnxruntime,
+        backbone=division.backbone_bytes() + TOKENIZER * tokenizer,
+        state=division.state_bytes(context),
+        workspace=_workspace(manifest, context, division)
+        + tables
+        + (READING * context if tokenizer else 0),
+        prefill=_prefill(manifest, context, division),
         lent=0,
         record=record,
         capacity=sum(layer.experts for layer in layers),
@@ -238,14 +242,15 @@ def memory_for(
     level: int | None = None,
     tables: int = 0,
     process: int = 0,
+    execution: Execution = AUTO,
 ) -> int:
     """The least budget, in bytes, in which so many `experts` stay; the rest as in `plan_memory`.
     More memory never holds fewer."""
-    whole = plan_memory(bundle, None, context, level, tables, process)
+    whole = plan_memory(bundle, None, context, level, tables, process, None, execution)
     low, high = whole.minimum, max(whole.minimum, whole.total)
     while low < high:
         middle = (low + high) // 2
-        enough = plan_memory(bundle, middle, context, level, tables, process).capacity >= experts
+        enough = _within(whole, middle).capacity >= experts
         low, high = (low, middle) if enough else (middle + 1, high)
     return high
 
@@ -276,13 +281,12 @@ def _lendable(capacity: int, record: int, smallest: int) -> int:
     return min(capacity * record // LENDING, (capacity - smallest) * record)
 
 
-def _prefill(manifest: Manifest, context: int) -> int:
-    """What a prompt of `context` tokens keeps beyond its first chunk: residual, a mask, and what
-    the experts of one layer receive and give, by slot."""
+def _prefill(manifest: Manifest, context: int, division: Division) -> int:
+    """What a prompt of `context` tokens keeps beyond its first chunk: what passes between segments,
+    and what the experts of one layer receive and give, by slot."""
     tokens = max(0, min(context, PREFILL_CHUNKS * CHUNK) - chunk_tokens(manifest))
-    return tokens * (
-        4 * context + max(slot_bytes(layer) + 16 * layer.hidden for layer in manifest.layers)
-    )
+    slots = max(slot_bytes(layer) for layer in manifest.layers)
+    return tokens * (slots + division.token_bytes(context))
 
 
 def slot_bytes(layer: Layer) -> int:
@@ -299,19 +303,14 @@ def default_budget(whole: int, room: int) -> int | None:
     return None if whole <= allowed else allowed
 
 
-def _workspace(manifest: Manifest, context: int) -> int:
-    """Intermediate values of one chunk: a few copies of the hidden state and of every slot's
-    output, the attention scores of all heads and the mask, the logits of one token (of a chunk,
-    where the graph gives all), and what the kernels hold of the slots in one call."""
-    widest = max(layer.hidden * (96 + 8 * layer.top_k) for layer in manifest.layers)
-    fused = all(state.in_place for state in manifest.backbone.state)
-    per_position = 4 * manifest.backbone.heads * (1 if fused else 3) + 16
-    sliced = "logits_to_keep" in manifest.backbone.segments[-1].inputs
-    tokens = chunk_tokens(manifest)
-    logits = 4 * manifest.model.vocabulary * (2 if sliced else tokens + 1)
-    slots = min(SLOTS + tokens, tokens * max(layer.top_k for layer in manifest.layers))
-    kernels = slots * max(8 * layer.hidden + 10 * layer.width for layer in manifest.layers)
-    return tokens * (widest + per_position * context) + logits + kernels
+def _workspace(manifest: Manifest, context: int, division: Division) -> int:
+    """Intermediate values of one chunk: what every slot gives, what the kernels hold of the slots
+    in one call, and what the backbone does."""
+    tokens, layers = chunk_tokens(manifest), manifest.layers
+    slots = min(SLOTS + tokens, tokens * max(layer.top_k for layer in layers))
+    kernels = slots * max(8 * layer.hidden + 10 * layer.width for layer in layers)
+    outputs = tokens * max(layer.hidden * (32 + 8 * layer.top_k) for layer in layers)
+    return kernels + outputs + division.workspace(context, tokens)
 
 
 def chunk_tokens(manifest: Manifest) -> int:

@@ -30,6 +30,7 @@ from smoe.runtime.device_profile import measure_device
 from smoe.runtime.errors import EngineError
 from smoe.runtime.evaluate import bench as run_bench
 from smoe.runtime.evaluate import bench_lines
+from smoe.runtime.execution import divide
 from smoe.runtime.hub import located
 from smoe.runtime.text import StopWhen, Text
 
@@ -201,6 +202,7 @@ def info(bundle: Path, context: int | None, as_json: bool) -> None:
 def _about(bundle: Path, context: int | None) -> dict[str, Any]:
     opened = open_bundle(bundle)
     manifest = opened.manifest
+    onnx = divide(manifest, opened.program).onnx
     alone, layers = plan_memory(opened, None, context), manifest.layers
     held = allowance.process(alone)
     full = plan_memory(opened, None, context, process=held)
@@ -214,6 +216,7 @@ def _about(bundle: Path, context: int | None) -> dict[str, Any]:
         "encoding": manifest.experts.encoding,
         "record_bytes": full.record,
         "backbone": manifest.backbone.precision,
+        "program": f"{len(onnx) - sum(onnx)} of {len(onnx)} segments" if opened.program else "none",
         "vocabulary": manifest.model.vocabulary,
         "end_tokens": _ends(opened),
         "longest_context": manifest.model.context,

@@ -16,6 +16,7 @@ from smoe.runtime.cache.eviction import EVICTIONS
 from smoe.runtime.cache.storage import IO
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
+from smoe.runtime.execution import EXECUTORS, STATES, Execution
 from smoe.runtime.options import PREFETCHES, SUBSTITUTIONS, Policies, tables_bytes
 from smoe.runtime.sampling import Sampling
 
@@ -52,8 +53,20 @@ engine_options = _options(
     click.option(
         "--threads",
         type=click.IntRange(1),
-        help="Threads of backbone and experts. Default: as many as pay, and as there are "
-        "processors.",
+        help="Threads of backbone and experts. Default: as many as there are processor cores; ONNX "
+        "Runtime's segments as many as pay.",
+    ),
+    click.option(
+        "--executor",
+        default="auto",
+        show_default=True,
+        help=f"What runs the backbone: {', '.join(EXECUTORS)}. auto: the bundle's program where it "
+        "has one, ONNX Runtime for the rest.",
+    ),
+    click.option(
+        "--state",
+        help=f"What the program keeps of a sequence: {' or '.join(STATES)}. Default: f16, and f32 "
+        "beside a float32 backbone.",
     ),
     click.option(
         "--level", type=int, help="LOSSY. Planes of every expert to read. Default: all, lossless."
@@ -96,6 +109,8 @@ ENGINE_NAMES = (
     "memory",
     "context",
     "threads",
+    "executor",
+    "state",
     "level",
     "io",
     "eviction",
@@ -151,6 +166,8 @@ def open_engine(bundle: Path, options: dict[str, Any]) -> Engine:
         level=asked["level"],
         policies=_policies(asked),
         io=asked["io"],
+        executor=asked["executor"],
+        state=asked["state"],
     )
 
 
@@ -161,7 +178,8 @@ def open_exact_twin(bundle: Path, options: dict[str, Any], log: Callable[[str], 
     if options["memory"] is not None:
         opened, policies = open_bundle(bundle), _policies(exact)
         tables, stated = tables_bytes(policies, opened), parse_size(options["memory"])
-        plan = plan_memory(opened, None, options["context"], tables=tables)
+        execution = Execution(options["executor"], options["state"])
+        plan = plan_memory(opened, None, options["context"], tables=tables, execution=execution)
         plan = dataclasses.replace(plan, process=allowance.process(plan, stated))
         if stated < plan.minimum:
             exact["memory"] = plan.minimum

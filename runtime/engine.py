@@ -25,6 +25,7 @@ from smoe.runtime.cache import storage
 from smoe.runtime.cache.cache import ExpertCache
 from smoe.runtime.cache.frames import Frames
 from smoe.runtime.errors import EngineError
+from smoe.runtime.execution import AUTO, Execution, divide
 from smoe.runtime.experts import LocalExperts
 from smoe.runtime.model import Model, Prefill
 from smoe.runtime.options import (
@@ -68,15 +69,16 @@ class Engine:
         level: int | None = None,
         policies: Policies = DEFAULT,
         io: str | None = None,
+        execution: Execution = AUTO,
     ):
         self.bundle, self.path, self.manifest = bundle, bundle.path, bundle.manifest
         self.plan, self.context, self.policies = plan, plan.context, policies
-        self.stats = Stats()
-        self.text = Text(bundle.path, self.manifest.files)
+        self.stats, self.text = Stats(), Text(bundle.path, self.manifest.files)
         self._process, self._using = os.getpid(), threading.RLock()
         self._turn = 0  # counts what has used the sequence, so that a paused generation notices
         self._kernels = kernels.choose(threads=threads)
-        self._backbone = Backbone(bundle.path, self.manifest, threads)
+        division = divide(self.manifest, bundle.program, execution)
+        self._backbone = Backbone(bundle.path, self.manifest, threads, division, self._kernels)
         self.reading = storage.choose(bundle, level, io, plan)
         self._shards = storage.Shards(bundle, level, self.reading.io, self.stats)
         try:
@@ -84,8 +86,7 @@ class Engine:
         except BaseException:
             self._shards.close()
             raise
-        self._sequence = self.new_sequence()
-        self._pinned = ""
+        self._sequence, self._pinned = self.new_sequence(), ""
 
     def _assemble(self) -> None:
         """The model and its cache, as the policies ask for."""
@@ -113,6 +114,7 @@ class Engine:
             predict=predictor,
             stats=self.stats,
             layers=len(layers),
+            advance=self._backbone.advance if self._backbone.advances else None,
         )
 
     @classmethod
@@ -126,24 +128,28 @@ class Engine:
         policies: Policies = DEFAULT,
         io: str | None = None,
         beside: str | int | None = None,
+        executor: str = "auto",
+        state: str | None = None,
     ) -> Engine:
         """Open the bundle at `path` in a process that holds no more than `memory` in all (bytes, or
         text like "64MiB"; None: what machine and cgroup leave), or no more than `beside` above what
         it holds now, for sequences of up to `context` tokens (None: 2048, or what the model was
-        made for if that is less). `threads` run the backbone (None: as many as pay, by the size of
-        each segment's weights) and the experts (None: all processors that this process may use).
-        `level` is how many planes of every expert are read (None: all; fewer is lossy). `policies`
-        say what stays, what stands in and what is read ahead where memory does not hold all
-        experts; `io` is "direct" (past the page cache) or "buffered" (None: by a measurement).
+        made for if that is less). `threads` run backbone and experts (None: as many as there are
+        processor cores for; ONNX Runtime's segments as many as pay). `level` is how many planes of
+        every expert are read (None: all; fewer is lossy). `policies` say what stays, what stands in
+        and what is read ahead where memory does not hold all experts; `io` is "direct" (past the
+        page cache) or "buffered" (None: by a measurement). `executor` runs the backbone: the
+        bundle's "program", "onnx", or "auto", the program where there is one; `state` is what the
+        program keeps of a sequence, "f16" or "f32" (None: f32 beside a float32 backbone alone).
 
         A damaged bundle, or one without such a level, is a `BundleError`, a budget that is too
         small an `EngineError` that names the minimum, and so are policies that cannot work."""
         bundle = open_bundle(path)
-        tables = tables_bytes(policies, bundle)
-        plan = allowance.allow(bundle, memory, beside, context, level, tables)
+        tables, execution = tables_bytes(policies, bundle), Execution(executor, state)
+        plan = allowance.allow(bundle, memory, beside, context, level, tables, execution)
         check_policies(policies, plan, bundle.manifest)
         try:
-            engine = cls(bundle, plan, threads, level, policies, io)
+            engine = cls(bundle, plan, threads, level, policies, io, execution)
         except MemoryError as error:
             raise EngineError(
                 f"{plan.lines()[0]}: that is more than this machine gives; state less memory."
@@ -200,26 +206,21 @@ class Engine:
 
     def mode_lines(self) -> list[str]:
         """Every automatic choice with its reason, for people."""
-        experts, model, level = self.manifest.experts, self.manifest.model, self._shards.level
-        refused = [layer.routing_refusal for layer in self.manifest.layers if layer.routing is None]
+        manifest, level, levels = self.manifest, self._shards.level, self.bundle.levels
+        shown = f" (level {level} of {levels})" if levels > 1 else ""
+        refused = [layer.routing_refusal for layer in manifest.layers if layer.routing is None]
         return [
-            f"model: {model.model_type}, {len(self.manifest.layers)} MoE layers, experts "
-            f"{experts.encoding}"
-            f"{self._level_line()}, backbone {self.manifest.backbone.precision}, context "
-            f"{self.context}",
+            f"model: {manifest.model.model_type}, {len(manifest.layers)} MoE layers, experts "
+            f"{manifest.experts.encoding}{shown}, context {self.context}",
             f"kernels: {self._kernels.name} ({self._kernels.reason}), up to "
             f"{self._kernels.threads} threads ({self._kernels.threads_reason})",
-            self._backbone.threads_line(),
+            *self._backbone.lines(),
             *self.plan.lines(self.policies.eviction),
             f"reads: {self.reading.io} ({self.reading.reason}{self._shards.line()}){self._pinned}",
             self._backbone.prompt_line(self._pieces(0, self.context)[0]),
-            *policy_lines(self.policies, self.plan, level, self.bundle.levels),
+            *policy_lines(self.policies, self.plan, level, levels),
             *([f"substitution: not possible with this model: {refused[0]}"] if refused else []),
         ]
-
-    def _level_line(self) -> str:
-        levels = self.bundle.levels
-        return f" (level {self._shards.level} of {levels})" if levels > 1 else ""
 
     # -- sequences and steps -----------------------------------------------------------------------
 

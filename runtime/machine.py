@@ -2,7 +2,7 @@
 
 Both versions of control groups are read where they are mounted, from the process's own group up to
 the outermost one that it can see. What the system does not say is None, and the caller says so.
-`proc` is where Linux tells of processes."""
+`proc` is where Linux tells of processes, `cpus` of processors."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ except ModuleNotFoundError:  # not a Unix
     resource = None  # type: ignore[assignment]
 
 PROC = Path("/proc")
+CPUS = Path("/sys/devices/system/cpu")
 # of a group's memory.stat: what cannot be given back, in versions 1 and 2
 KEPT = (
     ("total_rss", "total_shmem"),
@@ -69,18 +70,29 @@ def held_memory(proc: Path = PROC) -> int | None:
     )
 
 
-def processors(proc: Path = PROC) -> Processors:
+def processors(proc: Path = PROC, cpus: Path = CPUS) -> Processors:
     """By affinity, which a container's set of processors is part of, and by the quotas of control
-    groups: a thread beyond them would only wait for the others' time."""
+    groups: a thread beyond them would only wait for the others' time. Processors of one core share
+    what multiplies, and count once."""
     every = os.cpu_count() or 1
-    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else every
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(every))
+    able, cores = len(allowed), len({_siblings(cpus, cpu) for cpu in allowed})
     quota = min(_quotas(proc), default=math.inf)
-    if quota < able:
+    if quota < cores:
         count = math.floor(quota + 0.01)  # one thread more than they pay for waits half the time
         return Processors(max(1, count), f"a quota of {quota:.3g} processors")
+    shared = f", {cores} cores" if cores < able else ""
     if able < every:
-        return Processors(able, f"allowed {able} of {every} processors")
-    return Processors(able, "as many as there are processors")
+        return Processors(cores, f"allowed {able} of {every} processors{shared}")
+    return Processors(cores, f"as many as there are {'cores' if shared else 'processors'}")
+
+
+def _siblings(cpus: Path, cpu: int) -> str:
+    """What names the core of a processor, where the system says; else the processor itself."""
+    try:
+        return (cpus / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
 
 
 def _group_rooms(own: int, proc: Path) -> Iterator[Room]:

@@ -37,8 +37,8 @@ class SequenceState(Protocol):
         shortened)."""
         ...
 
-    def fork(self) -> SequenceState:
-        """A copy that goes its own way."""
+    def fork(self, length: int) -> SequenceState:
+        """A copy, of the first `length` tokens, that goes its own way."""
         ...
 
     def snapshot(self) -> object:
@@ -72,7 +72,8 @@ class Sequence:
 
     def fork(self) -> Sequence:
         """A sequence with the same past that goes its own way, with the ledger as it is now."""
-        copy = Sequence(self.state.fork(), None if self.ledger is None else self.ledger.fork())
+        ledger = None if self.ledger is None else self.ledger.fork()
+        copy = Sequence(self.state.fork(self.length), ledger)
         copy.ids = list(self.ids)
         return copy
 

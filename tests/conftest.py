@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import program_bundle
 
 from smoe.artifacts import safetensors_file
 
@@ -40,6 +41,24 @@ def answer() -> dict[str, np.ndarray]:
     """What `transformers` said of the golden model: prompt, logits at every position, 24 greedy
     tokens."""
     return safetensors_file.load(GOLDEN.with_suffix(".answer.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def programmed(tmp_path_factory) -> Path:
+    """A pico bundle whose program runs all of its backbone; its graphs are empty. Read only."""
+    return program_bundle.write(tmp_path_factory.mktemp("programmed") / "programmed.smoe")
+
+
+@pytest.fixture(scope="session")
+def compiled(golden: Path, tmp_path_factory) -> Path:
+    """The golden bundle with a program. Read only."""
+    pytest.importorskip("onnx", reason="a program is compiled by prep, which needs its extra")
+    from smoe.prep.add import add_program
+    from smoe.prep.progress import Progress
+
+    bundle = Path(shutil.copytree(golden, tmp_path_factory.mktemp("compiled") / "compiled.smoe"))
+    add_program(bundle, Progress(True))
+    return bundle
 
 
 @pytest.fixture

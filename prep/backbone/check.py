@@ -1,5 +1,5 @@
-"""The exported backbone, run as the runtime runs it, against the model itself. Nothing is shipped
-that was not compared.
+"""The exported backbone, run as the runtime runs it, against the model itself; and its program,
+against the same or, in fewer bits, against ONNX Runtime. Nothing is shipped that was not compared.
 
 The experts are left to a stand-in on both sides, which any hidden state can go through.
 """
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from smoe.artifacts.manifest import Manifest
+from smoe.artifacts.program import Program
 from smoe.prep.backbone import router_pattern
 from smoe.prep.backbone.cut import ExpertsNode
 from smoe.prep.backbone.onnx_graph import CLOSE
@@ -22,6 +23,7 @@ from smoe.prep.checkpoint.seam import experts_run_by
 from smoe.runtime.backbone import Backbone
 from smoe.runtime.budget import CHUNK
 from smoe.runtime.errors import EngineError
+from smoe.runtime.execution import Execution, divide
 from smoe.runtime.step import Phase, Sequence, Span, Step
 
 # A prompt of a whole chunk, a decode step, two continuations: what a graph does with 3 tokens it
@@ -30,6 +32,9 @@ PARTS = (CHUNK, 1, 43, 70)
 # Tokens: where a model was made for no more, the check goes on past that length, if its context
 # does. What is stretched is the same at every length; what is not ends there (`positions`).
 FAR = 2048
+# Of the largest logit: in few bits a rounding that falls the other way changes a token's choice of
+# experts, and what comes after.
+ROUNDED = 0.1
 
 
 def check_backbone(
@@ -37,20 +42,13 @@ def check_backbone(
 ) -> tuple[Manifest, str]:
     """`manifest` completed by what running the segments shows (top_k, and which routing rules
     hold), and why they do not do what the model does; '' if they do."""
-    random = np.random.default_rng(0)
-    count = min(_tokens(checkpoint), manifest.model.context)
-    ids = random.integers(0, manifest.model.vocabulary, count)
+    ids = _ids(checkpoint, manifest)
     try:
-        logits, seen = _run(directory, manifest, ids, nodes)
+        logits, seen = _run(Backbone(directory, manifest), manifest, ids, nodes)
     except EngineError as error:
         return manifest, str(error)
-    expected = _original(checkpoint, ids)
-    difference = np.abs(logits - expected).max() / np.abs(expected).max()
-    if not difference <= CLOSE:
-        return (
-            manifest,
-            f"the logits of the exported backbone are off by {difference:.1e} of the largest",
-        )
+    if why := _differs(logits, _original(checkpoint, ids), CLOSE):
+        return manifest, f"the logits of the exported backbone {why}"
     layers = []
     for layer, node, values in zip(manifest.layers, nodes, seen, strict=True):
         layer = dataclasses.replace(layer, top_k=values["ids"].shape[1])
@@ -66,12 +64,40 @@ def check_backbone(
     return dataclasses.replace(manifest, layers=tuple(layers)), ""
 
 
+def check_program(
+    checkpoint: Checkpoint,
+    directory: Path,
+    manifest: Manifest,
+    nodes: tuple[ExpertsNode, ...],
+    program: Program,
+) -> str:
+    """Why `program` does not do what the backbone of `manifest` does; '' if it does. What it does
+    not know, ONNX Runtime runs."""
+    ids = _ids(checkpoint, manifest)
+    state = "f32" if program.states else None
+    compiled = Backbone(
+        directory, manifest, division=divide(manifest, program, Execution(state=state))
+    )
+    try:
+        logits, _ = _run(compiled, manifest, ids, nodes)
+        if manifest.backbone.precision == "f32":
+            return _differs(logits, _original(checkpoint, ids), CLOSE)
+        expected, _ = _run(Backbone(directory, manifest), manifest, ids, nodes)
+    except EngineError as error:
+        return str(error)
+    return _differs(logits, expected, ROUNDED)
+
+
+def _differs(logits: np.ndarray, expected: np.ndarray, close: float) -> str:
+    difference = np.abs(logits - expected).max() / np.abs(expected).max()
+    return "" if difference <= close else f"are off by {difference:.1e} of the largest"
+
+
 def _run(
-    directory: Path, manifest: Manifest, ids: np.ndarray, nodes: tuple[ExpertsNode, ...]
+    backbone: Backbone, manifest: Manifest, ids: np.ndarray, nodes: tuple[ExpertsNode, ...]
 ) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
     """Logits `[T, vocabulary]` of the segments, and per layer ids, weights, scores and raw weights
     of all tokens."""
-    backbone = Backbone(directory, manifest)
     sequence = Sequence(backbone.new_state(len(ids)))
     logits = []
     seen: list[dict[str, list[np.ndarray]]] = [{} for _ in nodes]
@@ -96,10 +122,12 @@ def _run(
     return np.concatenate(logits), joined
 
 
-def _tokens(checkpoint: Checkpoint) -> int:
-    """How many are compared."""
+def _ids(checkpoint: Checkpoint, manifest: Manifest) -> np.ndarray:
+    """The tokens on which is compared."""
     original = original_length(checkpoint.config)
-    return max(sum(PARTS), original + PARTS[-1] if original <= FAR else 0)
+    count = max(sum(PARTS), original + PARTS[-1] if original <= FAR else 0)
+    random = np.random.default_rng(0)
+    return random.integers(0, manifest.model.vocabulary, min(count, manifest.model.context))
 
 
 @torch.no_grad()

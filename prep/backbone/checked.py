@@ -1,14 +1,16 @@
-"""A backbone that does what the model does: exported, cut, compared, and then brought to its
-precision."""
+"""A backbone that does what the model does: exported, cut, compared, then brought to its precision
+and compiled."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 from smoe.artifacts.manifest import FORMAT, VERSION, Experts, Layer, Manifest, Model, Wires
+from smoe.artifacts.program import PROGRAM, PROGRAM_WEIGHTS
 from smoe.prep.backbone import cut
-from smoe.prep.backbone.check import check_backbone
+from smoe.prep.backbone.check import check_backbone, check_program
 from smoe.prep.backbone.export import Exported, export
 from smoe.prep.backbone.onnx_graph import continues
 from smoe.prep.backbone.positions import reach
@@ -17,6 +19,7 @@ from smoe.prep.backbone.watch import known
 from smoe.prep.checkpoint.checkpoint import Checkpoint
 from smoe.prep.checkpoint.seam import expert_geometry
 from smoe.prep.errors import PrepError
+from smoe.prep.program import compile
 from smoe.prep.progress import Progress
 
 
@@ -24,8 +27,8 @@ def export_checked(
     checkpoint: Checkpoint, directory: Path, experts: Experts, precision: str, progress: Progress
 ) -> Manifest:
     """The manifest, but for its files and provenance, of a backbone that is exported into
-    `directory` and does what the model does, and is then brought to `precision`; a `PrepError` if
-    there is none.
+    `directory` and does what the model does, and is then brought to `precision` and compiled as far
+    as that goes; a `PrepError` if there is none.
 
     A graph for any number of tokens is tried first; where the model or the graph does not go on
     from its state with several, one for single tokens.
@@ -44,20 +47,47 @@ def export_checked(
             continue
         draft = _draft(checkpoint, experts, exported)
         manifest, wrong = check_backbone(checkpoint, directory, draft, exported.nodes)
-        if not wrong and precision == "f32":
-            return manifest
-        if not wrong:
+        if not wrong and precision != "f32":
             sources = known(checkpoint, directory)
             backbone, line = reduce(
                 directory, manifest.backbone, manifest.layers, precision, sources
             )
             progress.say(f"export: {line}")
-            return dataclasses.replace(manifest, backbone=backbone)
+            manifest = dataclasses.replace(manifest, backbone=backbone)
+        if not wrong:
+            _compile(checkpoint, directory, manifest, exported.nodes, progress)
+            return manifest
         why = why or wrong
     raise PrepError(
         f"{checkpoint.path}: the backbone of this {checkpoint.model.config.model_type} cannot be "
         f"exported: {why}"
     )
+
+
+def _compile(
+    checkpoint: Checkpoint,
+    directory: Path,
+    manifest: Manifest,
+    nodes: tuple[cut.ExpertsNode, ...],
+    progress: Progress,
+) -> None:
+    """The backbone's program, of what compiles and does what the backbone does."""
+    backbone = manifest.backbone
+    try:
+        program = compile(directory, backbone, manifest.layers, manifest.model.context)
+    except PrepError as error:
+        progress.say(f"export: no program, ONNX Runtime runs the backbone: {error}")
+        return
+    if why := check_program(checkpoint, directory, manifest, nodes, program):
+        for name in (PROGRAM, PROGRAM_WEIGHTS):
+            (directory / name).unlink()
+        progress.say(f"export: no program, ONNX Runtime runs the backbone: its logits {why}")
+        return
+    known = sum(part.ops is not None for part in program.parts)
+    progress.say(f"export: {known} of {len(program.parts)} segments in the program")
+    reasons = Counter(part.reason for part in program.parts if part.ops is None)
+    for reason, count in reasons.items():
+        progress.say(f"export: {count} stay with ONNX Runtime: {reason}")
 
 
 def _draft(checkpoint: Checkpoint, experts: Experts, exported: Exported) -> Manifest:

@@ -26,8 +26,8 @@ ROWS = 4096  # at once
 
 @dataclass(frozen=True)
 class Coded:
-    """codes uint8 `[n, blocks, block]` and scale float32 `[n, blocks]` of rows `[n, k]`, zeros
-    behind the last: value = (code - 2^(bits-1)) * scale."""
+    """codes uint8 `[n, blocks, block]` and scale float32 `[n, blocks]`, whose numbers bfloat16
+    holds, of rows `[n, k]`, zeros behind the last: value = (code - 2^(bits-1)) * scale."""
 
     codes: np.ndarray
     scale: np.ndarray
@@ -73,7 +73,7 @@ def _nearest(rows: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.nd
     padded = np.pad(rows, ((0, 0), (0, blocks * block - k))).reshape(n, blocks, block)
     largest = np.take_along_axis(padded, np.abs(padded).argmax(-1)[..., None], -1)
     middle = 1 << (bits - 1)
-    scale = (largest / -middle).astype(np.float32)
+    scale = rounded_up((largest / -middle).astype(np.float32))
     codes = np.rint(padded / np.where(scale == 0, 1, scale)) + middle
     return np.clip(codes, 0, 2 * middle - 1).astype(np.uint8), scale[..., 0]
 
@@ -109,12 +109,23 @@ def _best_scale(columns: torch.Tensor, importance: torch.Tensor, middle: int) ->
     largest = columns.abs().amax(0) / middle
     best, cost = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
     for part in TRIED:
-        scale = largest * part
+        scale = _rounded_up(largest * part)
         codes = (columns * _inverse(scale)).round_().clamp_(-middle, middle - 1)
         error = importance @ (columns - codes.mul_(scale)).square_()
         best = torch.where(error < cost, scale, best)
         cost = torch.minimum(error, cost)
     return best
+
+
+def rounded_up(scale: np.ndarray) -> np.ndarray:
+    """Float32 numbers to those of bfloat16, away from zero: no weight of a block is then beyond its
+    codes."""
+    return _rounded_up(torch.from_numpy(scale)).numpy()
+
+
+def _rounded_up(scale: torch.Tensor) -> torch.Tensor:
+    bits = scale.contiguous().view(torch.int32)
+    return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
 def _inverse(scale: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """Cutting a graph at its experts nodes into plain ONNX segments.
 
 A node's stage is the highest of its inputs' stages; an experts node's output starts the next stage.
-Segment s holds the nodes of stage s, and takes what earlier segments gave. Each cut also gives up
-the router's selection scores and raw weights, found by `router_pattern.py`.
+Stage 0 is the *prelude*: what follows from token ids and positions alone (embedding, masks, rotary
+tables), up to the first norm or product. Segment s holds the nodes of stage s, and takes what
+earlier segments gave; layer l's experts run after segment l + 1. Each cut also gives up the
+router's selection scores and raw weights, found by `router_pattern.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,17 @@ from smoe.prep.errors import PrepError
 
 OPSET = 23  # the first with RMSNormalization
 LOGITS = "logits"
+GIVEN = ("input_ids", "past_length")  # what the prelude takes
+# What works on a hidden state, of which the first is the embedding: no prelude has it.
+WORK = (
+    "MatMul",
+    "Gemm",
+    "FusedMatMul",
+    "RMSNormalization",
+    "SimplifiedLayerNormalization",
+    "LayerNormalization",
+    "Experts",
+)
 INLINE = 256  # bytes: smaller constants stay in the graph, where constant folding sees them
 
 
@@ -49,7 +62,7 @@ def cut(graph: ir.Graph) -> Pieces:
     `PrepError`."""
     stages = _stages(graph)
     experts = sorted((n for n in stages if n.op_type == "Experts"), key=lambda n: stages[n])
-    if [stages[n] for n in experts] != list(range(len(experts))) or not experts:
+    if [stages[n] for n in experts] != list(range(1, len(experts) + 1)) or not experts:
         raise PrepError(
             f"The exported graph has {len(experts)} experts nodes at stages "
             f"{[stages[n] for n in experts]}; they must "
@@ -60,7 +73,7 @@ def cut(graph: ir.Graph) -> Pieces:
     for wires in nodes:
         output_names |= {wires.hidden, wires.ids, wires.weights}
         output_names |= {wires.found.scores, wires.found.raw} if wires.found else set()
-    by_stage: list[list[ir.Node]] = [[] for _ in range(len(experts) + 1)]
+    by_stage: list[list[ir.Node]] = [[] for _ in range(len(experts) + 2)]
     for node, stage in stages.items():
         if node.op_type != "Experts":
             by_stage[stage].append(node)
@@ -80,12 +93,14 @@ def _stages(graph: ir.Graph) -> dict[ir.Node, int]:
     """Every node's stage, in the graph's (topological) order."""
     stages: dict[ir.Node, int] = {}
     for node in graph:
-        stage = 0
-        for value in node.inputs:
-            producer = value.producer() if value is not None else None
-            if producer is not None:
-                stage = max(stage, stages[producer] + (producer.op_type == "Experts"))
-        stages[node] = stage
+        varying = [v for v in node.inputs if v is not None and v.const_value is None]
+        makers = [value.producer() for value in varying]
+        early = node.op_type not in WORK and all(
+            name_of(value) in GIVEN if maker is None else stages[maker] == 0
+            for value, maker in zip(varying, makers, strict=True)
+        )
+        before = [stages[m] + (m.op_type == "Experts") for m in makers if m is not None]
+        stages[node] = 0 if early else max([1, *before])
     return stages
 
 

@@ -57,6 +57,7 @@ def export(checkpoint: Checkpoint, directory: Path, one_at_a_time: bool = False)
     graph = tracing.trace(checkpoint, sample)
     state = _state(graph, sample)
     _lengths_from_input(graph, state)
+    _sizes_as_constants(graph)
     _keep_positions(graph)
     pieces = cut.cut(graph)
     (directory / "backbone").mkdir(parents=True, exist_ok=True)
@@ -75,6 +76,7 @@ def export(checkpoint: Checkpoint, directory: Path, one_at_a_time: bool = False)
         tuple(initializers.values()),
         tuple(placed),
         one_at_a_time,
+        prelude=True,
     )
     return Exported(backbone, tuple(pieces.nodes))
 
@@ -135,6 +137,21 @@ def _lengths_from_input(graph: ir.Graph, state: list[State]) -> None:
         graph.remove(node, safe=True)
 
 
+def _sizes_as_constants(graph: ir.Graph) -> None:
+    """Sizes that are the same for every call, so that what follows from lengths alone does not pass
+    through a layer to be asked for one."""
+    for node in list(graph):
+        shape = node.inputs[0].shape if node.op_type == "Shape" and node.inputs[0] else None
+        if shape is None:
+            continue
+        start = node.attributes.get_int("start", 0)
+        end = node.attributes.get_int("end", len(shape))
+        sizes = [size for size in list(shape)[start:end] if isinstance(size, int)]
+        if len(sizes) == len(list(shape)[start:end]):
+            node.outputs[0].replace_all_uses_with(_constant(graph, *sizes))
+            graph.remove(node, safe=True)
+
+
 def _keep_positions(graph: ir.Graph) -> None:
     """Compute logits only at the positions of the new input `logits_to_keep`, int64 `[n]`: over a
     long prompt all of them would be most of the work and the memory.
@@ -161,15 +178,17 @@ def _keep_positions(graph: ir.Graph) -> None:
     node.replace_input_with(0, gather.outputs[0])
 
 
-def _constant(graph: ir.Graph, value: int) -> ir.Value:
-    name = f"smoe_constant_{value}"
+def _constant(graph: ir.Graph, *values: int) -> ir.Value:
+    name = "_".join(["smoe_constant", *map(str, values)])
     if name not in graph.initializers:
-        tensor = ir.tensor(np.array([value], np.int64), name=name)
-        graph.register_initializer(
-            ir.Value(
-                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape([1])
-            )
+        tensor = ir.tensor(np.array(values, np.int64), name=name)
+        constant = ir.Value(
+            name=name,
+            const_value=tensor,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape([len(values)]),
         )
+        graph.register_initializer(constant)
     return graph.initializers[name]
 
 

@@ -87,7 +87,8 @@ def reduce(
     line for people that says how much was rewritten. A `PrepError` if nothing could be."""
     models = [onnx.load(str(directory / segment.file)) for segment in backbone.segments]
     counts = _Counts()
-    for model, layer in zip(models, [*layers, None], strict=True):
+    prelude = [None] * backbone.prelude
+    for model, layer in zip(models, [*prelude, *layers, None], strict=True):
         routers = set() if layer is None else _routers(model.graph, layer.wires.ids)
         _Rewriting(precision, known, counts).rewrite(model.graph, routers)
     if not counts.done:

@@ -163,7 +163,8 @@ def _candidate(
     prices: Prices | None,
 ) -> Candidate:
     manifest, levels = bundle.manifest, bundle.levels
-    process = usual_process(budget)
+    onnxruntime = plan_memory(bundle, None, context, level).onnxruntime
+    process = usual_process(budget, onnxruntime)
     held = plan_memory(bundle, budget, context, level, process=process)
     if held.capacity == held.experts:
         policies = Policies()

@@ -292,7 +292,7 @@ class _NoState:
     def rewind(self, length: int) -> int:
         return length
 
-    def fork(self) -> _NoState:
+    def fork(self, length: int) -> _NoState:
         return self
 
     def snapshot(self) -> None:

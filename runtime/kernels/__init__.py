@@ -155,6 +155,39 @@ def native_layer(
     return _native.Layer(matrices, gate.kind, gate.activation, gate.alpha, gate.limit)
 
 
+def native_part(kernel: LayerKernel) -> _native.Layer | None:
+    """What a native step computes a layer's experts with; None where the kernel is not native, or
+    does more than that (a norm)."""
+    return kernel.layer if isinstance(kernel, _Native) and not kernel.normed else None
+
+
+def native_mixture(
+    program: _native.Program, layers: list[tuple[object, ...]], records: np.ndarray
+) -> _native.Mixture:
+    """What native/mixture.h calls a Mixture: of every layer the native part of its kernel, level,
+    frames of experts, segment, and the numbers of its buffers."""
+    return _native.Mixture(program, layers, records)
+
+
+def native_program(
+    weights: np.ndarray,
+    buffers: list[tuple[object, ...]],
+    constants: list[tuple[object, ...]],
+    states: list[tuple[int, int, int]],
+    segments: list[list[tuple[object, ...]]],
+    variant: str,
+    threads: int,
+) -> _native.Program:
+    """What native/program.h calls a Program, of what `program.flatten` makes of a table. A
+    ValueError says what it does not take."""
+    return _native.Program(weights, buffers, constants, states, segments, variant, threads)
+
+
+def native_state(keys: list[np.ndarray], values: list[np.ndarray]) -> _native.State:
+    """What attentions remember of a sequence, in arrays `[heads, tokens, width]` of each."""
+    return _native.State(keys, values)
+
+
 def _about(
     name: str, shape: ExpertShape, encoding: str, offsets: dict[str, int]
 ) -> tuple[object, ...]:

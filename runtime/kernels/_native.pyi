@@ -3,6 +3,28 @@
 import numpy as np
 
 def variants() -> list[str]: ...
+def product(
+    variant: str,
+    weight: tuple[object, ...],
+    x: np.ndarray,
+    bias: np.ndarray | None,
+    y: np.ndarray,
+    threads: int,
+) -> None: ...
+def embedding(weight: tuple[object, ...], ids: np.ndarray, scale: float, y: np.ndarray) -> None: ...
+def attention(
+    variant: str,
+    sequences: list[tuple[np.ndarray, np.ndarray, int, int]],
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    y: np.ndarray,
+    scale: float,
+    softcap: float,
+    window: int,
+    sinks: np.ndarray | None,
+    threads: int,
+) -> None: ...
 
 class Layer:
     def __init__(
@@ -24,3 +46,32 @@ class Layer:
         self, variant: str, name: str, record: np.ndarray, level: int, x: np.ndarray, y: np.ndarray
     ) -> None: ...
     def between(self, variant: str, gate: np.ndarray, up: np.ndarray, y: np.ndarray) -> None: ...
+
+class State:
+    def __init__(self, keys: list[np.ndarray], values: list[np.ndarray]) -> None: ...
+
+class Rows:
+    tokens: int
+    def array(self, buffer: int) -> np.ndarray: ...
+
+class Program:
+    block: int
+    kernel_scratch: int
+    def __init__(
+        self,
+        weights: np.ndarray,
+        buffers: list[tuple[object, ...]],
+        constants: list[tuple[object, ...]],
+        states: list[tuple[int, int, int]],
+        segments: list[list[tuple[object, ...]]],
+        variant: str,
+        threads: int,
+    ) -> None: ...
+    def begin(self, spans: list[tuple[State, int, np.ndarray]], keep: np.ndarray) -> Rows: ...
+    def run(self, rows: Rows, segment: int) -> None: ...
+    def steps(self, rows: Rows, mixture: object, first: int) -> int: ...
+
+class Mixture:
+    def __init__(
+        self, program: Program, layers: list[tuple[object, ...]], records: np.ndarray
+    ) -> None: ...

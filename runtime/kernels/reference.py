@@ -64,7 +64,7 @@ def dense(x: np.ndarray, w: np.ndarray, scale: np.ndarray | None = None) -> np.n
     lanes = np.zeros((tokens, n_out, LANES), np.float32)
     for step in range(steps):
         lanes += a[:, :, step] * b[:, :, step]
-    y = _fold(lanes)
+    y = fold(lanes)
     return y if scale is None else y * scale
 
 
@@ -96,15 +96,19 @@ def nested_product(
     """Float32 `[tokens, n_out]`: matrix `name` of a record in a nested encoding times activations
     that are quantised first."""
     codes, scale = nested.unpack_matrix(encoding, name, tensors, dims, level)
-    group, groups = encoding.group, scale.shape[1]
-    values = (
-        encoding.of(name).values(level)[codes].astype(np.float64)
-    )  # exact: sums stay below 2^53
-    values = np.pad(values, ((0, 0), (0, groups * group - dims[1]))).reshape(dims[0], groups, group)
+    return grouped_product(encoding.of(name).values(level)[codes], scale, encoding.group, x)
+
+
+def grouped_product(values: np.ndarray, scale: np.ndarray, group: int, x: np.ndarray) -> np.ndarray:
+    """Float32 `[tokens, n_out]`: values int8 `[n_out, n_in]` with scales float32 `[n_out, groups]`,
+    times activations float32 `[tokens, n_in]` that are quantised first."""
+    (n_out, n_in), groups = values.shape, scale.shape[1]
+    wide = np.pad(values, ((0, 0), (0, groups * group - n_in))).reshape(n_out, groups, group)
+    wide = wide.astype(np.float64)  # exact: sums stay below 2^53
     q, step = quantise(x, group)
-    y = np.zeros((len(x), dims[0]), np.float32)
+    y = np.zeros((len(x), n_out), np.float32)
     for g in range(groups):
-        exact = (q[:, g].astype(np.float64) @ values[:, g].T).astype(np.float32)
+        exact = (q[:, g].astype(np.float64) @ wide[:, g].T).astype(np.float32)
         y += (exact * scale[:, g]) * step[:, g, None]
     return y
 
@@ -114,15 +118,21 @@ def normalise(y: np.ndarray, scale: np.ndarray) -> np.ndarray:
     1e-6) over the last axis. y float32 `[n, hidden]`, scale float32 `[hidden]`. The mean adds up as
     `dense` does."""
     z = y * scale
-    hidden = z.shape[1]
-    squares = np.pad(z * z, ((0, 0), (0, -hidden % LANES)))
-    lanes = np.zeros((len(z), LANES), np.float32)
-    for first in range(0, hidden, LANES):
-        lanes += squares[:, first : first + LANES]
-    return z / np.sqrt(_fold(lanes)[:, None] / np.float32(hidden) + np.float32(NORM_EPSILON))
+    mean = lane_sum(z * z)[:, None] / np.float32(z.shape[1])
+    return z / np.sqrt(mean + np.float32(NORM_EPSILON))
 
 
-def _fold(lanes: np.ndarray) -> np.ndarray:
+def lane_sum(x: np.ndarray) -> np.ndarray:
+    """The sum over the last axis, float32 `[.., n]` to `[..]`, as `dense` adds up."""
+    n = x.shape[-1]
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % LANES)])
+    lanes = np.zeros((*x.shape[:-1], LANES), np.float32)
+    for first in range(0, n, LANES):
+        lanes += padded[..., first : first + LANES]
+    return fold(lanes)
+
+
+def fold(lanes: np.ndarray) -> np.ndarray:
     """Lanes `[.., 16]` to their sum `[..]`: halves onto halves."""
     half = LANES // 2
     while half:

@@ -7,7 +7,11 @@ jamba in int8, whose state is a mixture of what is appended to and what keeps it
 takes one token at a time; v3 a gpt_oss, whose experts have biases and a clamped gate, in nested
 planes; v4 a qwen3_moe of three layers in nested planes, with prices and linear predictors, so that
 every policy runs on it, and with what only people read in study/; v5 a gpt_oss that was stored in
-mxfp4, with its own codes (python tests/golden/make.py, with tests/ on PYTHONPATH).
+mxfp4, with its own codes; v6 a qwen2_moe (biases, a shared expert) with prices, an int8 backbone
+and its program (python tests/golden/make.py, with tests/ on PYTHONPATH).
+
+The answer's `logits` and `greedy` are those of `transformers`; `program` are the logits of the
+program in its own arithmetic, keys and values in float16, which every machine gives to the bit.
 """
 
 import json
@@ -17,14 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from support.few_bits import mxfp4
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from smoe.artifacts import safetensors_file
 from smoe.prep.build import build
 from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.options import Recipe
+from smoe.runtime import Engine
 
 LINES = [
     "def main(argument): return argument + 1",
@@ -37,7 +41,7 @@ CHAT = (
 )
 
 
-def checkpoint(path: Path) -> tuple[Path, GptOssForCausalLM]:
+def checkpoint(path: Path) -> Qwen2MoeForCausalLM:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,41 +52,46 @@ def checkpoint(path: Path) -> tuple[Path, GptOssForCausalLM]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(LINES, trainer)
-    torch.manual_seed(13)
-    config = GptOssConfig(
-        vocab_size=307, hidden_size=64, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=8, intermediate_size=96, num_local_experts=7,
-        num_experts_per_tok=3, sliding_window=32, max_position_embeddings=300,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        eos_token_id=0, bos_token_id=0, pad_token_id=0, initializer_range=0.15,
+    torch.manual_seed(14)
+    config = Qwen2MoeConfig(
+        vocab_size=307, hidden_size=96, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, intermediate_size=88, moe_intermediate_size=40,
+        shared_expert_intermediate_size=72, num_experts=7, num_experts_per_tok=3,
+        max_position_embeddings=300, eos_token_id=0, bos_token_id=0, pad_token_id=0,
+        initializer_range=0.15,
     )  # fmt: skip
-    GptOssForCausalLM(config).save_pretrained(path / "plain")
-    few, exact = mxfp4(path / "plain", path)
-    model = GptOssForCausalLM.from_pretrained(exact, dtype=torch.float32).eval()
-    tokenizer.save(str(few / "tokenizer.json"))
-    (few / "tokenizer_config.json").write_text(
+    model = Qwen2MoeForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # which are made as zeros
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(path)
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": "<end>", "chat_template": CHAT})
     )
-    return few, model
+    return model
 
 
 def main(output: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        source, model = checkpoint(Path(scratch))
+        source = Path(scratch)
+        model = checkpoint(source)
         ids = np.random.default_rng(3).integers(1, 307, (40, 200)).tolist()
-        text = Path(scratch) / "text.jsonl"
+        text = source / "text.jsonl"
         text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
         build(
             source,
             output,
             Calibration(str(text), tokens=2048, length=100),
-            Recipe(prices=1024),
+            Recipe(encoding="nested:5+1+1+1:32", backbone="int8", prices=1024),
         )
         prompt = torch.tensor([ids[0][:150]])  # longer than a chunk
         with torch.no_grad():
             logits = model(prompt).logits[0].numpy()
             greedy = model.generate(prompt, max_new_tokens=24, do_sample=False)[0, 150:].numpy()
         answer = {"prompt": prompt[0].numpy(), "logits": logits, "greedy": greedy}
+        with Engine.open(output, executor="program", state="f16") as engine:
+            answer["program"] = engine.logits(answer["prompt"])
         safetensors_file.save(output.with_suffix(".answer.safetensors"), answer)
 
 

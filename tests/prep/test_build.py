@@ -106,7 +106,7 @@ def test_steps_on_their_own(smoe_prep, checkpoints, tmp_path):
     )
     assert json.loads((tmp_path / "packed" / "experts.json").read_text())["encoding"] == "int8"
     done = smoe_prep("export", source, "-o", tmp_path / "exported", "--json")
-    assert len(json.loads(done.stdout)["backbone"]["segments"]) == 3 and done.returncode == 0
+    assert len(json.loads(done.stdout)["backbone"]["segments"]) == 4 and done.returncode == 0
 
 
 def test_verify_finds_no_difference_in_f32_and_refuses_another_model(

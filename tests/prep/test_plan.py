@@ -38,7 +38,7 @@ TOKENS = 220
 def budget(reference_bundle):
     """Bytes of a whole process on the device in which 40 % of the experts stay."""
     own = budget_for_share(reference_bundle, 0.4, 256)
-    return own + usual_process(own) + MIB
+    return own + usual_process(own, False) + MIB
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def short(reference_bundle):
 
 def _engine(bundle, budget, policies) -> dict:
     tokens = safetensors_file.load(bundle / "study" / "trace.safetensors")["tokens"][:TOKENS]
-    beside = budget - usual_process(budget)
+    beside = budget - usual_process(budget, False)
     with Engine.open(bundle, beside=beside, context=256, policies=policies) as engine:
         list(engine.score(tokens))
         return engine.stats.as_dict()
@@ -68,7 +68,7 @@ def test_what_is_expected_is_what_the_engine_does(reference_bundle, budget, shor
             256,
             None,
             tables_bytes(policies, open_bundle(reference_bundle)),
-            usual_process(budget),
+            usual_process(budget, False),
         )
         assert expected.resident == held.capacity and expected.memory == held.total <= budget
         # With shortcuts the real run's hidden states are a little others, and so is what its

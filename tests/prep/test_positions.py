@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import pico
+from support.agreement import open_exact
 
 from smoe.artifacts import open_bundle
 from smoe.prep.backbone.positions import Reach, reach
@@ -100,7 +101,7 @@ def test_logits_are_those_of_the_model_at_every_length(built):
     bundle, model, context, _, _ = built
     longest = min(600, context)
     ids = np.random.default_rng(1).integers(0, 211, longest)
-    with torch.no_grad(), Engine.open(bundle, context=longest) as engine:
+    with torch.no_grad(), open_exact(bundle, context=longest) as engine:
         for length in range(100, longest + 1, 100):
             wanted = model(torch.from_numpy(ids[:length])[None]).logits[0].numpy()
             assert np.abs(engine.logits(ids[:length]) - wanted).max() < 1e-4 * np.abs(wanted).max()

@@ -79,7 +79,9 @@ print(json.dumps(plans))
 
 
 @limited
-def test_a_stated_memory_is_kept_in_a_cgroup_of_just_that(golden):
+@pytest.mark.parametrize("version", [1, 6])  # the latter without ONNX Runtime
+def test_a_stated_memory_is_kept_in_a_cgroup_of_just_that(goldens, version):
+    golden = goldens[version - 1]
     alone = plan_memory(open_bundle(golden), None, 300)
     info = [sys.executable, "-m", "smoe.runtime", "info", golden, "--context", "300", "--json"]
     said = json.loads(subprocess.run(info, capture_output=True, check=True).stdout)

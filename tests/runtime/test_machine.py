@@ -116,7 +116,7 @@ def test_files_that_say_nothing_limit_nothing(proc, text):
     place = proc.mount("cgroup2", "", "/app")
     _group(place / "app", memory__max=text.replace("-1", "x"), cpu__max=text, memory__stat=text)
     assert memory_room(proc.proc).keeper == "this machine"
-    assert processors(proc.proc).count == len(os.sched_getaffinity(0))
+    assert processors(proc.proc, proc.proc).count == len(os.sched_getaffinity(0))
     proc.write("self/mountinfo", text)
     proc.write("self/cgroup", text)
     assert memory_room(proc.proc).keeper == "this machine"
@@ -128,10 +128,10 @@ def test_files_that_say_nothing_limit_nothing(proc, text):
 def test_quotas_of_both_versions_count(proc, quota, count, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert processors(proc.proc) == Processors(64, "as many as there are processors")
+    assert processors(proc.proc, proc.proc) == Processors(64, "as many as there are processors")
     place = proc.mount("cgroup2", "", "/a/b")
     _group(place / "a/b", cpu__max="max 100000\n")
-    assert processors(proc.proc).count == 64
+    assert processors(proc.proc, proc.proc).count == 64
     _group(place / "a", cpu__max="3200000 100000\n")
     assert processors(proc.proc) == Processors(32, "a quota of 32 processors")
     place = proc.mount("cgroup", "cpu,cpuacct", "/c")
@@ -140,6 +140,22 @@ def test_quotas_of_both_versions_count(proc, quota, count, monkeypatch):
     assert (there.count, there.reason) == (count, f"a quota of {quota / 1e5:.3g} processors")
     _group(place / "c", cpu__cfs_quota_us="-1\n")
     assert processors(proc.proc).count == 32
+
+
+def test_processors_of_one_core_count_once(proc, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    for cpu in range(8):
+        topology = tmp_path / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    assert processors(proc.proc, tmp_path) == Processors(4, "as many as there are cores")
+    assert processors(proc.proc, tmp_path / "none").count == 8
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 4})
+    there = processors(proc.proc, tmp_path)
+    assert there == Processors(2, "allowed 3 of 8 processors, 2 cores")
+    _group(proc.mount("cgroup2", "", "/a") / "a", cpu__max="150000 100000\n")
+    assert processors(proc.proc, tmp_path) == Processors(1, "a quota of 1.5 processors")
 
 
 # -- the real thing ----------------------------------------------------------------------

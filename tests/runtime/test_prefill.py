@@ -6,15 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.parts import CONTEXT, accounted, decoded, make_parts, prompted, step
+from support.parts import (
+    CONTEXT,
+    accounted,
+    decoded,
+    make_backbone,
+    make_parts,
+    prompted,
+    step,
+)
 
 from smoe.artifacts import open_bundle, safetensors_file
 from smoe.runtime import Engine, EngineError, Policies
-from smoe.runtime.backbone import Backbone
+from smoe.runtime.backbone.sessions import TwoValued
 from smoe.runtime.budget import MemoryPlan, chunk_tokens, memory_for, plan_memory
 from smoe.runtime.model import Prefill
 from smoe.runtime.routing import Assignment
-from smoe.runtime.segments import TwoValued
 from smoe.runtime.step import Phase, Sequence
 
 LENGTHS = {
@@ -23,10 +30,11 @@ LENGTHS = {
 }  # tokens by the chunk's: three units of a group, the last of which is cut
 
 
-@pytest.fixture(params=[0, 1, 2], ids=["v1", "v2", "v3"])
-def bundle(request, goldens) -> Path:
-    """v2 takes one token at a time and replaces its state; v3 has planes."""
-    return goldens[request.param]
+@pytest.fixture(params=[0, 1, 2, None], ids=["v1", "v2", "v3", "program"])
+def bundle(request, goldens, programmed) -> Path:
+    """v2 takes one token at a time and replaces its state; v3 has planes; the last needs no ONNX
+    Runtime."""
+    return programmed if request.param is None else goldens[request.param]
 
 
 @cache
@@ -42,7 +50,9 @@ def _unit(bundle: Path) -> int:
 
 @cache
 def _prompt(bundle: Path) -> np.ndarray:
-    ids = safetensors_file.load(bundle.with_suffix(".answer.safetensors"))["prompt"]
+    answer = bundle.with_suffix(".answer.safetensors")
+    random = np.random.default_rng(1).integers(0, 37, 150)
+    ids = safetensors_file.load(answer)["prompt"] if answer.exists() else random
     return np.concatenate([ids, ids[::-1]])[: LENGTHS[_chunk(bundle)]]
 
 
@@ -118,7 +128,7 @@ def test_a_prompt_of_an_engine_reads_every_expert_once(bundle):
     budgets = range(whole.minimum, whole.total, whole.record)
     plans = (plan_memory(opened, budget, CONTEXT, level) for budget in budgets)
     count = -(-len(ids) // _chunk(bundle))
-    piece = Backbone(bundle, opened.manifest).piece_bytes(len(ids))
+    piece = make_backbone(opened).piece_bytes(len(ids))
     budget = next(plan.budget for plan in plans if plan.pieces(count, piece) == count)
     with Engine.open(bundle, beside=budget, context=CONTEXT, level=level) as engine:
         assert engine.plan.capacity < 14 and engine.plan.lent
@@ -132,7 +142,7 @@ def test_a_prompt_that_is_paused_after_every_part_changes_no_bit_of_either(bundl
     with Engine.open(bundle, context=CONTEXT) as engine:
         alone = engine.new_sequence()
         wanted = [step(engine, prompted(alone, np.array([9])))[0]]
-        wanted += [step(engine, decoded(alone, token))[0] for token in range(40)]
+        wanted += [step(engine, decoded(alone, token % 37))[0] for token in range(40)]
     for experts, group in ((3, _unit(bundle)), (5, 300)):
         with make_parts(bundle, experts) as parts:
             one, other = parts.sequence(), parts.sequence()
@@ -141,7 +151,7 @@ def test_a_prompt_that_is_paused_after_every_part_changes_no_bit_of_either(bundl
             for token in tokens:
                 if not prefill.done:
                     prefill.advance()
-                found += step(parts.model, decoded(other, token))
+                found += step(parts.model, decoded(other, token % 37))
             assert np.array_equal(prefill.finish(), logits)
             assert np.array_equal(np.concatenate(found), np.concatenate(wanted))
             assert np.array_equal(_more(parts.model, one), more)
@@ -326,7 +336,7 @@ def test_a_mask_that_waits_is_a_bit_for_each_pair_of_tokens():
 
 def test_what_waits_keeps_a_bit_of_each_mask(bundle):
     """Pieces of 300 tokens would keep 154 KB of a mask in float32, and 5 KB in bits."""
-    backbone = Backbone(bundle, open_bundle(bundle).manifest)
+    backbone = make_backbone(open_bundle(bundle))
     short, long = (backbone.piece_bytes(length) for length in (150, 300))
     if backbone.chunk > 1:
-        assert 0 < long - short < 128 * 150
+        assert 0 <= long - short < 128 * 150  # a program keeps none

@@ -7,8 +7,11 @@
 #include <vector>
 
 #include "../../prep/pack/native/rounding.h"
+#include "../../runtime/kernels/native/attention.h"
 #include "../../runtime/kernels/native/ffn.h"
 #include "../../runtime/kernels/native/pool.h"
+#include "../../runtime/kernels/native/products.h"
+#include "threads_program.h"
 
 using namespace smoe;
 
@@ -77,6 +80,35 @@ void call_kernels(const Problem& problem, const std::vector<float>& wanted, std:
         require(problem.solve(1 + (round + caller) % 6) == wanted, "threads changed the bits");
 }
 
+// Tokens through a matrix of the backbone in int8, whose output is queries, keys and values of
+// attention over what came before.
+std::vector<float> attend(const std::vector<float>& numbers, std::size_t threads) {
+    constexpr std::size_t HEADS = 8, HEAD = 16, PAST = 200, ROWS_NOW = 8, Q = HEADS * HEAD;
+    std::vector<std::uint8_t> codes(Q * HIDDEN), state(2 * (PAST + ROWS_NOW) * HEAD * 2);
+    for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = std::uint8_t(i * 29);
+    for (std::size_t i = 0; i < state.size(); ++i) state[i] = std::uint8_t(i % 2 ? 0x38 : i * 7);
+    const Weight w = {Form::int8,   Q,
+                      HIDDEN,       32,
+                      codes.data(), reinterpret_cast<const std::uint8_t*>(numbers.data()),
+                      true};
+    std::vector<float> q(ROWS_NOW * Q), y(ROWS_NOW * Q);
+    product(portable, w, numbers.data(), HIDDEN, ROWS_NOW, nullptr, q.data(), Q, threads);
+    KeyValues memory = {
+        state.data(), state.data() + state.size() / 2, true, PAST + ROWS_NOW, 1, HEAD, HEAD};
+    const Part part = {&memory, PAST, ROWS_NOW};
+    const Heads heads = {q.data(), Q, HEAD};
+    attention(portable, {HEADS, .25f, 0, 0, nullptr}, &part, 1, heads, heads, heads,
+              {y.data(), Q, HEAD}, threads);
+    return y;
+}
+
+void call_backbone(const std::vector<float>& numbers, const std::vector<float>& wanted,
+                   std::size_t caller) {
+    for (std::size_t round = 0; round < ROUNDS; ++round)
+        require(attend(numbers, 1 + (round + caller) % 6) == wanted,
+                "threads changed what tokens see");
+}
+
 // Weights rounded to codes of two bits, and to float16.
 std::vector<std::uint8_t> pack(const std::vector<float>& w, std::size_t threads) {
     Grid grid = {};
@@ -102,18 +134,27 @@ void call_packer(const std::vector<float>& w, const std::vector<std::uint8_t>& w
         require(pack(w, 1 + (round + caller) % 6) == wanted, "threads changed the codes");
 }
 
+void call_program(Shared& shared, const std::vector<float>& wanted) {
+    for (std::size_t round = 0; round < ROUNDS / 10; ++round)
+        require(shared.solve() == wanted, "threads changed what a program gives");
+}
+
 }  // namespace
 
 int main() {
     const Problem problem;
     const std::vector<std::uint8_t> codes = pack(problem.records, 1);
-    const std::vector<float> wanted = problem.solve(1);
+    const std::vector<float> wanted = problem.solve(1), seen = attend(problem.records, 1);
+    const std::vector<float> given = Shared(1).solve();
+    Shared shared(3);
     std::vector<std::thread> callers;
     for (std::size_t caller = 0; caller < CALLERS; ++caller)
         callers.emplace_back([&, caller] {
             count_items(caller);
             call_kernels(problem, wanted, caller);
+            call_backbone(problem.records, seen, caller);
             call_packer(problem.records, codes, caller);
+            call_program(shared, given);
         });
     for (std::thread& caller : callers) caller.join();
     std::puts("threads: every item once, the same bits, nothing for the sanitizer to say");

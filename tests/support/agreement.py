@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from smoe.artifacts import open_bundle
 from smoe.prep.checkpoint.checkpoint import open_checkpoint
 from smoe.prep.checkpoint.families import text_class
 from smoe.runtime import Engine
@@ -51,7 +53,7 @@ def agreement(bundle: Path, checkpoint: Path, seed: int = 2) -> Agreement:
     model = reference_model(checkpoint)
     random, vocabulary = np.random.default_rng(seed), model.config.get_text_config().vocab_size
     runs = []
-    with Engine.open(bundle) as engine:
+    with open_exact(bundle) as engine:
         for length in LENGTHS:
             prompt = random.integers(3, vocabulary, length)
             wanted = model.generate(
@@ -74,6 +76,13 @@ def agreement(bundle: Path, checkpoint: Path, seed: int = 2) -> Agreement:
     return Agreement(
         same, float(np.mean(counts)), error, float(max(np.abs(run[1]).max() for run in runs))
     )
+
+
+def open_exact(bundle: Path, **options: Any) -> Engine:
+    """An engine whose keys and values are float32, whoever keeps them."""
+    program = open_bundle(bundle).program
+    state = "f32" if program and program.states else None
+    return Engine.open(bundle, state=state, **options)
 
 
 def reference_model(checkpoint: Path):

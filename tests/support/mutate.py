@@ -2,11 +2,11 @@
 
 Random mutations of the golden bundles, in child processes: fields of the manifest replaced, absurd
 sizes, versions from the future, paths that lead outside, files cut, flipped or replaced by links,
-headers of safetensors files rewritten, and ONNX graphs whose weights lie elsewhere. Each is opened
-and generated from, with all experts resident or with half of them under one of the policies, and
-behaves or is refused with a sentence. Wrong is: another exception, a crash, more than 20 seconds,
-more than 512 MiB of memory, or a read outside the bundle (of a pipe there, which would block). The
-tests run some; `python -m bench soak mutations` runs 10,000.
+headers of safetensors files rewritten, tables of programs damaged, and ONNX graphs whose weights
+lie elsewhere. Each is opened and generated from, with all experts resident or with half of them
+under one of the policies, and behaves or is refused with a sentence. Wrong is: another exception, a
+crash, more than 20 seconds, more than 512 MiB of memory, or a read outside the bundle (of a pipe
+there, which would block). The tests run some; `python -m bench soak mutations` runs 10,000.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from pathlib import Path
 from random import Random
 
 from smoe.artifacts import SmoeError, open_bundle
+from smoe.artifacts.program import PROGRAM
 from smoe.runtime import Engine, Policies
 from smoe.runtime.budget import memory_for
 from smoe.runtime.options import tables_bytes
+
+from . import damage
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("v*.smoe"))
 VALUES = [0, -1, 1, 2, 3, "", "x", None, True, 1.5, "input_ids", "logits", [], {}, float("nan")]
@@ -152,7 +155,7 @@ def _absurd(manifest: dict, random: Random) -> tuple[tuple, object]:
 
 
 def _version(manifest: dict, random: Random) -> tuple[tuple, object]:
-    return ("version",), random.choice([3, 4, 5, 99, 2**40, 0, -1, "2", 2.0, None, [2]])
+    return ("version",), random.choice([3, 4, 5, 6, 99, 2**40, 0, -1, "2", 2.0, None, [2]])
 
 
 def _path(manifest: dict, random: Random) -> tuple[tuple, object]:
@@ -270,6 +273,16 @@ def _graph(bundle: Path, random: Random) -> str:
     return f"graph: {old!r} for {new!r} in {file.name}"
 
 
+def _program(bundle: Path, random: Random) -> str:
+    """The table of a program damaged (damage.py), where there is one."""
+    file = bundle / PROGRAM
+    if not file.exists():
+        return _flip(bundle, random)
+    table, done = damage.damaged(file.read_text(), random)
+    _write(bundle, file, (table if isinstance(table, str) else json.dumps(table)).encode())
+    return f"program: {done}"
+
+
 def _not_a_file(bundle: Path, random: Random) -> str:
     """A link that leads outside, a pipe, a folder, or nothing, where a file was."""
     file = random.choice([*_files(bundle), bundle / "manifest.json"])
@@ -294,7 +307,7 @@ def _not_a_file(bundle: Path, random: Random) -> str:
 
 MUTATIONS: list[Callable[[Path, Random], str]] = [
     _in_manifest(_field), _in_manifest(_absurd), _in_manifest(_version), _in_manifest(_path),
-    _cut, _flip, _flip, _header, _header, _graph, _not_a_file,
+    _cut, _flip, _flip, _header, _header, _graph, _program, _not_a_file,
 ]  # fmt: skip
 
 
@@ -344,8 +357,9 @@ def many(count: int, seed: int) -> tuple[dict[str, int], list[str]]:
         for number, start in enumerate(range(0, count, BATCH)):
             size = min(BATCH, count - start)
             arguments = [str(size), str(seed * 10**6 + number), str(note)]
-            command = [sys.executable, __file__, *arguments]
-            done = subprocess.run(command, capture_output=True, text=True)
+            command = [sys.executable, "-m", "support.mutate", *arguments]
+            tests = Path(__file__).parents[1]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=tests)
             for line in done.stdout.splitlines():
                 said = json.loads(line)
                 wrong += [said["wrong"]] if "wrong" in said else []

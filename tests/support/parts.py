@@ -19,6 +19,7 @@ from smoe.runtime.cache.frames import Frames
 from smoe.runtime.cache.predict import Predictor
 from smoe.runtime.cache.residency import Residency
 from smoe.runtime.cache.storage import Shards
+from smoe.runtime.execution import AUTO, Execution, divide
 from smoe.runtime.experts import LocalExperts
 from smoe.runtime.model import Model, Prefill
 from smoe.runtime.options import level_sizes
@@ -84,7 +85,7 @@ def make_parts(
     shards = Shards(bundle, full)
     smallest = plan_memory(bundle, None, CONTEXT).smallest
     cache = ExpertCache(residency, frames, read or shards.read, smallest, stats, threads)
-    backbone, chosen = Backbone(bundle.path, bundle.manifest), kernels.choose()
+    backbone, chosen = make_backbone(bundle), kernels.choose()
     layers = [
         chosen.layer(
             manifest.experts.gate, manifest.expert_shape(i), manifest.experts.encoding, layout
@@ -98,6 +99,7 @@ def make_parts(
         predict=predict or Predictor(),
         stats=stats,
         layers=len(layers),
+        advance=backbone.advance if backbone.advances else None,
     )
     return Parts(
         bundle=bundle,
@@ -110,6 +112,12 @@ def make_parts(
         stats=stats,
         sizes=sizes,
     )
+
+
+def make_backbone(bundle: Bundle, execution: Execution = AUTO) -> Backbone:
+    """Its program, where it has one, and ONNX Runtime."""
+    division = divide(bundle.manifest, bundle.program, execution)
+    return Backbone(bundle.path, bundle.manifest, division=division)
 
 
 def decoded(sequence: Sequence, token: int) -> Span:
@@ -161,7 +169,7 @@ class StateOfNothing:
     def rewind(self, length: int) -> int:
         return length
 
-    def fork(self) -> StateOfNothing:
+    def fork(self, length: int) -> StateOfNothing:
         return self
 
     def snapshot(self) -> None:

@@ -36,18 +36,31 @@ inline __m256i quad_at(const std::int8_t* p) {
 inline Sums start(std::int32_t) { return _mm256_setzero_si256(); }
 inline Sums dot(Sums s, Bytes w, __m256i x) {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    return _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    s = _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    // Left alone, the compiler collects many products before it adds them, and runs out of
+    // registers.
+    __asm__("" : "+x"(s));
+    return s;
 }
 inline Sums plus(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
 inline Sums no_sums() { return _mm256_setzero_si256(); }
 inline Floats floats_at(const float* p) { return _mm256_loadu_ps(p); }
 inline Floats no_floats() { return _mm256_setzero_ps(); }
 inline void put(float* p, Floats v) { _mm256_storeu_ps(p, v); }
-inline Floats scales_at(const float* p) { return floats_at(p); }
-inline Floats scales_at(const std::uint16_t* p) {
+inline Floats bf16_at(const std::uint16_t* p) {
     const __m256i wide =
         _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline Floats f16_at(const std::uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void put_f16(std::uint16_t* p, Floats v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
+}
+inline Floats int8_at(const std::int8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
 }
 inline Floats scaled(Floats y, Sums s, Floats scale, float step) {
     return _mm256_add_ps(
@@ -58,7 +71,9 @@ inline Floats scaled(Floats y, Sums s, Floats scale, float step) {
 }  // namespace smoe
 
 #include "body.h"
+#include "products_body.h"
+#include "attention_body.h"
 
 namespace smoe {
-const Variant avx2 = {"avx2", tile, quantise, gate};
+const Variant avx2 = {"avx2", tile, quantise, gate, product_tiles, attend, join, to_f16};
 }

@@ -36,11 +36,20 @@ inline Sums no_sums() { return _mm512_setzero_si512(); }
 inline Floats floats_at(const float* p) { return _mm512_loadu_ps(p); }
 inline Floats no_floats() { return _mm512_setzero_ps(); }
 inline void put(float* p, Floats v) { _mm512_storeu_ps(p, v); }
-inline Floats scales_at(const float* p) { return floats_at(p); }
-inline Floats scales_at(const std::uint16_t* p) {
-    const auto narrow = reinterpret_cast<__v16hu>(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return reinterpret_cast<Floats>(__builtin_convertvector(narrow, __v16su) << 16);
+inline Floats bf16_at(const std::uint16_t* p) {
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(
+        _mm512_maskz_slli_epi32(0xFFFF, _mm512_maskz_cvtepu16_epi32(0xFFFF, narrow), 16));
+}
+inline Floats f16_at(const std::uint16_t* p) {
+    return _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void put_f16(std::uint16_t* p, Floats v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xFFFF, v, 0));
+}
+inline Floats int8_at(const std::int8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_maskz_cvtepi32_ps(0xFFFF, _mm512_maskz_cvtepi8_epi32(0xFFFF, bytes));
 }
 inline Floats scaled(Floats y, Sums s, Floats scale, float step) {
     const Floats exact = __builtin_convertvector(reinterpret_cast<__v16si>(s), Floats);
@@ -51,7 +60,10 @@ inline Floats scaled(Floats y, Sums s, Floats scale, float step) {
 }  // namespace smoe
 
 #include "body.h"
+#include "products_body.h"
+#include "attention_body.h"
 
 namespace smoe {
-const Variant avx512vnni = {"avx512vnni", tile, quantise, gate};
+const Variant avx512vnni = {"avx512vnni",  tile,   quantise, gate,
+                            product_tiles, attend, join,     to_f16};
 }

@@ -15,16 +15,17 @@
 //   start(sum)         the sums to begin with, `sum` as `quantise` leaves it
 //   plus(a, b)         sums
 //   floats_at(p), put(p, v), no_floats()    load, store, zeros
-//   scales_at(p)       floats, from bfloat16 or float32
+//   bf16_at(p), f16_at(p), int8_at(p)       as floats, exactly; put_f16(p, v) rounds, ties to even
 //   scaled(y, s, scale, step)               y + (float32(s) * scale) * step
-//   TOKENS, VECTORS    how many products of a vector of rows and a token have sums in registers, and
+//   TOKENS, VECTORS    how many products of a vector of rows and a token have sums in registers,
+//   and
 //                      of how many vectors they are; VECTORS divides TOKENS
 //
-// Codes that are bytes already are in tiles_body.h; dense weights, which need none of these, in
-// dense.h.
+// Codes that are bytes already are in tiles_body.h, dense weights in dense.h.
 #include <cstring>
 
 #include "dense.h"
+#include "functions.h"
 #include "tiles_body.h"
 
 namespace smoe {
@@ -96,20 +97,14 @@ SMOE_INLINE Slices slices_of(const Operand& w, std::size_t tile) {
     return found;
 }
 
-SMOE_INLINE float from_bf16(std::uint16_t bits) {
-    const std::uint32_t wide = std::uint32_t(bits) << 16;
-    float f;
-    std::memcpy(&f, &wide, sizeof f);
-    return f;
-}
-
 // One token: values go from registers into the sums.
 template <std::size_t BITS, class S>
 SMOE_INLINE void one_token(const Operand& w, std::size_t tile, const Rows& x, float* y) {
     const Matrix& m = *w.m;
     const Tables& tables = m.tables[w.level - 1];
     const Slices at = slices_of(w, tile);
-    const auto* scales = reinterpret_cast<const S*>(w.record + m.scale) + tile * m.groups() * ROWS;
+    const auto* scales =
+        reinterpret_cast<const typename S::T*>(w.record + m.scale) + tile * m.groups() * ROWS;
     const std::size_t in_group = m.group / COLUMNS, blocks = m.blocks();
     Floats total[PARTS];
     for (std::size_t part = 0; part < PARTS; ++part) total[part] = no_floats();
@@ -133,9 +128,9 @@ SMOE_INLINE void one_token(const Operand& w, std::size_t tile, const Rows& x, fl
         }
         for (std::size_t part = 0; part < PARTS; ++part)
             total[part] = scaled(total[part], plus(sums[part][0], sums[part][1]),
-                                 scales_at(scales + g * ROWS + part * PART_ROWS), x.step[0][g]);
+                                 S::load(scales + g * ROWS + part * WIDE), x.step[0][g]);
     }
-    for (std::size_t part = 0; part < PARTS; ++part) put(y + part * PART_ROWS, total[part]);
+    for (std::size_t part = 0; part < PARTS; ++part) put(y + part * WIDE, total[part]);
 }
 
 // The values of some blocks of a tile, written down.
@@ -154,20 +149,18 @@ SMOE_INLINE void decode(const Slices& at, const Tables& tables, std::size_t firs
     }
 }
 
-constexpr std::size_t MOST_TILES = 2;  // of a call
-
 // Tiles times some tokens: many ones have the values of a chunk written down once.
-template <std::size_t BITS, class S = std::uint16_t>
+template <std::size_t BITS, class S = BF16>
 void nested_tiles(const Operand& w, std::size_t tile, std::size_t tiles, const Rows& x, float* y,
                   std::size_t stride) {
     if (x.n == 1) {
-        for (std::size_t i = 0; i < tiles; ++i)
-            one_token<BITS, S>(w, tile + i, x, y + i * ROWS);
+        for (std::size_t i = 0; i < tiles; ++i) one_token<BITS, S>(w, tile + i, x, y + i * ROWS);
         return;
     }
     const Matrix& m = *w.m;
-    const auto* scales = reinterpret_cast<const S*>(w.record + m.scale) + tile * m.groups() * ROWS;
-    alignas(64) std::uint8_t buffer[MOST_TILES * CHUNK * BLOCK];
+    const auto* scales =
+        reinterpret_cast<const typename S::T*>(w.record + m.scale) + tile * m.groups() * ROWS;
+    alignas(64) std::uint8_t buffer[SPAN * CHUNK * BLOCK];
     for (std::size_t b = 0; b < m.blocks(); b += CHUNK) {
         const std::size_t blocks = m.blocks() - b < CHUNK ? m.blocks() - b : CHUNK;
         for (std::size_t i = 0; i < tiles; ++i)
@@ -218,18 +211,6 @@ void tile(const Operand& w, std::size_t tile, const Rows& x, float* y, std::size
 // ---- activations
 // -------------------------------------------------------------------------------------------------
 
-SMOE_INLINE std::uint32_t bits_of(float f) {
-    std::uint32_t u;
-    std::memcpy(&u, &f, sizeof u);
-    return u;
-}
-
-SMOE_INLINE float float_of(std::uint32_t u) {
-    float f;
-    std::memcpy(&f, &u, sizeof f);
-    return f;
-}
-
 void quantise(const float* x, std::size_t n, std::size_t group, std::int8_t* q, float* step,
               std::int32_t* sum) {
     const std::size_t padded = (n + COLUMNS - 1) / COLUMNS * COLUMNS;
@@ -259,73 +240,6 @@ void quantise(const float* x, std::size_t n, std::size_t group, std::int8_t* q, 
         for (std::size_t i = usable ? real : 0; i < all; ++i) q[first + i] = 0;
         sum[g] = -std::int32_t(OFFSET) * total;
     }
-}
-
-SMOE_INLINE float exp_(float x) {
-    x = x < -87.0f ? -87.0f : x > 87.0f ? 87.0f : x;
-    const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    float p = 0.00139345f;
-    p = p * r + 0.00836378f;
-    p = p * r + 0.04166646f;
-    p = p * r + 0.16666573f;
-    p = p * r + 0.5f;
-    const float y = ((p * r) * r + r) + 1.0f;
-    return y * float_of((bits_of(shifted) - (0x4B400000u - 127u)) << 23);
-}
-
-SMOE_INLINE float magnitude(float x) { return float_of(bits_of(x) & 0x7FFFFFFFu); }
-
-SMOE_INLINE float sigmoid_(float x) {
-    const float e = exp_(-magnitude(x));
-    return (x >= 0.0f ? 1.0f : e) / (1.0f + e);
-}
-
-SMOE_INLINE float tanh_(float x) {
-    const float z = x * x, a = magnitude(x);
-    float p = -0.00573119f;
-    p = p * z + 0.02066472f;
-    p = p * z + -0.05374844f;
-    p = p * z + 0.13331561f;
-    p = p * z + -0.33333287f;
-    const float near = (p * z) * x + x, far = 1.0f - 2.0f / (exp_(a * 2.0f) + 1.0f);
-    return a < 0.625f ? near : x < 0.0f ? -far : far;
-}
-
-SMOE_INLINE float erf_(float x) {
-    const float a = magnitude(x), t = 1.0f / (1.0f + a * 0.3275911f);
-    float p = 1.061405429f;
-    p = p * t + -1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t + -0.284496736f;
-    p = p * t + 0.254829592f;
-    const float y = 1.0f - (p * t) * exp_(-(a * a));
-    return x < 0.0f ? -y : y;
-}
-
-SMOE_INLINE float relu_(float x) { return x < 0.0f ? 0.0f : x; }
-
-template <Act A>
-SMOE_INLINE float act(float x) {
-    switch (A) {
-        case Act::silu:
-            return x * sigmoid_(x);
-        case Act::gelu:
-            return (x * 0.5f) * (1.0f + erf_(x * 0.70710678f));
-        case Act::gelu_tanh:
-            return (x * 0.5f) * (1.0f + tanh_((x + (x * x) * x * 0.044715f) * 0.79788456f));
-        case Act::relu:
-            return relu_(x);
-        case Act::relu2:
-            return relu_(x) * relu_(x);
-        case Act::sigmoid:
-            return sigmoid_(x);
-        case Act::tanh:
-            return tanh_(x);
-        case Act::identity:
-            return x;
-    }
-    return x;
 }
 
 template <Act A>

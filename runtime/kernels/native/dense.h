@@ -1,5 +1,6 @@
-// Dense weights: 16 lanes of float, as a vector type of the compiler. Included by body.h, in the
-// namespace of an instruction set; the arithmetic is that of ffn.h.
+// Dense weights: 16 lanes of float in as many vectors as an instruction set needs (`Floats`, see
+// body.h). Included by body.h, in the namespace of an instruction set; the arithmetic is that of
+// ffn.h.
 #pragma once
 #include <cstring>
 
@@ -10,91 +11,124 @@
 namespace smoe {
 namespace {
 
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef std::uint32_t u32x16 __attribute__((vector_size(64)));
-typedef std::uint16_t u16x16 __attribute__((vector_size(32)));
-typedef std::int8_t i8x16 __attribute__((vector_size(16)));
 constexpr std::size_t LANES = 16;
+constexpr std::size_t WIDE = VECTOR / 4;           // lanes of a vector
+constexpr std::size_t PIECES = LANES / WIDE;       // vectors
+constexpr std::size_t MANY = PIECES == 1 ? 4 : 2;  // rows, and tokens, whose sums fit the registers
 
 struct F32 {
     typedef float T;
-    static SMOE_INLINE void load(const T* p, f32x16& v) { std::memcpy(&v, p, sizeof v); }
+    static SMOE_INLINE Floats load(const T* p) { return floats_at(p); }
 };
 
 struct BF16 {
     typedef std::uint16_t T;
-    static SMOE_INLINE void load(const T* p, f32x16& v) {
-        u16x16 h;
-        std::memcpy(&h, p, sizeof h);
-        u32x16 w = __builtin_convertvector(h, u32x16) << 16;
-        std::memcpy(&v, &w, sizeof v);
-    }
+    static SMOE_INLINE Floats load(const T* p) { return bf16_at(p); }
 };
 
-// Exact: exponent and mantissa move to where float32 has them and are multiplied by 2^112, which
-// gives subnormal numbers their place too; what has the largest exponent is infinite or no number.
 struct F16 {
     typedef std::uint16_t T;
-    static SMOE_INLINE void load(const T* p, f32x16& v) {
-        u16x16 h;
-        std::memcpy(&h, p, sizeof h);
-        const u32x16 w = __builtin_convertvector(h, u32x16);
-        const u32x16 magnitude = (w & 0x7FFFu) << 13;
-        f32x16 scaled;
-        std::memcpy(&scaled, &magnitude, sizeof scaled);
-        scaled *= 0x1p112f;
-        u32x16 bits;
-        std::memcpy(&bits, &scaled, sizeof bits);
-        bits |= (w & 0x8000u) << 16;
-        bits |= u32x16((w & 0x7C00u) == 0x7C00u) & 0x7F800000u;
-        std::memcpy(&v, &bits, sizeof v);
-    }
+    static SMOE_INLINE Floats load(const T* p) { return f16_at(p); }
 };
 
 struct I8 {
     typedef std::int8_t T;
-    static SMOE_INLINE void load(const T* p, f32x16& v) {
-        i8x16 b;
-        std::memcpy(&b, p, sizeof b);
-        v = __builtin_convertvector(b, f32x16);
-    }
+    static SMOE_INLINE Floats load(const T* p) { return int8_at(p); }
 };
 
-// The last n < 16 elements of a row, zero behind them.
-template <class W>
-SMOE_INLINE void load_tail(const typename W::T* p, std::size_t n, f32x16& v) {
-    typename W::T padded[LANES] = {};
-    std::memcpy(padded, p, n * sizeof(typename W::T));
-    W::load(padded, v);
+// 16 columns of R rows of w times those of N tokens, added to the lanes.
+template <class W, std::size_t R, std::size_t N>
+SMOE_INLINE void add_lanes(const float* const* x, std::size_t k, const typename W::T* w,
+                           std::size_t w_stride, Floats (&sum)[R][N][PIECES]) {
+    for (std::size_t p = 0; p < PIECES; ++p) {
+        Floats a[N];
+        for (std::size_t t = 0; t < N; ++t) a[t] = floats_at(x[t] + k + p * WIDE);
+        for (std::size_t r = 0; r < R; ++r) {
+            const Floats b = W::load(w + r * w_stride + k + p * WIDE);
+            for (std::size_t t = 0; t < N; ++t) sum[r][t][p] = sum[r][t][p] + a[t] * b;
+        }
+    }
 }
 
-SMOE_INLINE float fold(const f32x16& v) {
+// The lanes of R rows of w, `w_stride` apart, times N tokens: lanes[r][t]. Rows that end within 16
+// columns go on with zeros.
+template <class W, std::size_t R, std::size_t N>
+SMOE_INLINE void dense_lanes(const float* const* x, std::size_t n_in, const typename W::T* w,
+                             std::size_t w_stride, float (*lanes)[N][LANES]) {
+    Floats sum[R][N][PIECES];
+    for (std::size_t r = 0; r < R; ++r)
+        for (std::size_t t = 0; t < N; ++t)
+            for (std::size_t p = 0; p < PIECES; ++p) sum[r][t][p] = no_floats();
+    const std::size_t rest = n_in % LANES, whole = n_in - rest;
+    for (std::size_t k = 0; k < whole; k += LANES) add_lanes<W, R, N>(x, k, w, w_stride, sum);
+    if (rest) {
+        float x_end[N][LANES] = {};
+        typename W::T w_end[R][LANES] = {};
+        const float* ends[N];
+        for (std::size_t t = 0; t < N; ++t) {
+            std::memcpy(x_end[t], x[t] + whole, rest * sizeof(float));
+            ends[t] = x_end[t];
+        }
+        for (std::size_t r = 0; r < R; ++r)
+            std::memcpy(w_end[r], w + r * w_stride + whole, rest * sizeof(typename W::T));
+        add_lanes<W, R, N>(ends, 0, w_end[0], LANES, sum);
+    }
+    for (std::size_t r = 0; r < R; ++r)
+        for (std::size_t t = 0; t < N; ++t)
+            for (std::size_t p = 0; p < PIECES; ++p) put(lanes[r][t] + p * WIDE, sum[r][t][p]);
+}
+
+// Lanes to their sum: j with j+8, j+4, j+2, j+1.
+SMOE_INLINE float fold(const float* lanes) {
     float a[LANES];
-    std::memcpy(a, &v, sizeof a);
+    std::memcpy(a, lanes, sizeof a);
     for (std::size_t half = LANES / 2; half; half /= 2)
         for (std::size_t j = 0; j < half; ++j) a[j] += a[j + half];
     return a[0];
 }
 
-// R rows of w against N tokens: R*N sums in registers, each weight loaded once for N tokens.
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef std::int32_t i32x4 __attribute__((vector_size(16)));
+
+// The same for four at once.
+SMOE_INLINE f32x4 fold4(const float* a, const float* b, const float* c, const float* d) {
+    const float* rows[4] = {a, b, c, d};
+    f32x4 sum[4];
+    for (std::size_t r = 0; r < 4; ++r) {
+        f32x4 q[4];
+        std::memcpy(q, rows[r], sizeof q);
+        sum[r] = (q[0] + q[2]) + (q[1] + q[3]);
+    }
+    const i32x4 low = {0, 1, 4, 5}, high = {2, 3, 6, 7}, even = {0, 2, 4, 6}, odd = {1, 3, 5, 7};
+    const f32x4 ab =
+        __builtin_shuffle(sum[0], sum[1], low) + __builtin_shuffle(sum[0], sum[1], high);
+    const f32x4 cd =
+        __builtin_shuffle(sum[2], sum[3], low) + __builtin_shuffle(sum[2], sum[3], high);
+    return __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
+}
+
+// R rows of w against N tokens: each weight is loaded once for N tokens.
 template <class W, std::size_t R, std::size_t N>
 SMOE_INLINE void dense_block(const float* const* x, std::size_t n_in, const typename W::T* w,
                              const float* scale, float* y, std::size_t stride) {
-    f32x16 sum[R][N] = {};
-    const std::size_t whole = n_in - n_in % LANES;
-    for (std::size_t k = 0; k <= whole; k += LANES) {
-        if (k == whole && whole == n_in) break;
-        f32x16 a[N], b;
-        for (std::size_t t = 0; t < N; ++t)
-            k < whole ? F32::load(x[t] + k, a[t]) : load_tail<F32>(x[t] + k, n_in - k, a[t]);
+    float lanes[R][N][LANES];
+    dense_lanes<W, R, N>(x, n_in, w, n_in, lanes);
+    for (std::size_t t = 0; t < N; ++t)
         for (std::size_t r = 0; r < R; ++r) {
-            k < whole ? W::load(w + r * n_in + k, b) : load_tail<W>(w + r * n_in + k, n_in - k, b);
-            for (std::size_t t = 0; t < N; ++t) sum[r][t] += a[t] * b;
+            const float sum = fold(lanes[r][t]);
+            y[t * stride + r] = scale ? sum * scale[r] : sum;
         }
-    }
-    for (std::size_t r = 0; r < R; ++r)
-        for (std::size_t t = 0; t < N; ++t)
-            y[t * stride + r] = scale ? fold(sum[r][t]) * scale[r] : fold(sum[r][t]);
+}
+
+// Some rows against N tokens, R at a time.
+template <class W, std::size_t R, std::size_t N>
+SMOE_INLINE void dense_rows(const float* const* x, std::size_t n_in, const typename W::T* w,
+                            std::size_t rows, const float* scale, float* y, std::size_t stride) {
+    std::size_t r = 0;
+    for (; r + R <= rows; r += R)
+        dense_block<W, R, N>(x, n_in, w + r * n_in, scale ? scale + r : nullptr, y + r, stride);
+    for (; r < rows; ++r)
+        dense_block<W, 1, N>(x, n_in, w + r * n_in, scale ? scale + r : nullptr, y + r, stride);
 }
 
 template <class W>
@@ -106,22 +140,10 @@ void dense_tile(const Operand& w, std::size_t tile, const Rows& x, float* y, std
         m.scale < 0 ? nullptr : reinterpret_cast<const float*>(w.record + m.scale) + tile * ROWS;
     const std::size_t rows = m.n_out - tile * ROWS < ROWS ? m.n_out - tile * ROWS : ROWS;
     std::size_t t = 0;
-    for (; t + 2 <= x.n; t += 2)
-        for (std::size_t r = 0; r < rows;) {
-            const bool four = r + 4 <= rows;
-            (four ? dense_block<W, 4, 2> : dense_block<W, 1, 2>)(x.x + t, m.n_in, data + r * m.n_in,
-                                                                 scale ? scale + r : nullptr,
-                                                                 y + t * stride + r, stride);
-            r += four ? 4 : 1;
-        }
+    for (; t + MANY <= x.n; t += MANY)
+        dense_rows<W, MANY, MANY>(x.x + t, m.n_in, data, rows, scale, y + t * stride, stride);
     for (; t < x.n; ++t)
-        for (std::size_t r = 0; r < rows;) {
-            const bool four = r + 4 <= rows;
-            (four ? dense_block<W, 4, 1> : dense_block<W, 1, 1>)(x.x + t, m.n_in, data + r * m.n_in,
-                                                                 scale ? scale + r : nullptr,
-                                                                 y + t * stride + r, stride);
-            r += four ? 4 : 1;
-        }
+        dense_rows<W, 4, 1>(x.x + t, m.n_in, data, rows, scale, y + t * stride, stride);
     for (t = 0; t < x.n; ++t)
         for (std::size_t r = rows; r < ROWS; ++r) y[t * stride + r] = 0;
 }

@@ -150,7 +150,7 @@ const Variant* const* variants(std::size_t* count) {
         if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
             found[i++] = &avx512vnni;
-        if (__builtin_cpu_supports("avx2")) found[i++] = &avx2;
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) found[i++] = &avx2;
 #elif defined(__aarch64__)
         if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found[i++] = &neondot;
         found[i++] = &neon;

@@ -40,6 +40,7 @@ namespace smoe {
 constexpr std::size_t ROWS = 16;     // of a tile, which one work item computes for all tokens
 constexpr std::size_t COLUMNS = 32;  // of a block: its 512 codes have 64 bytes a bit
 constexpr std::size_t SLICE = 64;    // bytes of one bit of a block
+constexpr std::size_t SPAN = 2;      // tiles of a backbone's matrix that a work item has at most
 constexpr std::size_t MAX_BITS = 8;
 constexpr std::size_t MAX_PLANES = 7;
 
@@ -96,6 +97,9 @@ struct Rows {
     const std::int32_t* const* sum;
 };
 
+struct Weight;    // products.h
+struct KeyBlock;  // attention.h
+
 struct Variant {
     const char* name;  // what SMOE_KERNELS may say
     // 16 rows of a matrix (the tile) times n activations: y[t * stride + r], without bias; rows
@@ -108,6 +112,15 @@ struct Variant {
     // gate or up.
     void (*gate)(const ExpertActivation& spec, const float* gate, const float* up, std::size_t n,
                  float* inner);
+    // Up to SPAN tiles of a backbone's matrix, which `m` describes too, as `tile` does one.
+    void (*product)(const Weight& w, const Matrix& m, std::size_t tile, std::size_t tiles,
+                    const Rows& x, float* y, std::size_t stride);
+    // What queries see of a block of keys; `count` blocks, one behind the other, joined to an
+    // output y [width]; float32 to float16, ties to even (attention.h).
+    void (*attend)(const KeyBlock& block);
+    void (*join)(const float* blocks, std::size_t count, std::size_t width, const float* sink,
+                 float* y);
+    void (*to_f16)(const float* x, std::size_t n, std::uint16_t* y);
 };
 
 extern const Variant portable;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "ffn.h"
+#include "module.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -21,18 +22,6 @@ using Output = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Records = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Values = nb::ndarray<const std::int8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-static void require(bool holds, const char* sentence) {
-    if (!holds) throw nb::value_error(sentence);
-}
-
-static const Variant& named(const std::string& name) {
-    std::size_t count;
-    const Variant* const* found = variants(&count);
-    for (std::size_t i = 0; i < count; ++i)
-        if (name == found[i]->name) return *found[i];
-    throw nb::value_error("this processor has no such variant; ask variants()");
-}
 
 // kind, n_out, n_in, data, scale, bias, group, [(offset, slices)], tables int8 [planes, 2, 16]
 using About = std::tuple<std::string, std::size_t, std::size_t, std::ptrdiff_t, std::ptrdiff_t,
@@ -122,13 +111,14 @@ static Layer layer(const std::vector<About>& matrices, const ExpertActivation& s
     return l;
 }
 
-static void check_level(const Layer& l, std::int64_t level, const Records& records) {
+void smoe::check_records(const Layer& l, std::int64_t level, const void* data,
+                         std::size_t nbytes) {
     require(1 <= level && level <= std::int64_t(std::max<std::size_t>(l.up.planes, 1)),
             "level out of range");
     for (const Matrix* m : {&l.up, &l.down, &l.gate})
-        require(m->n_out == 0 || end_of(*m, level) <= records.shape(1),
+        require(m->n_out == 0 || end_of(*m, level) <= nbytes,
                 "records are shorter than their level");
-    require((reinterpret_cast<std::uintptr_t>(records.data()) | records.shape(1)) % 4 == 0,
+    require((reinterpret_cast<std::uintptr_t>(data) | nbytes) % 4 == 0,
             "records lie askew");
 }
 
@@ -148,7 +138,7 @@ static void run(const Layer& l, const std::string& variant, Records records, Ind
         require(0 <= frames(i) && frames(i) < std::int64_t(records.shape(0)),
                 "there is no such frame");
         require(starts(i) <= starts(i + 1), "starts must rise");
-        check_level(l, levels(i), records);
+        check_records(l, levels(i), records.data(), records.shape(1));
         at[i] = records.data() + frames(i) * records.shape(1);
         level[i] = levels(i), start[i + 1] = starts(i + 1);
     }
@@ -165,7 +155,7 @@ static void run(const Layer& l, const std::string& variant, Records records, Ind
 static void one_product(const Layer& l, const std::string& variant, const std::string& name,
                         Records record, std::int64_t level, Floats x, Output y) {
     const Matrix& m = name == "down" ? l.down : name == "gate" ? l.gate : l.up;
-    check_level(l, level, record);
+    check_records(l, level, record.data(), record.shape(1));
     require(record.shape(0) == 1 && x.shape(1) == m.n_in && y.shape(0) == x.shape(0) &&
                 y.shape(1) == m.tiles() * ROWS,
             "x [n, n_in], y [n, n_out padded to 16] and one record");
@@ -207,4 +197,6 @@ NB_MODULE(_native, m) {
              "x"_a.noconvert(), "y"_a.noconvert(), "One matrix alone, for tests.")
         .def("between", &between, "variant"_a, "gate"_a.noconvert(), "up"_a.noconvert(),
              "y"_a.noconvert(), "What comes between the matrices alone, for tests.");
+    bind_backbone(m);
+    bind_program(m);
 }

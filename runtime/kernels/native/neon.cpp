@@ -44,9 +44,20 @@ inline Sums no_sums() { return vdupq_n_s32(0); }
 inline Floats floats_at(const float* p) { return vld1q_f32(p); }
 inline Floats no_floats() { return vdupq_n_f32(0); }
 inline void put(float* p, Floats v) { vst1q_f32(p, v); }
-inline Floats scales_at(const float* p) { return floats_at(p); }
-inline Floats scales_at(const std::uint16_t* p) {
+inline Floats bf16_at(const std::uint16_t* p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+}
+inline Floats f16_at(const std::uint16_t* p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+inline void put_f16(std::uint16_t* p, Floats v) {
+    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)));
+}
+inline Floats int8_at(const std::int8_t* p) {
+    std::int32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
 }
 inline Floats scaled(Floats y, Sums s, Floats scale, float step) {
     return vaddq_f32(y, vmulq_n_f32(vmulq_f32(vcvtq_f32_s32(s), scale), step));
@@ -56,11 +67,13 @@ inline Floats scaled(Floats y, Sums s, Floats scale, float step) {
 }  // namespace smoe
 
 #include "body.h"
+#include "products_body.h"
+#include "attention_body.h"
 
 namespace smoe {
 #if defined(__ARM_FEATURE_DOTPROD)
-const Variant neondot = {"neondot", tile, quantise, gate};
+const Variant neondot = {"neondot", tile, quantise, gate, product_tiles, attend, join, to_f16};
 #else
-const Variant neon = {"neon", tile, quantise, gate};
+const Variant neon = {"neon", tile, quantise, gate, product_tiles, attend, join, to_f16};
 #endif
 }  // namespace smoe

@@ -1,10 +1,9 @@
-"""The executor of the backbone's segments: one ONNX Runtime session each, their weights, and what
-they remember.
+"""Segments in ONNX Runtime: one session each, their weights, and what they remember.
 
-Weights are read once into memory that this process owns and are shared by all segments: a file that
-shrinks under a running engine can then not kill it, and the bytes are counted exactly. State that
-grows in place is one buffer of the context's length, bound as input and output of its segment, so
-that a step appends without copying."""
+Weights are read once into memory that this process owns and are shared by these segments: a file
+that shrinks under a running engine can then not kill it, and the bytes are counted exactly. State
+that grows in place is one buffer of the context's length, bound as input and output of its segment,
+so that a step appends without copying."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from smoe.artifacts.errors import first_line
 from smoe.artifacts.manifest import Manifest, State
 from smoe.artifacts.safetensors_file import DTYPES
 from smoe.runtime.errors import EngineError
+from smoe.runtime.execution import runs_of, weights_of
 from smoe.runtime.machine import processors
 
 ITEM_BYTES = {"tensor(bool)": 1, "tensor(float16)": 2, "tensor(float)": 4, "tensor(int32)": 4}
@@ -47,7 +47,7 @@ ORT_ERRORS = (
 )
 
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
-EMPTY = Path(__file__).resolve().parent / "no_data"
+EMPTY = Path(__file__).resolve().parents[1] / "no_data"
 LARGE = 8 << 20  # bytes of a weight from which on a second thread pays (bench/threads.py)
 
 _arena_made = False
@@ -118,8 +118,8 @@ class SegmentState:
         self._clear()
         return 0
 
-    def fork(self) -> SegmentState:
-        """Buffers are copied; what is replaced is shared."""
+    def fork(self, length: int) -> SegmentState:
+        """Buffers are copied whole; what is replaced is shared."""
         copy = SegmentState(self._specs, self._context)
         for spec in self._specs:
             if spec.in_place:
@@ -147,28 +147,26 @@ class SegmentState:
             self.values[spec.input] = ort_value(np.zeros(shape, DTYPES[spec.dtype]))
 
 
-def segment_threads(manifest: Manifest, threads: int | None) -> list[int]:
-    """How many threads run each segment: `threads`, or as many as pay by the size of its largest
+def segment_threads(manifest: Manifest, index: int, threads: int | None) -> int:
+    """How many threads run a segment: `threads`, or as many as pay by the size of its largest
     weight and as there are processors for."""
     nbytes = {w.name: w.nbytes for w in manifest.backbone.initializers}
-    segments = manifest.backbone.segments
-    largest = [max((nbytes[name] for name in s.weights), default=0) for s in segments]
-    most = min(2, processors().count)
-    return [threads or (most if size >= LARGE else 1) for size in largest]
+    largest = max((nbytes[name] for name in manifest.backbone.segments[index].weights), default=0)
+    return threads or (min(2, processors().count) if largest >= LARGE else 1)
 
 
 def open_sessions(
-    path: Path, manifest: Manifest, threads: list[int]
-) -> tuple[list[ort.InferenceSession], Values]:
-    """A session for every segment of the bundle at `path`, and the weights in their memory, which
-    must live as long. An `EngineError` if one does not load."""
+    path: Path, manifest: Manifest, threads: dict[int, int]
+) -> tuple[dict[int, ort.InferenceSession], Values]:
+    """A session on so many `threads` for each of these segments of the bundle at `path`, and their
+    weights, which must live as long. An `EngineError` if one does not load."""
     _share_arena()
-    weights = _read_weights(path, manifest)
+    weights = _read_weights(path, manifest, threads)
     with _folder_with_empty(Path(manifest.backbone.weights).name) as folder:
-        sessions = [
-            _session(path, manifest, index, count, weights, folder)
-            for index, count in enumerate(threads)
-        ]
+        sessions = {
+            index: _session(path, manifest, index, count, weights, folder)
+            for index, count in threads.items()
+        }
     return sessions, weights
 
 
@@ -241,15 +239,18 @@ class TwoValued:
         return ort_value(self.values[second].view(np.float32).reshape(self.shape))
 
 
-def _read_weights(path: Path, manifest: Manifest) -> Values:
-    file = path / manifest.backbone.weights
-    data = np.fromfile(file, np.uint8)  # no longer than its last weight: the door has checked
-    weights = {}
-    for w in manifest.backbone.initializers:
-        piece = data[w.offset : w.offset + w.nbytes]
-        if piece.size != w.nbytes:
+def _read_weights(path: Path, manifest: Manifest, segments: Iterable[int]) -> Values:
+    """Those of these segments."""
+    file, weights = path / manifest.backbone.weights, {}
+    wanted = weights_of(manifest, segments)
+    for start, end in runs_of(wanted):
+        data = np.fromfile(file, np.uint8, end - start, offset=start)
+        if data.size != end - start:
             raise EngineError(f"{file} became shorter while it was read; copy the bundle again.")
-        weights[w.name] = ort_value(piece.view(DTYPES[w.dtype]).reshape(w.shape))
+        for w in wanted:
+            if start <= w.offset < end:
+                piece = data[w.offset - start :][: w.nbytes]
+                weights[w.name] = ort_value(piece.view(DTYPES[w.dtype]).reshape(w.shape))
     return weights
 
 

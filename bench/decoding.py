@@ -1,0 +1,248 @@
+"""Everything in memory: decoding, prompts and opening beside llama.cpp, and beside what the memory
+gives.
+
+Every measurement is a fresh process with warm files, in turns. llama.cpp repacks its weights, reads
+prompts in batches of 512 and remembers in float16, as it does unless told. What the memory gives is
+the best of several plain reads in the same run; what a token reads are the experts that it uses, at
+their full level, and the backbone but for the rows of the embedding.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import options, outofcore, page_cache
+from bench.harness import Rows, Run, Table, bench, child, interleave, note, option
+from bench.random_models import FIRST_ID, GEOMETRIES
+from smoe.artifacts import open_bundle
+from smoe.artifacts.bundle import Bundle
+
+PLAIN = 1 << 30  # bytes of a plain read
+WARM = 8  # tokens before a clock starts
+ENGINES = ("program", "onnx", "llama.cpp")
+
+Answer = dict[str, Any]
+
+
+@bench(
+    options.rounds(5), options.tokens(64),
+    option("--directory", type=Path, required=True, help="where models are, or are made"),
+    option("--geometry", choices=GEOMETRIES, default="olmoe", help="of a model of random weights"),
+    option("--layers", type=int, default=16, help="of that model"),
+    option("--threads", type=int, nargs="+", default=[2]),
+    option("--positions", type=int, nargs="+", default=[50, 1500], help="where tokens are decoded"),
+    option("--prompt", type=int, default=512, help="tokens that are read at once"),
+    option("--engines", nargs="+", choices=ENGINES, default=list(ENGINES)),
+)  # fmt: skip
+def decoding(run: Run) -> Rows:
+    """Tokens per second with everything in memory, beside llama.cpp and what the memory gives.
+
+    Makes what is missing in the directory, as outofcore does: a bundle of random weights in
+    nested:2+1+1 with an int8 backbone, and a GGUF file with Q4_0 experts and the rest in Q8_0.
+    """
+    wanted = {"llama.cpp" if engine == "llama.cpp" else "smoe" for engine in run.engines}
+    models = outofcore.at_size(run.directory, run.geometry, run.layers, "llama.cpp" in wanted)
+    for model in models.values():
+        page_cache.fetch(model)
+    bundle = open_bundle(models["smoe"])
+    ways: dict[str, Callable[[], Answer]] = {"memory": partial(child, "decoding:reads")}
+    for threads in run.threads:
+        for engine in run.engines:
+            ways[f"{engine}, {threads}"] = partial(_once, run, models, engine, threads)
+    results = interleave(ways, run.rounds)
+    fastest = {n: max(answer[str(n)] for answer in results["memory"]) for n in run.threads}
+    title = f"{run.rounds} rounds, {run.tokens} tokens each"
+    yield Table("decoding", _columns(run), list(_lines(run, bundle, results, fastest)), title)
+    yield Table("memory", {"threads": "{}", "GB/s": "{:.1f}"}, [
+        [n, rate / 1e9] for n, rate in fastest.items()
+    ], f"{per_token(bundle) / 1e6:.0f} MB a token")  # fmt: skip
+    yield Table("runs", {"way": "{}", "run": "{}"}, [
+        [name, str(answer)] for name, answers in results.items() for answer in answers
+    ], "Every run", printed=False)  # fmt: skip
+
+
+def _columns(run: Run) -> dict[str, str]:
+    places = {f"at {position}": "{:.1f}" for position in run.positions}
+    return {
+        "threads": "{}", "engine": "{}", **places, "of the memory's": "{:.2f}",
+        "x llama.cpp": "{:.2f}", f"prompt of {run.prompt}": "{:.0f}", "x": "{:.2f}",
+        "opened, s": "{:.2f}", "first token, s": "{:.2f}",
+    }  # fmt: skip
+
+
+def _lines(
+    run: Run, bundle: Bundle, results: dict[str, list[Answer]], fastest: dict[int, float]
+) -> Iterator[list[Any]]:
+    def median(way: str, key: str) -> float:
+        return (
+            statistics.median(answer[key] for answer in results.get(way, []))
+            if results.get(way)
+            else math.nan
+        )
+
+    first = str(run.positions[0])
+    for threads in run.threads:
+        other = f"llama.cpp, {threads}"
+        for engine in run.engines:
+            way = f"{engine}, {threads}"
+            speed, prompt = median(way, first), median(way, "prompt")
+            yield [
+                threads,
+                engine,
+                *(median(way, str(position)) for position in run.positions),
+                speed * per_token(bundle) / fastest[threads],
+                speed / median(other, first),
+                prompt,
+                prompt / median(other, "prompt"),
+                median(way, "opened"),
+                median(way, "first"),
+            ]
+
+
+def per_token(bundle: Bundle) -> int:
+    """Bytes of the weights that a token reads."""
+    layers = zip(bundle.manifest.layers, bundle.layouts, strict=True)
+    experts = sum(layer.top_k * layout.levels[-1] for layer, layout in layers)
+    weights = bundle.manifest.backbone.initializers
+    rows = [w.nbytes for w in weights if w.shape[:1] == (bundle.manifest.model.vocabulary,)]
+    tables = {w.offset: w.nbytes for w in weights if w.nbytes in rows}
+    embedding = sum(tables.values()) // 2 if len(tables) > 1 else 0  # else it is the head too
+    return experts + sum({w.offset: w.nbytes for w in weights}.values()) - embedding
+
+
+def _once(run: Run, models: dict[str, Path], engine: str, threads: int) -> Answer:
+    side = "llama.cpp" if engine == "llama.cpp" else "smoe"
+    shape = GEOMETRIES[run.geometry](layers=1)
+    settings = {"positions": run.positions, "prompt": run.prompt, "tokens": run.tokens}
+    return child(
+        "decoding:llama" if side == "llama.cpp" else "decoding:smoe",
+        model=models[side],
+        threads=threads,
+        vocabulary=shape.vocabulary,
+        executor=engine,
+        **settings,
+    )
+
+
+def reads() -> Answer:
+    """Bytes per second of plain reads of much memory, by threads: the best of several."""
+    array = np.ones(PLAIN // 8, np.int64)
+    best = {}
+    for threads in (1, 2, 4, 8, 16):
+        with ThreadPoolExecutor(threads) as pool:
+            parts = np.array_split(array, threads)
+            times = []
+            for _ in range(4):
+                started = time.perf_counter()
+                list(pool.map(np.sum, parts))
+                times.append(time.perf_counter() - started)
+        best[str(threads)] = array.nbytes / min(times)
+    return best
+
+
+# -- one engine, in a process of its own -----------------------------------------------
+
+
+def random_ids(count: int, vocabulary: int) -> list[int]:
+    draw = random.Random(3)
+    return [draw.randrange(FIRST_ID, vocabulary) for _ in range(count)]
+
+
+def _timed(
+    read: Callable[[list[int]], None],
+    forget: Callable[[], None],
+    vocabulary: int,
+    positions: list[int],
+    prompt: int,
+    tokens: int,
+) -> Answer:
+    """What an engine takes whose `read` consumes ids: one at a time, or many at once."""
+    ids = random_ids(max(*positions, prompt) + WARM + tokens, vocabulary)
+    answer: Answer = {}
+    started = time.perf_counter()
+    read(ids[:1])
+    answer["first"] = time.perf_counter() - started
+    forget()
+    read(ids[:prompt])  # once, to warm what grows
+    forget()
+    started = time.perf_counter()
+    read(ids[:prompt])
+    answer["prompt"] = prompt / (time.perf_counter() - started)
+    for position in positions:
+        forget()
+        read(ids[: position - WARM])
+        for token in ids[position - WARM : position]:
+            read([token])
+        started = time.perf_counter()
+        for token in ids[position : position + tokens]:
+            read([token])
+        answer[str(position)] = tokens / (time.perf_counter() - started)
+    return answer
+
+
+def smoe(model: str, threads: int, vocabulary: int, executor: str, **settings: Any) -> Answer:
+    """smoe, on one of its executors."""
+    from smoe.runtime import Engine
+    from smoe.runtime.step import Phase, Span, Step
+
+    longest = max(*settings["positions"], settings["prompt"]) + WARM + settings["tokens"]
+    started = time.perf_counter()
+    with Engine.open(model, threads=threads, context=longest, executor=executor) as engine:
+        opened = time.perf_counter() - started
+        sequence = engine.new_sequence()
+
+        def read(ids: list[int]) -> None:
+            given = np.array(ids, np.int64)
+            if len(ids) > 1:
+                engine.prefill(sequence, given).finish()
+            else:
+                engine.step(Step((Span(sequence, given, np.array([0]), Phase.DECODE),)))
+
+        answer = _timed(read, lambda: sequence.rewind(0), vocabulary, **settings)
+        note("\n".join(engine.mode_lines()))
+    return answer | {"opened": opened, "first": opened + answer["first"]}
+
+
+def llama(model: str, threads: int, vocabulary: int, executor: str, **settings: Any) -> Answer:
+    """llama.cpp as it comes, its weights repacked."""
+    import llama_cpp as api
+
+    silent = api.llama_log_callback(lambda level, text, data: None)
+    api.llama_log_set(silent, None)
+    api.llama_backend_init()
+    longest = max(*settings["positions"], settings["prompt"]) + WARM + settings["tokens"]
+    started = time.perf_counter()
+    how = api.llama_model_default_params()
+    how.n_gpu_layers = 0
+    opened = api.llama_model_load_from_file(model.encode(), how)
+    size = api.llama_context_default_params()
+    size.n_ctx, size.n_batch, size.n_ubatch = longest, 512, 512
+    size.n_threads = size.n_threads_batch = threads
+    context = api.llama_init_from_model(opened, size)
+    if not opened or not context:
+        raise SystemExit(f"llama.cpp cannot open {model}.")
+    took = time.perf_counter() - started
+
+    def read(ids: list[int]) -> None:
+        for low in range(0, len(ids), 512):
+            part = ids[low : low + 512]
+            tokens = (api.llama_token * len(part))(*part)  # which the batch does not keep
+            if code := api.llama_decode(context, api.llama_batch_get_one(tokens, len(part))):
+                raise SystemExit(f"llama.cpp could not decode {len(part)} tokens: {code}.")
+        api.llama_get_logits_ith(context, -1)
+
+    def forget() -> None:
+        api.llama_memory_clear(api.llama_get_memory(context), True)
+
+    answer = _timed(read, forget, vocabulary, **settings)
+    return answer | {"opened": took, "first": took + answer["first"]}

@@ -1,0 +1,252 @@
+#include "program.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+#include "pool.h"
+#include "program_build.h"
+
+namespace smoe {
+namespace {
+
+constexpr std::size_t LITTLE = 1 << 15;  // numbers of a call that a second thread is not worth
+constexpr std::size_t SPARE = 8 << 20;   // bytes of a step's memory that are kept for the next one
+
+float* floats_at(const Program& program, const Op& op, std::size_t i, const StepRows& rows,
+                 const Block& block) {
+    return reinterpret_cast<float*>(program.at(op.operand[i], rows, block));
+}
+
+std::size_t stride_of(const Op& op, std::size_t i) { return op.operand[i].row / sizeof(float); }
+
+// A row operation: its kernel along every line.
+void one_row(const Op& op, std::uint8_t* const* base) {
+    void* at[OPERANDS];
+    for (std::size_t i = 0; i < op.operands; ++i) at[i] = base[i];
+    if (!op.rank) return op.kernel(op.row, at);
+    std::size_t index[RANK] = {};
+    for (;;) {
+        op.kernel(op.row, at);
+        std::size_t a = op.rank - 1;
+        for (;; --a) {
+            const bool more = ++index[a] < op.shape[a];
+            const auto back = std::ptrdiff_t(op.shape[a] - 1);
+            for (std::size_t i = 0; i < op.operands; ++i)
+                at[i] = static_cast<std::uint8_t*>(at[i]) +
+                        (more ? op.operand[i].outer[a] : -back * op.operand[i].outer[a]);
+            if (more) break;
+            index[a] = 0;
+            if (a == 0) return;
+        }
+    }
+}
+
+void run_rows(Program& program, const Op& op, StepRows& rows, const Block& block) {
+    const std::size_t n = op.kept ? block.kept : block.rows;
+    std::uint8_t* base[OPERANDS] = {};
+    for (std::size_t i = 0; i < op.operands; ++i)
+        if (op.operand[i].place != Place::absent) base[i] = program.at(op.operand[i], rows, block);
+    if (n == 1) return one_row(op, base);
+    parallel(n, n * op.work < LITTLE ? 1 : program.threads, [&](std::size_t r) {
+        std::uint8_t* at[OPERANDS];
+        for (std::size_t i = 0; i < op.operands; ++i) at[i] = base[i] + r * op.operand[i].row;
+        one_row(op, at);
+    });
+}
+
+void run_keep(Program& program, const Op& op, StepRows& rows, const Block& block) {
+    const std::uint8_t* from = program.at(op.operand[0], rows, block);
+    std::uint8_t* to = program.at(op.operand[1], rows, block);
+    for (std::size_t k = 0; k < block.kept; ++k) {
+        const std::size_t r = std::size_t(rows.keep[block.kept_first + k]) - block.first;
+        std::uint8_t* base[] = {const_cast<std::uint8_t*>(from) + r * op.operand[0].row,
+                                to + k * op.operand[1].row};
+        one_row(op, base);
+    }
+}
+
+void run_product(Program& program, const Op& op, StepRows& rows, const Block& block) {
+    const float* bias = op.operand[1].place == Place::absent
+                            ? nullptr
+                            : floats_at(program, op, 1, rows, block);
+    product(program.variant, op.weight, floats_at(program, op, 0, rows, block), stride_of(op, 0),
+            op.kept ? block.kept : block.rows, bias, floats_at(program, op, 2, rows, block),
+            stride_of(op, 2), program.threads);
+}
+
+void run_embedding(Program& program, const Op& op, StepRows& rows, const Block& block) {
+    embedding(op.weight, rows.ids.data() + block.first, block.rows, op.scale,
+              floats_at(program, op, 0, rows, block), stride_of(op, 0));
+}
+
+// Calls f(sequence, its first row in the block, rows in the block) for those that have some.
+template <class F>
+void each_sequence(const StepRows& rows, const Block& block, F&& f) {
+    const std::size_t end = block.first + block.rows;
+    for (const Sequence& s : rows.sequences) {
+        const std::size_t first = s.first > block.first ? s.first : block.first;
+        const std::size_t last = s.first + s.rows < end ? s.first + s.rows : end;
+        if (first < last) f(s, first, last - first);
+    }
+}
+
+void run_position(Program& program, const Op& op, StepRows& rows, const Block& block) {
+    std::uint8_t* to = program.at(op.operand[0], rows, block);
+    each_sequence(rows, block, [&](const Sequence& s, std::size_t first, std::size_t n) {
+        for (std::size_t r = first; r < first + n; ++r) {
+            const std::size_t position = s.past + (r - s.first);
+            std::uint8_t* at = to + (r - block.first) * op.operand[0].row;
+            if (op.whole)
+                *reinterpret_cast<std::int64_t*>(at) = std::int64_t(position);
+            else
+                *reinterpret_cast<float*>(at) = float(position);
+        }
+    });
+}
+
+void run_attention(Program& program, const Op& op, StepRows& rows, const Block& block) {
+    rows.parts.clear();
+    each_sequence(rows, block, [&](const Sequence& s, std::size_t first, std::size_t n) {
+        rows.parts.push_back({&s.state->attentions[op.state], s.past + (first - s.first), n});
+    });
+    const auto heads = [&](std::size_t i, std::size_t slot) {
+        return Heads{floats_at(program, op, i, rows, block), stride_of(op, i), op.heads[slot]};
+    };
+    attention(program.variant, op.attention, rows.parts.data(), rows.parts.size(), heads(0, 0),
+              heads(1, 1), heads(2, 2), heads(4, 3), program.threads);
+}
+
+void (*runner(const std::string& kind))(Program&, const Op&, StepRows&, const Block&) {
+    return kind == "product"     ? run_product
+           : kind == "attention" ? run_attention
+           : kind == "embedding" ? run_embedding
+           : kind == "position"  ? run_position
+           : kind == "keep"      ? run_keep
+                                 : run_rows;
+}
+
+}  // namespace
+
+void Memory::reserve(std::size_t least) {
+    if (least <= size) return;
+    size = 0, bytes.reset();
+    const std::size_t whole = (least + 63) / 64 * 64 + 64;
+    auto* block = static_cast<std::uint8_t*>(std::calloc(1, whole));
+    if (!block) throw std::bad_alloc();
+    bytes = {block, std::free};
+    start = block + (64 - reinterpret_cast<std::uintptr_t>(block) % 64) % 64;
+    size = whole - 64;
+}
+
+Program::Program(const ProgramAbout& about, const std::uint8_t* weights, std::size_t nbytes,
+                 const Variant& variant, std::size_t threads)
+    : variant(variant),
+      threads(threads),
+      buffers_(about.buffers),
+      states_(about.states),
+      scratch_row_(row_bytes(about, false, false)),
+      step_row_(row_bytes(about, true, false)),
+      kept_row_(row_bytes(about, true, true)) {
+    const RowKernels& kernels = row_kernels(variant);
+    for (std::size_t s = 0; s < about.segments.size(); ++s) {
+        segments_.emplace_back();
+        for (std::size_t i = 0; i < about.segments[s].size(); ++i) {
+            const OpAbout& one = about.segments[s][i];
+            const std::string where = "Operation " + std::to_string(i) + " (" + one.kind +
+                                      ") of segment " + std::to_string(s) + " of the program";
+            segments_.back().push_back(build(one, about, weights, nbytes, kernels, where));
+            segments_.back().back().run = runner(one.kind);
+            if (one.kind == "embedding" && segments_.back().back().weight.n_out < vocabulary_)
+                vocabulary_ = segments_.back().back().weight.n_out;
+        }
+    }
+}
+
+std::uint8_t* Program::at(const Argument& o, const StepRows& rows, const Block& block) const {
+    switch (o.place) {
+        case Place::constant:
+            return o.constant + o.start;
+        case Place::scratch:
+            return scratch_.start + o.unit * block.rows + o.start;
+        case Place::step:
+            return rows.memory.start + o.unit * rows.rows + block.first * o.row + o.start;
+        case Place::kept:
+            return rows.kept.start + o.unit * rows.keep.size() + block.kept_first * o.row +
+                   o.start;
+        case Place::absent:
+            break;
+    }
+    return nullptr;
+}
+
+std::uint8_t* Program::at(const StepRows& rows, std::size_t i) const {
+    const BufferAbout& b = buffers_[i];
+    return b.kept ? rows.kept.start + b.offset * rows.keep.size()
+                  : rows.memory.start + b.offset * rows.rows;
+}
+
+void Program::begin(StepRows& rows) {
+    std::size_t n = 0;
+    for (Sequence& s : rows.sequences) {
+        s.first = n, n += s.rows;
+        require(s.state->attentions.size() == states_.size(), "A state is of another program.");
+        for (std::size_t i = 0; i < states_.size(); ++i) {
+            const KeyValues& kv = s.state->attentions[i];
+            require(kv.kv_heads == states_[i].heads && kv.key_width == states_[i].key_width &&
+                        kv.value_width == states_[i].value_width,
+                    "A state is of another program.");
+            require(s.past <= kv.capacity && s.rows <= kv.capacity - s.past,
+                    "A sequence of " + std::to_string(s.past) + " tokens and " +
+                        std::to_string(s.rows) + " new ones is longer than its state of " +
+                        std::to_string(kv.capacity) + "; make one of a longer context.");
+        }
+    }
+    rows.rows = n, rows.program = this;
+    require(n > 0 && n == rows.ids.size(), "A step has at least one token.");
+    for (std::int64_t id : rows.ids)
+        require(id >= 0 && std::size_t(id) < vocabulary_,
+                "Token id " + std::to_string(id) + " is not one of the program's " +
+                    std::to_string(vocabulary_) + ".");
+    std::int64_t before = -1;
+    for (std::int64_t k : rows.keep) {
+        require(k > before && std::size_t(k) < n, "Rows to keep rise, and are rows of the step.");
+        before = k;
+    }
+    rows.parts.reserve(rows.sequences.size());
+    {
+        const std::lock_guard<std::mutex> lock(spare_);
+        std::swap(rows.memory, memory_);
+        std::swap(rows.kept, kept_);
+    }
+    rows.memory.reserve(step_row_ * n);
+    rows.kept.reserve(kept_row_ * rows.keep.size());
+}
+
+void Program::end(StepRows& rows) {
+    const std::lock_guard<std::mutex> lock(spare_);
+    if (rows.memory.size > memory_.size && rows.memory.size <= SPARE)
+        std::swap(rows.memory, memory_);
+    if (rows.kept.size > kept_.size && rows.kept.size <= SPARE) std::swap(rows.kept, kept_);
+}
+
+void Program::run(StepRows& rows, std::size_t segment) {
+    require(segment < segments_.size(), "The program has no such segment.");
+    require(rows.program == this, "The rows are of another program.");
+    const std::lock_guard<std::mutex> lock(running_);
+    const std::size_t most = rows.rows < BLOCK ? rows.rows : BLOCK;
+    scratch_.reserve(scratch_row_ * most);
+    Block block = {0, 0, 0, 0};
+    for (; block.first < rows.rows; block.first += block.rows) {
+        const std::size_t left = rows.rows - block.first;
+        block.rows = left < BLOCK ? left : BLOCK;
+        block.kept_first += block.kept, block.kept = 0;
+        while (block.kept_first + block.kept < rows.keep.size() &&
+               std::size_t(rows.keep[block.kept_first + block.kept]) < block.first + block.rows)
+            ++block.kept;
+        for (const Op& op : segments_[segment])
+            if (!op.kept || block.kept) op.run(*this, op, rows, block);
+    }
+}
+
+}  // namespace smoe

@@ -1,0 +1,155 @@
+"""Opening a program, and the native executor of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from smoe.artifacts.program import PROGRAM_WEIGHTS, Program
+from smoe.runtime.errors import EngineError
+from smoe.runtime.kernels import (
+    Kernels,
+    native_mixture,
+    native_part,
+    native_program,
+    native_state,
+)
+from smoe.runtime.program import flatten
+from smoe.runtime.program.plan import plan
+from smoe.runtime.program.reference import ReferenceProgram
+from smoe.runtime.program.seam import Executable, LayerExperts, Rows, Spans
+from smoe.runtime.program.state import ProgramState
+from smoe.runtime.system import aligned
+
+if TYPE_CHECKING:
+    import smoe.runtime.kernels._native as _native
+
+
+def open_program(
+    path: Path,
+    program: Program,
+    kernels: Kernels,
+    threads: int,
+    wires: Collection[str] | None = None,
+) -> Executable:
+    """The executor of `program`, which was checked, of the bundle at `path`: reads its weights
+    once.
+
+    `wires` names the buffers that will be read or written between segments, beside those that
+    nothing of the program writes or reads; None: any of them, at the price of memory. Weights that
+    cannot be read, and a table that the native module does not take, are an `EngineError`.
+    """
+    weights = _weights(path / PROGRAM_WEIGHTS)
+    if kernels.name == "reference":
+        return ReferenceProgram(program, weights)
+    return _Native(program, weights, kernels.name, threads, wires)
+
+
+def _weights(path: Path) -> np.ndarray:
+    """The bytes of the file, on a page boundary."""
+    try:
+        size = path.stat().st_size
+        weights: np.ndarray = aligned(1, size)[0]
+        with path.open("rb", buffering=0) as file:
+            done = 0
+            while done < size:
+                count = file.readinto(weights[done:].data)
+                if not count:
+                    raise EngineError(f"{path} became shorter while it was read; copy it again.")
+                done += count
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read: {error.strerror}.") from error
+    except MemoryError as error:
+        raise EngineError(f"{path} has {size} bytes, more memory than there is.") from error
+    return weights
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """A step of the native executor."""
+
+    native: _native.Rows
+    tokens: int
+    kept: int
+    states: tuple[ProgramState, ...]
+
+
+class _Native:
+    def __init__(
+        self,
+        program: Program,
+        weights: np.ndarray,
+        variant: str,
+        threads: int,
+        wires: Collection[str] | None,
+    ):
+        self._states = program.states
+        lowered = flatten.lowered(program)
+        places = plan(lowered, wires)
+        self.row_bytes, self.kept_bytes = places.step, places.kept
+        self._index = {b.name: i for i, b in enumerate(lowered.buffers)}
+        self._shape = {b.name: b.shape for b in lowered.buffers if b.name in places.crossing}
+        try:
+            self._program = native_program(
+                weights,
+                flatten.buffers(lowered, places),
+                flatten.constants(lowered),
+                flatten.states(lowered),
+                flatten.segments(lowered),
+                variant,
+                threads,
+            )
+        except ValueError as error:
+            raise EngineError(f"{error} Copy the bundle again, or build it again.") from error
+        self.scratch_bytes = places.scratch * self._program.block + self._program.kernel_scratch
+
+    def state(self, context: int, half: bool) -> ProgramState:
+        return ProgramState(self._states, context, half)
+
+    def begin(self, spans: Spans, keep: np.ndarray) -> Rows:
+        given = [(state.bound(native_state), past, ids) for state, past, ids in spans]
+        try:
+            native = self._program.begin(given, keep)
+        except ValueError as error:
+            raise EngineError(str(error)) from error
+        return _Step(native, native.tokens, len(keep), tuple(state for state, _, _ in spans))
+
+    def run(self, rows: Rows, segment: int) -> None:
+        assert isinstance(rows, _Step)
+        try:
+            self._program.run(rows.native, segment)
+        except (ValueError, RuntimeError) as error:  # the latter: no thread from the system
+            raise EngineError(str(error)) from error
+
+    def read(self, rows: Rows, name: str) -> np.ndarray:
+        assert isinstance(rows, _Step)
+        flat = rows.native.array(self._index[name])
+        return flat.reshape(len(flat), *self._shape[name])
+
+    def write(self, rows: Rows, name: str, value: np.ndarray) -> None:
+        assert isinstance(rows, _Step)
+        flat = rows.native.array(self._index[name])
+        flat[...] = value.reshape(flat.shape)
+
+    def mixture(self, layers: Sequence[LayerExperts], records: np.ndarray) -> object | None:
+        about = []
+        for one in layers:
+            part = native_part(one.kernel)
+            if part is None:
+                return None
+            assert one.where.dtype == np.int64 and one.where.flags.c_contiguous  # it is not copied
+            names = (one.hidden, one.ids, one.weights, one.output)
+            wired = [self._index[name] for name in names]
+            about.append((part, one.level, one.where, one.segment, *wired))
+        return native_mixture(self._program, about, records)
+
+    def steps(self, rows: Rows, mixture: object, first: int) -> int:
+        assert isinstance(rows, _Step)
+        try:
+            return self._program.steps(rows.native, mixture, first)
+        except (ValueError, RuntimeError) as error:
+            raise EngineError(str(error)) from error
