@@ -110,14 +110,13 @@ def _lines(
 
 
 def per_token(bundle: Bundle) -> int:
-    """Bytes of the weights that a token reads."""
+    """Bytes of the weights that a token reads: of an embedding that is no head it is one row."""
     layers = zip(bundle.manifest.layers, bundle.layouts, strict=True)
     experts = sum(layer.top_k * layout.levels[-1] for layer, layout in layers)
-    weights = bundle.manifest.backbone.initializers
-    rows = [w.nbytes for w in weights if w.shape[:1] == (bundle.manifest.model.vocabulary,)]
-    tables = {w.offset: w.nbytes for w in weights if w.nbytes in rows}
-    embedding = sum(tables.values()) // 2 if len(tables) > 1 else 0  # else it is the head too
-    return experts + sum({w.offset: w.nbytes for w in weights}.values()) - embedding
+    program = bundle.program
+    assert program is not None
+    multiplied = {op.weight for _, op in program.operations() if op.kind == "product"}
+    return experts + sum(c.nbytes for c in program.constants if c.name in multiplied)
 
 
 def _once(run: Run, models: dict[str, Path], engine: str, threads: int) -> Answer:
