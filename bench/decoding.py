@@ -3,8 +3,8 @@ gives.
 
 Every measurement is a fresh process with warm files, in turns. llama.cpp repacks its weights, reads
 prompts in batches of 512 and remembers in float16, as it does unless told. What the memory gives is
-the best of several plain reads in the same run; what a token reads are the experts that it uses, at
-their full level, and the backbone but for the rows of the embedding.
+the best of several plain reads in the same process, before and after; what a token reads are the
+experts that it uses, at their full level, and the backbone but for the rows of the embedding.
 """
 
 from __future__ import annotations
@@ -55,55 +55,50 @@ def decoding(run: Run) -> Rows:
     for model in models.values():
         page_cache.fetch(model)
     bundle = open_bundle(models["smoe"])
-    ways: dict[str, Callable[[], Answer]] = {"memory": partial(child, "decoding:reads")}
+    ways: dict[str, Callable[[], Answer]] = {}
     for threads in run.threads:
         for engine in run.engines:
             ways[f"{engine}, {threads}"] = partial(_once, run, models, engine, threads)
     results = interleave(ways, run.rounds)
-    fastest = {n: max(answer[str(n)] for answer in results["memory"]) for n in run.threads}
-    title = f"{run.rounds} rounds, {run.tokens} tokens each"
-    yield Table("decoding", _columns(run), list(_lines(run, bundle, results, fastest)), title)
-    yield Table("memory", {"threads": "{}", "GB/s": "{:.1f}"}, [
-        [n, rate / 1e9] for n, rate in fastest.items()
-    ], f"{per_token(bundle) / 1e6:.0f} MB a token")  # fmt: skip
-    yield Table("runs", {"way": "{}", "run": "{}"}, [
-        [name, str(answer)] for name, answers in results.items() for answer in answers
-    ], "Every run", printed=False)  # fmt: skip
+    title = (
+        f"{run.rounds} rounds, {run.tokens} tokens each, {per_token(bundle) / 1e6:.0f} MB a token"
+    )
+    yield Table("decoding", _columns(run), list(_lines(run, bundle, results)), title)
+    runs = [[name, str(answer)] for name, answers in results.items() for answer in answers]
+    yield Table("runs", {"way": "{}", "run": "{}"}, runs, "Every run", printed=False)
 
 
 def _columns(run: Run) -> dict[str, str]:
     places = {f"at {position}": "{:.1f}" for position in run.positions}
     return {
-        "threads": "{}", "engine": "{}", **places, "of the memory's": "{:.2f}",
-        "x llama.cpp": "{:.2f}", f"prompt of {run.prompt}": "{:.0f}", "x": "{:.2f}",
+        "threads": "{}", "engine": "{}", **places,
+        "GB/s of the memory": "{:.1f}", "of it": "{:.2f}", "x llama.cpp": "{:.2f}",
+        f"prompt of {run.prompt}": "{:.0f}", "x": "{:.2f}",
         "opened, s": "{:.2f}", "first token, s": "{:.2f}",
     }  # fmt: skip
 
 
-def _lines(
-    run: Run, bundle: Bundle, results: dict[str, list[Answer]], fastest: dict[int, float]
-) -> Iterator[list[Any]]:
-    def median(way: str, key: str) -> float:
-        return (
-            statistics.median(answer[key] for answer in results.get(way, []))
-            if results.get(way)
-            else math.nan
-        )
+def _lines(run: Run, bundle: Bundle, results: dict[str, list[Answer]]) -> Iterator[list[Any]]:
+    nbytes, first = per_token(bundle), str(run.positions[0])
 
-    first = str(run.positions[0])
+    def median(way: str, key: str) -> float:
+        answers = results.get(way)
+        return statistics.median(answer[key] for answer in answers) if answers else math.nan
+
     for threads in run.threads:
         other = f"llama.cpp, {threads}"
         for engine in run.engines:
             way = f"{engine}, {threads}"
-            speed, prompt = median(way, first), median(way, "prompt")
+            shares = [answer[first] * nbytes / answer["memory"] for answer in results[way]]
             yield [
                 threads,
                 engine,
                 *(median(way, str(position)) for position in run.positions),
-                speed * per_token(bundle) / fastest[threads],
-                speed / median(other, first),
-                prompt,
-                prompt / median(other, "prompt"),
+                median(way, "memory") / 1e9,
+                statistics.median(shares),
+                median(way, first) / median(other, first),
+                median(way, "prompt"),
+                median(way, "prompt") / median(other, "prompt"),
                 median(way, "opened"),
                 median(way, "first"),
             ]
@@ -133,20 +128,16 @@ def _once(run: Run, models: dict[str, Path], engine: str, threads: int) -> Answe
     )
 
 
-def reads() -> Answer:
-    """Bytes per second of plain reads of much memory, by threads: the best of several."""
+def reads(threads: int) -> float:
+    """Bytes per second of plain reads of much memory by so many threads, the best of several."""
     array = np.ones(PLAIN // 8, np.int64)
-    best = {}
-    for threads in (1, 2, 4, 8, 16):
-        with ThreadPoolExecutor(threads) as pool:
-            parts = np.array_split(array, threads)
-            times = []
-            for _ in range(4):
-                started = time.perf_counter()
-                list(pool.map(np.sum, parts))
-                times.append(time.perf_counter() - started)
-        best[str(threads)] = array.nbytes / min(times)
-    return best
+    parts, times = np.array_split(array, threads), []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(4):
+            started = time.perf_counter()
+            list(pool.map(np.sum, parts))
+            times.append(time.perf_counter() - started)
+    return array.nbytes / min(times)
 
 
 # -- one engine, in a process of its own -----------------------------------------------
@@ -160,6 +151,7 @@ def random_ids(count: int, vocabulary: int) -> list[int]:
 def _timed(
     read: Callable[[list[int]], None],
     forget: Callable[[], None],
+    threads: int,
     vocabulary: int,
     positions: list[int],
     prompt: int,
@@ -171,6 +163,7 @@ def _timed(
     started = time.perf_counter()
     read(ids[:1])
     answer["first"] = time.perf_counter() - started
+    before = reads(threads)
     forget()
     read(ids[:prompt])  # once, to warm what grows
     forget()
@@ -186,7 +179,7 @@ def _timed(
         for token in ids[position : position + tokens]:
             read([token])
         answer[str(position)] = tokens / (time.perf_counter() - started)
-    return answer
+    return answer | {"memory": max(before, reads(threads))}
 
 
 def smoe(model: str, threads: int, vocabulary: int, executor: str, **settings: Any) -> Answer:
@@ -207,7 +200,7 @@ def smoe(model: str, threads: int, vocabulary: int, executor: str, **settings: A
             else:
                 engine.step(Step((Span(sequence, given, np.array([0]), Phase.DECODE),)))
 
-        answer = _timed(read, lambda: sequence.rewind(0), vocabulary, **settings)
+        answer = _timed(read, lambda: sequence.rewind(0), threads, vocabulary, **settings)
         note("\n".join(engine.mode_lines()))
     return answer | {"opened": opened, "first": opened + answer["first"]}
 
@@ -243,5 +236,5 @@ def llama(model: str, threads: int, vocabulary: int, executor: str, **settings: 
     def forget() -> None:
         api.llama_memory_clear(api.llama_get_memory(context), True)
 
-    answer = _timed(read, forget, vocabulary, **settings)
+    answer = _timed(read, forget, threads, vocabulary, **settings)
     return answer | {"opened": took, "first": took + answer["first"]}
