@@ -12,7 +12,6 @@ from functools import cached_property
 from smoe.artifacts.manifest import Initializer, Manifest, State
 from smoe.artifacts.program import PROGRAM_WEIGHTS, Program
 from smoe.runtime.errors import EngineError
-from smoe.runtime.program.flatten import lowered
 from smoe.runtime.program.plan import Plan, plan
 
 EXECUTORS = ("auto", "program", "onnx")
@@ -78,7 +77,7 @@ class Division:
     def places(self) -> Plan:
         """Where the program's buffers lie, and what they take."""
         assert self.program is not None
-        return plan(lowered(self.program), self.wires())
+        return plan(self.program, self.wires())
 
     def wires(self) -> frozenset[str]:
         """The program's buffers that others read and write: its layers' experts, and segments that

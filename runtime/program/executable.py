@@ -88,18 +88,17 @@ class _Native:
         wires: Collection[str] | None,
     ):
         self._states = program.states
-        lowered = flatten.lowered(program)
-        places = plan(lowered, wires)
+        places = plan(program, wires)
         self.row_bytes, self.kept_bytes = places.step, places.kept
-        self._index = {b.name: i for i, b in enumerate(lowered.buffers)}
-        self._shape = {b.name: b.shape for b in lowered.buffers if b.name in places.crossing}
+        self._index = {b.name: i for i, b in enumerate(program.buffers)}
+        self._shape = {b.name: b.shape for b in program.buffers if b.name in places.crossing}
         try:
             self._program = native_program(
                 weights,
-                flatten.buffers(lowered, places),
-                flatten.constants(lowered),
-                flatten.states(lowered),
-                flatten.segments(lowered),
+                flatten.buffers(program, places),
+                flatten.constants(program),
+                flatten.states(program),
+                flatten.segments(program),
                 variant,
                 threads,
             )

@@ -1,16 +1,9 @@
-"""The table of a program as plain numbers, which the native module takes (native/program.h).
-
-It wants the operands of products side by side, and biases that are constants: `lowered` copies and
-adds where a table has them otherwise."""
+"""The table of a program as plain numbers, which the native module takes (native/program.h)."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from smoe.artifacts.program import Buffer, Constant, Op, Part, Program, View
+from smoe.artifacts.program import ABSENT, Constant, Op, Program, View
 from smoe.runtime.program.plan import Plan, elements
-
-ABSENT = View("", 0, (), ())
 
 # Of every kind: how many inputs and outputs the native operation has, absent ones too. A norm is
 # one with nothing to add.
@@ -27,12 +20,6 @@ _NUMBERS = {
     "attention": ("scale", "window", "softcap"),
     "fill": ("value",),
 }
-_STRAIGHT = {"product": 1, "embedding": 0, "attention": 3}  # first inputs that lie side by side
-
-
-def absent(view: View) -> bool:
-    """Whether an optional operand is not there."""
-    return view.source in ("", "-")
 
 
 def operands(op: Op) -> tuple[list[View], list[View]]:
@@ -44,85 +31,6 @@ def operands(op: Op) -> tuple[list[View], list[View]]:
     inputs += [ABSENT] * (count_in - len(inputs))
     outputs += [ABSENT] * (count_out - len(outputs))
     return inputs, outputs
-
-
-def contiguous(view: View) -> bool:
-    """Whether its elements lie side by side, in their order."""
-    step = 1
-    for size, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
-        if size != 1 and stride != step:
-            return False
-        step *= size
-    return True
-
-
-def lowered(program: Program) -> Program:
-    """The same program in operations as the native module has them."""
-    return _Lowering(program).program()
-
-
-class _Lowering:
-    def __init__(self, program: Program):
-        self._program = program
-        self._buffers = {b.name: b for b in program.buffers}
-        self._ops: list[Op] = []
-
-    def program(self) -> Program:
-        parts = []
-        for part in self._program.parts:
-            self._ops = []
-            for op in part.ops or ():
-                self._lower(op)
-            parts.append(Part(None if part.ops is None else tuple(self._ops), part.reason))
-        return replace(self._program, buffers=tuple(self._buffers.values()), parts=tuple(parts))
-
-    def _lower(self, op: Op) -> None:
-        if op.kind not in _STRAIGHT:
-            self._ops.append(op)
-            return
-        whole, inputs, bias = op.kind != "attention", list(op.inputs), ABSENT
-        if op.kind == "product" and len(inputs) > 1 and not self._constant(inputs[1]):
-            bias = inputs.pop()
-        for i in range(_STRAIGHT[op.kind]):
-            if not self._side_by_side(inputs[i], whole):
-                room = self._room(inputs[i])
-                self._copy(inputs[i], room)
-                inputs[i] = room
-        (y,) = op.outputs
-        room = y if self._side_by_side(y, whole) else self._room(y)
-        self._ops.append(replace(op, inputs=tuple(inputs), outputs=(room,)))
-        if not absent(bias):
-            names = {"how": "add"}
-            self._ops.append(Op("binary", (room, _shaped(bias, room)), (room,), names=names))
-        if room is not y:
-            self._copy(room, y)
-
-    def _constant(self, bias: View) -> bool:
-        return absent(bias) or (bias.source not in self._buffers and contiguous(bias))
-
-    def _side_by_side(self, view: View, whole: bool) -> bool:
-        if whole:
-            return contiguous(view)
-        return (view.shape[-1] == 1 or view.strides[-1] == 1) and view.strides[0] >= 0
-
-    def _room(self, view: View) -> View:
-        """A new buffer of the view's shape."""
-        source = self._buffers[view.source]
-        name = f"{view.source} copy {len(self._buffers)}"
-        self._buffers[name] = Buffer(name, source.kind, view.shape, source.kept)
-        strides, step = [], 1
-        for size in reversed(view.shape):
-            strides.append(step)
-            step *= size
-        return View(name, 0, view.shape, tuple(reversed(strides)))
-
-    def _copy(self, x: View, y: View) -> None:
-        self._ops.append(Op("unary", (x,), (y,), names={"how": "copy"}))
-
-
-def _shaped(bias: View, y: View) -> View:
-    """A row `[n]`, as flat as `y` is."""
-    return bias if bias.shape == y.shape else replace(bias, shape=y.shape)
 
 
 def buffers(program: Program, plan: Plan) -> list[tuple[object, ...]]:
@@ -158,7 +66,7 @@ def segments(program: Program) -> list[list[tuple[object, ...]]]:
     state = {s.keys: index for index, s in enumerate(program.states)}
 
     def flat(view: View) -> tuple[object, ...]:
-        where = -1 if absent(view) else source[view.source]
+        where = -1 if view.absent else source[view.source]
         return where, view.offset, view.shape, view.strides
 
     def numbers(op: Op) -> list[float]:

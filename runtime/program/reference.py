@@ -14,7 +14,7 @@ from smoe.artifacts.program import Constant, Op, Program, View
 from smoe.runtime.errors import EngineError
 from smoe.runtime.kernels import attention, products
 from smoe.runtime.kernels import rows as row_kernels
-from smoe.runtime.program.flatten import absent, operands
+from smoe.runtime.program.flatten import operands
 from smoe.runtime.program.plan import BYTES, elements
 from smoe.runtime.program.seam import LayerExperts, Rows, Spans
 from smoe.runtime.program.state import ProgramState
@@ -138,10 +138,10 @@ class ReferenceProgram:
 
     def _given(self, step: _Step, op: Op) -> list[np.ndarray | None]:
         inputs, _ = operands(op)
-        return [None if absent(view) else self._view(step, view) for view in inputs]
+        return [None if view.absent else self._view(step, view) for view in inputs]
 
     def _put(self, step: _Step, view: View, value: np.ndarray) -> None:
-        if not absent(view):
+        if not view.absent:
             place = self._view(step, view)
             place[...] = row_kernels.converted(value, place.dtype)
 

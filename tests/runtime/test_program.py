@@ -272,13 +272,13 @@ def damaged(value, random: np.random.Generator):
 def test_damaged_tables_end_in_a_sentence_or_run(tmp_path):
     """What the door would refuse: the native module alone lets nothing look elsewhere."""
     model = Layers("int8")
-    lowered = flatten.lowered(model.program)
+    program = model.program
     weights = np.zeros(len(model.data) + 64, np.uint8)
     weights = weights[-weights.ctypes.data % 64 :][: len(model.data)]
     weights[:] = np.frombuffer(bytes(model.data), np.uint8)
     table = [
-        flatten.buffers(lowered, plan(lowered, None)), flatten.constants(lowered),
-        flatten.states(lowered), flatten.segments(lowered),
+        flatten.buffers(program, plan(program, None)), flatten.constants(program),
+        flatten.states(program), flatten.segments(program),
     ]  # fmt: skip
     shapes = [(2, 9, 20)] * model.layers
     ids, random, refused = tokens(model, 5), np.random.default_rng(0), 0

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from support.programs import ABSENT, Table, same
 
-from smoe.artifacts.program import View
 from smoe.runtime import kernels
 from smoe.runtime.kernels import rows
 
@@ -196,14 +195,6 @@ def test_products_and_embeddings(tmp_path, form):
     bias = table.constant(table.random.standard_normal(21))
     y = table.buffer("y", 21)
     table.op("product", [embedded, bias], y, weight=weight)
-    # What does not lie side by side is brought there, and so is what comes out; so are biases that
-    # are no constants.
-    table.op(
-        "unary", [embedded], replace(table.buffer("x", 80), shape=(40,), strides=(2,)), how="copy"
-    )
-    x, z = replace(View("x", 0, (80,), (1,)), shape=(40,), strides=(2,)), table.buffer("z", 42)
-    every = replace(z, shape=(21,), strides=(-2,), offset=41)
-    table.op("product", [x, y], every, weight=weight)
     agree(outcomes(table, tmp_path, 3))
 
 
