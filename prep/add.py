@@ -16,17 +16,12 @@ import numpy as np
 from smoe.artifacts import Manifest, open_bundle, validate
 from smoe.artifacts.errors import as_sentence
 from smoe.artifacts.manifest import STUDY_SINCE, VERSION
-from smoe.artifacts.program import PROGRAM, PROGRAM_WEIGHTS, Part, Program
-from smoe.prep.backbone.check import PARTS, ROUNDED
-from smoe.prep.backbone.onnx_graph import CLOSE
+from smoe.artifacts.program import PROGRAM, PROGRAM_WEIGHTS, Part
+from smoe.prep.backbone.check import PARTS, program_differs
 from smoe.prep.errors import PrepError
 from smoe.prep.program import compile
 from smoe.prep.progress import Progress
 from smoe.prep.workdir import write_whole
-from smoe.runtime.backbone import Backbone
-from smoe.runtime.errors import EngineError
-from smoe.runtime.execution import Division, Execution, divide
-from smoe.runtime.step import Phase, Sequence, Span, Step
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,9 @@ def add_program(bundle: str | Path, progress: Progress | None = None) -> Added:
         manifest = _with_program(bundle, manifest)
         program = validate.open_program(bundle, manifest)
         assert program is not None
-        if why := _differs(bundle, manifest, program):
+        count = min(sum(PARTS), manifest.model.context)
+        ids = np.random.default_rng(0).integers(0, manifest.model.vocabulary, count)
+        if why := program_differs(bundle, manifest, program, ids):
             raise PrepError(
                 f"The program of {bundle} does not do what its segments do: {why}. It is not "
                 "added; the bundle runs as it did."
@@ -132,37 +129,3 @@ def _with_program(bundle: Path, manifest: Manifest) -> Manifest:
     files = {name: validate.file_at(bundle / name) for name in (PROGRAM, PROGRAM_WEIGHTS)}
     version = VERSION if manifest.version >= STUDY_SINCE else manifest.version
     return dataclasses.replace(manifest, version=version, files=manifest.files | files)
-
-
-def _differs(bundle: Path, manifest: Manifest, program: Program) -> str:
-    """Why the program does not do what ONNX Runtime does with the segments; "" if it does."""
-    count = min(sum(PARTS), manifest.model.context)
-    ids = np.random.default_rng(0).integers(0, manifest.model.vocabulary, count)
-    execution = Execution(state="f32" if program.states else None)
-    try:
-        found = _logits(bundle, manifest, ids, divide(manifest, program, execution))
-        expected = _logits(bundle, manifest, ids, None)
-    except EngineError as error:
-        return str(error).rstrip(".")
-    difference = np.abs(found - expected).max() / np.abs(expected).max()
-    close = CLOSE if manifest.backbone.precision == "f32" else ROUNDED
-    return "" if difference <= close else f"logits are off by {difference:.1e} of the largest"
-
-
-def _logits(
-    bundle: Path, manifest: Manifest, ids: np.ndarray, division: Division | None
-) -> np.ndarray:
-    """Of every token, float32 `[T, vocabulary]`. Experts give back what they are given, by the
-    weights: which of them were chosen in a near tie changes little."""
-    backbone = Backbone(bundle, manifest, division=division)
-    sequence, logits = Sequence(backbone.new_state(len(ids))), []
-    for part in filter(len, np.split(ids, np.cumsum(PARTS))):
-        count = len(part)
-        flow = backbone.begin(Step((Span(sequence, part, np.arange(count), Phase.PREFILL),)))
-        for layer in range(len(manifest.layers)):
-            routed = backbone.route(layer, flow)
-            shares = (routed.weights * routed.weights).sum(-1)[:, None]
-            mixed = routed.hidden.reshape(count, -1) * shares
-            backbone.mix(layer, flow, np.ascontiguousarray(mixed, np.float32))
-        logits += backbone.finish(flow)
-    return np.concatenate(logits)

@@ -7,6 +7,7 @@ The experts are left to a stand-in on both sides, which any hidden state can go 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,27 +66,37 @@ def check_backbone(
 
 
 def check_program(
-    checkpoint: Checkpoint,
-    directory: Path,
-    manifest: Manifest,
-    nodes: tuple[ExpertsNode, ...],
-    program: Program,
+    checkpoint: Checkpoint, directory: Path, manifest: Manifest, program: Program
 ) -> str:
     """Why `program` does not do what the backbone of `manifest` does; '' if it does. What it does
     not know, ONNX Runtime runs."""
     ids = _ids(checkpoint, manifest)
-    state = "f32" if program.states else None
-    compiled = Backbone(
-        directory, manifest, division=divide(manifest, program, Execution(state=state))
+    exact = manifest.backbone.precision == "f32"
+    return program_differs(
+        directory, manifest, program, ids, _original(checkpoint, ids) if exact else None
     )
+
+
+def program_differs(
+    directory: Path,
+    manifest: Manifest,
+    program: Program,
+    ids: np.ndarray,
+    expected: np.ndarray | None = None,
+) -> str:
+    """Why the logits of `program` are not those that are `expected`, float32 `[T, vocabulary]`
+    (None: ONNX Runtime's) after `ids`; '' if they are."""
+    execution = Execution(state="f32" if program.states else None)
     try:
-        logits, _ = _run(compiled, manifest, ids, nodes)
-        if manifest.backbone.precision == "f32":
-            return _differs(logits, _original(checkpoint, ids), CLOSE)
-        expected, _ = _run(Backbone(directory, manifest), manifest, ids, nodes)
+        division = divide(manifest, program, execution)
+        logits = _logits(Backbone(directory, manifest, division=division), manifest, ids)
+        if expected is None:
+            expected = _logits(Backbone(directory, manifest), manifest, ids)
     except EngineError as error:
-        return str(error)
-    return _differs(logits, expected, ROUNDED)
+        return str(error).rstrip(".")
+    close = CLOSE if manifest.backbone.precision == "f32" else ROUNDED
+    why = _differs(logits, expected, close)
+    return why and f"its logits {why}"
 
 
 def _differs(logits: np.ndarray, expected: np.ndarray, close: float) -> str:
@@ -101,12 +112,8 @@ def _run(
     sequence = Sequence(backbone.new_state(len(ids)))
     logits = []
     seen: list[dict[str, list[np.ndarray]]] = [{} for _ in nodes]
-    single = manifest.backbone.one_at_a_time
-    parts = (1,) * len(ids) if single else PARTS + (CHUNK,) * (len(ids) // CHUNK)
-    for part in np.split(ids, np.cumsum(parts)):
+    for part in _parts(manifest, ids):
         count = len(part)
-        if not count:
-            break
         flow = backbone.begin(Step((Span(sequence, part, np.arange(count), Phase.PREFILL),)))
         for index, node in enumerate(nodes):
             names = {"hidden": node.hidden, "ids": node.ids, "weights": node.weights}
@@ -120,6 +127,26 @@ def _run(
         logits += backbone.finish(flow)
     joined = [{name: np.concatenate(parts) for name, parts in layer.items()} for layer in seen]
     return np.concatenate(logits), joined
+
+
+def _logits(backbone: Backbone, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
+    """The logits alone, of a manifest that is whole."""
+    sequence, logits = Sequence(backbone.new_state(len(ids))), []
+    for part in _parts(manifest, ids):
+        flow = backbone.begin(Step((Span(sequence, part, np.arange(len(part)), Phase.PREFILL),)))
+        for layer in range(len(manifest.layers)):
+            routed = backbone.route(layer, flow)
+            output = _stand_in(routed.hidden, routed.weights)
+            backbone.mix(layer, flow, np.ascontiguousarray(output, np.float32))
+        logits += backbone.finish(flow)
+    return np.concatenate(logits)
+
+
+def _parts(manifest: Manifest, ids: np.ndarray) -> Iterator[np.ndarray]:
+    """The tokens of one call after another."""
+    single = manifest.backbone.one_at_a_time
+    parts = (1,) * len(ids) if single else PARTS + (CHUNK,) * (len(ids) // CHUNK)
+    return filter(len, np.split(ids, np.cumsum(parts)))
 
 
 def _ids(checkpoint: Checkpoint, manifest: Manifest) -> np.ndarray:

@@ -55,7 +55,7 @@ def export_checked(
             progress.say(f"export: {line}")
             manifest = dataclasses.replace(manifest, backbone=backbone)
         if not wrong:
-            _compile(checkpoint, directory, manifest, exported.nodes, progress)
+            _compile(checkpoint, directory, manifest, progress)
             return manifest
         why = why or wrong
     raise PrepError(
@@ -68,7 +68,6 @@ def _compile(
     checkpoint: Checkpoint,
     directory: Path,
     manifest: Manifest,
-    nodes: tuple[cut.ExpertsNode, ...],
     progress: Progress,
 ) -> None:
     """The backbone's program, of what compiles and does what the backbone does."""
@@ -78,10 +77,10 @@ def _compile(
     except PrepError as error:
         progress.say(f"export: no program, ONNX Runtime runs the backbone: {error}")
         return
-    if why := check_program(checkpoint, directory, manifest, nodes, program):
+    if why := check_program(checkpoint, directory, manifest, program):
         for name in (PROGRAM, PROGRAM_WEIGHTS):
             (directory / name).unlink()
-        progress.say(f"export: no program, ONNX Runtime runs the backbone: its logits {why}")
+        progress.say(f"export: no program, ONNX Runtime runs the backbone: {why}")
         return
     known = sum(part.ops is not None for part in program.parts)
     progress.say(f"export: {known} of {len(program.parts)} segments in the program")

@@ -8,11 +8,10 @@ import math
 from collections.abc import Collection, Sequence
 
 from smoe.artifacts.program import Buffer, Op, View
-from smoe.prep.program.biases import with_biases
+from smoe.prep.program.biases import Segments, with_biases
 from smoe.prep.program.views import inside, is_dense
 from smoe.prep.program.weights import Weights
 
-Segments = list[list[Op]]
 STRIDED = ("norm", "rotary", "softmax", "unary", "binary", "where")  # may write with gaps
 
 
