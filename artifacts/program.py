@@ -122,7 +122,10 @@ class Op:
 class KeyValues:
     """What an `attention` remembers: of every token `heads` keys of `key_width` numbers and values
     of `value_width`. `keys` and `values` are the inputs of the manifest's state that they stand
-    for."""
+    for.
+
+    Where `latent` (heads is 1), values are not kept: a token's is the first `value_width` numbers
+    of its key. `keys` is then the state of those numbers, and `values` that of the others."""
 
     keys: str
     values: str
@@ -130,6 +133,17 @@ class KeyValues:
     heads: int
     key_width: int
     value_width: int
+    latent: bool = dataclasses.field(default=False, metadata={"since": 7})
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """Numbers of a sequence that every token replaces: float32 `shape`, zero before the first.
+    `name` is the input of the manifest's state that it stands for."""
+
+    name: str
+    segment: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -151,6 +165,7 @@ class Program:
     constants: tuple[Constant, ...]
     states: tuple[KeyValues, ...]
     parts: tuple[Part, ...]
+    recurrent: tuple[Recurrent, ...] = dataclasses.field(default=(), metadata={"since": 7})
 
     def to_json(self) -> str:
         """The text of program.json."""
@@ -242,4 +257,8 @@ OPS: dict[str, Kind] = {
     "gather": Kind(("x", "at")),
     "scatter": Kind(("at", "values")),
     "keep": Kind(("x",)),
+    "head_product": Kind(("x",), weight=True),
+    "recall": Kind((), names={"state": ()}),
+    "store": Kind(("x",), (), names={"state": ()}),
+    "delta_rule": Kind(("q", "k", "v", "decay", "beta"), names={"state": ()}),
 }
