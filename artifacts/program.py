@@ -239,7 +239,7 @@ OPS: dict[str, Kind] = {
     ),
     "rotary": Kind(("x", "cos", "sin"), names={"pairs": ("halves", "neighbours")}),
     "attention": Kind(
-        ("q", "k", "v", "sinks?"),
+        ("q", "k", "v?", "sinks?"),
         numbers={
             "scale": Limits(),
             "window": Limits(0, 2**31 - 1, whole=True),
