@@ -18,7 +18,7 @@ from smoe.artifacts import nested
 from smoe.artifacts.layout import ExpertShape, RecordLayout
 from smoe.artifacts.manifest import ExpertActivation
 from smoe.runtime.errors import EngineError
-from smoe.runtime.kernels import reference
+from smoe.runtime.kernels import products, reference
 from smoe.runtime.machine import processors
 
 try:
@@ -181,6 +181,15 @@ def native_program(
     """What native/program.h calls a Program, of what `program.flatten` makes of a table. A
     ValueError says what it does not take."""
     return _native.Program(weights, buffers, constants, states, segments, variant, threads)
+
+
+def embedding(weight: products.Weight, ids: np.ndarray, scale: float, y: np.ndarray) -> None:
+    """Rows `ids` int64 `[n]` of a matrix, times `scale`, into `y` float32 `[n, n_in]`, whose rows
+    lie one behind the other."""
+    if _native is None:
+        y[...] = products.embedding(weight, ids, scale)
+    else:
+        _native.embedding(weight.about, ids, scale, y)
 
 
 def native_state(keys: list[np.ndarray], values: list[np.ndarray]) -> _native.State:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smoe.artifacts.program import PROGRAM_WEIGHTS, Program
+from smoe.artifacts.program import PROGRAM_WEIGHTS, Constant, Program
 from smoe.runtime.errors import EngineError
 from smoe.runtime.kernels import (
     Kernels,
@@ -19,6 +19,7 @@ from smoe.runtime.kernels import (
     native_state,
 )
 from smoe.runtime.program import flatten
+from smoe.runtime.program.embedding import EmbeddingFile, left_in_file, without
 from smoe.runtime.program.plan import plan
 from smoe.runtime.program.reference import ReferenceProgram
 from smoe.runtime.program.seam import Executable, LayerExperts, Rows, Spans
@@ -37,30 +38,37 @@ def open_program(
     wires: Collection[str] | None = None,
 ) -> Executable:
     """The executor of `program`, which was checked, of the bundle at `path`: reads its weights
-    once.
+    once, but for embeddings, whose rows are read when they are wanted.
 
     `wires` names the buffers that will be read or written between segments, beside those that
     nothing of the program writes or reads; None: any of them, at the price of memory. Weights that
     cannot be read, and a table that the native module does not take, are an `EngineError`.
     """
-    weights = _weights(path / PROGRAM_WEIGHTS)
+    file = path / PROGRAM_WEIGHTS
     if kernels.name == "reference":
-        return ReferenceProgram(program, weights)
-    return _Native(program, weights, kernels.name, threads, wires)
+        return ReferenceProgram(program, _weights(file, []))
+    left = [constant for _, constant, _ in left_in_file(program)]
+    return _Native(program, file, _weights(file, left), kernels.name, threads, wires)
 
 
-def _weights(path: Path) -> np.ndarray:
-    """The bytes of the file, on a page boundary."""
+def _weights(path: Path, left: Iterable[Constant]) -> np.ndarray:
+    """The bytes of the file, on a page boundary. Those of constants that are `left` in it are zeros
+    that take no memory."""
     try:
         size = path.stat().st_size
         weights: np.ndarray = aligned(1, size)[0]
+        gaps = sorted((constant.offset, constant.offset + constant.nbytes) for constant in left)
+        starts, ends = [0, *(end for _, end in gaps)], [*(start for start, _ in gaps), size]
         with path.open("rb", buffering=0) as file:
-            done = 0
-            while done < size:
-                count = file.readinto(weights[done:].data)
-                if not count:
-                    raise EngineError(f"{path} became shorter while it was read; copy it again.")
-                done += count
+            for start, end in zip(starts, ends, strict=True):
+                file.seek(start)
+                while start < end:
+                    count = file.readinto(weights[start:end].data)
+                    if not count:
+                        raise EngineError(
+                            f"{path} became shorter while it was read; copy it again."
+                        )
+                    start += count
     except OSError as error:
         raise EngineError(f"{path} cannot be read: {error.strerror}.") from error
     except MemoryError as error:
@@ -82,6 +90,7 @@ class _Native:
     def __init__(
         self,
         program: Program,
+        file: Path,
         weights: np.ndarray,
         variant: str,
         threads: int,
@@ -92,6 +101,13 @@ class _Native:
         self.row_bytes, self.kept_bytes = places.step, places.kept
         self._index = {b.name: i for i, b in enumerate(program.buffers)}
         self._shape = {b.name: b.shape for b in program.buffers if b.name in places.crossing}
+        left = left_in_file(program)
+        self._vocabulary = min((constant.shape[0] for _, constant, _ in left), default=2**31)
+        self._embeddings = {
+            buffer.name: EmbeddingFile(file, constant, (op.numbers or {})["scale"])
+            for op, constant, buffer in left
+        }
+        program = without(program, [op for op, _, _ in left])
         try:
             self._program = native_program(
                 weights,
@@ -111,10 +127,18 @@ class _Native:
 
     def begin(self, spans: Spans, keep: np.ndarray) -> Rows:
         given = [(state.bound(native_state), past, ids) for state, past, ids in spans]
+        ids = np.concatenate([np.zeros(0, np.int64), *(new for _, _, new in spans)])
+        beyond = ids[(ids < 0) | (ids >= self._vocabulary)]
+        if len(beyond):
+            raise EngineError(
+                f"Token id {beyond[0]} is not one of the program's {self._vocabulary}."
+            )
         try:
             native = self._program.begin(given, keep)
         except ValueError as error:
             raise EngineError(str(error)) from error
+        for name, embedding in self._embeddings.items():
+            embedding.rows(ids, native.array(self._index[name]))
         return _Step(native, native.tokens, len(keep), tuple(state for state, _, _ in spans))
 
     def run(self, rows: Rows, segment: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from smoe.artifacts.program import Buffer, Op, Program
+from smoe.runtime.program.embedding import left_in_file
 
 ALIGNED = 64  # bytes
 BYTES = {"f32": 4, "i64": 8, "bool": 1}
@@ -61,10 +62,12 @@ def plan(program: Program, wires: Collection[str] | None) -> Plan:
             for uses, views in ((read, op.inputs), (written, op.outputs)):
                 for view in views:
                     uses.setdefault(view.source, []).append(index)
+    looked_up = {buffer.name for _, _, buffer in left_in_file(program)}
     crossing = {
         b.name
         for b in program.buffers
         if wires is None
+        or b.name in looked_up
         or b.name in wires
         or not (written.get(b.name) and read.get(b.name))
         or len({*written[b.name], *read[b.name]}) > 1
