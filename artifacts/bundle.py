@@ -30,7 +30,8 @@ class Bundle:
 
     `layouts[l]` is the layout of the records of MoE layer l, `starts[l]` the byte of its shard
     where record 0 begins. `tables` reads what a policy asks for, and is empty where the bundle has
-    none. `program` is the table of its backbone's operations, where it has one.
+    none. `program` is the table of its backbone's operations, where it has one; `graphs` whether
+    the backbone's ONNX graphs travelled along, without which the program knows every segment.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Bundle:
     starts: tuple[int, ...]
     tables: Tables
     program: Program | None = None
+    graphs: bool = True
 
     @property
     def levels(self) -> int:
@@ -81,7 +83,8 @@ def open_bundle(path: str | Path, hashes: bool = False) -> Bundle:
     _refuse(wrong)
     assert tables is not None
     whole = tuple(start for start in starts if start is not None)
-    return Bundle(path, manifest, layouts, whole, tables, program)
+    graphs = validate.has_graphs(path, manifest)
+    return Bundle(path, manifest, layouts, whole, tables, program, graphs)
 
 
 def layouts_of(manifest: Manifest) -> tuple[RecordLayout, ...]:

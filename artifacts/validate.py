@@ -231,10 +231,20 @@ def listing_problems(m: Manifest) -> Iterator[str]:
 
 def _parts(m: Manifest) -> tuple[set[str], set[str]]:
     """The files that the bundle must have, and those that it may have."""
-    required = {segment.file for segment in m.backbone.segments} | {m.backbone.weights}
-    required |= {m.shard(i) for i in range(len(m.layers))}
+    required = _graphs(m) | {m.shard(i) for i in range(len(m.layers))}
     optional = {"tables.safetensors", f"{m.study}tables.safetensors", *TEXT_FILES, *PROGRAMS}
     return required, optional | {m.study + name for name in STUDY_FILES}
+
+
+def _graphs(m: Manifest) -> set[str]:
+    """The segments and their weights."""
+    return {segment.file for segment in m.backbone.segments} | {m.backbone.weights}
+
+
+def has_graphs(path: Path, m: Manifest) -> bool:
+    """Whether any of the backbone's graphs or their weights is there. A device that runs the whole
+    program needs none."""
+    return any(os.path.lexists(path / name) for name in _graphs(m))
 
 
 def file_problems(path: Path, m: Manifest, hashes: bool = False) -> Iterator[str]:
@@ -244,9 +254,11 @@ def file_problems(path: Path, m: Manifest, hashes: bool = False) -> Iterator[str
     if wrong:  # names that are not to be touched
         yield from wrong
         return
+    stayed = _graphs(m) if PROGRAM in m.files and not has_graphs(path, m) else set()
     for name, file in m.files.items():
-        if m.study and name.startswith(m.study) and not os.path.lexists(path / name):
-            continue  # it need not travel
+        travels = name not in stayed and not (m.study and name.startswith(m.study))
+        if not travels and not os.path.lexists(path / name):
+            continue
         yield from _file_problems(path, name, file, hashes)
     for name, file in Licence.of(m).files.items():
         if hashes or os.path.lexists(path / name):  # a bundle runs without
@@ -327,6 +339,12 @@ def open_program(path: Path, m: Manifest) -> Program | None:
         )
     program = Program.parse(_text(path / PROGRAM), PROGRAM)
     wrong = list(program_checks.problems(program, m, m.files[PROGRAM_WEIGHTS].size))
+    unknown = [number for number, part in enumerate(program.parts) if part.ops is None]
+    if unknown and not has_graphs(path, m):
+        wrong.append(
+            f"{m.backbone.weights} and the graphs beside it are missing, and {PROGRAM} does not "
+            f"know segment {unknown[0]}; copy the bundle again."
+        )
     if wrong:
         raise BundleError("\n".join(wrong))
     return program

@@ -13,7 +13,7 @@ from smoe.artifacts import SmoeError
 
 MODULES = (
     "policies", "micro", "prep", "quality", "large", "backbones", "memory", "outofcore", "decoding",
-    "families", "sidebyside", "prompts", "opening", "models", "packing", "soak",
+    "families", "sidebyside", "prompts", "opening", "models", "packing", "pictures", "soak",
 )  # fmt: skip
 
 

@@ -28,8 +28,6 @@ from typing import Any
 from bench import cgroup, options, page_cache
 from bench.engines import Request
 from bench.harness import (
-    ROOT,
-    Record,
     Rows,
     Run,
     Table,
@@ -39,7 +37,6 @@ from bench.harness import (
     child_result,
     note,
     option,
-    read_record,
 )
 from bench.random_models import FIRST_ID, GEOMETRIES, random_checkpoint, random_text
 
@@ -335,49 +332,3 @@ def _rate(rows: list[Row], engine: str, share: int) -> float | None:
         row.run["rate"] for row in rows if row.run and (row.engine, row.share) == (engine, share)
     ]
     return statistics.median(rates) if rates else None
-
-
-# -- the picture -----------------------------------------------------------------------
-
-
-@bench(
-    option("--record", type=Path, default=ROOT / "docs" / "figures" / "outofcore.json"),
-    option("--svg", type=Path, default=ROOT / "docs" / "outofcore.svg", help="what to write"),
-)
-def picture(run: Run) -> Rows:
-    """Draw docs/outofcore.svg from the record of an outofcore run (pip install --group bench)."""
-    draw(read_record(run.record), run.svg)
-    yield Table("picture", {"written": "{}"}, [[str(run.svg)]])
-
-
-def series(record: Record) -> tuple[list[str], dict[str, list[float | None]]]:
-    """The limits, most memory first, and each engine's tokens per second at them; None where it
-    did not run."""
-    table = record.table("outofcore")
-    engines = [name.removesuffix(UNIT) for name in table.columns][1:-1]
-    places, *rates = zip(*(row[:-1] for row in table.rows), strict=True)
-    return list(places), {name: list(rate) for name, rate in zip(engines, rates, strict=True)}
-
-
-def draw(record: Record, out: Path) -> None:
-    """One line per engine over the limits, tokens per second in powers of ten."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "smoe", "svg.fonttype": "none"}
-    from matplotlib import pyplot
-
-    places, rates = series(record)
-    places = [place.replace(" (", "\n(") for place in places]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, values in rates.items():
-        axes.plot(places, [math.nan if v is None else v for v in values], marker="o", label=name)
-        points = [(p, v) for p, v in zip(places, values, strict=True) if v is not None]
-        for point in points:
-            above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(f"{point[1]:.3g}", point, fontsize=9, **above)
-    axes.set(yscale="log", title="Tokens per second", xlabel="memory (of the bundle's size)")
-    axes.margins(y=0.12)
-    axes.grid(axis="y", color="#dddddd")
-    axes.legend(frameon=False)
-    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)

@@ -189,7 +189,7 @@ def plan_memory(
     level = checked_level(encoding_named(manifest.experts.encoding), level)
     record = max(layout.levels[level - 1] for layout in bundle.layouts)
     tokenizer = manifest.files["tokenizer.json"].size if "tokenizer.json" in manifest.files else 0
-    division = divide(manifest, bundle.program, execution)
+    division = divide(manifest, bundle.program, execution, bundle.graphs)
     whole = MemoryPlan(
         context=context,
         budget=budget,

@@ -77,7 +77,7 @@ class Engine:
         self._process, self._using = os.getpid(), threading.RLock()
         self._turn = 0  # counts what has used the sequence, so that a paused generation notices
         self._kernels = kernels.choose(threads=threads)
-        division = divide(self.manifest, bundle.program, execution)
+        division = divide(self.manifest, bundle.program, execution, bundle.graphs)
         self._backbone = Backbone(bundle.path, self.manifest, threads, division, self._kernels)
         self.reading = storage.choose(bundle, level, io, plan)
         self._shards = storage.Shards(bundle, level, self.reading.io, self.stats)

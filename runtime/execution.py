@@ -12,6 +12,7 @@ from functools import cached_property
 from smoe.artifacts.manifest import Initializer, Manifest, State
 from smoe.artifacts.program import PROGRAM_WEIGHTS, Program
 from smoe.runtime.errors import EngineError
+from smoe.runtime.program.embedding import left_in_file
 from smoe.runtime.program.plan import Plan, plan
 
 EXECUTORS = ("auto", "program", "onnx")
@@ -92,7 +93,9 @@ class Division:
         """Weights, what runs them, and the code that is loaded for it."""
         nbytes = CODE
         if self.program is not None:
+            left = left_in_file(self.program)
             nbytes += self.manifest.files[PROGRAM_WEIGHTS].size
+            nbytes -= sum(constant.nbytes for _, constant, _ in left)
         if self.needs_onnxruntime:
             mine = [index for index, there in enumerate(self.onnx) if there]
             weights = sum(end - start for start, end in runs_of(weights_of(self.manifest, mine)))
@@ -152,10 +155,17 @@ class Division:
         return f", state {'f16' if self.half else 'f32'} ({asked})"
 
 
-def divide(manifest: Manifest, program: Program | None, execution: Execution = AUTO) -> Division:
-    """Who runs the segments of a bundle that has this `program`. An `EngineError` for what is asked
-    and cannot be, or would have no effect."""
+def divide(
+    manifest: Manifest, program: Program | None, execution: Execution = AUTO, graphs: bool = True
+) -> Division:
+    """Who runs the segments of a bundle that has this `program`, and these `graphs` unless they did
+    not travel along. An `EngineError` for what is asked and cannot be, or would have no effect."""
     _check_names(execution)
+    if execution.executor == "onnx" and not graphs:
+        raise EngineError(
+            "The ONNX graphs of this bundle did not travel along; leave executor onnx out, or copy "
+            f"{manifest.backbone.weights} and the segments beside it, too."
+        )
     every = len(manifest.backbone.segments)
     if execution.executor == "program" and program is None:
         raise EngineError(

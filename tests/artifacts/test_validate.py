@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import program_bundle
 
 from smoe.artifacts import BundleError, Manifest, open_bundle
 from smoe.artifacts.manifest import ACTIVATIONS, VERSION
@@ -319,3 +320,28 @@ def test_files_of_a_study_have_one_place_in_each_version(newest, copied):
         _edit(lambda m, a=found, b=other: m["files"].update({b: m["files"].pop(a)}))(bundle)
         with pytest.raises(BundleError, match="no part of a bundle"):
             open_bundle(bundle)
+
+
+def test_graphs_need_not_travel_with_a_program_that_knows_them_all(tmp_path):
+    whole = program_bundle.write(tmp_path / "whole.smoe")
+    part = program_bundle.write(tmp_path / "part.smoe", {2: "it has a node LSTM"})
+    assert open_bundle(whole).graphs
+    for bundle in (whole, part):
+        graphs = [*(bundle / "backbone").glob("*.onnx"), bundle / "backbone/weights.data"]
+        assert len(graphs) > 2
+        for some in (graphs[:1], graphs[:-1]):  # some are as bad as any other missing file
+            kept = {file: file.read_bytes() for file in some}
+            for file in some:
+                file.unlink()
+            with pytest.raises(BundleError, match=f"{some[0].name} is missing"):
+                open_bundle(bundle)
+            for file, data in kept.items():
+                file.write_bytes(data)
+        for file in graphs:
+            file.unlink()
+    assert not open_bundle(whole, hashes=True).graphs
+    with pytest.raises(BundleError, match="does not know segment 2; copy the bundle again"):
+        open_bundle(part)
+    (whole / "backbone/weights.data").symlink_to("/nowhere")
+    with pytest.raises(BundleError, match="missing"):
+        open_bundle(whole)

@@ -52,6 +52,12 @@ def test_what_is_not_known_runs_in_onnxruntime_and_says_why(program, manifest):
     assert "total.0" not in divide(manifest, program).wires()
 
 
+def test_graphs_that_did_not_travel_cannot_be_asked_for(program, manifest):
+    assert divide(manifest, program, graphs=False).program is program
+    with pytest.raises(EngineError, match="did not travel along; leave executor onnx out"):
+        divide(manifest, program, Execution("onnx"), graphs=False)
+
+
 def test_a_state_that_is_looked_at_from_outside_is_refused(program, manifest):
     segments = list(manifest.backbone.segments)
     segments[2] = dataclasses.replace(segments[2], inputs=(*segments[2].inputs, "keys.0"))
