@@ -97,7 +97,10 @@ SMOE_INLINE Slices slices_of(const Operand& w, std::size_t tile) {
     return found;
 }
 
-// One token: values go from registers into the sums.
+// One token: values go from registers into the sums. Codes are read once, so they are fetched some
+// blocks ahead.
+constexpr std::size_t BLOCKS_AHEAD = 8;
+
 template <std::size_t BITS, class S>
 SMOE_INLINE void one_token(const Operand& w, std::size_t tile, const Rows& x, float* y) {
     const Matrix& m = *w.m;
@@ -117,7 +120,10 @@ SMOE_INLINE void one_token(const Operand& w, std::size_t tile, const Rows& x, fl
         const std::size_t end = b + in_group < blocks ? b + in_group : blocks;
         for (; b < end; ++b) {
             const std::uint8_t* slices[MAX_BITS];
-            for (std::size_t t = 0; t < BITS; ++t) slices[t] = at.data[t] + b * at.step[t];
+            for (std::size_t t = 0; t < BITS; ++t) {
+                slices[t] = at.data[t] + b * at.step[t];
+                __builtin_prefetch(slices[t] + BLOCKS_AHEAD * at.step[t]);
+            }
             for (std::size_t part = 0; part < PARTS; ++part) {
                 Bytes v[QUADS];
                 values<BITS>(slices, part, tables, v);
