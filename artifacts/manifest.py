@@ -18,7 +18,7 @@ from smoe.artifacts.layout import ExpertShape
 from smoe.artifacts.safetensors_file import DTYPES
 
 FORMAT = "smoe"
-VERSION = 6
+VERSION = 7
 STUDY, STUDY_SINCE = (
     "study",
     4,
@@ -145,11 +145,15 @@ class Initializer:
     nbytes: int
 
 
+STATE_KINDS = ("int8", "f16", "f32")  # the narrowest first; "" where none was chosen
+
+
 @dataclass(frozen=True)
 class Backbone:
     """Everything but the experts. `heads` is the number of attention heads, for the memory plan.
     `one_at_a_time` says that a call takes exactly one token. `prelude` says that segment 0 comes
-    before the first layer's: embedding, positions, masks and rotary tables alone."""
+    before the first layer's: embedding, positions, masks and rotary tables alone. `state_kind`, one
+    of `STATE_KINDS`, is what its program keeps keys and values in."""
 
     precision: str
     heads: int
@@ -159,6 +163,7 @@ class Backbone:
     state: tuple[State, ...]
     one_at_a_time: bool = dataclasses.field(default=False, metadata={"since": 2})
     prelude: bool = dataclasses.field(default=False, metadata={"since": 6})
+    state_kind: str = dataclasses.field(default="", metadata={"since": 7})
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 without ONNX Runtime.
 
 A program is data. Every operation works on the rows of a step (a row is a token) one by one; only
-`attention` looks at other tokens, and only at those of its own sequence before it. So the bits of a
-token depend on its own past alone. What an operation computes is in FORMAT.md ("Programs"); who
-runs it is not said here.
+`attention` looks at other tokens, and only at those of its own sequence before it, and `RECURRENT`
+ones at what these have left. So the bits of a token depend on its own past alone. What an operation
+computes is in FORMAT.md ("Programs"); who runs it is not said here.
 
 A *buffer* holds `shape` numbers for every row. A *view* is what an operation sees of a buffer or of
 a constant: `offset` and `strides` in elements of a row, 0 along an axis that repeats. Reshaping,
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from smoe.artifacts import schema, tiles
@@ -139,7 +139,8 @@ class KeyValues:
 @dataclass(frozen=True)
 class Recurrent:
     """Numbers of a sequence that every token replaces: float32 `shape`, zero before the first.
-    `name` is the input of the manifest's state that it stands for."""
+    `name` is the input of the manifest's state that it stands for, of as many numbers; in which
+    order they lie is the program's."""
 
     name: str
     segment: int
@@ -203,7 +204,7 @@ class Limits:
 class Kind:
     """What an operation takes and gives. An input whose name ends with "?" may be absent; it is
     listed all the same. `names` has the values that are allowed; of "state" none are listed, since
-    it is the keys of one of `Program.states`."""
+    it is the keys of one of `Program.states`, or the name of one of `Program.recurrent`."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...] = ("y",)
@@ -226,6 +227,7 @@ OPS: dict[str, Kind] = {
     "embedding": Kind((), numbers={"scale": Limits()}, weight=True),
     "position": Kind(()),
     "product": Kind(("x", "bias?"), weight=True),
+    "head_product": Kind(("x",), weight=True),
     "norm": Kind(
         ("x", "weight?", "bias?"),
         numbers={"epsilon": _POSITIVE},
@@ -257,8 +259,30 @@ OPS: dict[str, Kind] = {
     "gather": Kind(("x", "at")),
     "scatter": Kind(("at", "values")),
     "keep": Kind(("x",)),
-    "head_product": Kind(("x",), weight=True),
     "recall": Kind((), names={"state": ()}),
     "store": Kind(("x",), (), names={"state": ()}),
     "delta_rule": Kind(("q", "k", "v", "decay", "beta"), names={"state": ()}),
+    "convolution": Kind(("x", "weight", "bias?"), names={"state": ()}),
 }
+RECURRENT = ("recall", "store", "delta_rule", "convolution")  # of `Program.recurrent`
+# What may lie between a `recall` and its `store`: operations that see a single row.
+SCANNED = (
+    "norm", "add_norm", "rotary", "softmax", "top_k", "reduce", "unary", "binary", "where", "fill",
+    "gather", "scatter",
+)  # fmt: skip
+
+
+def scans(ops: Sequence[Op]) -> Iterator[range]:
+    """Which of a part's operations run row by row, all of them for a row before any for the next:
+    from a `recall` on, until all that was recalled is stored."""
+    open_: set[str] = set()
+    first = 0
+    for place, op in enumerate(ops):
+        state = (op.names or {}).get("state", "")
+        if op.kind == "recall":
+            first = first if open_ else place
+            open_.add(state)
+        elif op.kind == "store" and state in open_:
+            open_.remove(state)
+            if not open_:
+                yield range(first, place + 1)

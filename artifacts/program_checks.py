@@ -12,7 +12,7 @@ from itertools import islice
 
 import numpy as np
 
-from smoe.artifacts import program_ops
+from smoe.artifacts import program_ops, program_recurrent
 from smoe.artifacts.errors import printable
 from smoe.artifacts.manifest import Manifest, State
 from smoe.artifacts.program import (
@@ -22,6 +22,7 @@ from smoe.artifacts.program import (
     KINDS,
     PROGRAM,
     PROGRAM_WEIGHTS,
+    RECURRENT,
     Buffer,
     Constant,
     KeyValues,
@@ -49,6 +50,7 @@ def problems(program: Program, manifest: Manifest, size: int) -> Iterator[str]:
         lambda: _counts(program, manifest),
         lambda: _buffers(program),
         lambda: _constants(program, size),
+        lambda: program_recurrent.states(program, manifest),
         lambda: _states(program, manifest),
         lambda: _wires(program, manifest),
         lambda: _Flow(program, manifest).problems(),
@@ -129,7 +131,12 @@ def _states(program: Program, m: Manifest) -> Iterator[str]:
     listed = {state.input: state for state in m.backbone.state}
     taken = Counter(name for s in program.states for name in (s.keys, s.values))
     for state in program.states:
-        wanted = ((state.keys, state.key_width), (state.values, state.value_width))
+        widths = state.key_width, state.value_width
+        if state.latent:  # of one head of keys the values, and what is beside them
+            widths = state.value_width, state.key_width - state.value_width
+        wanted = zip((state.keys, state.values), widths, strict=True)
+        if state.latent and state.heads != 1:
+            yield f"state {state.keys[:60]!r} has latents, and {state.heads} heads of keys"
         known = 0 <= state.segment < len(program.parts)
         if not known or program.parts[state.segment].ops is None:
             yield f"state {state.keys[:60]!r} is of part {state.segment}, which is not known"
@@ -139,10 +146,11 @@ def _states(program: Program, m: Manifest) -> Iterator[str]:
                     f"state {name[:60]!r}, {state.heads} heads of {width} numbers in segment "
                     f"{state.segment}, is not one of the manifest's"
                 )
+    there = taken.keys() | {state.name for state in program.recurrent}
     for number, part in enumerate(program.parts):
         for spec in m.backbone.state:
             kept = spec.shape or spec.growing >= 0  # one number is no memory
-            if part.ops is not None and spec.segment == number and kept and spec.input not in taken:
+            if part.ops is not None and spec.segment == number and kept and spec.input not in there:
                 yield f"part {number} lacks the state {spec.input!r}"
 
 
@@ -198,8 +206,10 @@ class _Flow:
             {buffer.name: buffer for buffer in program.buffers},
             {constant.name: constant for constant in program.constants},
             {state.keys: state for state in program.states},
+            {state.name: state for state in program.recurrent},
             manifest.model.vocabulary,
         )
+        self._uses = program_recurrent.Uses(self._table.recurrent)
         self._written: dict[str, _Written] = {}
         self._foreign = set(GIVEN) | {state.input for state in manifest.backbone.state}
         self._appended: set[str] = set()
@@ -219,6 +229,7 @@ class _Flow:
                 yield f"buffer {buffer.name[:60]!r} is not written whole"
         for keys in self._table.states.keys() - self._appended:
             yield f"no attention uses the state {keys[:60]!r}"
+        yield from self._uses.end()
 
     def _before(self, number: int) -> Iterator[str]:
         """What a layer's experts give, whose segment is that before part `number`."""
@@ -272,6 +283,7 @@ class _Flow:
                 yield from (f"{where}: {text}" for text in wrong)
                 return
             row += sum(self._table.buffers[source].nbytes for source in sources)
+        yield from self._uses.behind(number)
         if row > MAX_ROW:
             yield f"part {number} writes {row} bytes for every row, more than {MAX_ROW}"
 
@@ -282,6 +294,7 @@ class _Flow:
         self._work += math.prod(self._table.constants[op.weight].shape) if op.weight else 0
         if self._work > MAX_WORK:
             yield f"so far a row goes through more than {MAX_WORK} numbers"
+        yield from self._uses.step(op, number)
         yield from self._rows(op, number)
         if op.kind == "attention":
             state = self._table.states[(op.names or {})["state"]]
@@ -302,7 +315,7 @@ class _Flow:
         gives = {buffers[view.source].kept for view in op.outputs}
         if op.kind == "keep":
             fine = takes == {False} and gives == {True}
-        elif op.kind in ("embedding", "position", "attention"):
+        elif op.kind in ("embedding", "position", "attention", *RECURRENT) or self._uses.scanning:
             fine = takes | gives == {False}
         else:
             fine = len(takes | gives) == 1

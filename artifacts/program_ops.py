@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from smoe.artifacts import program_recurrent
 from smoe.artifacts.program import (
     ABSENT,
     ARITHMETIC,
@@ -15,14 +16,17 @@ from smoe.artifacts.program import (
     KINDS,
     LOGIC,
     OPS,
+    RECURRENT,
     Buffer,
     Constant,
     KeyValues,
     Kind,
     Limits,
     Op,
+    Recurrent,
     View,
 )
+from smoe.artifacts.tiles import head_rows
 
 MAX_RANK = 6
 MAX_SIZE = 2**31  # of an axis, a stride, an offset: less than this
@@ -38,6 +42,7 @@ class Table:
     buffers: Mapping[str, Buffer]
     constants: Mapping[str, Constant]
     states: Mapping[str, KeyValues]
+    recurrent: Mapping[str, Recurrent]
     vocabulary: int
 
 
@@ -72,9 +77,11 @@ def _form(op: Op, kind: Kind, table: Table) -> Iterator[str]:
     for name, limits in kind.numbers.items():
         if not _within(numbers[name], limits):
             yield f"{name} is {numbers[name]!r}, a number that is not possible"
+    states = table.recurrent if op.kind in RECURRENT else table.states
     for name, allowed in kind.names.items():
-        if names[name] not in (allowed or table.states):
-            wanted = f"one of {', '.join(allowed)}" if allowed else "the keys of a state"
+        if names[name] not in (allowed or states):
+            whose = "the name" if op.kind in RECURRENT else "the keys"
+            wanted = f"one of {', '.join(allowed)}" if allowed else f"{whose} of a state"
             yield f"{name} is {names[name][:60]!r}, {wanted} was wanted"
     if bool(op.weight) != kind.weight or (op.weight and op.weight not in table.constants):
         wanted = "a constant" if kind.weight else "none"
@@ -146,8 +153,9 @@ def dense(view: View, axes: int | None = None) -> bool:
 # -- one rule for each kind ------------------------------------------------------------------------
 
 
-class _Operands:
-    """Of one operation, by the names that `OPS` has for them; absent ones are not there."""
+class Operands:
+    """Of one operation, by the names that `OPS` has for them; absent ones are not there. What is
+    asked of them yields sentences."""
 
     def __init__(self, op: Op, kind: Kind, table: Table):
         self.op, self.table = op, table
@@ -162,6 +170,11 @@ class _Operands:
     @property
     def weight(self) -> Constant:
         return self.table.constants[self.op.weight]
+
+    @property
+    def recurrent(self) -> Shape:
+        """Of the numbers that it replaces."""
+        return self.table.recurrent[(self.op.names or {})["state"]].shape
 
     def shape(self, name: str) -> Shape:
         return self.views[name].shape
@@ -211,10 +224,10 @@ class _Operands:
 
 
 def _operands(op: Op, kind: Kind, table: Table) -> Iterator[str]:
-    yield from RULES[op.kind](_Operands(op, kind, table))
+    yield from RULES[op.kind](Operands(op, kind, table))
 
 
-def _embedding(o: _Operands) -> Iterator[str]:
+def _embedding(o: Operands) -> Iterator[str]:
     if len(o.weight.shape) != 2 or o.weight.shape[0] < o.table.vocabulary:
         yield (
             f"its weight is {_short(o.weight.shape)}, a row for each of {o.table.vocabulary} words "
@@ -225,11 +238,11 @@ def _embedding(o: _Operands) -> Iterator[str]:
     yield from o.dense(None, "y")
 
 
-def _position(o: _Operands) -> Iterator[str]:
+def _position(o: Operands) -> Iterator[str]:
     yield from o.wanted("y", "i64" if o.kind("y") == "i64" else "f32", ())
 
 
-def _product(o: _Operands) -> Iterator[str]:
+def _product(o: Operands) -> Iterator[str]:
     if len(o.weight.shape) != 2:
         yield f"its weight is {_short(o.weight.shape)}, which is no matrix"
         return
@@ -242,7 +255,23 @@ def _product(o: _Operands) -> Iterator[str]:
     yield from o.constant("bias")
 
 
-def _norm(o: _Operands) -> Iterator[str]:
+def _head_product(o: Operands) -> Iterator[str]:
+    if len(o.shape("x")) != 2 or len(o.shape("y")) != 2:
+        yield f"x is {_short(o.shape('x'))}, y {_short(o.shape('y'))}, heads were wanted"
+        return
+    (heads, n_in), n_out = o.shape("x"), o.last("y")
+    if o.weight.shape != (heads * head_rows(n_out), n_in):
+        yield (
+            f"its weight is {_short(o.weight.shape)}, {heads} times {head_rows(n_out)} rows of "
+            f"{n_in} were wanted"
+        )
+    yield from o.wanted("x", "f32", (heads, n_in))
+    yield from o.wanted("y", "f32", (heads, n_out))
+    yield from o.dense(1, "x", "y")
+    yield from o.buffers("x")
+
+
+def _norm(o: Operands) -> Iterator[str]:
     yield from o.any_of("x", ("f32",), 1)
     shape = o.shape("x")
     for name in ("residual", "y", "sum"):
@@ -251,7 +280,7 @@ def _norm(o: _Operands) -> Iterator[str]:
         yield from o.wanted(name, "f32", shape[-1:], shape)
 
 
-def _rotary(o: _Operands) -> Iterator[str]:
+def _rotary(o: Operands) -> Iterator[str]:
     if len(o.shape("x")) != 2 or o.last("x") % 2:
         yield f"x is {_short(o.shape('x'))}, heads of even width were wanted"
         return
@@ -262,27 +291,30 @@ def _rotary(o: _Operands) -> Iterator[str]:
     yield from o.buffers("x")
 
 
-def _attention(o: _Operands) -> Iterator[str]:
+def _attention(o: Operands) -> Iterator[str]:
     state = o.table.states[(o.op.names or {})["state"]]
     heads = (*o.shape("q"), 0)[0]
     if heads % state.heads:
         yield f"q has {heads} heads, a multiple of {state.heads} was wanted"
     yield from o.wanted("q", "f32", (heads, state.key_width))
     yield from o.wanted("k", "f32", (state.heads, state.key_width))
+    if ("v" in o.views) == state.latent:
+        yield "v is absent, or is there where keys hold the values"
+        return
     yield from o.wanted("v", "f32", (state.heads, state.value_width))
     yield from o.wanted("y", "f32", (heads, state.value_width))
     yield from o.wanted("sinks", "f32", (heads,))
     yield from o.dense(1, "q", "k", "v", "y", "sinks")
-    yield from o.buffers("q", "k", "v")
+    yield from o.buffers("q", "k", *(name for name in ("v",) if name in o.views))
     yield from o.constant("sinks")
 
 
-def _softmax(o: _Operands) -> Iterator[str]:
+def _softmax(o: Operands) -> Iterator[str]:
     yield from o.any_of("x", ("f32",), 1)
     yield from o.wanted("y", "f32", o.shape("x"))
 
 
-def _top_k(o: _Operands) -> Iterator[str]:
+def _top_k(o: Operands) -> Iterator[str]:
     yield from o.any_of("x", ("f32",), 1)
     if not 1 <= o.last("values") <= o.last("x"):
         yield f"it takes {o.last('values')} of {o.last('x')}"
@@ -292,19 +324,19 @@ def _top_k(o: _Operands) -> Iterator[str]:
     yield from o.wanted("ids", "i64", shape)
 
 
-def _reduce(o: _Operands) -> Iterator[str]:
+def _reduce(o: Operands) -> Iterator[str]:
     yield from o.any_of("x", ("f32",), 1)
     yield from o.wanted("y", "i64" if o.how == "argmax" else "f32", o.shape("x")[:-1])
 
 
-def _unary(o: _Operands) -> Iterator[str]:
+def _unary(o: Operands) -> Iterator[str]:
     kinds = {"copy": tuple(KINDS), "not": ("bool",)}
     kinds |= dict.fromkeys(("neg", "abs", "sign"), ("f32", "i64"))
     yield from o.any_of("x", kinds.get(o.how, ("f32",)))
     yield from o.wanted("y", o.kind("y" if o.how == "copy" else "x"), o.shape("x"))
 
 
-def _binary(o: _Operands) -> Iterator[str]:
+def _binary(o: Operands) -> Iterator[str]:
     if o.how in LOGIC:
         kinds: tuple[str, ...] = ("bool",)
     elif o.how in ARITHMETIC:
@@ -316,13 +348,13 @@ def _binary(o: _Operands) -> Iterator[str]:
     yield from o.wanted("y", "bool" if o.how in COMPARISONS else o.kind("a"), o.shape("a"))
 
 
-def _where(o: _Operands) -> Iterator[str]:
+def _where(o: Operands) -> Iterator[str]:
     yield from o.wanted("condition", "bool", o.shape("y"))
     for name in ("a", "b"):
         yield from o.wanted(name, o.kind("y"), o.shape("y"))
 
 
-def _fill(o: _Operands) -> Iterator[str]:
+def _fill(o: Operands) -> Iterator[str]:
     value = (o.op.numbers or {})["value"]
     whole = math.isfinite(value) and abs(value) <= 2**53 and value == int(value)
     fits = {"i64": whole, "bool": value in (0, 1)}
@@ -330,27 +362,28 @@ def _fill(o: _Operands) -> Iterator[str]:
         yield f"value is {value!r}, which y of {o.kind('y')} cannot be"
 
 
-def _gather(o: _Operands) -> Iterator[str]:
+def _gather(o: Operands) -> Iterator[str]:
     yield from o.any_of("x", tuple(KINDS), 1)
     at = (*o.shape("x")[:-1], o.last("at"))
     yield from o.wanted("at", "i64", at)
     yield from o.wanted("y", o.kind("x"), at)
 
 
-def _scatter(o: _Operands) -> Iterator[str]:
+def _scatter(o: Operands) -> Iterator[str]:
     yield from o.any_of("y", tuple(KINDS), 1)
     at = (*o.shape("y")[:-1], o.last("at"))
     yield from o.wanted("at", "i64", at)
     yield from o.wanted("values", o.kind("y"), at)
 
 
-def _keep(o: _Operands) -> Iterator[str]:
+def _keep(o: Operands) -> Iterator[str]:
     yield from o.wanted("y", o.kind("x"), o.shape("x"))
 
 
-RULES: dict[str, Callable[[_Operands], Iterator[str]]] = {
+RULES: dict[str, Callable[[Operands], Iterator[str]]] = {
     "embedding": _embedding, "position": _position, "product": _product, "norm": _norm,
     "add_norm": _norm, "rotary": _rotary, "attention": _attention, "softmax": _softmax,
     "top_k": _top_k, "reduce": _reduce, "unary": _unary, "binary": _binary, "where": _where,
     "fill": _fill, "gather": _gather, "scatter": _scatter, "keep": _keep,
+    "head_product": _head_product, **program_recurrent.RULES,
 }  # fmt: skip

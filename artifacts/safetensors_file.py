@@ -144,7 +144,8 @@ def _entry(path: Path, name: str, fields: object, data_start: int) -> Entry:
 
     if (
         not isinstance(fields, dict)
-        or fields.get("dtype") not in DTYPES
+        or not isinstance(fields.get("dtype"), str)
+        or fields["dtype"] not in DTYPES
         or not integers(fields.get("shape"))
         or len(fields["shape"]) > 8
         or not integers(fields.get("data_offsets"), 2)

@@ -36,6 +36,12 @@ def scale_bytes(n_out: int, n_in: int, group: int, wide: bool) -> int:
     return -(-n_out // ROWS) * -(-n_in // group) * ROWS * (4 if wide else 2)
 
 
+def head_rows(n_out: int) -> int:
+    """Rows from the matrix of a head to that of the next, where several are one constant: whole
+    tiles."""
+    return -(-n_out // ROWS) * ROWS
+
+
 def pack_int8(codes: np.ndarray) -> np.ndarray:
     """Codes int8 `[n_out, n_in]` as uint8 `[code_bytes]`."""
     n_out, n_in = codes.shape

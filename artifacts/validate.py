@@ -22,7 +22,7 @@ from smoe.artifacts.encodings import encoding_named, float_fields
 from smoe.artifacts.errors import BundleError
 from smoe.artifacts.layout import RecordLayout
 from smoe.artifacts.licence import Licence
-from smoe.artifacts.manifest import ACTIVATIONS, KINDS, File, Manifest
+from smoe.artifacts.manifest import ACTIVATIONS, KINDS, STATE_KINDS, File, Manifest
 from smoe.artifacts.program import PROGRAM, PROGRAM_WEIGHTS, Program
 from smoe.artifacts.shard import shard_start
 
@@ -88,6 +88,8 @@ def _geometry(m: Manifest) -> Iterator[str]:
         yield bad("experts.page", m.experts.page, "a power of two from 512 to 16 MiB")
     if not 1 <= m.backbone.heads <= 65536:
         yield bad("backbone.heads", m.backbone.heads, "1 to 65536")
+    if m.backbone.state_kind not in ("", *STATE_KINDS):
+        yield bad("backbone.state_kind", m.backbone.state_kind, f"one of {STATE_KINDS} or nothing")
     gate = m.experts.gate
     named = gate.kind in ("gated", "plain", "bounded")
     if gate.kind not in KINDS or (named and gate.activation not in ACTIVATIONS):

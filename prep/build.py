@@ -30,6 +30,7 @@ from smoe.prep.options import STORED, Recipe, quantiser_settings
 from smoe.prep.pack.pack import chosen_encoding, losses, unpacked
 from smoe.prep.prices.calibrate import Fit, add_fit
 from smoe.prep.progress import Progress, peak_memory
+from smoe.prep.state_kind import StateKind, choose, refuse_unknown_kind
 from smoe.prep.statistics.profile import open_profile
 from smoe.prep.sweep.forward import refuse_missing_device, within_memory
 from smoe.prep.workdir import (
@@ -45,13 +46,15 @@ from smoe.prep.written import write
 
 @dataclass(frozen=True)
 class Built:
-    """A finished bundle, what its prices were measured to be worth, and what this run took: seconds
-    by stage, and the most bytes that this process, or one that it started, held."""
+    """A finished bundle, what its prices were measured to be worth, how its `state` was chosen, and
+    what this run took: seconds by stage, and the most bytes that this process, or one that it
+    started, held."""
 
     bundle: Path
     manifest: Manifest
     no_prices: str  # why the model has none; "" if it has, or none were asked for
     fit: list[Fit]
+    state: StateKind
     seconds: dict[str, float]
     memory: int
 
@@ -65,12 +68,14 @@ class Built:
             "bundle": str(self.bundle),
             "bytes": self.nbytes,
             "price_fit": fit,
+            "state": self.state.kind,
+            "state_nats": self.state.nats,
             "seconds": {stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
             "memory": self.memory,
         }
 
     def lines(self) -> list[str]:
-        lines = [f"{self.bundle}: {self.nbytes / 1e6:.1f} MB"]
+        lines = [f"{self.bundle}: {self.nbytes / 1e6:.1f} MB", f"state: {self.state.line}"]
         if self.fit:
             lines.append("prices, in nats per token on text they were not taken from:")
         return lines + [line for fit in self.fit for line in fit.lines()]
@@ -155,8 +160,11 @@ def _build(
             with progress.stage("fit"):
                 fit = add_fit(partial, text.ids(text.held_out), origin.seed, progress)
             manifest = _with_new_tables(partial, manifest)
+        with progress.stage("state"):
+            state = choose(partial, text.held_out_first, recipe.state, progress)
+        manifest = _with_state(partial, manifest, state)
         open_bundle(partial)
-    return Built(output, manifest, no_prices, fit, {}, 0)
+    return Built(output, manifest, no_prices, fit, state, {}, 0)
 
 
 def _given(
@@ -219,6 +227,7 @@ def _settings(
         "--self": str(recipe.self_tokens),
         "--seed": str(recipe.seed),
         "--device": recipe.device,
+        "--state": recipe.state or "measured",
     }
     settings |= quantiser_settings(recipe.encoding, recipe.quantiser)
     if profiled is not None:
@@ -251,6 +260,7 @@ def _refuse_options(recipe: Recipe, calibration: Calibration | None, profiled: P
         recipe.resolved(recipe.encoding, given, made)
     recipe.price_tokens(recipe.has_text(given, made))
     check_precision(recipe.backbone)
+    refuse_unknown_kind(recipe.state)
     refuse_missing_device(recipe.device)
 
 
@@ -316,6 +326,15 @@ def _with_new_tables(partial: Path, manifest: Manifest) -> Manifest:
     file = partial / "tables.safetensors"
     changed = {str(f.relative_to(partial)): file_at(f) for f in (file, study_of(file))}
     manifest = dataclasses.replace(manifest, files=manifest.files | changed)
+    write_whole(partial / "manifest.json", manifest.to_json())
+    return manifest
+
+
+def _with_state(partial: Path, manifest: Manifest, state: StateKind) -> Manifest:
+    """The manifest, written, that says what the program keeps keys and values in."""
+    backbone = dataclasses.replace(manifest.backbone, state_kind=state.kind)
+    provenance = manifest.provenance | {"state": state.line}
+    manifest = dataclasses.replace(manifest, backbone=backbone, provenance=provenance)
     write_whole(partial / "manifest.json", manifest.to_json())
     return manifest
 

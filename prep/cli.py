@@ -15,10 +15,11 @@ import click
 from click.core import ParameterSource
 
 from smoe.artifacts.encodings import ENCODINGS
+from smoe.artifacts.manifest import STATE_KINDS
 from smoe.prep.checkpoint.text import DEFAULT_TOKENS, Calibration
 from smoe.prep.cli_options import json_option, show
 from smoe.prep.cli_replay import plan, simulate
-from smoe.prep.options import PRICE_TOKENS, QUANTISERS, SELF_TOKENS, Recipe
+from smoe.prep.options import PRICE_TOKENS, QUANTISERS, SELF_TOKENS, STATE_LIMIT, Recipe
 from smoe.prep.progress import Progress
 
 RECIPE = Recipe()
@@ -60,6 +61,12 @@ _backbone = click.option(
     show_default=True,
     help="Precision of the backbone: f32, int8 or int4, which is calibrated where there is text "
     "and keeps 8 bits where 4 cost most.",
+)
+_state = click.option(
+    "--state",
+    help=f"What the backbone's program keeps keys and values in: {', '.join(STATE_KINDS)}. "
+    f"[default: the narrowest that differs from f32 by less than {STATE_LIMIT:g} nats per "
+    "token, by a measurement; f32 beside a float32 backbone]",
 )
 
 
@@ -121,6 +128,7 @@ def cli() -> None:
     type=int,
     help=f"Tokens of the text that prices come from; 0: no prices. [default: {PRICE_TOKENS}]",
 )
+@_state
 @_device
 @json_option
 def build(
@@ -135,6 +143,7 @@ def build(
     quantiser: str | None,
     backbone: str,
     prices: int | None,
+    state: str | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -152,6 +161,7 @@ def build(
         device=device,
         self_tokens=own,
         seed=seed,
+        state=state,
     )
     show(build(model, output, source, recipe, profiled, Progress()), as_json)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -22,12 +23,14 @@ from smoe.prep.options import Recipe
 from smoe.prep.pack.calibrated import AT_ONCE_CPU
 from smoe.prep.pack.pack import PAGE
 from smoe.prep.prices.price import DRAWS
+from smoe.prep.state_kind import KEPT, LENGTHS
 from smoe.prep.statistics.profile import TRACE, sampled_at_once
 from smoe.prep.statistics.sums import MAX_RANKS
 from smoe.prep.sweep.forward import PIECE, TOGETHER
 from smoe.prep.sweep.gradients import IN_MEMORY
 from smoe.runtime.allowance import usual_process
 from smoe.runtime.execution import CODE, ONNX_CODE, SESSION
+from smoe.runtime.kernels.blocks import GROUP, KINDS
 from smoe.runtime.machine import memory_room
 
 # Bytes of a weight of the backbone and of its two ends (backbone/quantise.py: blocks of 32, or 64
@@ -89,7 +92,8 @@ class Sizes:
     vocabulary: int
     heads: int  # numbers in the queries of a token
     depth: int  # layers with experts and without
-    state: int  # bytes that attention remembers of a token, at most
+    state: int  # bytes that attention remembers of a token, at most, in float32
+    kept: tuple[int, int]  # a program's: heads of all layers' keys and values, numbers of one
     stored: int
     shape: ExpertShape  # but for its sizes
 
@@ -115,7 +119,8 @@ class Sizes:
             vocabulary=config.vocab_size,
             heads=heads * (getattr(config, "head_dim", None) or hidden // heads),
             depth=config.num_hidden_layers,
-            state=2 * 4 * config.num_hidden_layers * _keys(config),
+            state=2 * 4 * config.num_hidden_layers * math.prod(_heads(config)),
+            kept=_kept(config),
             stored=stored,
             shape=ExpertShape(
                 0, 0, bool(first.has_gate), bool(first.has_bias), bool(first.has_post_expert_norm)
@@ -138,6 +143,12 @@ class Sizes:
         pairs = zip(self.per_layer, self.layers, strict=True)
         return self.backbone + sum(n * self.top_k // e for n, (e, _, _) in pairs)
 
+    def state_bytes(self, kind: str) -> int:
+        """What a program remembers of a token, at most, in a kind of state."""
+        heads, width = self.kept
+        scales = 4 * -(-width // GROUP) if kind == "int8" else 0
+        return heads * (width * KINDS[kind].itemsize + scales)
+
     def records(self, encoding: str) -> list[int]:
         """Bytes of an expert in every layer."""
         shapes = [
@@ -147,11 +158,21 @@ class Sizes:
         return [record_layout(shape, encoding, PAGE).nbytes for shape in shapes]
 
 
-def _keys(config: transformers.PreTrainedConfig) -> int:
-    """Numbers in the keys of a token, in one layer."""
+def _heads(config: transformers.PreTrainedConfig) -> tuple[int, int]:
+    """The heads of a layer's keys, and the numbers of one."""
     heads = getattr(config, "num_attention_heads", None) or 1
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return (getattr(config, "num_key_value_heads", None) or heads) * head
+    return getattr(config, "num_key_value_heads", None) or heads, head
+
+
+def _kept(config: transformers.PreTrainedConfig) -> tuple[int, int]:
+    """Heads of the keys and values of all layers, and the numbers of one: of latent attention the
+    latent with its rotated part alone."""
+    latent = getattr(config, "kv_lora_rank", None)
+    if latent:
+        return config.num_hidden_layers, latent + (getattr(config, "qk_rope_head_dim", None) or 0)
+    heads, head = _heads(config)
+    return 2 * config.num_hidden_layers * heads, head
 
 
 def _products(model: transformers.PreTrainedModel) -> dict[tuple[int, int], int]:
@@ -245,6 +266,10 @@ def memory_bytes(sizes: Sizes, work: Work) -> dict[str, int]:
     if work.priced:
         stages["gradients"] = between + max(ends, default=0) + sizes.stored + back + IN_MEMORY
         stages["fit"] = PROCESS + device_bytes(sizes, work)[0]
+    if work.precision != "f32" and work.tokens:
+        logits = 3 * len(LENGTHS) * KEPT * 4 * sizes.vocabulary
+        stages["state"] = PROCESS + device_bytes(sizes, work)[0] + logits
+        stages["state"] += sizes.state_bytes("f32") * min(LENGTHS[-1], work.tokens)
     return {stage: int(size) for stage, size in stages.items()}
 
 

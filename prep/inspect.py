@@ -17,6 +17,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
+from smoe.artifacts.manifest import STATE_KINDS
 from smoe.prep.backbone.quantise import check_precision
 from smoe.prep.checkpoint.checkpoint import read_config
 from smoe.prep.checkpoint.families import empty_model, refuse_without_seam, text_class
@@ -63,6 +64,7 @@ class Inspection:
     device: tuple[
         int, int
     ]  # memory of the runtime besides its KV cache: at least, and with all experts resident
+    state: dict[str, int]  # bytes of a token in the KV cache, at most, by the kind of a state
     seconds: float | None
     stage_seconds: dict[str, float]  # of those that `Progress.seconds` will have; {}: not known
     stage_memory: dict[str, int]
@@ -93,10 +95,17 @@ class Inspection:
             f"{self.backbone}",
             f"device: from {_size(self.device[0])} to {_size(self.device[1])} with all experts in "
             "memory, and the KV cache",
+            f"state: {self._state()}",
             f"build: about {_size(self.disk)} of disk, {_size(self.memory)} of memory for "
             f"{self.tokens} tokens{hours}",
             *self._stage_lines(),
         ]
+
+    def _state(self) -> str:
+        """What the KV cache takes."""
+        kinds = ", ".join(f"{n / 1e3:.1f} kB in {kind}" for kind, n in self.state.items())
+        how = "f32 beside this backbone" if self.backbone == "f32" else "a measurement chooses"
+        return f"up to {kinds} a token; {how}"
 
     def _stage_lines(self) -> list[str]:
         """The stages that take a twentieth and more."""
@@ -189,6 +198,7 @@ def inspect(
         disk=disk_bytes(sizes, work),
         memory=max(memory.values()),
         device=device_bytes(sizes, work),
+        state={kind: sizes.state_bytes(kind) for kind in STATE_KINDS},
         seconds=sum(seconds.values()) if seconds else None,
         stage_seconds={stage: round(s, 3) for stage, s in seconds.items()},
         stage_memory=memory,

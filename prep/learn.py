@@ -63,6 +63,13 @@ class Text:
     def tokens(self) -> int:
         return sum(len(row) for row in self.rows)
 
+    @property
+    def held_out_first(self) -> np.ndarray:
+        """All token ids, those of the held-out text before others."""
+        if not self.rows:
+            return np.zeros(0, np.int64)
+        return np.concatenate(self.ids([*self.held_out, *self.drawn]) or self.rows)
+
     def ids(self, positions: list[np.ndarray]) -> list[np.ndarray]:
         """The token ids at `positions`."""
         stream = np.concatenate(self.rows)

@@ -15,6 +15,10 @@ PRICE_TOKENS = 8192  # of the calibration text
 # Tokens that a model writes itself, beside calibration text or in place of it (docs/log.md,
 # 2026-11-27); more than the most would be weeks of writing.
 SELF_TOKENS, SELF_MOST = 49152, 1 << 24
+# Nats per token by which a narrower state may differ from float32. Beside int8 activations a
+# difference of nothing has some 5e-4, by roundings that fall the other way; at 1.5e-3 the KL from
+# the original model is what it was (docs/log.md, 2026-11-27).
+STATE_LIMIT = 2e-3
 MINIMUM = 128  # tokens: below this the statistics would be of nothing
 
 
@@ -34,6 +38,9 @@ class Recipe:
     # of it; None: `SELF_TOKENS`, or none where they would gain little (`own_tokens`).
     self_tokens: int | None = None
     seed: int = 0  # of what the model writes
+    # What a program keeps keys and values in; None: the narrowest that costs next to nothing
+    # (`state_kind`).
+    state: str | None = None
 
     def resolved(self, encoding: str, calibration: bool, profiled: bool) -> Recipe:
         """The same with nothing left open, for experts in `encoding`, and where there is

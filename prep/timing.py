@@ -24,6 +24,7 @@ from smoe.prep.pack.calibrated import LEARNT, LEARNT_PER_COLUMN
 from smoe.prep.prices.calibrate import AT_RANDOM, SIZES
 from smoe.prep.prices.calibrate import TOKENS as FIT_TOKENS
 from smoe.prep.prices.price import DRAWS
+from smoe.prep.state_kind import LENGTHS
 from smoe.prep.statistics.profile import SAMPLE, sampled_at_once
 from smoe.prep.sweep.forward import TOGETHER
 from smoe.prep.written import Shape
@@ -39,6 +40,7 @@ READ = 2.5  # how much longer experts take than their bytes: they are merged one
 BESIDES = 1.4  # how much longer a pass takes than its products
 COPIED = 4e9  # bytes per second in memory
 STEPPED = 1e-3  # seconds of Python per layer and step in which a model writes text
+TEXTS = 2.5  # go through the bundle with another state: three, or two where int8 will do
 DRAWN, COMPARED = 10, 2.5  # how often a logit is seen, where labels are drawn and where compared
 
 
@@ -96,6 +98,8 @@ def stage_seconds(
     seconds["packing"] = _packing_seconds(counts, work, one, rates)
     if work.priced:
         seconds |= _priced_seconds(sizes, work, counts, one, rates)
+    measured = 0 if work.precision == "f32" else min(LENGTHS[-1], work.tokens)
+    seconds["state"] = TEXTS * measured * _run_seconds(sizes, work, counts, one, rates)
     if work.precision == "int4" and work.tokens:
         seconds["backbone"] = _backbone_seconds(sizes)
     seconds["text"] = _written_seconds(sizes, work, counts, one, rates) if work.own else 0.0
@@ -187,13 +191,20 @@ def _priced_seconds(
     seen = counts.alike * counts.experts * (all_tokens + DRAWS * row / ELEMENTS)
     fitted = min(FIT_TOKENS, max(1, work.tokens - priced))
     runs = 1 + len(KINDS) * (len(SIZES) + len(AT_RANDOM))
-    chunk = counts.alike * k * probes.kernel_seconds(one, work.encoding, counts.per_expert(CHUNK))
-    run = (
-        (counts.body + counts.head) / rates.product + chunk + COMPARED * sizes.vocabulary / ELEMENTS
-    )
+    run = _run_seconds(sizes, work, counts, one, rates)
     return {
         "predictors": regressions * (priced * row**2 + row**3 / 3) / rates.single,
         "gradients": DRAWS * priced * (back + drawn) + slots * expert * (1 + DRAWS),
         "prices": priced * seen + slots * (expert + levels * kernel),
         "fit": runs * fitted * run,
     }
+
+
+def _run_seconds(
+    sizes: Sizes, work: Work, counts: Counts, one: ExpertsModule, rates: _Rates
+) -> float:
+    """Of a token through the bundle, whose logits are compared."""
+    slots = counts.per_expert(CHUNK)
+    chunk = counts.alike * counts.k * probes.kernel_seconds(one, work.encoding, slots)
+    compared = COMPARED * sizes.vocabulary / ELEMENTS
+    return (counts.body + counts.head) / rates.product + chunk + compared

@@ -23,12 +23,14 @@ from smoe.runtime import Engine
 
 @dataclass(frozen=True)
 class Verification:
-    """A bundle against its checkpoint, on `tokens`: perplexities; by how many percent the bundle's
-    is higher, with half the width of the 95 % interval of that (paired, token by token); mean KL
-    divergence (nats per token, original to bundle) with its standard error; the share of tokens
-    with the same likeliest successor; the largest logit error relative to the row's largest."""
+    """A bundle against its checkpoint, on `tokens`, its state in that kind ("": as its graphs say):
+    perplexities; by how many percent the bundle's is higher, with half the width of the 95 %
+    interval of that (paired, token by token); mean KL divergence (nats per token, original to
+    bundle) with its standard error; the share of tokens with the same likeliest successor; the
+    largest logit error relative to the row's largest."""
 
     tokens: int
+    state: str
     perplexity_original: float
     perplexity_bundle: float
     perplexity_rise_percent: float
@@ -38,7 +40,7 @@ class Verification:
     top1_agreement: float
     largest_logit_error: float
 
-    def as_dict(self) -> dict[str, float | int]:
+    def as_dict(self) -> dict[str, float | int | str]:
         return dataclasses.asdict(self)
 
     def lines(self) -> list[str]:
@@ -71,7 +73,7 @@ def verify(
             count.done(len(rows) - len(left))
 
         sweep(checkpoint, rows, [], logits=compare)
-    return compared.result()
+        return compared.result(engine.division.kind if engine.division.program else "")
 
 
 @dataclass
@@ -98,11 +100,12 @@ class _Compared:
                 self.nats_original.append(-float(p[row[position + 1]]))
                 self.nats_bundle.append(-float(q[row[position + 1]]))
 
-    def result(self) -> Verification:
+    def result(self, state: str) -> Verification:
         rise = np.array(self.nats_bundle) - np.array(self.nats_original)
         interval = 1.96 * rise.std() / len(rise) ** 0.5 * 100
         return Verification(
             tokens=len(self.kl),
+            state=state,
             perplexity_original=round(float(np.exp(np.mean(self.nats_original))), 4),
             perplexity_bundle=round(float(np.exp(np.mean(self.nats_bundle))), 4),
             perplexity_rise_percent=round(float(np.expm1(rise.mean()) * 100), 4),

@@ -87,6 +87,23 @@ def usual_process(engine: int, onnxruntime: bool = True) -> int:
     return _with_kernel(PROCESS + (ONNX_PROCESS if onnxruntime else 0), engine)
 
 
+def longest_context(
+    bundle: Bundle, plan: MemoryPlan, level: int | None = None, execution: Execution = AUTO
+) -> int:
+    """The longest context that the budget of `plan`, or where none was stated what is left to this
+    process, has room for beside the few experts that a bundle cannot do without; `plan`'s at
+    least."""
+    room = machine.memory_room()
+    budget = plan.budget or (None if room is None else room.nbytes - room.nbytes // RESERVE)
+    low, high = plan.context, bundle.manifest.model.context
+    while low < high:
+        middle = (low + high + 1) // 2
+        longer = plan_memory(bundle, None, middle, level, 0, plan.process, None, execution)
+        fits = budget is None or longer.minimum <= budget
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
 def leave(plan: MemoryPlan) -> None:
     """An engine of this plan is closed: what is here beyond what was there before comes of it."""
     global _left

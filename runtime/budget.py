@@ -284,9 +284,23 @@ def _lendable(capacity: int, record: int, smallest: int) -> int:
 def _prefill(manifest: Manifest, context: int, division: Division) -> int:
     """What a prompt of `context` tokens keeps beyond its first chunk: what passes between segments,
     and what the experts of one layer receive and give, by slot."""
-    tokens = max(0, min(context, PREFILL_CHUNKS * CHUNK) - chunk_tokens(manifest))
+    tokens = max(0, min(context, PREFILL_CHUNKS * CHUNK) - _chunk(manifest, division))
     slots = max(slot_bytes(layer) for layer in manifest.layers)
     return tokens * (slots + division.token_bytes(context))
+
+
+def state_line(bundle: Bundle, context: int | None = None, execution: Execution = AUTO) -> str:
+    """For people: what a bundle remembers of a token, and of a sequence of `context` tokens."""
+    division = divide(bundle.manifest, bundle.program, execution)
+    longest = bundle.manifest.model.context
+    kept, windowed = division.token_state()
+    context = min(2048, longest) if context is None else context
+    kind = division.kind if division.program and division.program.states else "as its graphs say"
+    behind = f", and {windowed} that go behind a window" if windowed else ""
+    return (
+        f"state: {kind}, {kept} bytes a token{behind}; {show_size(division.state_bytes(context))} "
+        f"with a context of {context} (this model takes up to {longest})"
+    )
 
 
 def slot_bytes(layer: Layer) -> int:
@@ -306,16 +320,21 @@ def default_budget(whole: int, room: int) -> int | None:
 def _workspace(manifest: Manifest, context: int, division: Division) -> int:
     """Intermediate values of one chunk: what every slot gives, what the kernels hold of the slots
     in one call, and what the backbone does."""
-    tokens, layers = chunk_tokens(manifest), manifest.layers
+    tokens, layers = _chunk(manifest, division), manifest.layers
     slots = min(SLOTS + tokens, tokens * max(layer.top_k for layer in layers))
     kernels = slots * max(8 * layer.hidden + 10 * layer.width for layer in layers)
     outputs = tokens * max(layer.hidden * (32 + 8 * layer.top_k) for layer in layers)
     return kernels + outputs + division.workspace(context, tokens)
 
 
-def chunk_tokens(manifest: Manifest) -> int:
-    """How many tokens of a prompt run at once."""
-    return 1 if manifest.backbone.one_at_a_time else CHUNK
+def _chunk(manifest: Manifest, division: Division) -> int:
+    return chunk_tokens(manifest, division.needs_onnxruntime)
+
+
+def chunk_tokens(manifest: Manifest, onnx: bool = True) -> int:
+    """How many tokens of a prompt run at once; `onnx`: whether graphs of any segment do, which may
+    take one at a time."""
+    return 1 if onnx and manifest.backbone.one_at_a_time else CHUNK
 
 
 def parse_size(text: str | int) -> int:

@@ -24,6 +24,7 @@ from smoe.runtime.cli_options import (
     open_engine,
     open_exact_twin,
     refuse_generation,
+    session_option,
 )
 from smoe.runtime.cli_output import say, show
 from smoe.runtime.device_profile import measure_device
@@ -32,6 +33,7 @@ from smoe.runtime.evaluate import bench as run_bench
 from smoe.runtime.evaluate import bench_lines
 from smoe.runtime.execution import divide
 from smoe.runtime.hub import located
+from smoe.runtime.session import kept
 from smoe.runtime.text import StopWhen, Text
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -53,11 +55,13 @@ def cli() -> None:
 @click.option(
     "--ids", is_flag=True, help="PROMPT is token ids, separated by spaces; so is the answer."
 )
+@session_option
 @json_option
 def run(
     bundle: Path,
     prompt: str,
     ids: bool,
+    session: Path | None,
     as_json: bool,
     stop: tuple[str, ...],
     **options: Any,
@@ -67,12 +71,13 @@ def run(
     refuse_generation(options)
     options["max_new_tokens"] = options["max_new_tokens"] or NEW_TOKENS
     text = sys.stdin.read() if prompt == "-" else prompt
-    with open_engine(located(bundle), options) as engine:
-        say(*engine.mode_lines())
+    reuse = session is not None  # of what it holds, as much as the prompt begins with
+    with open_engine(located(bundle), options) as engine, kept(engine, session) as resumed:
+        say(*engine.mode_lines(), *filter(None, [resumed]))
         asked = _parse_ids(text) if ids else text
         tokens = []
         try:
-            for token in engine.generate(asked, stop=StopWhen(stop), **options):
+            for token in engine.generate(asked, stop=StopWhen(stop), reuse=reuse, **options):
                 tokens.append(token)
                 if not as_json:
                     show(f"{token.id} " if ids else token.text, end="")
@@ -202,7 +207,8 @@ def info(bundle: Path, context: int | None, as_json: bool) -> None:
 def _about(bundle: Path, context: int | None) -> dict[str, Any]:
     opened = open_bundle(bundle)
     manifest = opened.manifest
-    onnx = divide(manifest, opened.program).onnx
+    division = divide(manifest, opened.program)
+    onnx, (kept, windowed) = division.onnx, division.token_state()
     alone, layers = plan_memory(opened, None, context), manifest.layers
     held = allowance.process(alone)
     full = plan_memory(opened, None, context, process=held)
@@ -221,9 +227,13 @@ def _about(bundle: Path, context: int | None) -> dict[str, Any]:
         "end_tokens": _ends(opened),
         "longest_context": manifest.model.context,
         "longest_context_reason": manifest.provenance.get("context", "the model's config says so"),
+        "state": division.kind if division.program and division.program.states else "as graphs say",
+        "state_bytes_per_token": kept,
+        "state_bytes_per_token_in_windows": windowed,
         "bytes": sum(file.size for file in manifest.files.values()),
         "context": full.context,
         "memory_process": held,
+        "memory_state": full.state,
         "memory_minimum": full.minimum,
         "memory_one_token_cycle": memory_for(opened, full.token_cycle, context, process=held),
         "memory_all_resident": max(full.total, full.minimum),

@@ -9,18 +9,21 @@ from typing import Any
 
 import click
 
+from smoe.runtime.allowance import longest_context
 from smoe.runtime.cli_options import (
     engine_options,
     generation_options,
     json_option,
     open_engine,
     refuse_generation,
+    session_option,
 )
 from smoe.runtime.cli_output import say, show
 from smoe.runtime.conversation import Conversation, Message
 from smoe.runtime.engine import Engine, Token
 from smoe.runtime.errors import EngineError
 from smoe.runtime.hub import located
+from smoe.runtime.session import kept
 from smoe.runtime.text import StopWhen, read_text
 
 
@@ -45,6 +48,7 @@ from smoe.runtime.text import StopWhen, read_text
     show_default=True,
     help="What a conversation longer than the context does: drop its oldest turns, or end.",
 )
+@session_option
 @json_option
 def chat(
     bundle: Path,
@@ -52,6 +56,7 @@ def chat(
     chat_template: Path | None,
     chat_template_kwargs: str | None,
     overflow: str,
+    session: Path | None,
     as_json: bool,
     stop: tuple[str, ...],
     **options: Any,
@@ -62,19 +67,22 @@ def chat(
     variables = _variables(chat_template_kwargs or "{}")
     most = options.pop("max_new_tokens")
     conversation = Conversation(system)
-    with open_engine(located(bundle), options) as engine:
+    with (
+        open_engine(located(bundle), options) as engine,
+        kept(engine, session, conversation) as resumed,
+    ):
 
         def encode(messages: list[Message]) -> list[int]:
             return engine.text.chat(messages, template, **variables)
 
         encode(conversation.messages("?"))  # no template: say so now
-        say(*engine.mode_lines())
+        say(*engine.mode_lines(), *filter(None, [resumed]))
         room = engine.context - (most or engine.context // 2)
         while line := _ask():
             try:
                 ids, dropped = conversation.fitting(line, encode, room)
                 if dropped:
-                    say(_overflow(engine.context, dropped, overflow))
+                    say(_overflow(engine, dropped, overflow))
                     if overflow == "end":
                         break
                 options["max_new_tokens"] = most or max(1, engine.context - len(ids))
@@ -107,15 +115,29 @@ def _variables(text: str) -> dict[str, Any]:
     return given
 
 
-def _overflow(context: int, dropped: int, overflow: str) -> str:
-    longer = f"this conversation is longer than the context of {context} tokens"
+def _overflow(engine: Engine, dropped: int, overflow: str) -> str:
+    """What happens to a conversation that is too long, and what can be done."""
+    longer = f"this conversation is longer than the context of {engine.context} tokens"
     if overflow == "end":
-        return (
-            f"smoe: {longer} and ends here; --overflow drop goes on without its oldest turns, "
-            "--context TOKENS has room for more."
-        )
-    turns = "oldest turn is" if dropped == 1 else f"{dropped} oldest turns are"
-    return f"smoe: {longer}: its {turns} dropped; --context TOKENS has room for more."
+        done = "and ends here; --overflow drop goes on without its oldest turns"
+    else:
+        done = f"its {f'{dropped} oldest turns are' if dropped > 1 else 'oldest turn is'} dropped"
+    return f"smoe: {longer}{' ' if overflow == 'end' else ': '}{done}; {_more_room(engine)}."
+
+
+def _more_room(engine: Engine) -> str:
+    """What a longer context would be, where model and memory allow one."""
+    longest, context = engine.manifest.model.context, engine.context
+    if context >= longest:
+        return "this model takes no longer ones"
+    able = longest_context(engine.bundle, engine.plan, engine.level, engine.division.execution)
+    if able <= context:
+        return f"this model takes up to {longest}, for which --memory is too little"
+    much = f"memory is there for {able}, " if able < longest else ""
+    return (
+        f"--context {min(2 * context, able)} has room for more ({much}this model takes up to "
+        f"{longest})"
+    )
 
 
 def _ask() -> str:

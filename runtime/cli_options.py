@@ -10,13 +10,14 @@ from typing import Any
 import click
 
 from smoe.artifacts import open_bundle
+from smoe.artifacts.manifest import STATE_KINDS
 from smoe.runtime import allowance
 from smoe.runtime.budget import parse_size, plan_memory, show_size
 from smoe.runtime.cache.eviction import EVICTIONS
 from smoe.runtime.cache.storage import IO
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
-from smoe.runtime.execution import EXECUTORS, STATES, Execution
+from smoe.runtime.execution import EXECUTORS, Execution, divide
 from smoe.runtime.options import PREFETCHES, SUBSTITUTIONS, Policies, tables_bytes
 from smoe.runtime.sampling import Sampling
 
@@ -65,8 +66,8 @@ engine_options = _options(
     ),
     click.option(
         "--state",
-        help=f"What the program keeps of a sequence: {' or '.join(STATES)}. Default: f16, and f32 "
-        "beside a float32 backbone.",
+        help=f"What the program keeps of a sequence: {', '.join(STATE_KINDS)}. LOSSY where that is "
+        "narrower than the bundle's own, which is the default.",
     ),
     click.option(
         "--level", type=int, help="LOSSY. Planes of every expert to read. Default: all, lossless."
@@ -143,6 +144,13 @@ generation_options = _options(
         "--special", is_flag=True, help="Print the text of special tokens too, as they were made."
     ),
 )
+session_option = click.option(
+    "--session",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Go on from what FILE holds of the tokens before, if it is there, and leave in it what is "
+    "there at the end. It goes with this bundle, executor and state.",
+)
 
 
 def refuse_generation(options: dict[str, Any]) -> None:
@@ -175,10 +183,12 @@ def open_exact_twin(bundle: Path, options: dict[str, Any], log: Callable[[str], 
     """The same engine without what is lossy: what its quality is compared with. Where the full
     level of an expert needs more memory than was stated, it gets that, and `log` hears of it."""
     exact = options | {"level": None, "substitution": None, "loss": None}
+    opened, execution = open_bundle(bundle), Execution(options["executor"], options["state"])
+    if divide(opened.manifest, opened.program, execution).narrower:
+        exact["state"], execution = None, Execution(options["executor"])
     if options["memory"] is not None:
-        opened, policies = open_bundle(bundle), _policies(exact)
-        tables, stated = tables_bytes(policies, opened), parse_size(options["memory"])
-        execution = Execution(options["executor"], options["state"])
+        policies, stated = _policies(exact), parse_size(options["memory"])
+        tables = tables_bytes(policies, opened)
         plan = plan_memory(opened, None, options["context"], tables=tables, execution=execution)
         plan = dataclasses.replace(plan, process=allowance.process(plan, stated))
         if stated < plan.minimum:

@@ -59,7 +59,7 @@ class Engine:
     """One bundle in memory. Use it from one thread at a time; close it, or use it in a `with`.
 
     `bundle` is what was opened, `plan` what its memory is used for, `stats` what it counted, `text`
-    its tokenizer."""
+    its tokenizer, `sequence` what a generation may go on from (`session`)."""
 
     def __init__(
         self,
@@ -77,8 +77,8 @@ class Engine:
         self._process, self._using = os.getpid(), threading.RLock()
         self._turn = 0  # counts what has used the sequence, so that a paused generation notices
         self._kernels = kernels.choose(threads=threads)
-        division = divide(self.manifest, bundle.program, execution, bundle.graphs)
-        self._backbone = Backbone(bundle.path, self.manifest, threads, division, self._kernels)
+        self.division = divide(self.manifest, bundle.program, execution, bundle.graphs)
+        self._backbone = Backbone(bundle.path, self.manifest, threads, self.division, self._kernels)
         self.reading = storage.choose(bundle, level, io, plan)
         self._shards = storage.Shards(bundle, level, self.reading.io, self.stats)
         try:
@@ -86,12 +86,12 @@ class Engine:
         except BaseException:
             self._shards.close()
             raise
-        self._sequence, self._pinned = self.new_sequence(), ""
+        self.sequence, self._pinned = self.new_sequence(), ""
 
     def _assemble(self) -> None:
         """The model and its cache, as the policies ask for."""
         bundle, plan, policies, manifest = self.bundle, self.plan, self.policies, self.manifest
-        level = self._shards.level
+        level = self.level = self._shards.level
         sizes = level_sizes(bundle, level)
         eviction = make_eviction(policies.eviction, manifest)
         choice = make_chooser(policies, manifest, bundle.tables, sizes, plan, eviction)
@@ -140,7 +140,7 @@ class Engine:
         and what is read ahead where memory does not hold all experts; `io` is "direct" (past the
         page cache) or "buffered" (None: by a measurement). `executor` runs the backbone: the
         bundle's "program", "onnx", or "auto", the program where there is one; `state` is what the
-        program keeps of a sequence, "f16" or "f32" (None: f32 beside a float32 backbone alone).
+        program keeps of a sequence: "f32", "f16", "int8" (None: the bundle's; narrower is lossy).
 
         A damaged bundle, or one without such a level, is a `BundleError`, a budget that is too
         small an `EngineError` that names the minimum, and so are policies that cannot work."""
@@ -192,7 +192,7 @@ class Engine:
         self._experts.close()
         self._shards.close()
         if self._using.acquire(blocking=False):  # else a step is on its way, and ends first
-            self._sequence = Sequence(self._backbone.new_state(1))
+            self.sequence = Sequence(self._backbone.new_state(1))
             system.unpin(self._cache.rows)
             self._cache.release()
             self._backbone.release()
@@ -201,12 +201,13 @@ class Engine:
 
     @property
     def lossless(self) -> bool:
-        """Whether the logits are those of all experts at their full level."""
-        return self.policies.lossless and self._shards.level == self.bundle.levels
+        """Whether logits are those of all experts at full level, and of the bundle's own state."""
+        whole = self.level == self.bundle.levels and not self.division.narrower
+        return self.policies.lossless and whole
 
     def mode_lines(self) -> list[str]:
         """Every automatic choice with its reason, for people."""
-        manifest, level, levels = self.manifest, self._shards.level, self.bundle.levels
+        manifest, level, levels = self.manifest, self.level, self.bundle.levels
         shown = f" (level {level} of {levels})" if levels > 1 else ""
         refused = [layer.routing_refusal for layer in manifest.layers if layer.routing is None]
         return [
@@ -338,8 +339,8 @@ class Engine:
         checked = self._checked_ids(ids)
         with self._used():
             self._turn += 1
-            self._sequence.rewind(0)
-            return self.prefill(self._sequence, checked, len(checked), Phase.VERIFY).finish()
+            self.sequence.rewind(0)
+            return self.prefill(self.sequence, checked, len(checked), Phase.VERIFY).finish()
 
     def score(
         self, ids: SequenceOf[int] | np.ndarray, prompt: int = 1, reuse: bool = False
@@ -364,7 +365,7 @@ class Engine:
 
     def _prefill(self, ids: np.ndarray, reuse: bool) -> np.ndarray:
         """Make the sequence hold `ids`; the logits float32 `[vocabulary]` at the last of them."""
-        started, sequence = time.perf_counter(), self._sequence
+        started, sequence = time.perf_counter(), self.sequence
         with self._used():
             self._turn += 1
             shared = min(shared_start(sequence.ids, ids), len(ids) - 1) if reuse else 0
@@ -384,7 +385,7 @@ class Engine:
                 raise EngineError(
                     "Another call used the engine while this one was paused; open a second engine."
                 )
-            span = Span(self._sequence, np.array([token]), np.array([0]), Phase.DECODE)
+            span = Span(self.sequence, np.array([token]), np.array([0]), Phase.DECODE)
             (logits,) = self._model.step(Step((span,)))
         self.stats.decode_steps += 1
         self.stats.decode_seconds += time.perf_counter() - started
@@ -394,7 +395,6 @@ class Engine:
         """`ids` as int64 `[T]`, if they and `more` new tokens fit the vocabulary and the
         context."""
         with self._used():
-            # closed, another thread's or another process's: said now rather than at the first token
-            pass
+            pass  # closed, another thread's or another process's: said now, not at the first token
         model = self.manifest.model
         return checked_ids(ids, model.vocabulary, self.context, model.context, more)

@@ -9,24 +9,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from smoe.artifacts.manifest import Initializer, Manifest, State
+from smoe.artifacts.manifest import STATE_KINDS, Initializer, Manifest, State
 from smoe.artifacts.program import PROGRAM_WEIGHTS, Program
 from smoe.runtime.errors import EngineError
+from smoe.runtime.kernels.blocks import TOKENS
 from smoe.runtime.program.embedding import left_in_file
-from smoe.runtime.program.plan import Plan, plan
+from smoe.runtime.program.layout import StateLayout
+from smoe.runtime.program.plan import ROWS, Plan, plan
 
 EXECUTORS = ("auto", "program", "onnx")
-BLOCK = 128  # rows that a program's segment takes at once (native/program.h)
+SCANS = 4  # sequences that it scans at once, at most (native/program_scan.h)
 KERNELS = 3 << 19  # bytes that its products and attention take (native/products.h, attention.h)
 ALIGNED = 64  # bytes; where weights begin in their file
-STATES = ("f16", "f32")  # what a program's keys and values may be kept in
 
 
 @dataclass(frozen=True)
 class Execution:
     """What users ask for. executor: one of `EXECUTORS`; "auto" is the program where the bundle has
-    one, and ONNX Runtime for what it does not know. state: one of `STATES` (None: float16 beside
-    weights in few bits, float32 beside float32)."""
+    one, and ONNX Runtime for what it does not know. state: one of `STATE_KINDS`, which the program
+    keeps of keys and values (None: what the bundle says)."""
 
     executor: str = "auto"
     state: str | None = None
@@ -60,10 +61,22 @@ class Division:
         return tuple(bool(reason) for reason in self.reasons)
 
     @property
-    def half(self) -> bool:
-        """Whether the program's states are float16."""
-        exact = self.manifest.backbone.precision == "f32"
-        return (self.execution.state or ("f32" if exact else "f16")) == "f16"
+    def own_kind(self) -> str:
+        """What the bundle keeps keys and values in: chosen when it was built, or else float32
+        beside weights in float32, and float16."""
+        backbone = self.manifest.backbone
+        return backbone.state_kind or ("f32" if backbone.precision == "f32" else "f16")
+
+    @property
+    def kind(self) -> str:
+        """What they are kept in."""
+        return self.execution.state or self.own_kind
+
+    @property
+    def narrower(self) -> bool:
+        """Whether that is less than the bundle's, which costs some nats."""
+        kept = self.program is not None and self.program.states
+        return bool(kept) and STATE_KINDS.index(self.kind) < STATE_KINDS.index(self.own_kind)
 
     @property
     def needs_onnxruntime(self) -> bool:
@@ -116,7 +129,8 @@ class Division:
         drawn from: of one token, or of all, where a graph gives no others."""
         backbone, kept, nbytes = self.manifest.backbone, 3, 0
         if self.program is not None:
-            nbytes += tokens * self.places.step + BLOCK * self.places.scratch + KERNELS
+            nbytes += tokens * self.places.step + ROWS * self.places.scratch + KERNELS
+            nbytes += SCANS * self.places.scan
         if self.needs_onnxruntime:  # a few copies of the hidden state, all heads' scores, and masks
             fused = all(state.in_place for state in backbone.state)
             per_position = 4 * backbone.heads * (1 if fused else 3) + 16
@@ -128,10 +142,24 @@ class Division:
 
     def state_bytes(self, context: int) -> int:
         """Of a sequence of `context` tokens."""
-        states = self.program.states if self.program else ()
-        numbers = sum(state.heads * (state.key_width + state.value_width) for state in states)
         kept = sum(spec.nbytes(context) for spec in self.onnx_states())
-        return kept + numbers * context * (2 if self.half else 4)
+        if self.program is not None:
+            kept += StateLayout.of(self.program, self.kind).nbytes(context)
+        return kept
+
+    def token_state(self) -> tuple[int, int]:
+        """Bytes that a token adds to a sequence: those that stay, and those that go again once it
+        is behind a window."""
+        kept = sum(spec.nbytes(1) - spec.nbytes(0) for spec in self.onnx_states())
+        if self.program is None:
+            return kept, 0
+        layout = StateLayout.of(self.program, self.kind)
+        pairs = list(zip(layout.attentions, layout.windows, strict=True))
+        stay, go = (
+            sum(one.nbytes for one, window in pairs if bool(window) == windowed) // TOKENS
+            for windowed in (False, True)
+        )
+        return kept + stay, go
 
     def lines(self) -> list[str]:
         """For people: who runs the backbone, and why not the program."""
@@ -150,9 +178,14 @@ class Division:
     def _state(self) -> str:
         if self.program is None or not self.program.states:
             return ""
-        why = "half the bytes of f32" if self.half else "as exact as the backbone"
-        asked = "asked for" if self.execution.state else why
-        return f", state {'f16' if self.half else 'f32'} ({asked})"
+        why = "half the bytes of f32" if self.kind == "f16" else "as exact as the backbone"
+        if self.manifest.backbone.state_kind:
+            why = "the bundle's"
+        if self.execution.state:
+            why = "asked for"
+        if self.narrower:
+            why += f", LOSSY: narrower than the bundle's {self.own_kind}"
+        return f", state {self.kind} ({why})"
 
 
 def divide(
@@ -188,9 +221,9 @@ def _check_names(execution: Execution) -> None:
         raise EngineError(
             f"There is no executor {execution.executor[:40]!r}; there are {', '.join(EXECUTORS)}."
         )
-    if execution.state is not None and execution.state not in STATES:
+    if execution.state is not None and execution.state not in STATE_KINDS:
         raise EngineError(
-            f"There is no state {execution.state[:40]!r}; there are {', '.join(STATES)}."
+            f"There is no state {execution.state[:40]!r}; there are {', '.join(STATE_KINDS)}."
         )
 
 

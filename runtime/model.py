@@ -193,7 +193,7 @@ class Prefill:
         using: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ):  # fmt: skip
         self._model, self._sequence, self._phase, self._using = model, sequence, phase, using
-        self._before = sequence.length, sequence.state.snapshot()
+        self._before = sequence.length, sequence.state.snapshot(sequence.length)
         self._ids, self._group, self._memory = ids, group, memory
         self._chunk = chunk or group
         self._first_kept = len(ids) - keep

@@ -126,7 +126,8 @@ def tables_bytes(policies: Policies, bundle: Bundle) -> int:
     if policies.loss:
         total += 2 * square + square // 4  # prices, and the order of stand-ins
         total += 8 * (4 * bundle.levels + 2) * sum(layer.experts for layer in layers)
-        slots = [24 * chunk_tokens(bundle.manifest) * layer.top_k for layer in layers]
+        chunk = chunk_tokens(bundle.manifest, bundle.program is None)
+        slots = [24 * chunk * layer.top_k for layer in layers]
         total += 8 * max(2 * a.experts**2 + n for a, n in zip(layers, slots, strict=True))
     named = policies.substitution if isinstance(policies.substitution, str) else ""
     if named.startswith(("buddy", "similar")):

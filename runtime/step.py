@@ -6,6 +6,7 @@ what the segments remember of a sequence is theirs (`SequenceState`)."""
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,8 @@ import numpy as np
 
 from smoe.runtime.errors import EngineError
 from smoe.runtime.ledger import LossLedger
+
+Kinds = dict[str, tuple[np.dtype, tuple[int, ...]]]  # and shapes of arrays, by their names
 
 
 class Phase(enum.Enum):
@@ -33,20 +36,35 @@ class SequenceState(Protocol):
     """What the segments remember of one sequence: the executor's own arrays."""
 
     def rewind(self, length: int) -> int:
-        """Forget all but the first `length` tokens; how many are left (0 where state cannot be
-        shortened)."""
+        """Forget all but the first `length` tokens, or more where there is no way back to that
+        many: how many are left, 0 at worst."""
         ...
 
     def fork(self, length: int) -> SequenceState:
         """A copy, of the first `length` tokens, that goes its own way."""
         ...
 
-    def snapshot(self) -> object:
-        """What `restore` needs to undo the steps from now on, as long as nothing was rewound."""
+    def snapshot(self, length: int) -> object:
+        """What `restore` needs to undo the steps after the first `length` tokens, which are all, as
+        long as nothing was rewound before them."""
         ...
 
     def restore(self, snapshot: object) -> None:
         """Back to where `snapshot` was taken."""
+        ...
+
+    def arrays(self, length: int) -> Iterator[tuple[str, np.ndarray]]:
+        """All that there is of a sequence of `length` tokens, for a file, one after another and as
+        often as it is asked for the same. Names are parts with dots between them."""
+        ...
+
+    def check(self, kinds: Kinds, length: int) -> None:
+        """An `EngineError` where arrays of such `kinds` are not those of so many tokens."""
+        ...
+
+    def load(self, arrays: Mapping[str, np.ndarray], length: int) -> None:
+        """Become what `arrays` was of, whose kinds were checked; nothing was consumed before. Those
+        whose names differ in their last part alone are asked for together."""
         ...
 
 
@@ -65,8 +83,8 @@ class Sequence:
         return len(self.ids)
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens. State that cannot be shortened is rebuilt from
-        nothing, so look at `length` afterwards."""
+        """Forget all but the first `length` tokens. State that cannot be shortened to that is
+        shortened further, so look at `length` afterwards."""
         if length < self.length:
             del self.ids[self.state.rewind(length) :]
 

@@ -112,7 +112,7 @@ def _run(
     sequence = Sequence(backbone.new_state(len(ids)))
     logits = []
     seen: list[dict[str, list[np.ndarray]]] = [{} for _ in nodes]
-    for part in _parts(manifest, ids):
+    for part in _parts(ids, backbone.chunk == 1):
         count = len(part)
         flow = backbone.begin(Step((Span(sequence, part, np.arange(count), Phase.PREFILL),)))
         for index, node in enumerate(nodes):
@@ -132,7 +132,7 @@ def _run(
 def _logits(backbone: Backbone, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
     """The logits alone, of a manifest that is whole."""
     sequence, logits = Sequence(backbone.new_state(len(ids))), []
-    for part in _parts(manifest, ids):
+    for part in _parts(ids, backbone.chunk == 1):
         flow = backbone.begin(Step((Span(sequence, part, np.arange(len(part)), Phase.PREFILL),)))
         for layer in range(len(manifest.layers)):
             routed = backbone.route(layer, flow)
@@ -142,9 +142,8 @@ def _logits(backbone: Backbone, manifest: Manifest, ids: np.ndarray) -> np.ndarr
     return np.concatenate(logits)
 
 
-def _parts(manifest: Manifest, ids: np.ndarray) -> Iterator[np.ndarray]:
-    """The tokens of one call after another."""
-    single = manifest.backbone.one_at_a_time
+def _parts(ids: np.ndarray, single: bool) -> Iterator[np.ndarray]:
+    """The tokens of one call after another, of a `single` one each or of more."""
     parts = (1,) * len(ids) if single else PARTS + (CHUNK,) * (len(ids) // CHUNK)
     return filter(len, np.split(ids, np.cumsum(parts)))
 

@@ -18,6 +18,7 @@ from smoe.artifacts import Bundle, open_bundle
 from smoe.runtime import Engine, Policies
 from smoe.runtime.budget import memory_for
 from smoe.runtime.choose.prices import KINDS, Prices
+from smoe.runtime.execution import AUTO, Execution
 from smoe.runtime.routing import Assignment, Available, Routed, as_routed
 
 LENGTH = 256  # tokens of a row
@@ -190,7 +191,7 @@ def outcomes(
     longest = max(len(row) for row in rows)
     with Engine.open(
         bundle,
-        beside=_budget(opened, longest),
+        beside=few_experts(opened, longest),
         context=longest,
         policies=Policies(substitution=told),
         io="buffered",
@@ -207,14 +208,15 @@ def outcomes(
     return results
 
 
-def _budget(bundle: Bundle, context: int) -> int | None:
-    """Few experts where there are many: a text passes every layer once, and none of them is wanted
-    again before all others were."""
+def few_experts(bundle: Bundle, context: int, execution: Execution = AUTO) -> int | None:
+    """What to state beside this process where a text passes every layer once: few experts where
+    there are many, since none of them is wanted again before all others were."""
     layers = bundle.manifest.layers
     widest = max(layer.experts for layer in layers)
     if 2 * widest >= sum(layer.experts for layer in layers):
         return None
-    return memory_for(bundle, max(2 * max(layer.top_k for layer in layers), widest // 4), context)
+    few = max(2 * max(layer.top_k for layer in layers), widest // 4)
+    return memory_for(bundle, few, context, execution=execution)
 
 
 # -- perturbations ---------------------------------------------------------------------------------

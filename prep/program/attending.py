@@ -10,7 +10,6 @@ from smoe.artifacts.program import ABSENT, KeyValues, View
 from smoe.prep.program.values import (
     INDEX,
     PAST,
-    TOKENS,
     Interval,
     Known,
     Length,
@@ -33,6 +32,7 @@ def _rotary(w: Writing, node: Node) -> Sequence[Value]:
     standard = node.attributes.get("domain", "") == ""
     cos, sin, places = (1, 2, 3) if standard else (2, 3, 1)
     rows = node.rows(0)
+    rows = rows.along(rows.rank - 2)
     tables = [_table(w, node.given(place), node.given(places)) for place in (cos, sin)]
     heads = node.attributes.get("num_heads", 0)
     view = w.read(rows)
@@ -52,7 +52,8 @@ def _rotary(w: Writing, node: Node) -> Sequence[Value]:
     _turn(w, view, made.view, tables, wide, bool(node.attributes.get("interleaved")))
     whole_shape = reshaped(made.view, rows.view.shape)
     assert whole_shape is not None
-    return (dataclasses.replace(made, view=whole_shape),)
+    turned = dataclasses.replace(made, view=whole_shape)
+    return (turned.single() if w.alone else turned,)
 
 
 def _turn(w: Writing, x: View, y: View, tables: list[View], wide: int, neighbours: bool) -> None:
@@ -70,6 +71,7 @@ def _turn(w: Writing, x: View, y: View, tables: list[View], wide: int, neighbour
 def _table(w: Writing, table: Value, places: Value) -> View:
     """A rotary table's row of each token."""
     own = isinstance(places, Rows) and places.view.source == INDEX
+    own |= w.alone and isinstance(places, Known) and not places.array.any()
     rows = table.rows if isinstance(table, Padded) else table
     if places is None and isinstance(rows, Rows):
         own = rows is table
@@ -86,7 +88,7 @@ def _attention(w: Writing, node: Node) -> Sequence[Value]:
     attributes = node.attributes
     if attributes.get("local_window_size", -1) > 0 or attributes.get("smooth_softmax", 0) > 0:
         raise Unknown("has a window or a softmax of its own")
-    _check_lengths(node)
+    _check_lengths(w, node)
     heads, groups = attributes["num_heads"], attributes["kv_num_heads"]
     q, k, v = _projected(w, node, heads, groups)
     if attributes.get("do_rotary"):
@@ -112,12 +114,13 @@ def _attention(w: Writing, node: Node) -> Sequence[Value]:
     w.emit("attention", (q, k, v, sinks), (made,), "", numbers, {"state": state.keys})
     joined = reshaped(made, (1, heads * v.shape[1]))
     assert joined is not None
-    return (Rows(joined, 1), Returned(state.keys), Returned(state.values))
+    y = Rows(joined, 1)
+    return (y.single() if w.alone else y, Returned(state.keys), Returned(state.values))
 
 
-def _check_lengths(node: Node) -> None:
+def _check_lengths(w: Writing, node: Node) -> None:
     """The state holds what lies before the call, and after it the call's tokens as well."""
-    total = PAST + TOKENS
+    total = PAST + w.tokens
     if node.lengths(TOTAL).reshape(-1).tolist() != [total]:
         raise Unknown("attends to another number of tokens than there are")
     if node.lengths(LAST).reshape(-1).tolist() != [total - Length(1)]:
@@ -136,7 +139,7 @@ def _projected(w: Writing, node: Node, heads: int, groups: int) -> list[View]:
         return [sliced(whole, 0, s, n) for s, n in zip(starts, counts, strict=True)]
     parts = []
     for place, count in zip((Q, K, V), counts, strict=True):
-        rows = node.rows(place)
+        rows = node.rows(place).along(1)
         if rows.axis != 1 or rows.rank != 3:
             raise Unknown(f"input {place} has its tokens on axis {rows.axis}")
         width = rows.view.shape[-1] // count
@@ -163,14 +166,19 @@ def remembered(w: Writing, keys: str, values: str, sizes: tuple[int, int, int]) 
     """The state that an attention appends to, of so many heads, and numbers of a key and a
     value."""
     groups, key_width, value_width = sizes
-    for name, width in ((keys, key_width), (values, value_width)):
-        spec = w.specs[name]
-        shape = [size for axis, size in enumerate(spec.shape) if axis != spec.growing]
-        if shape != [1, groups, width] or spec.growing != 2 or spec.segment != w.index:
-            raise Unknown(f"its state {name} is of {list(spec.shape)}")
+    check_growing(w, keys, groups, key_width)
+    check_growing(w, values, groups, value_width)
     state = KeyValues(keys, values, w.index, groups, key_width, value_width)
     w.states.append(state)
     return state
+
+
+def check_growing(w: Writing, name: str, heads: int, width: int) -> None:
+    """`Unknown` unless a state of this segment appends so many heads of that width."""
+    spec = w.specs[name]
+    shape = [size for axis, size in enumerate(spec.shape) if axis != spec.growing]
+    if shape != [1, heads, width] or spec.growing != 2 or spec.segment != w.index:
+        raise Unknown(f"its state {name} is of {list(spec.shape)}")
 
 
 NODES: dict[str, Handler] = {"RotaryEmbedding": _rotary, "GroupQueryAttention": _attention}

@@ -21,11 +21,13 @@ from smoe.artifacts.program import (
 )
 from smoe.artifacts.safetensors_file import DTYPES
 from smoe.prep.errors import PrepError
+from smoe.prep.program.delta_rule import with_delta_rules
 from smoe.prep.program.probe import FAR, Probe
+from smoe.prep.program.scanning import recurrent, scanned
 from smoe.prep.program.tidy import made_again, tidied
+from smoe.prep.program.values import Unknown
 from smoe.prep.program.walk import Graphs, Walk
 
-ONE_AT_A_TIME = "its graphs take one token at a time"
 LONGEST = 500  # characters of a reason
 
 
@@ -38,19 +40,20 @@ def compile(
     A segment with a node that no operation does is a `Part` without operations, whose `reason` says
     which; ONNX Runtime runs it. A `PrepError` says why none is known, and nothing is written.
     """
-    if backbone.one_at_a_time:
-        raise PrepError(f"No segment of this backbone compiles: {ONE_AT_A_TIME}")
     graphs = _graphs(directory, backbone, layers, context)
     refused: dict[int, str] = {}
     while True:
         walk = Walk(graphs, refused)
-        if walk.failed.keys() <= refused.keys():
+        failed, segments = dict(walk.failed), list[list[Op]]()
+        if failed.keys() <= refused.keys():
+            failed, segments = _tidied(walk)
+        if failed.keys() <= refused.keys():
             break
-        refused = walk.failed | refused
+        refused = failed | refused
     if len(refused) == len(backbone.segments):
         reasons = "; ".join(sorted(set(refused.values())))
         raise PrepError(f"No segment of this backbone compiles: {reasons}")
-    return _finished(directory, walk)
+    return _finished(directory, walk, segments)
 
 
 def _graphs(directory: Path, backbone: Backbone, layers: tuple[Layer, ...], context: int) -> Graphs:
@@ -67,16 +70,33 @@ def _graphs(directory: Path, backbone: Backbone, layers: tuple[Layer, ...], cont
             if tensor.name not in constants:
                 constants[tensor.name] = onnx.numpy_helper.to_array(tensor)
         segments.append(graph)
-    probe = Probe(segments, constants, context)
+    probe = Probe(segments, constants, context, backbone.one_at_a_time)
     return Graphs(backbone, layers, tuple(segments), constants, probe)
 
 
-def _finished(directory: Path, walk: Walk) -> Program:
-    """What a whole walk has written, tidied, under the names that others ask for."""
-    buffers = walk.names.buffers
-    asked = {name for name in buffers if name in walk.called or name in walk.given}
+def _asked(walk: Walk) -> set[str]:
+    """Buffers that others read or write."""
+    return {name for name in walk.names.buffers if name in walk.called or name in walk.given}
+
+
+def _tidied(walk: Walk) -> tuple[dict[int, str], list[list[Op]]]:
+    """What a whole walk has written, in the end; or which segments cannot be, with reasons."""
+    buffers, asked = walk.names.buffers, _asked(walk)
     segments = made_again([w.ops for w in walk.written], walk.elsewhere, walk.given)
+    segments = with_delta_rules(segments, buffers, asked)
     segments = tidied(segments, buffers, asked, walk.weights)
+    failed = {}
+    for index, ops in enumerate(segments):
+        try:
+            segments[index] = scanned(ops, buffers)
+        except Unknown as error:
+            failed[index] = str(error)
+    return failed, segments
+
+
+def _finished(directory: Path, walk: Walk, segments: list[list[Op]]) -> Program:
+    """Written, under the names that others ask for."""
+    buffers, asked = walk.names.buffers, _asked(walk)
     sources = {v.source for ops in segments for op in ops for v in (*op.inputs, *op.outputs)}
     sources |= {op.weight for ops in segments for op in ops} | asked
     (directory / PROGRAM_WEIGHTS).parent.mkdir(exist_ok=True)
@@ -92,7 +112,9 @@ def _finished(directory: Path, walk: Walk) -> Program:
     ]
     kept = [_called(buffers[name], walk) for name in buffers if name in sources]
     states = [state for w in walk.written if w.index not in walk.refused for state in w.states]
-    program = Program(tuple(kept), tuple(constants), tuple(states), tuple(parts))
+    specs = {spec.input: spec for spec in walk.graphs.backbone.state}
+    carried = [state for ops in segments for state in recurrent(ops, specs)]
+    program = Program(tuple(kept), tuple(constants), tuple(states), tuple(parts), tuple(carried))
     (directory / PROGRAM).write_text(program.to_json())
     return program
 

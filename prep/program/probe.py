@@ -30,15 +30,21 @@ ORT_ERRORS = (
 
 
 class Probe:
-    """Runs parts of `graphs`, the segments of a backbone whose longest sequence is `context`."""
+    """Runs parts of `graphs`, the segments of a backbone whose longest sequence is `context`;
+    `alone`: they take a single token."""
 
     def __init__(
-        self, graphs: Sequence[onnx.GraphProto], constants: dict[str, np.ndarray], context: int
+        self,
+        graphs: Sequence[onnx.GraphProto],
+        constants: dict[str, np.ndarray],
+        context: int,
+        alone: bool = False,
     ):
         self._makers = {name: n for graph in graphs for n in graph.node for name in n.output}
         self._order = [node for graph in graphs for node in graph.node]
         self._constants = constants
         self._far = max(2, min(context, FAR))
+        self._most = 1 if alone else FAR  # tokens of a call
         self._seen: dict[str, Value] = {}
 
     def look(self, value: Early) -> Value:
@@ -51,22 +57,29 @@ class Probe:
         session = self._session(value.name)
         if session is None:
             return value
-        places = [place for place in NEAR if sum(place) <= self._far]
-        deep = (self._far - 2, 2)
+        places = [self._cut(place) for place in NEAR if sum(place) <= self._far]
+        deep = self._cut((self._far - 2, 2))
         try:
             arrays = {place: _run(session, place) for place in (*places, deep)}
-            if (known := _constant(list(arrays.values()))) is not None:
-                return known
             seen = {place: _visible(array, place) for place, array in arrays.items()}
-            window = _window(seen[deep], self._far)
+            known = _constant(list(arrays.values()))
+            if known is not None and (self._most > 1 or any(m is None for m in seen.values())):
+                return known
+            window = _window(seen[deep], sum(deep))
             if window is None:
                 return value
-            edge = [(window + d, 3) for d in (-2, -1, 0)] if window > 2 else []
+            edge = [self._cut((window + d, 3)) for d in (-2, -1, 0)] if window > 2 else []
             more = {place: _visible(_run(session, place), place) for place in edge}
         except ORT_ERRORS:
             return value
         fits = all(_is_interval(mask, place, window) for place, mask in (seen | more).items())
         return Interval(window) if fits else value
+
+    def _cut(self, place: tuple[int, int]) -> tuple[int, int]:
+        """The last tokens of a call, as many as there may be."""
+        past, tokens = place
+        few = min(tokens, self._most)
+        return past + tokens - few, few
 
     def _session(self, name: str) -> ort.InferenceSession | None:
         """What leads to a value, as a graph of its own; None where that is more than lengths."""

@@ -11,18 +11,71 @@ import numpy as np
 from smoe.artifacts.program import ABSENT, View
 from smoe.prep.program.shapes import gather
 from smoe.prep.program.values import IDS, Known, Rows, Unknown, Value
-from smoe.prep.program.views import reshaped, whole
+from smoe.prep.program.views import broadcast, reshaped, whole, with_last_axes_turned
 from smoe.prep.program.weights import Coded, Matrix
 from smoe.prep.program.writing import Handler, Node, Writing
 
 MOST = 64  # products that a node may stand for: one for every vector of a row
 
 
+def _turned(node: Node, name: str) -> bool:
+    """Whether an input is transposed; `Unknown` where it is in another way than its last axes."""
+    if any(node.attributes.get(batch) for batch in ("transBatchA", "transBatchB")):
+        raise Unknown("turns its input")
+    return bool(node.attributes.get(name))
+
+
+def _of_columns(w: Writing, node: Node) -> Rows:
+    """A matrix times one column, `[.., n_in, 1]`: a product like any other."""
+    matrix, rows = node.constant(0), node.rows(1)
+    array = matrix.array.T if _turned(node, "transA") else matrix.array
+    shape = list(rows.view.shape)
+    n_in, one = shape[::-1][:2] if _turned(node, "transB") else shape[-2:]
+    plain = array.ndim == 2 and array.dtype == np.float32 and array.shape[1] == n_in
+    if not plain or one != 1 or math.prod(shape[:-2]) != 1 or node.given(2) is not None:
+        raise Unknown("multiplies a matrix with several columns")
+    name = f"{matrix.name}.rows" if _turned(node, "transA") else matrix.name
+    weight = w.weights.matrix(name, array.shape, lambda: np.ascontiguousarray(array))
+    x, n_out = reshaped(w.dense(rows), (n_in,)), array.shape[0]
+    made = w.fresh((n_out,))
+    y = reshaped(made, (*shape[:-2], n_out, 1))
+    assert x is not None and y is not None  # both are dense
+    w.emit("product", (x, ABSENT), (made,), weight)
+    made_of = dataclasses.replace(rows, view=y)
+    alpha = node.attributes.get("alpha", 1.0)
+    return made_of if alpha == 1.0 else _scaled(w, made_of, alpha, None)
+
+
+def _of_rows(w: Writing, node: Node) -> Rows:
+    """A product of two things of the row, one of them a vector: `[.., i, k]` by `[.., k, j]`, where
+    i or j is 1."""
+    a, b = node.rows(0), node.rows(1)
+    left = with_last_axes_turned(w.read(a)) if _turned(node, "transA") else w.read(a)
+    right = w.read(b) if _turned(node, "transB") else with_last_axes_turned(w.read(b))
+    i, j, n = left.shape[-2], right.shape[-2], left.shape[-1]
+    if 1 not in (i, j) or right.shape[-1] != n or a.kept != b.kept or node.given(2) is not None:
+        raise Unknown("multiplies what are both no vectors")
+    lead = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    rows = reshaped(left, (*left.shape[:-1], 1, n))
+    columns = reshaped(right, (*right.shape[:-2], 1, j, n))
+    assert rows is not None and columns is not None  # an axis of one number more
+    products = w.like(a, (*lead, i, j, n))
+    both = [broadcast(view, products.view.shape) for view in (rows, columns)]
+    w.emit("binary", both, (products.view,), names={"how": "mul"})
+    made = w.like(a, (*lead, i, j))
+    w.emit("reduce", (products.view,), (made.view,), names={"how": "sum"})
+    alpha = node.attributes.get("alpha", 1.0)
+    return made if alpha == 1.0 else _scaled(w, made, alpha, None)
+
+
 def _node_product(w: Writing, node: Node) -> Sequence[Value]:
     """MatMul, FusedMatMul, Gemm."""
+    if node.alone and isinstance(node.given(1), Rows):
+        return (_of_columns(w, node) if isinstance(node.given(0), Known) else _of_rows(w, node),)
     weight, attributes = node.constant(1), node.attributes
-    if any(attributes.get(name) for name in ("transA", "transBatchA", "transBatchB")):
-        raise Unknown("turns its input")
+    if _turned(node, "transA"):
+        inputs = (node.rows(0).turned(), *node.inputs[1:])
+        node = dataclasses.replace(node, inputs=inputs)
     if weight.array.ndim != 2 or weight.array.dtype != np.float32:
         raise Unknown(f"a matrix of {weight.array.dtype} {list(weight.array.shape)}")
     turned = not attributes.get("transB")

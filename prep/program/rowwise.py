@@ -9,7 +9,9 @@ import numpy as np
 
 from smoe.artifacts.program import ABSENT, View
 from smoe.prep.program import turning
+from smoe.prep.program.shapes import replaced
 from smoe.prep.program.values import (
+    ALONE,
     INDEX,
     PAST,
     POSITION,
@@ -36,9 +38,16 @@ BINARY = {
 LOGIC = ("and", "or")
 COMPARED = ("equal", "less", "less_equal", "greater", "greater_equal")
 REDUCED = {"ReduceSum": "sum", "ReduceMean": "mean", "ReduceMax": "max"}
+# What is done to each number before a sum, and to the sum.
+SUMS = {
+    "ReduceSumSquare": ("square", ""), "ReduceL2": ("square", "sqrt"), "ReduceL1": ("abs", ""),
+    "ReduceLogSum": ("", "log"),
+}  # fmt: skip
 
 
 def _node_unary(w: Writing, node: Node) -> Sequence[Value]:
+    if node.kind == "Neg" and isinstance(node.given(0), (Known, Lengths)):
+        return (integers(np.asarray(node.lengths(0) * -1, object)),)
     rows, how = node.rows(0), UNARY[node.kind]
     if len(node.inputs) > 1:
         raise Unknown("has a bias of its own")
@@ -202,8 +211,41 @@ def _reduced(w: Writing, node: Node) -> Sequence[Value]:
         kept = reshaped(made.view, shape)
         assert kept is not None  # an axis of one number
         return (dataclasses.replace(made, view=kept),)
-    gone = axes[0] % rows.rank < rows.axis
+    gone = not rows.alone and axes[0] % rows.rank < rows.axis
     return (dataclasses.replace(made, axis=rows.axis - gone),)
+
+
+def _sum_of(w: Writing, node: Node) -> Sequence[Value]:
+    """Sums of squares or magnitudes, their roots, logarithms of sums."""
+    before, behind = SUMS[node.kind]
+    rows = node.rows(0)
+    if before == "square":
+        rows = _binary(w, "mul", rows, rows)
+    elif before:
+        rows = _unary(w, rows, before)
+    total = _sum(w, node, rows, "ReduceSum")
+    return (_unary(w, total, behind) if behind else total,)
+
+
+def _log_sum_exp(w: Writing, node: Node) -> Sequence[Value]:
+    """The largest, and the logarithm of the sum of what is less than it by a factor."""
+    rows = node.rows(0)
+    shape = dict(node.attributes, keepdims=1)
+    inner = dataclasses.replace(node, attributes=shape)
+    most = _sum(w, inner, rows, "ReduceMax")
+    less = _unary(w, _binary(w, "sub", rows, most), "exp")
+    total = _unary(w, _sum(w, node, less, "ReduceSum"), "log")
+    if not node.attributes.get("keepdims", 1):
+        most = _sum(w, node, rows, "ReduceMax")
+    return (_binary(w, "add", most, total),)
+
+
+def _sum(w: Writing, node: Node, rows: Rows, kind: str) -> Rows:
+    """Of other rows along the axes of a node, `kind` the node that does it."""
+    inputs = (rows, *node.inputs[1:])
+    (total,) = _reduced(w, dataclasses.replace(node, kind=kind, inputs=inputs))
+    assert isinstance(total, Rows)
+    return total
 
 
 def _top_k(w: Writing, node: Node) -> Sequence[Value]:
@@ -237,6 +279,8 @@ def _scatter_elements(w: Writing, node: Node) -> Sequence[Value]:
     axis = node.attributes.get("axis", 0)
     if node.attributes.get("reduction", b"none") != b"none":
         raise Unknown("adds to what is there")
+    if isinstance(node.given(1), Known):
+        return (_scattered(w, node, axis),)
     (into, values), like = _pair(w, node)
     at = node.rows(1)
     if (like.axis, like.rank) != (at.axis, at.rank):
@@ -249,12 +293,40 @@ def _scatter_elements(w: Writing, node: Node) -> Sequence[Value]:
     return (made,)
 
 
+def _scattered(w: Writing, node: Node, axis: int) -> Rows:
+    """Some numbers of an axis replaced by others, all of what lies behind them."""
+    into, at, values = node.given(0), np.moveaxis(node.constant(1).array, axis, 0), node.rows(2)
+    dims = list(into.array.shape) if isinstance(into, Known) else node.rows(0).dims()
+    first, count = int(at.flat[0]) if at.size else -1, len(at)
+    order = first + np.arange(count).reshape(-1, *(1,) * (at.ndim - 1))
+    size, wanted = dims[axis], list(dims)
+    wanted[axis] = count
+    whole_ = list(node.constant(1).array.shape) == wanted == values.dims()
+    within = isinstance(size, int) and 0 <= first <= size - count
+    if not whole_ or not within or not (at == order).all():
+        raise Unknown("scatters to numbers that do not follow one another")
+    if count == size:
+        return values
+    rows = node.rows(0)
+    if (rows.axis, rows.kept) != (values.axis, values.kept):
+        raise Unknown("its inputs have their tokens on different axes")
+    return replaced(w, rows, values, rows.inner(axis), first)
+
+
 def _pair(w: Writing, node: Node) -> tuple[tuple[View, View], Rows]:
     """What is scattered into, and what is, of which either may be the same for every token."""
-    into, values = node.rows(0), node.rows(2)
+    into, values = (_or_constant(w, node, place) for place in (0, 2))
     if (into.axis, into.rank) != (values.axis, values.rank):
         raise Unknown("its inputs have their tokens on different axes")
-    return (w.read(into), w.read(values)), node.rows(0)
+    return (w.read(into), w.read(values)), into
+
+
+def _or_constant(w: Writing, node: Node, place: int) -> Rows:
+    """An input of the row, which a graph of a single token may know."""
+    value = node.given(place)
+    if node.alone and isinstance(value, Known):
+        return Rows(w.constant(value), ALONE)
+    return node.rows(place)
 
 
 def _norm(w: Writing, node: Node) -> Sequence[Value]:
@@ -309,6 +381,8 @@ NODES: dict[str, Handler] = {
     **dict.fromkeys(UNARY, _node_unary),
     **dict.fromkeys(BINARY, _node_binary),
     **dict.fromkeys((*REDUCED, "ArgMax"), _reduced),
+    **dict.fromkeys(SUMS, _sum_of),
+    "ReduceLogSumExp": _log_sum_exp,
     "Where": _where,
     "Clip": _clip,
     "QuickGelu": _quick_gelu,

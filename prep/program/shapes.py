@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from smoe.artifacts.program import View
 from smoe.prep.program import turning
 from smoe.prep.program.values import (
     INDEX,
@@ -40,6 +41,8 @@ def _cast(w: Writing, node: Node) -> Sequence[Value]:
     value = node.given(0)
     if isinstance(value, (Known, Lengths)) and kind == "i64":
         return (integers(node.lengths(0)),)
+    if isinstance(value, Known) and kind == "f32":
+        return (Known(value.array.astype(np.float32)),)
     rows = node.rows(0)
     if kind is None:
         raise Unknown(f"converts to ONNX's type {node.attributes['to']}")
@@ -109,7 +112,8 @@ def _transpose(w: Writing, node: Node) -> Sequence[Value]:
     order = node.attributes.get("perm", list(range(rows.rank))[::-1])
     inner = [rows.inner(axis) for axis in order if axis != rows.axis]
     view = transposed(rows.view, inner)
-    return (dataclasses.replace(rows, view=view, axis=list(order).index(rows.axis)),)
+    axis = rows.axis if rows.alone else list(order).index(rows.axis)
+    return (dataclasses.replace(rows, view=view, axis=axis),)
 
 
 def _expand(w: Writing, node: Node) -> Sequence[Value]:
@@ -119,9 +123,10 @@ def _expand(w: Writing, node: Node) -> Sequence[Value]:
         return (_expanded(w, value, wanted),)
     rows = node.rows(0)
     rank = max(rows.rank, len(wanted))
-    axis = rows.axis + rank - rows.rank
+    axis = rows.axis if rows.alone else rows.axis + rank - rows.rank
     wanted = [*(1,) * (rank - len(wanted)), *wanted]
-    if wanted.pop(axis) not in (1, TOKENS) or not all(isinstance(n, int) for n in wanted):
+    tokens = 1 if rows.alone else wanted.pop(axis)
+    if tokens not in (1, TOKENS) or not all(isinstance(n, int) for n in wanted):
         raise Unknown("repeats its tokens")
     padded = (1,) * (rank - rows.rank) + rows.view.shape
     sizes = np.broadcast_shapes(padded, tuple(n for n in wanted if isinstance(n, int)))
@@ -130,7 +135,7 @@ def _expand(w: Writing, node: Node) -> Sequence[Value]:
 
 def _tile(w: Writing, node: Node) -> Sequence[Value]:
     rows, times = node.rows(0), node.constant(1).array.tolist()
-    if times.pop(rows.axis) != 1:
+    if not rows.alone and times.pop(rows.axis) != 1:
         raise Unknown("repeats its tokens")
     pairs = list(zip(rows.view.shape, times, strict=True))
     if any(size != 1 and count != 1 for size, count in pairs):
@@ -184,7 +189,8 @@ def _concat(w: Writing, node: Node) -> Sequence[Value]:
     if all(isinstance(value, (Known, Lengths)) for value in node.inputs):
         return (integers(np.concatenate([node.lengths(i) for i in range(len(node.inputs))])),)
     rows, axis = node.rows(0), node.attributes["axis"]
-    if axis % rows.rank == rows.axis and all(isinstance(v, Early) for v in node.inputs[1:]):
+    tokens = rows.alone or axis % rows.rank == rows.axis
+    if tokens and all(isinstance(v, Early) for v in node.inputs[1:]):
         return (Padded(rows),)
     parts = [node.rows(place) for place in range(len(node.inputs))]
     inner, kinds = rows.inner(axis), {part.kind for part in parts}
@@ -204,14 +210,42 @@ def _concat(w: Writing, node: Node) -> Sequence[Value]:
     return (made,)
 
 
+def _scatter_nd(w: Writing, node: Node) -> Sequence[Value]:
+    """Some of the first axis replaced by others."""
+    into, at, values = node.rows(0), node.constant(1).array, node.rows(2)
+    if node.attributes.get("reduction", b"none") != b"none" or at.ndim != 2 or at.shape[1] != 1:
+        raise Unknown("adds to what is there, or scatters along several axes")
+    if (into.axis, into.rank) != (values.axis, values.rank) or into.axis == 0:
+        raise Unknown("its inputs have their tokens on different axes")
+    first, size, count = int(at[0, 0]), into.view.shape[0], len(at)
+    if not 0 <= first <= size - count or at[:, 0].tolist() != list(range(first, first + count)):
+        raise Unknown("scatters to numbers that do not follow one another")
+    return (replaced(w, into, values, 0, first),)
+
+
+def replaced(w: Writing, into: Rows, values: Rows, inner: int, first: int) -> Rows:
+    """`into`, where `values` are written over an axis of its view from number `first` on."""
+    made, size = w.like(into, into.view.shape), into.view.shape[inner]
+    last = first + values.view.shape[inner]
+    before = sliced(w.read(into), inner, 0, first)
+    after = sliced(w.read(into), inner, last, size - last)
+    for part, start in ((before, 0), (w.read(values), first), (after, last)):
+        if part.shape[inner]:
+            place = sliced(made.view, inner, start, part.shape[inner])
+            w.emit("unary", (part,), (place,), names={"how": "copy"})
+    return made
+
+
 def gather(w: Writing, node: Node) -> Sequence[Value]:
     """Of the rows whose logits are wanted; or a part of every row."""
     value, at = node.given(0), node.given(1)
     axis = node.attributes.get("axis", 0)
     if isinstance(value, (Known, Lengths)) and isinstance(at, Known):
-        return (_like(value, np.take(value.array, at.array, axis)),)
+        taken = np.take(value.array, at.array, axis)
+        return (_like(value, np.asarray(taken, value.array.dtype)),)
     rows = node.rows(0)
-    if isinstance(at, Early) and at.name == "logits_to_keep" and axis % rows.rank == rows.axis:
+    tokens = rows.alone or axis % rows.rank == rows.axis
+    if isinstance(at, Early) and at.name == "logits_to_keep" and tokens:
         return (keep(w, rows),)
     where = node.constant(1).array
     inner = rows.inner(axis)
@@ -240,6 +274,9 @@ def _range(w: Writing, node: Node) -> Sequence[Value]:
         return (Rows(whole(INDEX, ()), 0, "i64"),)
     if start.is_number and end.is_number and step.is_number:
         return (Known(np.arange(start.constant, end.constant, step.constant)),)
+    if step == Length(1) and (end - start).is_number:
+        count = max(0, (end - start).constant)
+        return (integers(np.array([start + i for i in range(count)], object)),)
     raise Unknown("counts something else than tokens")
 
 
@@ -251,17 +288,25 @@ def _constant_of_shape(w: Writing, node: Node) -> Sequence[Value]:
 
 def reshaped_rows(w: Writing, rows: Rows, dims: list[Dim]) -> Rows:
     """The same numbers in a shape of the graph; the tokens must stay one axis."""
+    if rows.alone:
+        return dataclasses.replace(rows, view=_in_shape(w, rows, dims))
     before = math.prod(rows.view.shape[: rows.axis])
     for axis, size in enumerate(dims):
         inner = [d for d in dims[:axis] + dims[axis + 1 :] if isinstance(d, int)]
         if size == TOKENS and len(inner) == len(dims) - 1 and math.prod(inner[:axis]) == before:
-            view = reshaped(rows.view, inner)
-            if view is None:
-                whole_copy = w.copy(rows.view, rows.kind, rows.kept)
-                view = reshaped(whole_copy, inner)
-            assert view is not None
-            return dataclasses.replace(rows, view=view, axis=axis)
+            return dataclasses.replace(rows, view=_in_shape(w, rows, inner), axis=axis)
     raise Unknown("mixes its tokens")
+
+
+def _in_shape(w: Writing, rows: Rows, dims: Sequence[Dim]) -> View:
+    shape = [size for size in dims if isinstance(size, int)]
+    if len(shape) != len(dims):
+        raise Unknown("becomes as long as all tokens so far")
+    view = reshaped(rows.view, shape)
+    if view is None:
+        view = reshaped(w.copy(rows.view, rows.kind, rows.kept), shape)
+    assert view is not None  # a copy is dense
+    return view
 
 
 def _expanded(w: Writing, value: Known | Lengths, dims: list[Dim]) -> Value:
@@ -336,6 +381,7 @@ NODES: dict[str, Handler] = {
     "Split": _split,
     "Concat": _concat,
     "Gather": gather,
+    "ScatterND": _scatter_nd,
     "Range": _range,
     "ConstantOfShape": _constant_of_shape,
 }

@@ -12,6 +12,7 @@ from smoe.prep.program.biases import Segments, with_biases
 from smoe.prep.program.views import inside, is_dense
 from smoe.prep.program.weights import Weights
 
+KEEPING = ("attention", "store", "delta_rule", "convolution")  # needed for what they remember
 STRIDED = ("norm", "rotary", "softmax", "unary", "binary", "where")  # may write with gaps
 
 
@@ -22,10 +23,10 @@ def tidied(
     weights: Weights,
 ) -> Segments:
     """The same operations, those that are needed; `asked` are buffers that others read."""
-    needed = with_biases(_needed(segments, asked), buffers, asked, weights)
-    readers = _readers(needed)
-    placed = [_in_place(ops, buffers, readers, asked) for ops in needed]
-    return _needed(placed, asked)
+    alive = with_biases(needed(segments, asked), buffers, asked, weights)
+    readers = _readers(alive)
+    placed = [_in_place(ops, buffers, readers, asked) for ops in alive]
+    return needed(placed, asked)
 
 
 def made_again(
@@ -48,14 +49,14 @@ def made_again(
     return done
 
 
-def _needed(segments: Sequence[Sequence[Op]], asked: Collection[str]) -> Segments:
-    """Those whose results are read; attention is, by its state."""
+def needed(segments: Sequence[Sequence[Op]], asked: Collection[str]) -> Segments:
+    """Those whose results are read, perhaps by way of a state."""
     alive = set(asked)
     kept: Segments = []
     for ops in reversed(segments):
         mine: list[Op] = []
         for op in reversed(ops):
-            if op.kind == "attention" or any(view.source in alive for view in op.outputs):
+            if op.kind in KEEPING or any(view.source in alive for view in op.outputs):
                 mine.insert(0, op)
                 alive |= {view.source for view in op.inputs}
         kept.insert(0, mine)

@@ -3,6 +3,7 @@ or something that follows from the lengths of a call alone."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,7 @@ def length(value: Length | int) -> Length:
 
 
 TOKENS, PAST = Length(0, tokens=1), Length(0, past=1)
+ALONE = -1  # in place of the tokens' axis, where a graph takes a single token and needs none
 
 Dim = Length | int
 
@@ -77,7 +79,7 @@ class Lengths:
 @dataclass(frozen=True)
 class Rows:
     """Numbers of every row. The graph's shape is the view's, with the tokens' axis put in as number
-    `axis`."""
+    `axis`; where the graph takes a single token it is the view's as it is, and `axis` is ALONE."""
 
     view: View
     axis: int
@@ -85,12 +87,18 @@ class Rows:
     kept: bool = False
 
     @property
+    def alone(self) -> bool:
+        return self.axis == ALONE
+
+    @property
     def rank(self) -> int:
-        return len(self.view.shape) + 1
+        return len(self.view.shape) + (not self.alone)
 
     def dims(self) -> list[Dim]:
         """The graph's shape."""
         shape: list[Dim] = list(self.view.shape)
+        if self.alone:
+            return shape
         return [*shape[: self.axis], TOKENS, *shape[self.axis :]]
 
     def inner(self, axis: int) -> int:
@@ -98,7 +106,39 @@ class Rows:
         axis += self.rank if axis < 0 else 0
         if axis == self.axis:
             raise Unknown("works along the tokens")
-        return axis - (axis > self.axis)
+        return axis - (axis > self.axis and not self.alone)
+
+    def along(self, axis: int) -> Rows:
+        """The same with the tokens on this axis of the graph's, where it has one for them."""
+        if not self.alone:
+            return self
+        shape, strides = list(self.view.shape), list(self.view.strides)
+        if axis >= len(shape) or shape.pop(axis) != 1:
+            raise Unknown(f"has several numbers on axis {axis}")
+        del strides[axis]
+        view = dataclasses.replace(self.view, shape=tuple(shape), strides=tuple(strides))
+        return dataclasses.replace(self, view=view, axis=axis)
+
+    def turned(self) -> Rows:
+        """The last two axes of the graph's the other way round."""
+        rank = self.rank
+        if self.axis in (rank - 1, rank - 2):
+            return dataclasses.replace(self, axis=2 * rank - 3 - self.axis)
+        view, axes = self.view, list(range(len(self.view.shape)))
+        order = [*axes[:-2], *axes[-2:][::-1]]
+        shape, strides = ([part[i] for i in order] for part in (view.shape, view.strides))
+        view = dataclasses.replace(view, shape=tuple(shape), strides=tuple(strides))
+        return dataclasses.replace(self, view=view)
+
+    def single(self) -> Rows:
+        """The same as a graph of a single token has it."""
+        if self.alone:
+            return self
+        shape, strides = list(self.view.shape), list(self.view.strides)
+        shape.insert(self.axis, 1)
+        strides.insert(self.axis, 0)
+        view = dataclasses.replace(self.view, shape=tuple(shape), strides=tuple(strides))
+        return dataclasses.replace(self, view=view, axis=ALONE)
 
 
 @dataclass(frozen=True)
@@ -116,6 +156,35 @@ class Remembered:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """A state that every token replaces, as a call receives it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """A state of vectors of the last tokens, `[1, c, n]`, and behind them those of the call's,
+    `rows`."""
+
+    state: Carried
+    rows: Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Convolved:
+    """A part of a convolution along all of `shifted`, each of the c numbers for itself: `weight`
+    `[c, 1, taps]`. It has so many `places`; the window of the first ends with vector number `end`
+    of the state and the call."""
+
+    shifted: Shifted
+    weight: Known
+    bias: Known | None
+    end: Length
+    places: Length
+
+
+@dataclass(frozen=True)
 class Returned:
     """What a call returns of a state: `name` is the input that will receive it."""
 
@@ -124,14 +193,20 @@ class Returned:
 
 @dataclass(frozen=True)
 class Appended:
-    """A state with the call's tokens behind it: `rows` has the new ones, and where these have the
-    tokens' axis, the whole has that of all tokens so far. `own` are the new ones as they were
-    appended; `factor` is what all of it was multiplied with since."""
+    """What is worked out of every token so far by itself: `rows` has that of the call's tokens, and
+    where these have the tokens' axis, the whole has that of all tokens so far. It follows from the
+    states in `own`, by name, which has the rows that the call appended to each; a state with the
+    call's tokens behind it is one whose `rows` are these. `factor` is what all of it was multiplied
+    with since."""
 
-    name: str
     rows: Rows
-    own: Rows
+    own: dict[str, Rows]
     factor: float = 1.0
+
+    @property
+    def state(self) -> str:
+        """The name of the state that this is, as a call leaves it; '' where it is more or less."""
+        return next((name for name, rows in self.own.items() if self.rows == rows), "")
 
 
 @dataclass(frozen=True)
@@ -149,6 +224,11 @@ class Scores:
     behind: bool = False
     bent: bool = False  # by a tanh, and not yet multiplied by the cap
     soft: bool = False
+
+    def numbers(self) -> dict[str, float]:
+        """Those of the operation that this comes to."""
+        window = float(self.window or 0)
+        return {"scale": self.scale, "window": window, "softcap": self.softcap}
 
 
 @dataclass(frozen=True)
@@ -187,6 +267,9 @@ Value = (
     | Rows
     | Padded
     | Remembered
+    | Carried
+    | Shifted
+    | Convolved
     | Returned
     | Appended
     | Scores

@@ -64,6 +64,12 @@ def transposed(view: View, order: Sequence[int]) -> View:
     return view_of(view.source, view.offset, shape, strides)
 
 
+def with_last_axes_turned(view: View) -> View:
+    """Its last two axes the other way round."""
+    axes = list(range(len(view.shape)))
+    return transposed(view, [*axes[:-2], *axes[-2:][::-1]])
+
+
 def sliced(view: View, axis: int, start: int, count: int, step: int = 1) -> View:
     """`count` numbers of an axis, from `start` on."""
     shape, strides = list(view.shape), list(view.strides)

@@ -14,12 +14,15 @@ import onnx
 from smoe.artifacts.manifest import Backbone, Layer
 from smoe.artifacts.program import Buffer, Op
 from smoe.prep.program import attending, products, rowwise, shapes
+from smoe.prep.program.carrying import carrying, is_carried, recalled, returned
 from smoe.prep.program.probe import GIVEN, Probe
 from smoe.prep.program.values import (
+    ALONE,
     IDS,
     INDEX,
     PAST,
     Appended,
+    Carried,
     Early,
     Known,
     Lengths,
@@ -97,15 +100,18 @@ class Walk:
         g = self.graphs
         self._asked = g.wires() | {LOGITS} | self._crossing()
         self.names = Names(reserved=frozenset(self._asked | set(g.outputs_of_experts())))
-        ids = whole(IDS, (1,))
+        alone = g.backbone.one_at_a_time
+        ids = Rows(whole(IDS, (1, 1)), ALONE, "i64") if alone else Rows(whole(IDS, (1,)), 1, "i64")
         past = np.empty(1, object)
         past[0] = PAST
         self.values = {
-            "input_ids": Rows(ids, 1, "i64"),
+            "input_ids": ids,
             "past_length": Lengths(past),
             KEEP: Early(KEEP),
         }
-        self.values |= {spec.input: Remembered(spec.input) for spec in g.backbone.state}
+        for spec in g.backbone.state:
+            carried = is_carried(spec)
+            self.values[spec.input] = Carried(spec.input) if carried else Remembered(spec.input)
         for index in range(len(g.segments)):
             self._segment(index)
         self._check_states()
@@ -123,10 +129,12 @@ class Walk:
     def _segment(self, index: int) -> None:
         graph = self.graphs.segments[index]
         specs = {spec.input: spec for spec in self.graphs.backbone.state}
-        w = Writing(index, self.names, self.weights, specs)
+        alone = self.graphs.backbone.one_at_a_time
+        w = Writing(index, self.names, self.weights, specs, alone)
         self._take(index, graph)
         for proto in graph.node:
             self._node(w, proto)
+        self._store(w)
         outputs = [value for value in graph.output if value.name in self._asked]
         for value in outputs:
             if index in self.refused:
@@ -137,6 +145,18 @@ class Walk:
             self.elsewhere += w.ops
             w.ops = []
         self.written.append(w)
+
+    def _store(self, w: Writing) -> None:
+        """What every token replaces of a segment's state."""
+        for spec in self.graphs.backbone.state:
+            value = self.values.get(spec.output)
+            mine = spec.segment == w.index and is_carried(spec)
+            if not mine or value is None or isinstance(value, Lost):
+                continue
+            try:
+                self.values[spec.output] = returned(w, spec, value)
+            except Unknown as error:
+                self.failed.setdefault(w.index, str(error))
 
     def _take(self, index: int, graph: onnx.GraphProto) -> None:
         """The values that experts, or a segment before, give."""
@@ -153,7 +173,8 @@ class Walk:
         hidden = {layer.hidden for layer in self.graphs.layers}
         wide = len(sizes) == 2 and sizes[1].dim_value in hidden
         second = len(sizes) > 2 and not sizes[1].HasField("dim_value")
-        lost = isinstance(known, Lost) and (wide or second)
+        alone = self.graphs.backbone.one_at_a_time
+        lost = isinstance(known, Lost) and (wide or second or alone)
         if isinstance(known, Rows) or lost or value.name in self.graphs.vectors():
             return self._declared(value, index)
         return known
@@ -163,9 +184,11 @@ class Walk:
         tensor = value.type.tensor_type
         sizes = [d.dim_value if d.HasField("dim_value") else 0 for d in tensor.shape.dim]
         kind = TYPES.get(tensor.elem_type)
-        axis = sizes.index(0) if 0 in sizes else -1
+        axis = sizes.index(0) if 0 in sizes else ALONE
         inner = sizes[:axis] + sizes[axis + 1 :]
         fits = kind is not None and sizes.count(0) == 1 and math.prod(sizes[:axis]) == 1
+        if self.graphs.backbone.one_at_a_time:
+            axis, inner, fits = ALONE, sizes, kind is not None and 0 not in sizes
         if not fits or (width and math.prod(inner) != width):
             return Lost(f"{value.name} is no row of numbers", index)
         assert kind is not None
@@ -179,15 +202,18 @@ class Walk:
         early = all(self._is_early(name) for name in proto.input)
         given = tuple(self._value(w.index, name, early) for name in proto.input)
         attributes: dict[str, Any] = {a.name: _attribute(a) for a in proto.attribute}
-        node = Node(
-            proto.op_type, given, tuple(proto.output), attributes | {"domain": proto.domain}
-        )
+        attributes["domain"] = proto.domain
+        node = Node(proto.op_type, given, tuple(proto.output), attributes, w.alone)
         w.called = next(name for name in proto.output if name)
         lost = next((value for value in given if isinstance(value, Lost)), None)
         outputs: list[Value] = [lost for _ in proto.output]
         if lost is None:
             try:
-                handler = written_out(node) or NODES.get(proto.op_type)
+                handler = written_out(node) or carrying(w, node)
+                if handler is None:
+                    handler = NODES.get(proto.op_type)
+                    inputs = tuple(recalled(w, each) for each in given)
+                    node = dataclasses.replace(node, inputs=inputs)
                 if handler is None or proto.domain not in DOMAINS:
                     raise Unknown("no operation does it")
                 outputs = list(handler(w, node))
@@ -223,7 +249,9 @@ class Walk:
         if isinstance(value, Lost):
             self._lacks(w.index, value)
             return
-        first = isinstance(value, Rows) and math.prod(value.view.shape[: value.axis]) == 1
+        first = isinstance(value, Rows) and (
+            value.alone or math.prod(value.view.shape[: value.axis]) == 1
+        )
         if not isinstance(value, Rows) or not first or value.view.source in (IDS, INDEX):
             self.failed.setdefault(w.index, f"{name}, which others take, {told(value)}")
             return
@@ -255,7 +283,8 @@ class Walk:
         backbone = self.graphs.backbone
         for spec in backbone.state:
             value = self.values.get(spec.output)
-            kept = value.name if isinstance(value, (Returned, Remembered, Appended)) else ""
+            kept = value.name if isinstance(value, (Returned, Remembered, Carried)) else ""
+            kept = value.state if isinstance(value, Appended) else kept
             if isinstance(value, Lost):
                 self._lacks(spec.segment, value)
             elif kept != spec.input and spec.segment not in self.refused:

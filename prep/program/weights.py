@@ -50,6 +50,14 @@ class Weights:
         self._made.setdefault(name, (shape, read, True))
         return name
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of a matrix."""
+        return self._made[name][0]
+
+    def read(self, name: str) -> Matrix:
+        """A matrix, to make others of it."""
+        return self._made[name][1]()
+
     def vector(self, known: Known) -> View:
         """A float constant that operations take, in its own shape."""
         array = np.ascontiguousarray(known.array)

@@ -12,12 +12,16 @@ import numpy as np
 from smoe.artifacts.manifest import State
 from smoe.artifacts.program import Buffer, KeyValues, Op, View
 from smoe.prep.program.values import (
+    ALONE,
     IDS,
     INDEX,
+    PAST,
     POSITION,
+    TOKENS,
     Early,
     Interval,
     Known,
+    Length,
     Lengths,
     Rows,
     Unknown,
@@ -32,12 +36,14 @@ VIRTUAL = (IDS, INDEX, POSITION)
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the graph whose inputs are known: `names` are those of its outputs."""
+    """A node of the graph whose inputs are known: `names` are those of its outputs. `alone`: the
+    graph takes a single token."""
 
     kind: str
     inputs: tuple[Value, ...]
     names: tuple[str, ...]
     attributes: dict[str, Any]
+    alone: bool = False
 
     def given(self, place: int) -> Value:
         """An input, or None where it is left out."""
@@ -48,6 +54,8 @@ class Node:
         value = self.given(place)
         if isinstance(value, Rows):
             return value
+        if self.alone and isinstance(value, Lengths) and all(n == PAST for n in value.array.flat):
+            return Rows(broadcast(whole(POSITION, ()), value.array.shape), ALONE, "i64")
         raise Unknown(f"input {place} {told(value)}")
 
     def constant(self, place: int) -> Known:
@@ -117,15 +125,24 @@ class Names:
 
 @dataclass
 class Writing:
-    """The operations of segment `index` so far."""
+    """The operations of segment `index` so far. `alone`: its graph takes a single token."""
 
     index: int
     names: Names
     weights: Weights
     specs: dict[str, State]  # of the manifest, by input
+    alone: bool = False
     ops: list[Op] = field(default_factory=list)
     states: list[KeyValues] = field(default_factory=list)
     called: str = ""  # the node's first output
+    # States that every token replaces: recalled, to where; convolved.
+    recalled: dict[str, View] = field(default_factory=dict)
+    convolved: set[str] = field(default_factory=set)
+
+    @property
+    def tokens(self) -> Length:
+        """Of a call."""
+        return Length(1) if self.alone else TOKENS
 
     def emit(
         self,
@@ -191,7 +208,7 @@ class Writing:
             odd = next((v for v in values if not isinstance(v, (Rows, Known))), None)
             raise Unknown(f"an input {told(odd)}")
         rank = max([rows.rank for rows in given] + known)
-        axes = {rows.axis + rank - rows.rank for rows in given}
+        axes = {ALONE if rows.alone else rows.axis + rank - rows.rank for rows in given}
         if len(axes) != 1 or len({rows.kept for rows in given}) != 1:
             raise Unknown("its inputs have their tokens on different axes")
         (axis,) = axes
@@ -204,12 +221,12 @@ class Writing:
         """A value's numbers of one row, with as many axes as `rank` less the tokens'."""
         if isinstance(value, Rows):
             view = self.read(value)
-            return broadcast(view, (1,) * (rank - 1 - len(view.shape)) + view.shape)
+            return broadcast(view, (1,) * (rank - value.rank) + view.shape)
         assert isinstance(value, Known)
         shape = (1,) * (rank - value.array.ndim) + value.array.shape
-        if shape[axis] != 1:
+        if axis != ALONE and shape[axis] != 1:
             raise Unknown("a constant with a number for every token")
-        inner = shape[:axis] + shape[axis + 1 :]
+        inner = shape if axis == ALONE else shape[:axis] + shape[axis + 1 :]
         if value.array.dtype == np.float32:
             view = self.weights.vector(value)
             return view_of(view.source, 0, inner, whole("", inner).strides)

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from smoe.artifacts.program import ABSENT, View
-from smoe.prep.program import shapes
+from smoe.prep.program import latent, products, rowwise, shapes
 from smoe.prep.program.attending import remembered
+from smoe.prep.program.origins import origins
 from smoe.prep.program.values import (
     PAST,
     TOKENS,
@@ -18,6 +19,7 @@ from smoe.prep.program.values import (
     Interval,
     Known,
     Largest,
+    Length,
     Lengths,
     Remembered,
     Rows,
@@ -26,58 +28,100 @@ from smoe.prep.program.values import (
     Value,
     length,
 )
-from smoe.prep.program.views import broadcast, reshaped, squeezed
-from smoe.prep.program.writing import Handler, Node, Writing
+from smoe.prep.program.views import reshaped
+from smoe.prep.program.writing import Handler, Node, Writing, told
 
 
 def written_out(node: Node) -> Handler | None:
     """Who knows this node, where it is a part of such an attention."""
     if node.kind == "Concat" and isinstance(node.given(0), Remembered):
         return _append
+    sizes = node.given(0)
+    if node.kind == "ConstantOfShape" and isinstance(sizes, Lengths):
+        every = PAST + (Length(1) if node.alone else TOKENS)
+        return _same_for_all if every in sizes.array.tolist() else None
     kinds = {type(value) for value in node.inputs}
     if kinds & {Scores, Largest}:
         return SCORES.get(node.kind)
-    if Appended in kinds:
-        return _moved if node.kind in MOVES else APPENDED.get(node.kind)
-    return None
+    if Appended not in kinds:
+        return None
+    if node.kind in PRODUCTS and isinstance(node.given(1), Appended):
+        return _product
+    return ON_STATES.get(node.kind, _lifted)
 
 
 def _append(w: Writing, node: Node) -> Sequence[Value]:
     state, rows = node.given(0), node.rows(1)
     assert isinstance(state, Remembered)
+    rows = rows.along(node.attributes["axis"] % rows.rank)
     if len(node.inputs) != 2 or node.attributes["axis"] % rows.rank != rows.axis:
         raise Unknown("appends to a state along another axis than its tokens")
-    return (Appended(state.name, rows, rows),)
+    return (Appended(rows, {state.name: rows}),)
 
 
-def _moved(w: Writing, node: Node) -> Sequence[Value]:
-    """A view of all tokens so far is that of the new ones."""
+def _lifted(w: Writing, node: Node) -> Sequence[Value]:
+    """What is done to every token so far by itself is done to the new ones; whether it comes to
+    something that can be remembered is seen where it is attended to."""
+    if node.kind not in LIFTED:
+        raise Unknown("no operation does it to all tokens so far")
+    given = [value for value in node.inputs if isinstance(value, Appended)]
+    factors = {value.factor for value in given}
+    if factors != {1.0} and (node.kind not in MOVES or len(given) > 1):
+        raise Unknown("computes with a state that was multiplied")
+    own = {name: rows for value in given for name, rows in value.own.items()}
+    inner = dataclasses.replace(node, inputs=tuple(_as_new(w, value) for value in node.inputs))
+    outputs = LIFTED[node.kind](w, inner)
+    if not all(isinstance(rows, Rows) and not rows.kept for rows in outputs):
+        raise Unknown("takes something else than numbers of a state")
+    return [Appended(rows, own, *factors) for rows in outputs if isinstance(rows, Rows)]
+
+
+def _size(w: Writing, node: Node) -> Sequence[Value]:
+    """Sizes of a state count all tokens so far."""
     value = node.given(0)
     assert isinstance(value, Appended)
-    rest = [_as_new(each) for each in node.inputs[1:]]
-    inner = dataclasses.replace(node, inputs=(value.rows, *rest))
-    outputs = shapes.NODES[node.kind](w, inner)
-    return [dataclasses.replace(value, rows=rows) for rows in outputs if isinstance(rows, Rows)]
+    inner = dataclasses.replace(node, inputs=(value.rows,))
+    (sizes,) = shapes.NODES[node.kind](w, inner)
+    if not isinstance(sizes, Lengths):
+        return (sizes,)
+    counts = sizes.array.copy()
+    for place, size in enumerate(sizes.array):
+        counts[place] = size + (PAST + w.tokens - TOKENS) * size.tokens
+    return (Lengths(counts),)
 
 
-def _as_new(value: Value) -> Value:
-    """Sizes that count all tokens so far, as if they counted the new ones."""
-    if not isinstance(value, Lengths):
+def _same_for_all(w: Writing, node: Node) -> Sequence[Value]:
+    """A constant for all tokens so far, which something is written over."""
+    inner = dataclasses.replace(node, inputs=(_as_new(w, node.given(0)),))
+    (rows,) = shapes.NODES[node.kind](w, inner)
+    if not isinstance(rows, Rows):
+        raise Unknown("is not for all tokens so far")
+    return (Appended(rows, {}),)
+
+
+def _as_new(w: Writing, value: Value) -> Value:
+    """What is of all tokens so far, as if it were of the new ones."""
+    if isinstance(value, Appended):
+        return value.rows
+    if value is None or isinstance(value, Known):
         return value
+    if not isinstance(value, Lengths):
+        raise Unknown(f"computes with a state and what {told(value)}")
     sizes = value.array.copy()
     for place, size in np.ndenumerate(value.array):
-        if size == PAST + TOKENS:
+        if size == PAST + w.tokens:
             sizes[place] = TOKENS
         elif not length(size).is_number:
             raise Unknown("has sizes that do not follow the tokens")
     return Lengths(sizes)
 
 
-def _scaled_keys(w: Writing, node: Node) -> Sequence[Value]:
+def _scaled(w: Writing, node: Node) -> Sequence[Value]:
+    """By a number, which is kept until scores are made."""
     for value, other in (node.inputs, node.inputs[::-1]):
-        if isinstance(value, Appended):
+        if isinstance(value, Appended) and isinstance(other, Known) and other.array.size == 1:
             return (dataclasses.replace(value, factor=value.factor * _number(other)),)
-    raise Unknown("multiplies a state")
+    return _lifted(w, node)
 
 
 def _number(value: Value) -> float:
@@ -88,7 +132,7 @@ def _number(value: Value) -> float:
 
 def _product(w: Writing, node: Node) -> Sequence[Value]:
     """Queries `[1, h, T, d]` by keys `[1, h, S, d]`, turned here or before."""
-    queries, keys = node.rows(0), node.given(1)
+    queries, keys = node.rows(0).along(2), node.given(1)
     assert isinstance(keys, Appended)
     turned = bool(node.attributes.get("transB"))
     if queries.rank != 4 or queries.axis != 2 or keys.rows.axis != (2 if turned else 3):
@@ -159,6 +203,8 @@ def _less_largest(w: Writing, node: Node) -> Sequence[Value]:
 def _softmax(w: Writing, node: Node) -> Sequence[Value]:
     scores = node.given(0)
     assert isinstance(scores, Scores)
+    if w.alone and scores.window is None:  # the last token sees all there are
+        scores = dataclasses.replace(scores, window=0)
     if node.attributes.get("axis", -1) not in (-1, 3) or scores.window is None or scores.soft:
         raise Unknown("of scores that are not masked")
     return (dataclasses.replace(scores, soft=True),)
@@ -185,20 +231,24 @@ def _attend(w: Writing, node: Node) -> Sequence[Value]:
     if odd or scores.behind or not scores.soft:
         raise Unknown("multiplies scores with other columns than there are values")
     q = _heads(w, scores.queries)
-    k, v = (_own_heads(w, each, q.shape[0]) for each in (scores.keys, values))
-    names = (scores.keys.name, values.name)
-    state = remembered(w, *names, (k.shape[0], k.shape[1], v.shape[1]))
-    numbers = {
-        "scale": scores.scale,
-        "window": float(scores.window or 0),
-        "softcap": scores.softcap,
-    }
-    made = w.fresh((q.shape[0], v.shape[1]))
-    sinks = scores.sinks or ABSENT
-    w.emit("attention", (q, k, v, sinks), (made,), "", numbers, {"state": state.keys})
+    alone = len(scores.keys.own) == len(values.own) == 1 and scores.keys.own != values.own
+    attend = _attend_to_heads if alone else latent.attend
+    made = attend(w, scores, values, q)
     view = reshaped(made, (1, *made.shape))
     assert view is not None
-    return (Rows(view, 2),)
+    y = Rows(view, 2)
+    return (y.single() if w.alone else y,)
+
+
+def _attend_to_heads(w: Writing, scores: Scores, values: Appended, q: View) -> View:
+    """q `[h, d]` over keys and values that are remembered as they are: `[h, e]`."""
+    k, v = (_own_heads(w, each, q.shape[0]) for each in (scores.keys, values))
+    (keys,), (other,) = scores.keys.own, values.own
+    state = remembered(w, keys, other, (k.shape[0], k.shape[1], v.shape[1]))
+    made = w.fresh((q.shape[0], v.shape[1]))
+    inputs = (q, k, v, scores.sinks or ABSENT)
+    w.emit("attention", inputs, (made,), "", scores.numbers(), {"state": state.keys})
+    return made
 
 
 def _heads(w: Writing, rows: Rows) -> View:
@@ -213,19 +263,20 @@ def _heads(w: Writing, rows: Rows) -> View:
 def _own_heads(w: Writing, value: Appended, heads: int) -> View:
     """What was appended, `[g, d]`, once it is seen that each of its heads is repeated for so many
     of the `heads`."""
-    own, view = _heads(w, value.own), value.rows.view
-    copy = w.maker(view)
-    if copy is not None and copy.names == {"how": "copy"}:
-        view = copy.inputs[0]
-    g, d = value.own.view.shape[1:]
-    one = reshaped(value.own.view, (g, 1, d))
-    if one is None or heads % g or squeezed(broadcast(one, (g, heads // g, d))) != squeezed(view):
+    (rows,) = value.own.values()
+    own = _heads(w, rows)
+    g = own.shape[0]
+    there = origins(w.names, rows.view).part(0)
+    if heads % g or not there.repeated(heads // g).same(origins(w.names, value.rows.view)):
         raise Unknown("attends to heads that are not repeated in groups")
     return own
 
 
-MOVES = ("Reshape", "Unsqueeze", "Squeeze", "Expand", "Transpose", "Identity", "Cast")
-APPENDED: dict[str, Handler] = {"Mul": _scaled_keys, "MatMul": _product, "FusedMatMul": _product}
+# What is the same whether a state was multiplied by a number before or after.
+MOVES = ("Reshape", "Unsqueeze", "Squeeze", "Expand", "Transpose", "Split", "Identity", "Cast")
+LIFTED: dict[str, Handler] = shapes.NODES | rowwise.NODES | products.NODES
+PRODUCTS = ("MatMul", "FusedMatMul")
+ON_STATES: dict[str, Handler] = {"Mul": _scaled, "Shape": _size}
 SCORES: dict[str, Handler] = {
     "Mul": _multiplied,
     "Div": _multiplied,

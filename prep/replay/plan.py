@@ -19,7 +19,7 @@ from smoe.prep.errors import PrepError
 from smoe.prep.replay.routing_trace import Trace, bundle_trace
 from smoe.prep.replay.simulate import Replay
 from smoe.runtime.allowance import usual_process
-from smoe.runtime.budget import MemoryPlan, plan_memory, show_size
+from smoe.runtime.budget import MemoryPlan, plan_memory, show_size, state_line
 from smoe.runtime.choose.prices import PRICE_TABLES, LayerPrices, Prices
 from smoe.runtime.device_profile import Device
 from smoe.runtime.options import (
@@ -283,6 +283,7 @@ def text_of(
         f"{device.expert_seconds[-1] * 1e3:.3f} ms, reads ({device.io}) "
         f"{device.read_latency * 1e3:.2f} ms and "
         f"{device.read_bandwidth / 1e9:.2f} GB/s",
+        state_line(open_bundle(bundle), context),
         f"{'memory':>12}  {'resident':>9}  {'tok/s':>7}  {'loss':>8}  {'hits':>6}  "
         f"{'read/token':>10}  options",
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ from smoe.runtime.routing import (
     assign,
 )
 from smoe.runtime.stats import Stats
-from smoe.runtime.step import Phase, Sequence, Span, Step
+from smoe.runtime.step import Kinds, Phase, Sequence, Span, Step
 
 BOUND = "belady"
 RATES = ("hit_rate", "decode_hit_rate", "after_hit_rate", "substituted_share")
@@ -295,10 +295,19 @@ class _NoState:
     def fork(self, length: int) -> _NoState:
         return self
 
-    def snapshot(self) -> None:
+    def snapshot(self, length: int) -> None:
         return None
 
     def restore(self, snapshot: object) -> None:
+        pass
+
+    def arrays(self, length: int) -> Iterator[tuple[str, np.ndarray]]:
+        return iter(())
+
+    def check(self, kinds: Kinds, length: int) -> None:
+        pass
+
+    def load(self, arrays: Mapping[str, np.ndarray], length: int) -> None:
         pass
 
 

@@ -7,7 +7,7 @@ segment needs it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from smoe.runtime.errors import EngineError
 from smoe.runtime.execution import Division, divide
 from smoe.runtime.experts import Held
 from smoe.runtime.routing import Routed
-from smoe.runtime.step import SequenceState, Step
+from smoe.runtime.step import Kinds, SequenceState, Step
 
 # hidden, ids, weights, scores, raw weights
 KINDS = [np.dtype(kind) for kind in (np.float32, np.int64, np.float32, np.float32, np.float32)]
@@ -37,19 +37,58 @@ class BackboneState:
         self.parts = parts
 
     def rewind(self, length: int) -> int:
-        """All or nothing, if one of them cannot do better."""
-        return min(part.rewind(length) for part in self.parts)
+        """To the longest that there is a way back to for all of them."""
+        while (reached := min(part.rewind(length) for part in self.parts)) < length:
+            length = reached
+        return length
 
     def fork(self, length: int) -> BackboneState:
         return BackboneState([part.fork(length) for part in self.parts])
 
-    def snapshot(self) -> list[object]:
-        return [part.snapshot() for part in self.parts]
+    def snapshot(self, length: int) -> list[object]:
+        return [part.snapshot(length) for part in self.parts]
 
     def restore(self, snapshot: object) -> None:
         assert isinstance(snapshot, list)
         for part, taken in zip(self.parts, snapshot, strict=True):
             part.restore(taken)
+
+    def arrays(self, length: int) -> Iterator[tuple[str, np.ndarray]]:
+        """By the number of an executor, and its own names."""
+        for number, part in enumerate(self.parts):
+            for name, array in part.arrays(length):
+                yield f"{number}.{name}", array
+
+    def check(self, kinds: Kinds, length: int) -> None:
+        mine: list[Kinds] = [{} for _ in self.parts]
+        for name, kind in kinds.items():
+            number, _, rest = name.partition(".")
+            if number not in map(str, range(len(mine))):
+                raise EngineError(f"It has the array {name[:40]!r}, which no executor here knows.")
+            mine[int(number)][rest] = kind
+        for part, its in zip(self.parts, mine, strict=True):
+            part.check(its, length)
+
+    def load(self, arrays: Mapping[str, np.ndarray], length: int) -> None:
+        for number, part in enumerate(self.parts):
+            part.load(_Prefixed(f"{number}.", arrays), length)
+
+
+class _Prefixed(Mapping[str, np.ndarray]):
+    """Those of `arrays` whose names begin with `prefix`, without it."""
+
+    def __init__(self, prefix: str, arrays: Mapping[str, np.ndarray]):
+        self._prefix, self._arrays = prefix, arrays
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        cut = len(self._prefix)
+        return (name[cut:] for name in self._arrays if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 @dataclass(eq=False)
@@ -86,7 +125,8 @@ class Backbone:
         self._wires = [layer.wires for layer in manifest.layers]
         self._prelude = int(manifest.backbone.prelude)
         self._division = division or divide(manifest, None)
-        self.chunk, self.layer_major = chunk_tokens(manifest), True
+        self.chunk = chunk_tokens(manifest, self._division.needs_onnxruntime)
+        self.layer_major = True
         self._executors: list[Executor] = []
         self._lines = self._division.lines()
         if self._division.program is not None:

@@ -17,27 +17,6 @@ from smoe.runtime.program import Rows as StepRows
 from smoe.runtime.step import SequenceState, Step
 
 
-class KeyValueState:
-    """The keys and values that the program remembers of one sequence (`step.SequenceState`). What
-    lies behind a sequence's length is overwritten before it is read, so that rewinding is nothing
-    but the length."""
-
-    def __init__(self, held: ProgramState):
-        self.held = held
-
-    def rewind(self, length: int) -> int:
-        return length
-
-    def fork(self, length: int) -> KeyValueState:
-        return KeyValueState(self.held.fork(length))
-
-    def snapshot(self) -> None:
-        return None
-
-    def restore(self, snapshot: object) -> None:
-        pass
-
-
 class ProgramSegments:
     """The segments of the bundle at `path` that `division` gives to its program
     (`executor.Executor`)."""
@@ -45,22 +24,22 @@ class ProgramSegments:
     def __init__(self, path: Path, division: Division, kernels: Kernels):
         """Reads the weights; an `EngineError` where that fails."""
         assert division.program is not None
-        self._half, self._manifest = division.half, division.manifest
+        self._kind, self._manifest = division.kind, division.manifest
         self._looped: tuple[Held, object | None] | None = None
         self._executable = open_program(
             path, division.program, kernels, kernels.threads, division.wires()
         )
 
-    def new_state(self, context: int) -> KeyValueState:
-        """Of the context's length from the start."""
-        return KeyValueState(self._executable.state(context, self._half))
+    def new_state(self, context: int) -> ProgramState:
+        """Which takes memory as tokens come."""
+        return self._executable.state(context, self._kind)
 
     def begin(self, step: Step, states: SequenceOf[SequenceState]) -> ProgramRows:
         """All tokens of the step as one run of rows."""
         spans, keep, low = [], [], 0
         for span, state in zip(step.spans, states, strict=True):
-            assert isinstance(state, KeyValueState)
-            spans.append((state.held, span.sequence.length, span.ids))
+            assert isinstance(state, ProgramState)
+            spans.append((state, span.sequence.length, span.ids))
             keep.append(low + span.keep)
             low += len(span.ids)
         kept = np.concatenate(keep).astype(np.int64, copy=False)

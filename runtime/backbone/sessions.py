@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from smoe.artifacts.safetensors_file import DTYPES
 from smoe.runtime.errors import EngineError
 from smoe.runtime.execution import runs_of, weights_of
 from smoe.runtime.machine import processors
+from smoe.runtime.step import Kinds
 
 ITEM_BYTES = {"tensor(bool)": 1, "tensor(float16)": 2, "tensor(float)": 4, "tensor(int32)": 4}
 
@@ -128,7 +129,7 @@ class SegmentState:
                 copy.values[spec.input] = self.values[spec.input]
         return copy
 
-    def snapshot(self) -> Values:
+    def snapshot(self, length: int) -> Values:
         """The values themselves: those that are replaced are never written to, the others only
         behind the length."""
         return dict(self.values)
@@ -137,14 +138,46 @@ class SegmentState:
         assert isinstance(snapshot, dict)
         self.values = snapshot
 
+    def arrays(self, length: int) -> Iterator[tuple[str, np.ndarray]]:
+        """By the number of a state; of a buffer that grows in place what is filled."""
+        for number, spec in enumerate(self._specs):
+            yield f"{number}.value", self._filled(spec, length)
+
+    def check(self, kinds: Kinds, length: int) -> None:
+        wanted = {
+            f"{number}.value": (DTYPES[spec.dtype], _shape(spec, length))
+            for number, spec in enumerate(self._specs)
+        }
+        if kinds != wanted:
+            raise EngineError(f"Its arrays are not the state of {length} tokens of this backbone.")
+
+    def load(self, arrays: Mapping[str, np.ndarray], length: int) -> None:
+        for number, spec in enumerate(self._specs):
+            array = arrays[f"{number}.value"]
+            if spec.in_place:
+                self._filled(spec, length)[...] = array
+            else:
+                self.values[spec.input] = ort_value(np.array(array))
+
+    def _filled(self, spec: State, length: int) -> np.ndarray:
+        """A view."""
+        value: np.ndarray = self.values[spec.input].numpy()
+        places = [slice(None)] * value.ndim
+        if spec.in_place and spec.growing >= 0:
+            places[spec.growing] = slice(length)
+        return value[tuple(places)]
+
     def _clear(self) -> None:
         for spec in self._specs:
             if spec.in_place and spec.input in self.values:
                 continue
-            shape = list(spec.shape)
-            if spec.growing >= 0:
-                shape[spec.growing] = self._context if spec.in_place else 0
+            shape = _shape(spec, self._context if spec.in_place else 0)
             self.values[spec.input] = ort_value(np.zeros(shape, DTYPES[spec.dtype]))
+
+
+def _shape(spec: State, length: int) -> tuple[int, ...]:
+    """Of a state of so many tokens."""
+    return tuple(length if axis == spec.growing else size for axis, size in enumerate(spec.shape))
 
 
 def segment_threads(manifest: Manifest, index: int, threads: int | None) -> int:

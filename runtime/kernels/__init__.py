@@ -9,6 +9,7 @@ native module (`SMOE_NO_NATIVE=1`) has the reference only.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from smoe.artifacts.layout import ExpertShape, RecordLayout
 from smoe.artifacts.manifest import ExpertActivation
 from smoe.runtime.errors import EngineError
 from smoe.runtime.kernels import products, reference
+from smoe.runtime.kernels.blocks import BlockLayout
 from smoe.runtime.machine import processors
 
 try:
@@ -173,14 +175,16 @@ def native_program(
     weights: np.ndarray,
     buffers: list[tuple[object, ...]],
     constants: list[tuple[object, ...]],
-    states: list[tuple[int, int, int]],
+    states: list[tuple[int, int, int, bool]],
+    recurrent: list[int],
     segments: list[list[tuple[object, ...]]],
     variant: str,
     threads: int,
 ) -> _native.Program:
     """What native/program.h calls a Program, of what `program.flatten` makes of a table. A
     ValueError says what it does not take."""
-    return _native.Program(weights, buffers, constants, states, segments, variant, threads)
+    table = (buffers, constants, states, recurrent, segments)
+    return _native.Program(weights, *table, variant, threads)
 
 
 def embedding(weight: products.Weight, ids: np.ndarray, scale: float, y: np.ndarray) -> None:
@@ -192,9 +196,19 @@ def embedding(weight: products.Weight, ids: np.ndarray, scale: float, y: np.ndar
         _native.embedding(weight.about, ids, scale, y)
 
 
-def native_state(keys: list[np.ndarray], values: list[np.ndarray]) -> _native.State:
-    """What attentions remember of a sequence, in arrays `[heads, tokens, width]` of each."""
-    return _native.State(keys, values)
+def native_state(
+    tables: np.ndarray,
+    layouts: Sequence[BlockLayout],
+    context: int,
+    recurrent: np.ndarray,
+    sizes: Sequence[int],
+) -> _native.State:
+    """What a program remembers of a sequence of up to `context` tokens. `tables` int64
+    `[attentions, blocks of the context]` has the addresses of the blocks of each attention, laid
+    out as `layouts` say; `recurrent` int64 `[n, 2]` those of what a step finds and of what it
+    leaves, `sizes` numbers of float32 each. Both may change from step to step."""
+    about = [(o.kind, o.heads, o.key_width, o.value_width, o.latent) for o in layouts]
+    return _native.State(tables, about, context, recurrent, list(sizes))
 
 
 def _about(

@@ -14,10 +14,10 @@ def product(
 def embedding(weight: tuple[object, ...], ids: np.ndarray, scale: float, y: np.ndarray) -> None: ...
 def attention(
     variant: str,
-    sequences: list[tuple[np.ndarray, np.ndarray, int, int]],
+    sequences: list[tuple[str, np.ndarray, int, int]],
     q: np.ndarray,
     k: np.ndarray,
-    v: np.ndarray,
+    v: np.ndarray | None,
     y: np.ndarray,
     scale: float,
     softcap: float,
@@ -48,7 +48,14 @@ class Layer:
     def between(self, variant: str, gate: np.ndarray, up: np.ndarray, y: np.ndarray) -> None: ...
 
 class State:
-    def __init__(self, keys: list[np.ndarray], values: list[np.ndarray]) -> None: ...
+    def __init__(
+        self,
+        tables: np.ndarray,
+        layouts: list[tuple[str, int, int, int, bool]],
+        context: int,
+        recurrent: np.ndarray,
+        sizes: list[int],
+    ) -> None: ...
 
 class Rows:
     tokens: int
@@ -56,13 +63,15 @@ class Rows:
 
 class Program:
     block: int
+    scans: int
     kernel_scratch: int
     def __init__(
         self,
         weights: np.ndarray,
         buffers: list[tuple[object, ...]],
         constants: list[tuple[object, ...]],
-        states: list[tuple[int, int, int]],
+        states: list[tuple[int, int, int, bool]],
+        recurrent: list[int],
         segments: list[list[tuple[object, ...]]],
         variant: str,
         threads: int,

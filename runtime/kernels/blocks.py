@@ -10,7 +10,11 @@ import numpy as np
 TOKENS = 32  # of a block
 GROUP = 128  # numbers of a head that share a scale, the last of a head perhaps fewer
 ALIGN = 64  # bytes: each piece of a block starts on a multiple
-KINDS = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "int8": np.dtype(np.int8)}
+KINDS: dict[str, np.dtype] = {
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "int8": np.dtype(np.int8),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class BlockLayout:
                 f"{n}_scales": ((self.heads, TOKENS, -(-w // GROUP)), np.dtype(np.float32))
                 for n, w in widths.items()
             }
-        pieces, offset = {}, 0
+        pieces: dict[str, tuple[int, tuple[int, ...], np.dtype]] = {}
+        offset = 0
         for name, (shape, kind) in shapes.items():
             pieces[name] = offset, shape, kind
             offset += -(-int(np.prod(shape)) * kind.itemsize // ALIGN) * ALIGN

@@ -77,6 +77,22 @@ def product(w: Weight, x: np.ndarray, bias: np.ndarray | None = None) -> np.ndar
         return y if bias is None else y + bias
 
 
+def head_product(w: Weight, x: np.ndarray, n_out: int) -> np.ndarray:
+    """x float32 `[rows, heads, n_in]`, each head times a matrix of its own, which begins on a tile
+    of `w` (`tiles.head_rows`): float32 `[rows, heads, n_out]`."""
+    y = np.empty((*x.shape[:2], n_out), np.float32)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        for head in range(x.shape[1]):
+            first = head * tiles.head_rows(n_out)
+            own = slice(first, first + n_out)
+            if w.form in tiles.BITS:
+                given = np.ascontiguousarray(x[:, head])
+                y[:, head] = reference.grouped_product(w.codes[own], w.scale[own], w.group, given)
+            else:
+                y[:, head] = reference.dense(x[:, head], w.dense[own])
+    return y
+
+
 def embedding(w: Weight, ids: np.ndarray, scale: float = 1.0) -> np.ndarray:
     """Rows `ids` int64 `[n]` of the matrix, times `scale`: float32 `[n, n_in]`."""
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):

@@ -66,7 +66,7 @@ class EmbeddingFile:
     `EngineError` where the file cannot be read."""
 
     def __init__(self, path: Path, constant: Constant, scale: float):
-        self._path, self._constant, self._scale = path, constant, scale
+        self._path, self._constant, self._times = path, constant, scale
         try:
             self._file = ShardFile(path, direct=False, refused=_never)
         except OSError as error:
@@ -77,7 +77,7 @@ class EmbeddingFile:
         for first in range(0, len(ids), TOGETHER):
             some = slice(first, first + TOGETHER)
             matrix, places = self._matrix(ids[some])
-            kernels.embedding(matrix, places, self._scale, y[some])
+            kernels.embedding(matrix, places, self._times, y[some])
 
     def _matrix(self, ids: np.ndarray) -> tuple[products.Weight, np.ndarray]:
         """Those of its tiles that hold these rows, as a matrix, and where the rows are in it. Float

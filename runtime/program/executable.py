@@ -20,7 +20,9 @@ from smoe.runtime.kernels import (
 )
 from smoe.runtime.program import flatten
 from smoe.runtime.program.embedding import EmbeddingFile, left_in_file, without
+from smoe.runtime.program.layout import StateLayout
 from smoe.runtime.program.plan import plan
+from smoe.runtime.program.pool import BlockPool
 from smoe.runtime.program.reference import ReferenceProgram
 from smoe.runtime.program.seam import Executable, LayerExperts, Rows, Spans
 from smoe.runtime.program.state import ProgramState
@@ -96,7 +98,7 @@ class _Native:
         threads: int,
         wires: Collection[str] | None,
     ):
-        self._states = program.states
+        self._table, self._pools = program, dict[int, BlockPool]()
         places = plan(program, wires)
         self.row_bytes, self.kept_bytes = places.step, places.kept
         self._index = {b.name: i for i, b in enumerate(program.buffers)}
@@ -114,6 +116,7 @@ class _Native:
                 flatten.buffers(program, places),
                 flatten.constants(program),
                 flatten.states(program),
+                flatten.recurrent(program),
                 flatten.segments(program),
                 variant,
                 threads,
@@ -121,18 +124,21 @@ class _Native:
         except ValueError as error:
             raise EngineError(f"{error} Copy the bundle again, or build it again.") from error
         self.scratch_bytes = places.scratch * self._program.block + self._program.kernel_scratch
+        self.scratch_bytes += places.scan * self._program.scans
 
-    def state(self, context: int, half: bool) -> ProgramState:
-        return ProgramState(self._states, context, half)
+    def state(self, context: int, kind: str) -> ProgramState:
+        return ProgramState(StateLayout.of(self._table, kind), context, self._pools)
 
     def begin(self, spans: Spans, keep: np.ndarray) -> Rows:
-        given = [(state.bound(native_state), past, ids) for state, past, ids in spans]
         ids = np.concatenate([np.zeros(0, np.int64), *(new for _, _, new in spans)])
         beyond = ids[(ids < 0) | (ids >= self._vocabulary)]
         if len(beyond):
             raise EngineError(
                 f"Token id {beyond[0]} is not one of the program's {self._vocabulary}."
             )
+        for state, past, new in spans:
+            state.reserve(past, past + len(new))
+        given = [(state.bound(_bound), past, new) for state, past, new in spans]
         try:
             native = self._program.begin(given, keep)
         except ValueError as error:
@@ -176,3 +182,8 @@ class _Native:
             return self._program.steps(rows.native, mixture, first)
         except (ValueError, RuntimeError) as error:
             raise EngineError(str(error)) from error
+
+
+def _bound(state: ProgramState) -> _native.State:
+    sizes = [array.size for array in state.before]
+    return native_state(state.tables, state.layouts, state.context, state.recurrent_at, sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smoe.artifacts.program import ABSENT, Constant, Op, Program, View
+from smoe.artifacts.program import ABSENT, Buffer, Constant, Op, Program, View
 from smoe.runtime.program.plan import Plan, elements
 
 # Of every kind: how many inputs and outputs the native operation has, absent ones too. A norm is
@@ -11,7 +11,8 @@ _OPERANDS = {
     "embedding": (0, 1), "position": (0, 1), "product": (2, 1), "norm": (5, 2), "add_norm": (5, 2),
     "rotary": (3, 1), "attention": (4, 1), "softmax": (1, 1), "top_k": (1, 2), "reduce": (1, 1),
     "unary": (1, 1), "binary": (2, 1), "where": (3, 1), "fill": (0, 1), "gather": (2, 1),
-    "scatter": (2, 1), "keep": (1, 1),
+    "scatter": (2, 1), "keep": (1, 1), "head_product": (1, 1), "recall": (0, 1),
+    "store": (1, 0), "delta_rule": (5, 1), "convolution": (3, 1),
 }  # fmt: skip
 _NUMBERS = {
     "embedding": ("scale",),
@@ -34,11 +35,13 @@ def operands(op: Op) -> tuple[list[View], list[View]]:
 
 
 def buffers(program: Program, plan: Plan) -> list[tuple[object, ...]]:
-    """kind, size, kept, crossing, offset of each."""
-    return [
-        (b.kind, elements(b.shape), b.kept, b.name in plan.crossing, plan.offsets.get(b.name, 0))
-        for b in program.buffers
-    ]
+    """kind, size, kept, crossing, scanned, offset of each."""
+
+    def one(b: Buffer) -> tuple[object, ...]:
+        where = (b.name in plan.crossing, b.name in plan.scanned, plan.offsets.get(b.name, 0))
+        return (b.kind, elements(b.shape), b.kept, *where)
+
+    return [one(b) for b in program.buffers]
 
 
 def constants(program: Program) -> list[tuple[object, ...]]:
@@ -52,9 +55,14 @@ def _matrix(constant: Constant) -> tuple[int, int]:
     return 1, elements(constant.shape)
 
 
-def states(program: Program) -> list[tuple[int, int, int]]:
-    """heads, key_width, value_width of each."""
-    return [(s.heads, s.key_width, s.value_width) for s in program.states]
+def states(program: Program) -> list[tuple[int, int, int, bool]]:
+    """heads, key_width, value_width, latent of each."""
+    return [(s.heads, s.key_width, s.value_width, s.latent) for s in program.states]
+
+
+def recurrent(program: Program) -> list[int]:
+    """How many numbers each has."""
+    return [elements(state.shape) for state in program.recurrent]
 
 
 def segments(program: Program) -> list[list[tuple[object, ...]]]:
@@ -64,6 +72,7 @@ def segments(program: Program) -> list[list[tuple[object, ...]]]:
     source = {name: index for index, name in enumerate(names)}
     weight = {c.name: index for index, c in enumerate(program.constants)}
     state = {s.keys: index for index, s in enumerate(program.states)}
+    state |= {s.name: index for index, s in enumerate(program.recurrent)}
 
     def flat(view: View) -> tuple[object, ...]:
         where = -1 if view.absent else source[view.source]

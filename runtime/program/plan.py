@@ -1,27 +1,34 @@
 """Where the buffers of a program lie: those that cross segments in the memory of a step, the others
 in a scratch that every block of rows uses again; each takes the place of what is not needed any
-more."""
+more. What is needed only while a scan goes from row to row (`artifacts.program.scans`) has a place
+for one row, however many there are: it may be as large as a state."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from smoe.artifacts.program import Buffer, Op, Program
+from smoe.artifacts.program import Buffer, Op, Program, scans
 from smoe.runtime.program.embedding import left_in_file
 
 ALIGNED = 64  # bytes
+ROWS = 128  # that a segment takes at once (native/program.h)
 BYTES = {"f32": 4, "i64": 8, "bool": 1}
 
 
 @dataclass(frozen=True)
 class Plan:
     """`offsets` in bytes a row, within the scratch, the step's memory, or that of kept rows; the
-    latter two are for buffers in `crossing`. `scratch`, `step` and `kept` are their sizes."""
+    latter two are for buffers in `crossing`. `scratch`, `step` and `kept` are their sizes.
+
+    Buffers in `scanned` lie in memory of one row, of `scan` bytes, for each scan that runs."""
 
     crossing: frozenset[str]
+    scanned: frozenset[str]
     offsets: dict[str, int]
     scratch: int
+    scan: int
     step: int
     kept: int
 
@@ -73,14 +80,41 @@ def plan(program: Program, wires: Collection[str] | None) -> Plan:
         or len({*written[b.name], *read[b.name]}) > 1
     }
     lives = _crossing_lives(program, crossing, written, read)
-    scratch, offsets = 0, {}
+    scratch, scan, offsets = 0, 0, {}
+    scanned: set[str] = set()
     for part in program.parts:
-        placed, size = _placed(_lives(program, part.ops or (), crossing))
-        scratch = max(scratch, size)
-        offsets.update(placed)
+        mine = _scanned(part.ops or ()) - crossing
+        inside = _lives(program, part.ops or (), crossing, mine)
+        placed, size = _placed(life for life in inside if life.buffer.name not in mine)
+        rows, row_size = _placed(life for life in inside if life.buffer.name in mine)
+        scratch, scan = max(scratch, size), max(scan, row_size)
+        offsets.update(placed | rows)
+        scanned |= mine
     step, step_size = _placed([life for life in lives if not life.buffer.kept])
     kept, kept_size = _placed([life for life in lives if life.buffer.kept])
-    return Plan(frozenset(crossing), offsets | step | kept, scratch, step_size, kept_size)
+    return Plan(
+        crossing=frozenset(crossing),
+        scanned=frozenset(scanned),
+        offsets=offsets | step | kept,
+        scratch=scratch,
+        scan=scan,
+        step=step_size,
+        kept=kept_size,
+    )
+
+
+def _scanned(ops: Sequence[Op]) -> set[str]:
+    """What no operation outside of one scan reads or writes."""
+    uses = Counter(name for op in ops for name in _sources(op))
+    alone: set[str] = set()
+    for scan in scans(ops):
+        mine = Counter(name for place in scan for name in _sources(ops[place]))
+        alone |= {name for name, count in mine.items() if count == uses[name]}
+    return alone
+
+
+def _sources(op: Op) -> set[str]:
+    return {view.source for view in (*op.inputs, *op.outputs)}
 
 
 def _crossing_lives(
@@ -107,14 +141,19 @@ def _crossing_lives(
     return lives
 
 
-def _lives(program: Program, ops: Iterable[Op], crossing: Collection[str]) -> list[_Life]:
-    """Of the buffers inside a segment, in operations."""
+def _lives(
+    program: Program, ops: Sequence[Op], crossing: Collection[str], scanned: Collection[str]
+) -> list[_Life]:
+    """Of the buffers inside a segment, in operations. A scan is over for all rows at once."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
+    begins = {place: scan.start for scan in scans(ops) for place in scan}
+    ends = {place: scan.stop - 1 for scan in scans(ops) for place in scan}
     for index, op in enumerate(ops):
-        for view in (*op.inputs, *op.outputs):
-            first.setdefault(view.source, index)
-            last[view.source] = index
+        for name in _sources(op):
+            own = name in scanned
+            first.setdefault(name, index if own else begins.get(index, index))
+            last[name] = index if own else ends.get(index, index)
     return [
         _Life(b, first[b.name], last[b.name])
         for b in program.buffers

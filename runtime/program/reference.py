@@ -1,21 +1,25 @@
 """The executor of programs in NumPy: the specification of native/program.h, readable and slow.
 
 Every operation takes all rows of a step at once; what it computes is in kernels/rows.py,
-products.py and attention.py."""
+products.py, attention.py and recurrent.py. A scan takes one row of a sequence after another."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from smoe.artifacts.program import Constant, Op, Program, View
+from smoe.artifacts.program import Constant, Op, Program, View, scans
 from smoe.runtime.errors import EngineError
-from smoe.runtime.kernels import attention, products
+from smoe.runtime.kernels import attention, products, recurrent
 from smoe.runtime.kernels import rows as row_kernels
 from smoe.runtime.program.flatten import operands
+from smoe.runtime.program.layout import StateLayout
 from smoe.runtime.program.plan import BYTES, elements
+from smoe.runtime.program.pool import BlockPool
 from smoe.runtime.program.seam import LayerExperts, Rows, Spans
 from smoe.runtime.program.state import ProgramState
 
@@ -24,9 +28,16 @@ _KINDS = {"f32": np.dtype(np.float32), "i64": np.dtype(np.int64), "bool": np.dty
 
 @dataclass(frozen=True, eq=False)
 class _Span:
+    """`first`: its row of the step."""
+
     state: ProgramState
     past: int
+    first: int
     tokens: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +62,8 @@ class ReferenceProgram:
         self._constants = {c.name: c for c in program.constants}
         self._matrices: dict[str, products.Weight] = {}
         self._state = {s.keys: i for i, s in enumerate(program.states)}
+        self._recurrent = {s.name: i for i, s in enumerate(program.recurrent)}
+        self._pools: dict[int, BlockPool] = {}
         sizes = [(elements(b.shape) * BYTES[b.kind], b.kept) for b in program.buffers]
         self.row_bytes = sum(size for size, kept in sizes if not kept)
         self.kept_bytes = sum(size for size, kept in sizes if kept)
@@ -62,9 +75,9 @@ class ReferenceProgram:
     def _ops(self, kind: str) -> list[Op]:
         return [op for part in self._program.parts for op in part.ops or () if op.kind == kind]
 
-    def state(self, context: int, half: bool) -> ProgramState:
+    def state(self, context: int, kind: str) -> ProgramState:
         """An empty one."""
-        return ProgramState(self._program.states, context, half)
+        return ProgramState(StateLayout.of(self._program, kind), context, self._pools)
 
     def begin(self, spans: Spans, keep: np.ndarray) -> Rows:
         """As `Executable` says."""
@@ -80,14 +93,11 @@ class ReferenceProgram:
             keep[0] >= 0 and keep[-1] < len(ids) and (keep[1:] > keep[:-1]).all()
         ):
             raise EngineError("Rows to keep rise, and are rows of the step.")
-        parts = []
+        parts: list[_Span] = []
         for state, past, new in spans:
-            if past + len(new) > state.context:
-                raise EngineError(
-                    f"A sequence of {past} tokens and {len(new)} new ones is longer than its state "
-                    f"of {state.context}; make one of a longer context."
-                )
-            parts.append(_Span(state, past, len(new)))
+            state.reserve(past, past + len(new))
+            first = sum(part.tokens for part in parts)
+            parts.append(_Span(state, past, first, len(new)))
         positions = np.concatenate([past + np.arange(len(new)) for _, past, new in spans])
         values = {
             b.name: np.zeros((len(keep) if b.kept else len(ids), elements(b.shape)), _KINDS[b.kind])
@@ -97,11 +107,32 @@ class ReferenceProgram:
 
     def run(self, rows: Rows, segment: int) -> None:
         """All operations of a segment, in their order."""
-        step = _step(rows)
+        step, ops = _step(rows), self._program.parts[segment].ops or ()
+        for span in step.spans:
+            for index, state in enumerate(self._program.recurrent):
+                if state.segment == segment:
+                    span.state.recurrent[index][...] = span.state.before[index]
+        begun = {scan.start: scan for scan in scans(ops)}
+        scanned = {place for scan in begun.values() for place in scan}
         with np.errstate(all="ignore"):
-            for op in self._program.parts[segment].ops or ():
-                if step.kept or not self._buffers[op.outputs[0].source].kept:
+            for place, op in enumerate(ops):
+                if place in begun:
+                    self._scan(step, [ops[inner] for inner in begun[place]])
+                elif place not in scanned and (step.kept or not self._is_kept(op)):
                     _RUN[op.kind](self, step, op)
+
+    def _is_kept(self, op: Op) -> bool:
+        return self._buffers[op.outputs[0].source].kept
+
+    def _scan(self, step: _Step, ops: Sequence[Op]) -> None:
+        """All of them for a row before any for the next."""
+        names = {view.source for op in ops for view in (*op.inputs, *op.outputs)}
+        for span in step.spans:
+            for r in range(span.first, span.first + span.tokens):
+                values = {n: step.values[n][r : r + 1] for n in names & step.values.keys()}
+                row = dataclasses.replace(step, spans=(span,), values=values)
+                for op in ops:
+                    _RUN[op.kind](self, row, op)
 
     def read(self, rows: Rows, name: str) -> np.ndarray:
         """A view `[rows, *shape]`."""
@@ -170,6 +201,11 @@ class ReferenceProgram:
         y = products.product(self._matrix(op.weight), np.ascontiguousarray(x).reshape(len(x), -1))
         self._put_flat(step, op, y if bias is None else y + bias.reshape(len(bias), -1))
 
+    def head_product(self, step: _Step, op: Op) -> None:
+        (y,) = op.outputs
+        given = products.head_product(self._matrix(op.weight), self._one(step, op), y.shape[-1])
+        self._put(step, y, given)
+
     def _put_flat(self, step: _Step, op: Op, value: np.ndarray) -> None:
         (y,) = op.outputs
         self._put(step, y, value.reshape(len(value), *y.shape))
@@ -199,10 +235,15 @@ class ReferenceProgram:
 
     def attention(self, step: _Step, op: Op) -> None:
         q, k, v, sinks = self._given(step, op)
-        assert q is not None and k is not None and v is not None
+        assert q is not None and k is not None
         index = self._state[_name(op, "state")]
         parts = [
-            attention.Part(span.state.keys[index], span.state.values[index], span.past, span.tokens)
+            attention.Part(
+                layout=span.state.layouts[index],
+                block=partial(span.state.block, index),
+                past=span.past,
+                rows=span.tokens,
+            )
             for span in step.spans
         ]
         y = attention.attention(
@@ -216,6 +257,30 @@ class ReferenceProgram:
             sinks=None if sinks is None else sinks[0],
         )
         self._put(step, op.outputs[0], y)
+
+    def recall(self, step: _Step, op: Op) -> None:
+        self._put(step, op.outputs[0], self._carried(step.spans[0], op))
+
+    def store(self, step: _Step, op: Op) -> None:
+        self._carried(step.spans[0], op)[...] = self._one(step, op)[0]
+
+    def _carried(self, span: _Span, op: Op) -> np.ndarray:
+        return span.state.recurrent[self._recurrent[_name(op, "state")]]
+
+    def delta_rule(self, step: _Step, op: Op) -> None:
+        given = [self._view(step, view) for view in op.inputs]
+        for span in step.spans:
+            mine = [array[span.rows] for array in given]
+            y = recurrent.delta_rule(self._carried(span, op), *mine)
+            self._view(step, op.outputs[0])[span.rows] = y
+
+    def convolution(self, step: _Step, op: Op) -> None:
+        x, weight, bias = self._given(step, op)
+        assert x is not None and weight is not None
+        for span in step.spans:
+            state, added = self._carried(span, op), None if bias is None else bias[0]
+            y = recurrent.convolution(state, x[span.rows], weight[0], added)
+            self._view(step, op.outputs[0])[span.rows] = y
 
     def softmax(self, step: _Step, op: Op) -> None:
         self._put(step, op.outputs[0], row_kernels.softmax(self._one(step, op)))
@@ -290,7 +355,9 @@ _RUN: dict[str, Callable[[ReferenceProgram, _Step, Op], None]] = {
         kind: getattr(ReferenceProgram, kind)
         for kind in (
             "embedding", "position", "product", "norm", "rotary", "attention", "softmax", "top_k",
-            "reduce", "unary", "binary", "where", "fill", "gather", "scatter", "keep",
+            "reduce", "unary", "binary", "where", "fill", "gather", "scatter", "keep", "recall",
+            "store", "delta_rule", "convolution",
+            "head_product",
         )
     },
 }  # fmt: skip

@@ -52,18 +52,19 @@ class Executable(Protocol):
     kept_bytes: int
     scratch_bytes: int
 
-    def state(self, context: int, half: bool) -> ProgramState:
-        """An empty state for up to `context` tokens, keys and values in float16 where `half`."""
+    def state(self, context: int, kind: str) -> ProgramState:
+        """An empty state for up to `context` tokens, keys and values in "f32", "f16" or "int8"."""
         ...
 
     def begin(self, spans: Spans, keep: np.ndarray) -> Rows:
         """A step. `keep` int64: rows of it whose logits are wanted, rising. Ids that the program
-        does not have, or more tokens than a state has room for, are an `EngineError`."""
+        does not have, more tokens than a state has room or the system memory for, or tokens before
+        that a state does not remember, are an `EngineError`."""
         ...
 
     def run(self, rows: Rows, segment: int) -> None:
-        """Run a segment, as often as one likes before the next one. What it appends to states lies
-        behind the tokens of the step, so undoing it is nothing."""
+        """Run a segment, as often as one likes before the next one. What it leaves in states lies
+        behind the tokens before the step, so undoing it is nothing."""
         ...
 
     def read(self, rows: Rows, name: str) -> np.ndarray:

@@ -286,8 +286,11 @@ def _mixed(known: tuple[int, ...]) -> tuple[Program, Manifest]:
             )
         )
         parts.append(part if number in known else Part(None, "an unknown node"))
-    states = tuple(state for state in WHOLE.states if state.segment in known)
-    program = dataclasses.replace(WHOLE, parts=tuple(parts), states=states)
+    states, carried = (
+        tuple(state for state in room if state.segment in known)
+        for room in (WHOLE.states, WHOLE.recurrent)
+    )
+    program = dataclasses.replace(WHOLE, parts=tuple(parts), states=states, recurrent=carried)
     return program, dataclasses.replace(
         MANIFEST, backbone=dataclasses.replace(backbone, segments=tuple(segments))
     )

@@ -60,6 +60,9 @@ BROKEN = {
     "deeply nested": _file(b"[" * 200_000),
     "unknown dtype": _file({"t": _tensor(dtype="F4")}, b"1234"),
     "unhashable dtype": _file(
+        {"t": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"1234"
+    ),
+    "shape that is none": _file(
         {"t": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}}, b"1234"
     ),
     "negative size": _file({"t": _tensor(shape=(-1,))}, b"1234"),

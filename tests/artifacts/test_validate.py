@@ -24,6 +24,14 @@ def test_the_golden_bundle_of_every_version_opens(goldens):
     assert version == VERSION
 
 
+def test_older_bundles_have_no_kind_of_state_and_no_recurrent_one(goldens):
+    for path in goldens[:6]:
+        assert "state_kind" not in (path / "manifest.json").read_text()
+        opened = open_bundle(path)
+        assert opened.manifest.backbone.state_kind == ""
+        assert opened.program is None or opened.program.recurrent == ()
+
+
 def _edit(change: Callable[[dict], None]) -> Callable[[Path], None]:
     def damage(bundle: Path) -> None:
         manifest = json.loads((bundle / "manifest.json").read_text())
@@ -115,6 +123,10 @@ BROKEN = {
     ),
     "version zero": (_set("version", 0), "format version 0, this smoe reads 1"),
     "version true": (_set("version", True), "format version True, this smoe reads 1"),
+    "state in a kind that there is not": (
+        _set("backbone", "state_kind", "f64"),
+        "backbone.state_kind is 'f64', one of .* or nothing was wanted",
+    ),
     "gate without a limit": (
         _set(
             "experts", "gate", {"kind": "bounded", "activation": "silu", "alpha": 0.0, "limit": 0.0}

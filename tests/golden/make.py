@@ -8,10 +8,12 @@ takes one token at a time; v3 a gpt_oss, whose experts have biases and a clamped
 planes; v4 a qwen3_moe of three layers in nested planes, with prices and linear predictors, so that
 every policy runs on it, and with what only people read in study/; v5 a gpt_oss that was stored in
 mxfp4, with its own codes; v6 a qwen2_moe (biases, a shared expert) with prices, an int8 backbone
-and its program (python tests/golden/make.py, with tests/ on PYTHONPATH).
+and its program; v7 a deepseek_v2, whose attention is latent, with its state in int8 (python
+tests/golden/make.py, with tests/ on PYTHONPATH).
 
 The answer's `logits` and `greedy` are those of `transformers`; `program` are the logits of the
-program in its own arithmetic, keys and values in float16, which every machine gives to the bit.
+program in its own arithmetic, keys and values in the bundle's kind (of v6 in float16), which every
+machine gives to the bit.
 """
 
 import json
@@ -21,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from support.pico import make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import PreTrainedModel
 
 from smoe.artifacts import safetensors_file
 from smoe.prep.build import build
@@ -41,7 +44,7 @@ CHAT = (
 )
 
 
-def checkpoint(path: Path) -> Qwen2MoeForCausalLM:
+def checkpoint(path: Path) -> PreTrainedModel:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -52,18 +55,10 @@ def checkpoint(path: Path) -> Qwen2MoeForCausalLM:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(LINES, trainer)
-    torch.manual_seed(14)
-    config = Qwen2MoeConfig(
-        vocab_size=307, hidden_size=96, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, intermediate_size=88, moe_intermediate_size=40,
-        shared_expert_intermediate_size=72, num_experts=7, num_experts_per_tok=3,
+    model = make_model(
+        "deepseek_v2", seed=14, vocab_size=307, hidden_size=96, num_hidden_layers=4,
         max_position_embeddings=300, eos_token_id=0, bos_token_id=0, pad_token_id=0,
-        initializer_range=0.15,
     )  # fmt: skip
-    model = Qwen2MoeForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # which are made as zeros
-            torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(path)
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(
@@ -83,14 +78,20 @@ def main(output: Path) -> None:
             source,
             output,
             Calibration(str(text), tokens=2048, length=100),
-            Recipe(encoding="nested:5+1+1+1:32", backbone="int8", prices=1024),
+            Recipe(
+                encoding="nested:5+1+1+1:32",
+                backbone="int8",
+                prices=1024,
+                self_tokens=0,
+                state="int8",
+            ),
         )
         prompt = torch.tensor([ids[0][:150]])  # longer than a chunk
         with torch.no_grad():
             logits = model(prompt).logits[0].numpy()
             greedy = model.generate(prompt, max_new_tokens=24, do_sample=False)[0, 150:].numpy()
         answer = {"prompt": prompt[0].numpy(), "logits": logits, "greedy": greedy}
-        with Engine.open(output, executor="program", state="f16") as engine:
+        with Engine.open(output, executor="program") as engine:
             answer["program"] = engine.logits(answer["prompt"])
         safetensors_file.save(output.with_suffix(".answer.safetensors"), answer)
 

@@ -12,6 +12,7 @@ from support import pico
 from smoe.artifacts import open_bundle
 from smoe.artifacts.program import PROGRAM, PROGRAM_WEIGHTS, Program, View
 from smoe.artifacts.program_checks import problems
+from smoe.prep.backbone import checked
 from smoe.prep.backbone.quantise import Known as Sizes
 from smoe.prep.backbone.quantise import reduce
 from smoe.prep.build import build
@@ -113,17 +114,22 @@ def test_masks_are_intervals_of_the_models_own_windows(bundles, family, windows)
     assert [op.numbers["window"] for op in _operations(program, "attention")] == windows
 
 
-def test_a_build_checks_its_program_and_lists_it(bundles, checkpoints, ids_file, tmp_path, capfd):
+def test_a_build_checks_its_program_and_lists_it(
+    bundles, checkpoints, ids_file, tmp_path, capfd, monkeypatch
+):
     opened = open_bundle(bundles("olmoe"))
     assert {PROGRAM, PROGRAM_WEIGHTS} <= set(opened.manifest.files)
     assert opened.manifest.backbone.prelude and len(opened.program.parts) == 4
-    recipe = Recipe("f32", prices=0)
-    text = Calibration(str(ids_file))
-    built = build(checkpoints("jamba"), tmp_path / "b", text, recipe, progress=Progress())
-    assert "no program" in capfd.readouterr().err and PROGRAM not in built.manifest.files
-    manifest = built.manifest
-    with pytest.raises(PrepError, match="one token at a time"):
-        compile(tmp_path / "b", manifest.backbone, manifest.layers)
+
+    def fails(*_):
+        raise PrepError("No segment of this backbone compiles: a node of nobody's")
+
+    monkeypatch.setattr(checked, "compile", fails)
+    recipe, text = Recipe("f32", prices=0), Calibration(str(ids_file))
+    built = build(checkpoints("olmoe"), tmp_path / "b", text, recipe, progress=Progress())
+    said = capfd.readouterr().err
+    assert "no program, ONNX Runtime runs the backbone: No segment" in said
+    assert PROGRAM not in built.manifest.files
 
 
 def test_a_node_that_is_not_known_leaves_its_segment_to_onnx_runtime(bundles, tmp_path):
@@ -140,6 +146,35 @@ def test_a_node_that_is_not_known_leaves_its_segment_to_onnx_runtime(bundles, tm
     reasons = [part.reason for part in program.parts]
     assert "which others take" in reasons[0]  # a mask, which only ONNX Runtime needs
     assert reasons[1:] == ["", "Dropout dropped: no operation does it", ""]
+    found, wanted = _in_program(tmp_path, manifest, program), _logits(tmp_path, manifest)
+    assert np.abs(found - wanted).max() <= CLOSE["f32"] * np.abs(wanted).max()
+
+
+def test_sums_of_squares_and_of_exponentials_are_operations(bundles, tmp_path):
+    """A router's softmax written out, times a length over itself."""
+    manifest = _copied(bundles("qwen3_moe"), tmp_path)
+    file = tmp_path / manifest.backbone.segments[2].file
+    model = onnx.load(str(file), load_external_data=False)
+    nodes, make = list(model.graph.node), onnx.helper.make_node
+    (softmax,) = [node for node in nodes if node.op_type == "Softmax"]
+    x, last = softmax.input[0], onnx.numpy_helper.from_array(np.array([-1]), "last")
+    model.graph.initializer.append(last)
+    added = [
+        make("ReduceLogSumExp", [x, "last"], ["total"], keepdims=1),
+        make("Sub", [x, "total"], ["less"]),
+        make("Exp", ["less"], ["shares"]),
+        make("ReduceSumSquare", [x, "last"], ["square"], keepdims=1),
+        make("Sqrt", ["square"], ["root"]),
+        make("ReduceL2", [x, "last"], ["length"], keepdims=1),
+        make("Div", ["root", "length"], ["one"]),
+        make("Mul", ["shares", "one"], list(softmax.output)),
+    ]
+    place = nodes.index(softmax)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes[:place], *added, *nodes[place + 1 :]])
+    file.write_bytes(model.SerializeToString())
+    program = _compiled(tmp_path, manifest)
+    assert [part.reason for part in program.parts if part.ops is None] == []
     found, wanted = _in_program(tmp_path, manifest, program), _logits(tmp_path, manifest)
     assert np.abs(found - wanted).max() <= CLOSE["f32"] * np.abs(wanted).max()
 

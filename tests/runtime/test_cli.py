@@ -127,7 +127,7 @@ def test_a_conversation_longer_than_the_context_goes_on_without_its_oldest_turns
     done = smoe("chat", golden, *SHORT_CONTEXT, stdin=LONG)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 12
     assert "longer than the context of 150 tokens: its oldest turn is dropped" in done.stderr
-    assert "--context TOKENS has room for more" in done.stderr
+    assert "--context 300 has room for more (this model takes up to 300)" in done.stderr
 
 
 def test_a_conversation_longer_than_the_context_ends_where_that_was_asked_for(golden):

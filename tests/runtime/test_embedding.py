@@ -33,7 +33,7 @@ def test_rows_are_those_of_a_matrix_in_memory(tmp_path, form):
     logits = []
     for name in (NATIVE[0], "reference"):
         executable = model.open(tmp_path, name, wires=model.wires)
-        spans = [(executable.state(len(ids), False), 0, ids)]
+        spans = [(executable.state(len(ids), "f32"), 0, ids)]
         logits.append(model.logits(executable, spans, np.arange(0, len(ids), 7)))
     assert same(*logits)
 
@@ -71,7 +71,7 @@ def test_ids_that_it_lacks_are_refused(tmp_path, wrong):
     executable = model.open(tmp_path, NATIVE[0], wires=model.wires)
     ids = np.array([3, wrong])
     with pytest.raises(EngineError, match=f"Token id {wrong} is not one of"):
-        executable.begin([(executable.state(9, False), 0, ids)], np.array([1]))
+        executable.begin([(executable.state(9, "f32"), 0, ids)], np.array([1]))
 
 
 def test_a_file_that_became_shorter_ends_the_step(tmp_path):
@@ -81,6 +81,6 @@ def test_a_file_that_became_shorter_ends_the_step(tmp_path):
     os.truncate(tmp_path / PROGRAM_WEIGHTS, constant.offset + constant.nbytes - 4)
     ids = np.array([model.VOCABULARY - 1])
     with pytest.raises(EngineError, match="became shorter"):
-        executable.begin([(executable.state(9, False), 0, ids)], np.array([0]))
+        executable.begin([(executable.state(9, "f32"), 0, ids)], np.array([0]))
     ids[0] = 5  # what is there can still be read
-    executable.begin([(executable.state(9, False), 0, ids)], np.array([0]))
+    executable.begin([(executable.state(9, "f32"), 0, ids)], np.array([0]))

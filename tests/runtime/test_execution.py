@@ -6,6 +6,7 @@ import pytest
 from support.program_bundle import wired, without
 from support.tables import pico
 
+from smoe.artifacts.manifest import STATE_KINDS
 from smoe.runtime import EngineError
 from smoe.runtime.execution import Execution, divide, runs_of, weights_of
 
@@ -70,7 +71,7 @@ def test_a_state_that_is_looked_at_from_outside_is_refused(program, manifest):
 
 @pytest.mark.parametrize("execution, said", [
     (Execution("torch"), "no executor 'torch'; there are auto, program, onnx"),
-    (Execution(state="f8"), "no state 'f8'; there are f16, f32"),
+    (Execution(state="f8"), "no state 'f8'; there are int8, f16, f32"),
     (Execution("program"), r"smoe-prep add BUNDLE --program"),
     (Execution(state="f32"), "State f32 has no effect"),
 ])  # fmt: skip
@@ -93,10 +94,42 @@ def test_a_program_that_knows_nothing_cannot_be_asked_for(program, manifest):
         divide(manifest, program, Execution("onnx", "f16"))
 
 
-def test_states_in_float16_take_half(program, manifest):
-    half, whole = (divide(manifest, program, Execution(state=name)) for name in ("f16", "f32"))
-    assert 2 * half.state_bytes(100) == whole.state_bytes(100)
-    assert whole.state_bytes(100) == sum(spec.nbytes(100) for spec in manifest.backbone.state)
+def test_states_in_float16_take_half_and_in_int8_a_quarter_and_scales(program, manifest):
+    def of_tokens(kind: str, context: int) -> int:
+        """Beside what no token adds to."""
+        division = divide(manifest, program, Execution(state=kind))
+        return division.state_bytes(context) - division.state_bytes(0)
+
+    whole = of_tokens("f32", 128)
+    assert whole == sum(spec.nbytes(128) for spec in manifest.backbone.state if spec.growing >= 0)
+    assert 2 * of_tokens("f16", 128) == whole == of_tokens("f32", 97)  # blocks of 32 tokens
+    assert whole / 4 < of_tokens("int8", 128) < whole / 2
+
+
+def of_kind(manifest, kind: str):
+    backbone = dataclasses.replace(manifest.backbone, state_kind=kind)
+    return dataclasses.replace(manifest, backbone=backbone)
+
+
+def test_the_bundle_says_what_its_state_is_kept_in(program, manifest):
+    for kind in STATE_KINDS:
+        division = divide(of_kind(manifest, kind), program)
+        assert division.kind == kind and not division.narrower
+        assert f"state {kind} (the bundle's)" in division.lines()[0]
+    exact = dataclasses.replace(manifest.backbone, precision="f32")
+    assert divide(dataclasses.replace(manifest, backbone=exact), program).kind == "f32"
+
+
+def test_less_than_the_bundle_says_is_lossy_and_more_is_not(program, manifest):
+    for own, asked, lossy in (
+        ("f16", "int8", True), ("f32", "f16", True), ("f32", "int8", True), ("", "int8", True),
+        ("int8", "f16", False), ("f16", "f32", False), ("int8", "int8", False),
+    ):  # fmt: skip
+        division = divide(of_kind(manifest, own), program, Execution(state=asked))
+        assert division.kind == asked and division.narrower == lossy
+        said = f"state {asked} (asked for"
+        said += f", LOSSY: narrower than the bundle's {own or 'f16'})" if lossy else ")"
+        assert division.lines()[0].endswith(said)
 
 
 def test_onnxruntime_takes_of_the_weight_file_what_its_segments_take(golden):

@@ -204,6 +204,16 @@ def test_fewer_planes_are_compared_with_all_of_them_where_only_the_fewer_fit(gol
     assert json.loads(done.stdout)["kl"] > 0 and "exact run for comparison: needs" in done.stderr
 
 
+def test_a_narrower_state_is_compared_with_the_bundle_s_own(goldens, text):
+    own = open_bundle(goldens[5]).manifest.backbone.state_kind or "f16"
+    for state, loses in (("int8", own != "int8"), ("f32", False)):
+        options = ("--state", state, "--tokens", 40, "--json")
+        done = _smoe_bench(goldens[5], "--text", text, *options)
+        assert done.returncode == 0, done.stderr
+        assert (json.loads(done.stdout).get("kl", 0) > 0) == loses
+        assert ("LOSSY: narrower" in done.stderr) == loses
+
+
 @pytest.mark.parametrize("option", [
     ("--memory", "1KiB"), ("--eviction", "nonsense"), ("--level", "77"), ("--loss", "5"),
     ("--shares",),

@@ -125,6 +125,18 @@ def test_a_sequence_that_is_rewound_or_forked_goes_on_as_if_it_had_never_gone_fu
         assert np.array_equal(found, wanted)
 
 
+def test_a_turn_that_begins_as_the_last_one_did_reads_the_rest_alone(programmed):
+    """Though one of the layers has a window of three tokens, and one carries state along."""
+    turn = [*IDS[:150].tolist(), 5, 6]
+    with Engine.open(programmed, context=CONTEXT) as engine:
+        wanted = [token.id for token in engine.generate(turn, max_new_tokens=4)]
+        for _ in engine.generate(turn[:150], max_new_tokens=9):
+            pass
+        before = engine.stats.prompt_tokens
+        found = [token.id for token in engine.generate(turn, max_new_tokens=4, reuse=True)]
+        assert found == wanted and engine.stats.prompt_tokens - before == 2
+
+
 def test_a_guess_leaves_no_trace(programmed):
     """The next layer is tried on what is computed so far, and then runs on all of it."""
     with make_parts(programmed, experts=14) as parts:
@@ -197,14 +209,14 @@ def test_kernels_and_threads_change_no_bit(programmed, wanted, monkeypatch, vari
         assert np.array_equal(engine.logits(IDS[:count]), wanted[:count])
 
 
-def test_states_in_float32_are_closer_and_take_twice_the_memory(programmed, wanted):
+def test_states_in_float32_are_closer_and_take_more_memory(programmed, wanted):
     with Engine.open(programmed, context=CONTEXT, state="f32") as engine:
         assert "state f32 (asked for)" in "\n".join(engine.mode_lines())
         found, state = engine.logits(IDS), engine.plan.state
     difference = np.abs(found - wanted).max() / np.abs(found).max()
     assert 0 < difference < 0.05
     with Engine.open(programmed, context=CONTEXT, state="f16") as engine:
-        assert state == 2 * engine.plan.state
+        assert engine.plan.state < state < 2 * engine.plan.state
         assert np.array_equal(engine.logits(IDS), wanted)
 
 
@@ -227,6 +239,9 @@ def test_commands_take_executor_and_state(golden, programmed):
 
     done = run(programmed, "--executor", "program", "--state", "f32")
     assert done.exit_code == 0 and "state f32 (asked for)" in done.output
+    done = run(programmed, "--state", "int8")
+    assert done.exit_code == 0
+    assert "state int8 (asked for, LOSSY: narrower than the bundle's f16)" in done.output
     for options in (("--executor", "program"), ("--state", "f16")):
         refused = run(golden, *options)
         assert refused.exit_code and isinstance(refused.exception, EngineError)
@@ -251,11 +266,11 @@ def test_weights_that_became_shorter_are_a_sentence(programmed, tmp_path):
 
 def test_the_plan_counts_weights_once_and_no_onnxruntime(programmed):
     bundle = open_bundle(programmed)
-    plan = plan_memory(bundle, None, CONTEXT)
+    plan = plan_memory(bundle, None, 256)
     assert not plan.onnxruntime
     assert plan.backbone - plan_memory(bundle, None, 1).backbone == 0
-    onnx = plan_memory(bundle, None, CONTEXT, execution=Execution("onnx"))
-    assert onnx.onnxruntime and onnx.state == 2 * plan.state
+    onnx = plan_memory(bundle, None, 256, execution=Execution("onnx"))
+    assert onnx.onnxruntime
     assert plan.total < onnx.total
 
 
@@ -267,9 +282,13 @@ def test_the_plan_counts_what_the_executable_takes(programmed):
     assert executable.row_bytes == division.token_bytes(CONTEXT)
     logits = 3 * 4 * bundle.manifest.model.vocabulary
     assert executable.scratch_bytes + logits <= division.workspace(CONTEXT, 0)
-    for half in (True, False):
-        asked = divide(bundle.manifest, bundle.program, Execution(state="f16" if half else "f32"))
-        assert executable.state(CONTEXT, half).nbytes == asked.state_bytes(CONTEXT)
+    for kind in ("int8", "f16", "f32"):
+        asked = divide(bundle.manifest, bundle.program, Execution(state=kind))
+        state = executable.state(CONTEXT, kind)
+        carried = state.nbytes  # nothing else before the first token
+        state.reserve(0, CONTEXT)
+        blocks = state.nbytes - 2 * carried  # before and after the step
+        assert blocks == asked.state_bytes(CONTEXT) - asked.state_bytes(0)
 
 
 @pytest.mark.skipif(REASON is not None, reason=REASON or "")

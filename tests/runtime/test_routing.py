@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support.parts import StateOfNothing
 
 from smoe.artifacts.manifest import Routing
+from smoe.runtime.backbone import BackboneState
 from smoe.runtime.routing import Assignment, Available, Dispatch, Routed, combine, route, weigh
 from smoe.runtime.step import Phase, Sequence, Span, Step
 
@@ -146,3 +147,21 @@ def test_a_fork_goes_its_own_way():
     fork.ids.append(4)
     sequence.rewind(1)
     assert sequence.ids == [1] and fork.ids == [1, 2, 3, 4] and fork.length == 4
+
+
+class StateOfEvery(StateOfNothing):
+    """That can go back to every `n`th length."""
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def rewind(self, length: int) -> int:
+        return length // self.n * self.n
+
+
+def test_a_rewind_goes_where_all_parts_of_a_state_can():
+    for length, reached in ((44, 30), (30, 30), (29, 0)):
+        sequence = Sequence(BackboneState([StateOfEvery(10), StateOfEvery(1), StateOfEvery(15)]))
+        sequence.ids.extend(range(70))
+        sequence.rewind(length)
+        assert sequence.length == reached

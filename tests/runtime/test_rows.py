@@ -45,7 +45,7 @@ def numbers(random: np.random.Generator, kind: str, shape: tuple[int, ...]) -> n
 def given(executable, table: Table, rows: int, values: dict[str, np.ndarray]):
     """A step with so many rows, whose buffers have these numbers."""
     step = executable.begin(
-        [(executable.state(rows, False), 0, np.zeros(rows, np.int64))], np.arange(rows)
+        [(executable.state(rows, "f32"), 0, np.zeros(rows, np.int64))], np.arange(rows)
     )
     for name, value in values.items():
         executable.write(step, name, value)

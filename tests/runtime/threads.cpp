@@ -84,18 +84,18 @@ void call_kernels(const Problem& problem, const std::vector<float>& wanted, std:
 // attention over what came before.
 std::vector<float> attend(const std::vector<float>& numbers, std::size_t threads) {
     constexpr std::size_t HEADS = 8, HEAD = 16, PAST = 200, ROWS_NOW = 8, Q = HEADS * HEAD;
-    std::vector<std::uint8_t> codes(Q * HIDDEN), state(2 * (PAST + ROWS_NOW) * HEAD * 2);
+    std::vector<std::uint8_t> codes(Q * HIDDEN);
     for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = std::uint8_t(i * 29);
-    for (std::size_t i = 0; i < state.size(); ++i) state[i] = std::uint8_t(i % 2 ? 0x38 : i * 7);
+    Remembered state(StateKind::f16, PAST + ROWS_NOW, HEAD, [](std::size_t i) {
+        return std::uint8_t(i % 2 ? 0x38 : i * 7);
+    });
     const Weight w = {Form::int8,   Q,
                       HIDDEN,       32,
                       codes.data(), reinterpret_cast<const std::uint8_t*>(numbers.data()),
                       true};
     std::vector<float> q(ROWS_NOW * Q), y(ROWS_NOW * Q);
     product(portable, w, numbers.data(), HIDDEN, ROWS_NOW, nullptr, q.data(), Q, threads);
-    KeyValues memory = {
-        state.data(), state.data() + state.size() / 2, true, PAST + ROWS_NOW, 1, HEAD, HEAD};
-    const Part part = {&memory, PAST, ROWS_NOW};
+    const Part part = {&state.values, PAST, ROWS_NOW};
     const Heads heads = {q.data(), Q, HEAD};
     attention(portable, {HEADS, .25f, 0, 0, nullptr}, &part, 1, heads, heads, heads,
               {y.data(), Q, HEAD}, threads);

@@ -22,12 +22,12 @@ smoe::ProgramAbout about() {
     using smoe::Type;
     const smoe::ViewAbout absent = {-1, 0, {}, {}};
     smoe::ProgramAbout made;
-    made.buffers = {{Type::f32, WIDE, false, false, 0},
-                    {Type::f32, 3 * HEAD, false, false, WIDE * 4},
-                    {Type::f32, HEAD, false, true, 0}};
+    made.buffers = {{Type::f32, WIDE, false, false, false, 0},
+                    {Type::f32, 3 * HEAD, false, false, false, WIDE * 4},
+                    {Type::f32, HEAD, false, true, false, 0}};
     made.constants = {{Form::f32, WORDS, WIDE, 0, false, 0},
                       {Form::f32, 3 * HEAD, WIDE, 0, false, WORDS * WIDE * 4}};
-    made.states = {{1, HEAD, HEAD}};
+    made.states = {{1, HEAD, HEAD, false}};
     const smoe::ViewAbout x = view(0, 0, WIDE);
     made.segments = {{
         {"embedding", "", {x}, 0, 0, {1.0}},
@@ -38,6 +38,25 @@ smoe::ProgramAbout about() {
     }};
     return made;
 }
+
+// What an attention with one head of keys remembers; `byte(i)` is what is there before.
+struct Remembered {
+    std::vector<std::uint8_t> bytes;
+    std::vector<std::int64_t> table;
+    smoe::KeyValues values;
+
+    template <class F>
+    Remembered(smoe::StateKind kind, std::size_t tokens, std::size_t width, F&& byte) {
+        const std::size_t blocks = (tokens + smoe::BLOCK_TOKENS - 1) / smoe::BLOCK_TOKENS;
+        const std::size_t nbytes = 2 * smoe::BLOCK_TOKENS * width * sizeof(float);  // at most
+        bytes.resize(blocks * nbytes + 64);
+        for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = byte(i);
+        auto first = std::int64_t(reinterpret_cast<std::uintptr_t>(bytes.data()) / 64 * 64 + 64);
+        for (std::size_t b = 0; b < blocks; ++b)
+            table.push_back(first + std::int64_t(b * nbytes));
+        values = smoe::key_values(table.data(), kind, tokens, 1, width, width, false);
+    }
+};
 
 // A program that several callers share, and what it gives on one thread.
 struct Shared {
@@ -58,12 +77,13 @@ struct Shared {
 
     // Two sequences of a step.
     std::vector<float> solve() {
-        std::vector<std::vector<float>> cells(4, std::vector<float>(TOKENS_OF * HEAD));
+        const auto zero = [](std::size_t) { return std::uint8_t(0); };
+        Remembered first(smoe::StateKind::f32, TOKENS_OF, HEAD, zero);
+        Remembered second(smoe::StateKind::int8, TOKENS_OF, HEAD, zero);
         smoe::State states[2];
         smoe::StepRows rows;
         for (std::size_t s = 0; s < 2; ++s) {
-            states[s].attentions = {{cells[2 * s].data(), cells[2 * s + 1].data(), false, TOKENS_OF,
-                                     1, HEAD, HEAD}};
+            states[s] = {TOKENS_OF, {s ? second.values : first.values}, {}, nullptr};
             rows.sequences.push_back({&states[s], 0, 0, TOKENS_OF});
         }
         for (std::size_t i = 0; i < 2 * TOKENS_OF; ++i) rows.ids.push_back(i * 5 % WORDS);

@@ -42,7 +42,7 @@ def runner(folder: Path) -> Callable[[Program], None]:
 def _logits(folder: Path, program: Program, name: str) -> list[np.ndarray]:
     """Of two sequences, a prompt each and then a token each."""
     opened = open_program(folder, program, kernels.choose(name, THREADS), THREADS)
-    first, second = opened.state(9, True), opened.state(9, True)
+    first, second = opened.state(9, "f16"), opened.state(9, "f16")
     steps = [
         ([(first, 0, [1, 2, 3, 0, 36]), (second, 0, [5, 5])], [0, 4, 6]),
         ([(first, 5, [7]), (second, 2, [8])], [0, 1]),

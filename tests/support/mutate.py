@@ -155,7 +155,7 @@ def _absurd(manifest: dict, random: Random) -> tuple[tuple, object]:
 
 
 def _version(manifest: dict, random: Random) -> tuple[tuple, object]:
-    return ("version",), random.choice([3, 4, 5, 6, 99, 2**40, 0, -1, "2", 2.0, None, [2]])
+    return ("version",), random.choice([3, 4, 5, 6, 7, 99, 2**40, 0, -1, "2", 2.0, None, [2]])
 
 
 def _path(manifest: dict, random: Random) -> tuple[tuple, object]:

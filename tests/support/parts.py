@@ -172,7 +172,7 @@ class StateOfNothing:
     def fork(self, length: int) -> StateOfNothing:
         return self
 
-    def snapshot(self) -> None:
+    def snapshot(self, length: int) -> None:
         return None
 
     def restore(self, snapshot: object) -> None:

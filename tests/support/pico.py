@@ -165,24 +165,24 @@ def config_name(family: str) -> str:
     )
 
 
-def make_config(name: str, **changes):
+def make_config(name: str, base: dict = BASE, **changes):
     cls = CONFIG_MAPPING[name]
     chosen = FAMILIES.get(name, {}) | changes
     if "text_config" not in cls.sub_configs:
-        return cls(**(_known(cls, BASE) | chosen))
+        return cls(**(_known(cls, base) | chosen))
     parts = {
         part: _tower(sub) | TOWERS.get(name, {}).get(part, {})
         for part, sub in cls.sub_configs.items()
     }
-    text = _known(cls.sub_configs["text_config"], BASE) | chosen
+    text = _known(cls.sub_configs["text_config"], base) | chosen
     return cls(**(parts | OUTSIDE.get(name, {}) | {"text_config": text}))
 
 
-def make_model(name: str, seed: int = 5, **changes):
+def make_model(name: str, seed: int = 5, base: dict = BASE, **changes):
     """A pico model with random weights: biases too, which are zero as made and would hide one that
     is lost."""
     torch.manual_seed(seed)
-    config = make_config(name, **changes)
+    config = make_config(name, base, **changes)
     model = text_class(type(config))._from_config(config).eval()
     for parameter_name, parameter in model.named_parameters():
         if "bias" in parameter_name:

@@ -13,7 +13,8 @@ from smoe.artifacts.manifest import File, Manifest
 from smoe.artifacts.program import PROGRAM, PROGRAM_WEIGHTS, Part, Program
 from smoe.artifacts.shard import write_shard
 from smoe.artifacts.validate import sha256
-from support.tables import pico
+
+from .tables import pico
 
 
 def write(path: Path, unknown: dict[int, str] | None = None) -> Path:
@@ -50,9 +51,10 @@ def wired(manifest: Manifest) -> Manifest:
     gives = [["residual.0", "cos", "sin"]]
     for n, layer in enumerate(manifest.layers):
         before = [f"total.{n - 1}", f"output.{n - 1}"] if n else ["residual.0"]
-        takes.append([*before, "cos", "sin", f"keys.{n}", f"values.{n}"])
+        states = [state for state in backbone.state if state.segment == n + 1]
+        takes.append([*before, "cos", "sin", *(state.input for state in states)])
         wires = [name for name in dataclasses.astuple(layer.wires) if name != layer.wires.output]
-        gives.append([*wires, f"total.{n}", f"new.keys.{n}", f"new.values.{n}"])
+        gives.append([*wires, f"total.{n}", *(state.output for state in states)])
     takes.append([f"total.{layers - 1}", f"output.{layers - 1}", "logits_to_keep"])
     gives.append(["logits"])
     segments = [

@@ -15,6 +15,7 @@ from smoe.artifacts.program import (
     Op,
     Part,
     Program,
+    Recurrent,
     View,
 )
 from smoe.runtime import kernels
@@ -48,6 +49,7 @@ class Table:
         self.buffers: list[Buffer] = []
         self.constants: list[Constant] = []
         self.states: list[KeyValues] = []
+        self.recurrent: list[Recurrent] = []
         self.parts: list[list[Op]] = [[]]
         self.data = bytearray()
 
@@ -96,13 +98,20 @@ class Table:
         self.data += data
         return name
 
-    def state(self, heads: int, key_width: int, value_width: int) -> str:
+    def state(self, heads: int, key_width: int, value_width: int, latent: bool = False) -> str:
         """What an attention of this segment remembers; its name."""
         keys = f"keys {len(self.states)}"
         segment = len(self.parts) - 1
         values = f"values {len(self.states)}"
-        self.states.append(KeyValues(keys, values, segment, heads, key_width, value_width))
+        about = KeyValues(keys, values, segment, heads, key_width, value_width, latent)
+        self.states.append(about)
         return keys
+
+    def carried(self, *shape: int) -> str:
+        """What every token of this segment replaces; its name."""
+        name = f"carried {len(self.recurrent)}"
+        self.recurrent.append(Recurrent(name, len(self.parts) - 1, shape))
+        return name
 
     def op(self, kind: str, inputs: list[View], *outputs: View, weight: str = "", **said) -> None:
         """An operation of the segment at hand; numbers and names by their names."""
@@ -116,7 +125,8 @@ class Table:
     @property
     def program(self) -> Program:
         parts = tuple(Part(tuple(ops)) for ops in self.parts)
-        return Program(tuple(self.buffers), tuple(self.constants), tuple(self.states), parts)
+        kept = (tuple(self.states), parts, tuple(self.recurrent))
+        return Program(tuple(self.buffers), tuple(self.constants), *kept)
 
     def open(self, path: Path, name: str, threads: int = 1, wires=None) -> Executable:
         """The program in a folder, on the kernels of this name."""
@@ -129,16 +139,27 @@ class Table:
 
 class Layers(Table):
     """A whole backbone: a prelude with embedding and rotary tables, a segment per layer, and one
-    for the logits. Every dimension is another."""
+    for the logits. Every dimension is another. `window` is that of all layers, or of each; where
+    `latent`, all heads read one key, whose first numbers are the value; where it `carries`, every
+    other layer has a convolution along tokens and a delta rule instead of attention."""
 
     VOCABULARY, HIDDEN, HEADS, GROUPS, WIDTH, EXPERTS, TOP_K = 50, 72, 6, 2, 20, 7, 3
+    LATENT = 12
 
     def __init__(
-        self, form: str = "f32", layers: int = 2, window: int = 0, softcap: float = 0, sinks=False
+        self,
+        form: str = "f32",
+        layers: int = 2,
+        window: int | tuple[int, ...] = 0,
+        softcap: float = 0,
+        sinks: bool = False,
+        latent: bool = False,
+        carries: bool = False,
     ):
         super().__init__()
-        self.form, self.layers = form, layers
-        self.window, self.softcap, self.sinks = window, softcap, sinks
+        self.form, self.layers, self.latent, self.carries = form, layers, latent, carries
+        self.windows = window if isinstance(window, tuple) else (window,) * layers
+        self.softcap, self.sinks = softcap, sinks
         residual, cos, sin = self._prelude()
         for layer in range(layers):
             self.next_segment()
@@ -188,7 +209,10 @@ class Layers(Table):
         normed = self.buffer(f"normed {layer}", self.HIDDEN)
         scale = self.constant(1 + 0.1 * self.random.standard_normal(self.HIDDEN))
         self.op("norm", [residual, scale], normed, how="rms", epsilon=1e-6)
-        attended = self._attention(layer, normed, cos, sin)
+        if self.carries and layer % 2:
+            attended = self._delta_rule(layer, normed)
+        else:
+            attended = self._attention(layer, normed, cos, sin)
         hidden, total = (self.buffer(f"{n} {layer}", self.HIDDEN) for n in ("hidden", "sum"))
         given = self.product(attended, self.HIDDEN, f"o {layer}")
         self.op("add_norm", [given, residual, scale], hidden, total, how="rms", epsilon=1e-6)
@@ -200,7 +224,8 @@ class Layers(Table):
         return total
 
     def _attention(self, layer: int, x: View, cos: View, sin: View) -> View:
-        sizes = [self.HEADS * self.WIDTH, self.GROUPS * self.WIDTH, self.GROUPS * self.WIDTH]
+        groups, width = (1, self.LATENT) if self.latent else (self.GROUPS, self.WIDTH)
+        sizes = [self.HEADS * self.WIDTH, groups * self.WIDTH, groups * self.WIDTH]
         joined = self.product(x, sum(sizes), f"qkv {layer}", bias=True)
         heads, first = [], 0
         for size in sizes:
@@ -210,12 +235,35 @@ class Layers(Table):
         q, k, v = heads
         for x in (q, k):
             self.op("rotary", [x, cos, sin], x, pairs="halves")
-        y = self.buffer(f"attended {layer}", sizes[0])
-        out = View(y.source, 0, q.shape, q.strides)
-        state = self.state(self.GROUPS, self.WIDTH, self.WIDTH)
-        said = dict(scale=self.WIDTH**-0.5, window=self.window, softcap=self.softcap)
+        y = self.buffer(f"attended {layer}", self.HEADS * width)
+        out = View(y.source, 0, (self.HEADS, width), (width, 1))
+        state = self.state(groups, self.WIDTH, width, self.latent)
+        said = dict(scale=self.WIDTH**-0.5, window=self.windows[layer], softcap=self.softcap)
         sinks = [self.constant(self.random.standard_normal(self.HEADS))] if self.sinks else []
-        self.op("attention", [q, k, v, *sinks], out, state=state, **said)
+        given = [q, k, ABSENT if self.latent else v, *sinks]
+        self.op("attention", given, out, state=state, **said)
+        return y
+
+    def _delta_rule(self, layer: int, x: View) -> View:
+        heads, keys, values = 3, 5, 4
+        sizes = (heads * keys, heads * keys, heads * values, 2 * heads)
+        joined = self.product(x, sum(sizes), f"joined {layer}", bias=True)
+        mixed = self.buffer(f"convolved {layer}", sum(sizes))
+        taps = self.constant(self.random.standard_normal((3, sum(sizes))) / 2)
+        self.op("convolution", [joined, taps], mixed, state=self.carried(2, sum(sizes)))
+        starts = [sum(sizes[:n]) for n in range(4)]
+        q, k, v = (
+            View(mixed.source, start, (heads, width), (width, 1))
+            for start, width in zip(starts, (keys, keys, values), strict=False)
+        )
+        normed, gates = self.buffer(f"keys {layer}", heads, keys), self.buffer(f"g {layer}", 6)
+        self.op("softmax", [k], normed)
+        self.op("unary", [View(mixed.source, starts[3], (6,), (1,))], gates, how="sigmoid")
+        decay, beta = (View(gates.source, n * heads, (heads,), (1,)) for n in range(2))
+        y = self.buffer(f"found {layer}", heads * values)
+        out = View(y.source, 0, (heads, values), (values, 1))
+        state = self.carried(heads, keys, values)
+        self.op("delta_rule", [q, normed, v, decay, beta], out, state=state)
         return y
 
     def _logits(self, residual: View) -> None:

@@ -31,12 +31,17 @@ from smoe.artifacts.program import (
     Op,
     Part,
     Program,
+    Recurrent,
     View,
 )
 
 VOCABULARY, HIDDEN, EXPERTS, TOP_K, LAYERS = 37, 40, 7, 3, 2
 HEADS, GROUPS, KEY, VALUE = 6, 2, 10, 8
 SCALE = 0x3C24  # .01 in bfloat16
+LATENTS, SHARED, OWN = 8, 4, 6  # of the first layer's attention over latents; of a query's head
+DELTA, TAPS, MEAN = (2, 5, 4), 3, 6  # heads, keys, values; tokens; numbers
+# Of the second layer, as the program has them.
+CARRIED = [("delta", 2, DELTA), ("taps", 2, (TAPS + 1, MEAN)), ("mean", 2, (MEAN,))]
 
 
 def view(source: str, *shape: int, at: int = 0, strides: Sequence[int] | None = None) -> View:
@@ -88,11 +93,12 @@ class Writer:
             Op(kind, tuple(inputs), outputs, weight, numbers or None, names or None)
         )
 
-    def program(self, states: Sequence[KeyValues]) -> Program:
+    def program(self, states: Sequence[KeyValues], carried: Sequence[Recurrent]) -> Program:
         last = max(constant.offset + constant.nbytes for constant in self.constants)
         del self.data[last:]  # the file ends where its last constant does
         parts = tuple(Part(tuple(ops)) for ops in self.parts)
-        return Program(tuple(self.buffers), tuple(self.constants), tuple(states), parts)
+        kept = (tuple(states), parts, tuple(carried))
+        return Program(tuple(self.buffers), tuple(self.constants), *kept)
 
 
 def pico() -> tuple[Program, bytes, Manifest]:
@@ -106,7 +112,9 @@ def pico() -> tuple[Program, bytes, Manifest]:
         KeyValues(f"keys.{layer}", f"values.{layer}", layer + 1, GROUPS, KEY, VALUE)
         for layer in range(LAYERS)
     ]
-    program = write.program(states)
+    latent = KeyValues("latents", "shared", 1, 1, LATENTS + SHARED, LATENTS, latent=True)
+    states.insert(1, latent)
+    program = write.program(states, [Recurrent(*about) for about in CARRIED])
     return program, bytes(write.data), _manifest(len(program.parts))
 
 
@@ -152,6 +160,7 @@ def _layer(write: Writer, layer: int) -> None:
     write.op("attention", (q, k, v, sinks), seen, state=named("keys"), **numbers)
     write.constant(named("o_weight"), HIDDEN, HEADS * VALUE, form="int8", group=64)
     out = write.buffer(named("out"), HIDDEN)
+    seen = _carried(write, seen) if layer else _latent(write, seen)
     flat = view(seen.source, HEADS * VALUE)
     write.op("product", (flat, ABSENT), out, weight=named("o_weight"))
     hidden, total = write.buffer(named("hidden"), HIDDEN), write.buffer(named("total"), HIDDEN)
@@ -160,6 +169,59 @@ def _layer(write: Writer, layer: int) -> None:
     write.op("add_norm", inputs, hidden, total, how="rms", epsilon=1e-5)
     _router(write, layer, hidden)
     write.buffer(named("output"), HIDDEN)  # the experts'
+
+
+def _latent(write: Writer, x: View) -> View:
+    """Heads of x attend to latents, and a part beside that all of them share."""
+    size, rows = LATENTS + SHARED, tiles.head_rows(1)
+    write.constant("latents", HEADS * rows, OWN, form="int8", group=32)
+    query, key = write.buffer("query", HEADS, size), write.buffer("latent", 1, size)
+    own = view(x.source, HEADS, OWN, strides=(VALUE, 1))
+    to = view(query.source, HEADS, LATENTS, strides=(size, 1))
+    write.op("head_product", (own,), to, weight="latents")
+    rest = view(x.source, HEADS, SHARED, at=VALUE - SHARED, strides=(VALUE, 1))
+    to = view(query.source, HEADS, SHARED, at=LATENTS, strides=(size, 1))
+    write.op("unary", (rest,), to, how="copy")
+    write.op("unary", (view(x.source, 1, size),), key, how="tanh")
+    mean, y = write.buffer("latent.mean", HEADS, LATENTS), write.buffer("latent.seen", HEADS, VALUE)
+    numbers = {"scale": OWN**-0.5, "window": 0, "softcap": 0}
+    write.op("attention", (query, key, ABSENT, ABSENT), mean, state="latents", **numbers)
+    write.constant("values", HEADS * rows, LATENTS)
+    write.op("head_product", (mean,), y, weight="values")
+    return y
+
+
+def _carried(write: Writer, x: View) -> View:
+    """What is carried from token to token, each in its way, added to the first numbers of x."""
+    heads, keys, values = DELTA
+    sums = write.buffer("sums", HEADS * VALUE)
+    write.op("unary", (view(x.source, HEADS * VALUE),), sums, how="copy")
+    parts = [view(x.source, heads, n, at=at) for n, at in ((keys, 0), (keys, 9), (values, 20))]
+    factors = [view(x.source, heads, at=at) for at in (30, 34)]
+    for place, part in enumerate(factors):
+        write.op("unary", (part,), write.buffer(f"factor.{place}", heads), how="sigmoid")
+    factors = [view(f"factor.{place}", heads) for place in (0, 1)]
+    given = write.buffer("found", heads, values)
+    write.op("delta_rule", (*parts, *factors), given, state="delta")
+    weight, bias = write.constant("taps.weight", TAPS, MEAN), write.constant("taps.bias", MEAN)
+    smooth = write.buffer("smooth", MEAN)
+    write.op("convolution", (view(given.source, MEAN), weight, bias), smooth, state="taps")
+    before, half = write.buffer("before", MEAN), write.buffer("half", MEAN)
+    mean = write.buffer("mean.new", MEAN)
+    write.op("recall", (), before, state="mean")
+    write.op("unary", (before,), half, how="tanh")
+    write.op("binary", (half, smooth), mean, how="add")
+    write.op("store", (mean,), state="mean")
+    turned = write.buffer("turned.mean", heads, MEAN // heads)
+    write.constant("heads", heads * tiles.head_rows(MEAN // heads), values)
+    write.op("head_product", (given,), turned, weight="heads")
+    write.op("binary", (mean, view(turned.source, MEAN)), mean, how="mul")
+    total = write.buffer("carried", HEADS * VALUE)
+    ends = [(0, MEAN), (MEAN, HEADS * VALUE - MEAN)]
+    first, rest = (view(total.source, n, at=at) for at, n in ends)
+    write.op("binary", (mean, view(sums.source, MEAN)), first, how="add")
+    write.op("unary", (view(sums.source, ends[1][1], at=MEAN),), rest, how="copy")
+    return view(total.source, HEADS, VALUE)
 
 
 def _residual(write: Writer, layer: int) -> View:
@@ -225,6 +287,10 @@ def _manifest(parts: int) -> Manifest:
         for name, width in (("keys", KEY), ("values", VALUE)):
             shape = (1, GROUPS, 5, width)
             states.append(State(n + 1, f"{name}.{n}", f"new.{name}.{n}", "F32", shape, 2, True))
+    for name, width in (("latents", LATENTS), ("shared", SHARED)):
+        states.append(State(1, name, f"new.{name}", "F32", (1, 1, 5, width), 2, True))
+    for name, segment, shape in CARRIED:
+        states.append(State(segment, name, f"new.{name}", "F32", (1, *shape[::-1]), -1, False))
     segments = tuple(Segment(f"backbone/segment-{n:02d}.onnx", (), (), ()) for n in range(parts))
     backbone = Backbone("int4", HEADS, "backbone/weights.data", segments, (), tuple(states))
     return Manifest(

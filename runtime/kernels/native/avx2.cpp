@@ -33,6 +33,9 @@ inline __m256i quad_at(const std::int8_t* p) {
     __builtin_memcpy(&quad, p, sizeof quad);
     return _mm256_set1_epi32(quad);
 }
+inline __m256i codes_at(const std::int8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
 inline Sums start(std::int32_t) { return _mm256_setzero_si256(); }
 inline Sums dot(Sums s, Bytes w, __m256i x) {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));

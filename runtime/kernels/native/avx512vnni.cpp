@@ -29,6 +29,7 @@ inline __m512i quad_at(const std::int8_t* p) {
     __builtin_memcpy(&quad, p, sizeof quad);
     return _mm512_set1_epi32(quad);
 }
+inline __m512i codes_at(const std::int8_t* p) { return _mm512_loadu_si512(p); }
 inline Sums start(std::int32_t sum) { return _mm512_set1_epi32(sum); }
 inline Sums dot(Sums s, Bytes w, __m512i x) { return _mm512_dpbusd_epi32(s, w, x); }
 inline Sums plus(Sums a, Sums b) { return _mm512_add_epi32(a, b); }

@@ -78,60 +78,63 @@ void one_embedding(const About& about, Ids ids, float scale, Outputs y) {
     embedding(w, ids.data(), ids.shape(0), scale, y.data(), y.stride(0));
 }
 
-using Remembered = nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;  // of int64
 using Numbers = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
-// keys [kv_heads, capacity, key_width], values [kv_heads, capacity, value_width], past, rows
-using Sequence = std::tuple<Remembered, Remembered, std::size_t, std::size_t>;
+// kind, addresses of blocks, past, rows
+using Sequence = std::tuple<std::string, Table, std::size_t, std::size_t>;
 
 template <class A>
 Heads heads(const A& x) {
     return {const_cast<float*>(x.data()), x.shape(1) * x.shape(2), x.shape(2)};
 }
 
-KeyValues state_of(const Sequence& sequence) {
-    const auto& [keys, values, past, rows] = sequence;
-    const nb::dlpack::dtype half = {std::uint8_t(nb::dlpack::dtype_code::Float), 16, 1};
-    require(keys.dtype() == half || keys.dtype() == nb::dtype<float>(),
-            "keys and values are float16 or float32");
-    require(values.dtype() == keys.dtype() && values.shape(0) == keys.shape(0) &&
-                values.shape(1) == keys.shape(1),
-            "keys and values disagree");
-    require(past <= keys.shape(1) && rows <= keys.shape(1) - past,
+// The addresses of a sequence's blocks; all are there that its rows see.
+const std::int64_t* blocks_of(const Sequence& sequence, std::size_t window) {
+    const auto& [kind, table, past, rows] = sequence;
+    const std::size_t context = table.shape(0) * BLOCK_TOKENS;
+    require(table.dtype() == nb::dtype<std::int64_t>(), "addresses are int64");  // not converted
+    require(past <= context && rows <= context - past,
             "more tokens than a state has room for");
-    return {keys.data(),   values.data(), keys.dtype() == half, keys.shape(1),
-            keys.shape(0), keys.shape(2), values.shape(2)};
+    const auto* blocks = static_cast<const std::int64_t*>(table.data());
+    const std::size_t first = window && past >= window ? past + 1 - window : 0;
+    for (std::size_t i = first / BLOCK_TOKENS; i * BLOCK_TOKENS < past + rows; ++i)
+        require(blocks[i] > 0 && blocks[i] % 64 == 0, "a block is not there, or lies askew");
+    return blocks;
 }
 
 void one_attention(const std::string& variant, const std::vector<Sequence>& sequences, Numbers q,
-                   Numbers k, Numbers v, Output y, float scale, float softcap, std::size_t window,
-                   std::optional<Vector> sinks, std::size_t threads) {
+                   Numbers k, std::optional<Numbers> v, Output y, float scale, float softcap,
+                   std::size_t window, std::optional<Vector> sinks, std::size_t threads) {
     require(!sequences.empty(), "attention has sequences");
     std::vector<KeyValues> states;
     std::vector<Part> parts;
     std::size_t rows = 0;
-    for (const Sequence& sequence : sequences) states.push_back(state_of(sequence));
+    for (const Sequence& sequence : sequences) {
+        const auto& [kind, table, past, count] = sequence;
+        states.push_back(key_values(blocks_of(sequence, window), state_kind(kind),
+                                    table.shape(0) * BLOCK_TOKENS, k.shape(1), k.shape(2),
+                                    y.shape(2), !v));
+    }
     for (std::size_t i = 0; i < states.size(); ++i) {
-        const KeyValues& s = states[i];
-        require(s.kv_heads == k.shape(1) && s.key_width == k.shape(2) && s.kv_heads == v.shape(1) &&
-                    s.value_width == v.shape(2) && s.half == states[0].half,
-                "a state is not like the others, or not like k and v");
         parts.push_back({&states[i], std::get<2>(sequences[i]), std::get<3>(sequences[i])});
         rows += parts.back().rows;
     }
-    require(q.shape(0) == rows && k.shape(0) == rows && v.shape(0) == rows && y.shape(0) == rows,
+    require(q.shape(0) == rows && k.shape(0) == rows && y.shape(0) == rows,
             "q, k, v and y have the rows of all sequences");
-    require(k.shape(1) > 0 && q.shape(1) > 0 && q.shape(1) % k.shape(1) == 0 &&
-                q.shape(2) == k.shape(2) && y.shape(1) == q.shape(1) && y.shape(2) == v.shape(2) &&
+    require(k.shape(1) > 0 && q.shape(1) > 0 && q.shape(1) % k.shape(1) == 0 && k.shape(2) > 0 &&
+                q.shape(2) == k.shape(2) && y.shape(1) == q.shape(1) && y.shape(2) > 0 &&
                 (!sinks || sinks->shape(0) == q.shape(1)),
-            "q [n, heads, d], k [n, kv_heads, d], v [n, kv_heads, e], y [n, heads, e], sinks "
-            "[heads]");
+            "q [n, heads, d], k [n, kv_heads, d], y [n, heads, e], sinks [heads]");
+    require(v ? v->shape(0) == rows && v->shape(1) == k.shape(1) && v->shape(2) == y.shape(2)
+              : y.shape(2) <= k.shape(2),
+            "v [n, kv_heads, e], or none where values are the first numbers of keys");
     const Attention a = {q.shape(1), scale, softcap, window, sinks ? sinks->data() : nullptr};
     const Variant& chosen = named(variant);
     nb::gil_scoped_release unlocked;
-    attention(chosen, a, parts.data(), parts.size(), heads(q), heads(k), heads(v), heads(y),
-              threads);
+    attention(chosen, a, parts.data(), parts.size(), heads(q), heads(k), v ? heads(*v) : Heads{},
+              heads(y), threads);
 }
 
 }  // namespace
@@ -144,10 +147,10 @@ void bind_backbone(nb::module_& m) {
     m.def("embedding", &one_embedding, "weight"_a, "ids"_a.noconvert(), "scale"_a,
           "y"_a.noconvert(), "Rows of a weight times scale.");
     m.def("attention", &one_attention, "variant"_a, "sequences"_a, "q"_a.noconvert(),
-          "k"_a.noconvert(), "v"_a.noconvert(), "y"_a.noconvert(), "scale"_a, "softcap"_a,
+          "k"_a.noconvert(), "v"_a.noconvert().none(), "y"_a.noconvert(), "scale"_a, "softcap"_a,
           "window"_a, "sinks"_a.noconvert().none(), "threads"_a,
-          "What new rows see of their sequences, as attention.h says; a sequence is (keys, values, "
-          "past, rows).");
+          "What new rows see of their sequences, as attention.h says; a sequence is (kind, "
+          "addresses of its blocks, past, rows). v is None where keys hold the values.");
 }
 
 }  // namespace smoe

@@ -12,6 +12,8 @@
 //   dot(s, w, x)       s + sum over 4 columns of w * x, exactly; x = quad_at(p): 4 activations for
 //                      every row. OFFSET says whether w is w + 128; turned(w) takes 128 off (where
 //                      OFFSET is 0)
+//   codes_at(p)        VECTOR activations, as `dot` takes them for VECTOR weights of one row: the
+//                      lanes of its sums are then for every 4 columns
 //   start(sum)         the sums to begin with, `sum` as `quantise` leaves it
 //   plus(a, b)         sums
 //   floats_at(p), put(p, v), no_floats()    load, store, zeros

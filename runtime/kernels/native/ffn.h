@@ -99,6 +99,7 @@ struct Rows {
 
 struct Weight;    // products.h
 struct KeyBlock;  // attention.h
+struct Join;
 
 struct Variant {
     const char* name;  // what SMOE_KERNELS may say
@@ -115,11 +116,10 @@ struct Variant {
     // Up to SPAN tiles of a backbone's matrix, which `m` describes too, as `tile` does one.
     void (*product)(const Weight& w, const Matrix& m, std::size_t tile, std::size_t tiles,
                     const Rows& x, float* y, std::size_t stride);
-    // What queries see of a block of keys; `count` blocks, one behind the other, joined to an
-    // output y [width]; float32 to float16, ties to even (attention.h).
+    // What queries see of a block of keys; blocks joined to an output; float32 to float16, ties to
+    // even (attention.h).
     void (*attend)(const KeyBlock& block);
-    void (*join)(const float* blocks, std::size_t count, std::size_t width, const float* sink,
-                 float* y);
+    void (*join)(const Join& join);
     void (*to_f16)(const float* x, std::size_t n, std::uint16_t* y);
 };
 

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "attention.h"
 #include "ffn.h"
 
 namespace smoe {
@@ -18,6 +19,12 @@ inline const Variant& named(const std::string& name) {
     for (std::size_t i = 0; i < count; ++i)
         if (name == found[i]->name) return *found[i];
     throw nanobind::value_error("this processor has no such variant; ask variants()");
+}
+
+inline StateKind state_kind(const std::string& name) {
+    require(name == "f32" || name == "f16" || name == "int8",
+            "what is remembered is f32, f16 or int8");
+    return name == "f32" ? StateKind::f32 : name == "f16" ? StateKind::f16 : StateKind::int8;
 }
 
 // A ValueError unless records of `nbytes`, the first at `data`, hold what `layer` reads at `level`.

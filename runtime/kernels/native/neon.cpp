@@ -29,6 +29,7 @@ inline int8x16_t quad_at(const std::int8_t* p) {
     __builtin_memcpy(&quad, p, sizeof quad);
     return vreinterpretq_s8_s32(vdupq_n_s32(quad));
 }
+inline int8x16_t codes_at(const std::int8_t* p) { return vld1q_s8(p); }
 inline Sums start(std::int32_t) { return vdupq_n_s32(0); }
 inline Sums dot(Sums s, Bytes w, int8x16_t x) {
     const int8x16_t v = vreinterpretq_s8_u8(w);

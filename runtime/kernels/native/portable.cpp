@@ -26,6 +26,9 @@ inline Bytes look_up(Bytes table, Bytes nibbles) { return __builtin_shuffle(tabl
 inline Bytes turned(Bytes v) { return v ^ 128; }
 inline Bytes add(Bytes a, Bytes b) { return a + b; }
 inline const std::int8_t* quad_at(const std::int8_t* p) { return p; }
+inline Bytes codes_at(const std::int8_t* p) {
+    return bytes_at(reinterpret_cast<const std::uint8_t*>(p));
+}
 inline Sums start(std::int32_t) { return Sums{}; }
 inline Sums dot(Sums s, Bytes w, const std::int8_t* x) {
     // Columns apart: bytes of a column to 32 bits by shifting up and back down, which keeps the
@@ -35,6 +38,15 @@ inline Sums dot(Sums s, Bytes w, const std::int8_t* x) {
         const Words low = (words >> (8 * c)) & 255u;
         const Sums value = reinterpret_cast<Sums>((low ^ 128u) - 128u);
         s += value * std::int32_t(x[c]);
+    }
+    return s;
+}
+inline Sums dot(Sums s, Bytes w, Bytes x) {
+    const Words words = reinterpret_cast<Words>(w), others = reinterpret_cast<Words>(x);
+    for (int c = 0; c < 4; ++c) {
+        const Words low = (words >> (8 * c)) & 255u, other = (others >> (8 * c)) & 255u;
+        s += reinterpret_cast<Sums>((low ^ 128u) - 128u) *
+             reinterpret_cast<Sums>((other ^ 128u) - 128u);
     }
     return s;
 }

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "attention.h"
 #include "pool.h"
 
 namespace smoe {
@@ -35,7 +36,7 @@ Matrix matrix_of(const Weight& w) {
     return m;
 }
 
-// Some rows as the kernels want them.
+// Some vectors as the kernels want them.
 struct Activations {
     std::vector<std::int8_t> q;
     std::vector<float> steps;
@@ -48,10 +49,19 @@ struct Activations {
     // Rows of q are a line apart from a power of two, since those would share lines of a cache.
     static std::size_t apart(const Matrix& m) { return m.blocks() * COLUMNS + 64; }
 
-    Rows fill(const Variant& variant, const Weight& w, const Matrix& m, const float* rows,
-              std::size_t stride, std::size_t n, std::size_t threads) {
+    // How many rows go through a matrix together, `heads` vectors of each.
+    static std::size_t together(const Weight& w, const Matrix& m, std::size_t heads) {
+        const std::size_t row = heads * (w.quantised() ? apart(m) : w.n_in * sizeof(float));
+        return std::min(std::max(PRODUCT_SCRATCH / std::max<std::size_t>(row, 1), FEW_ROWS),
+                        MOST_ROWS);
+    }
+
+    // Vectors `at`(0) .. at(n - 1).
+    template <class At>
+    Rows fill(const Variant& variant, const Weight& w, const Matrix& m, std::size_t n,
+              std::size_t threads, At at) {
         x.resize(n);
-        for (std::size_t r = 0; r < n; ++r) x[r] = rows + r * stride;
+        for (std::size_t r = 0; r < n; ++r) x[r] = at(r);
         if (!w.quantised()) return {n, x.data(), nullptr, nullptr, nullptr};
         const std::size_t width = apart(m), groups = m.groups();
         if (q.size() < n * width) q.resize(n * width);
@@ -68,6 +78,12 @@ struct Activations {
         return {n, x.data(), q_of.data(), step_of.data(), sum_of.data()};
     }
 };
+
+// Vectors first .. first + n of them.
+Rows part_of(const Rows& x, std::size_t first, std::size_t n) {
+    if (!x.q) return {n, x.x + first, nullptr, nullptr, nullptr};
+    return {n, x.x + first, x.q + first, x.step + first, x.sum + first};
+}
 
 struct Product {
     const Variant& variant;
@@ -109,23 +125,55 @@ std::size_t Weight::scale_bytes() const {
     return (n_out + ROWS - 1) / ROWS * ROWS * ((n_in + group - 1) / group) * (wide ? 4 : 2);
 }
 
+Weight Weight::rows(std::size_t first, std::size_t n) const {
+    Weight before = *this, part = *this;
+    before.n_out = first, part.n_out = n;
+    part.data += before.bytes(), part.scales += before.scale_bytes();
+    return part;
+}
+
 void product(const Variant& variant, const Weight& w, const float* x, std::size_t x_stride,
              std::size_t rows, const float* bias, float* y, std::size_t y_stride,
              std::size_t threads) {
     static thread_local Activations scratch;
     Activations& activations = scratch;  // thread_local: the workers must see this thread's
     const Matrix m = matrix_of(w);
-    const std::size_t row_bytes = w.quantised() ? Activations::apart(m) : w.n_in * sizeof(float);
-    const std::size_t together = std::min(
-        std::max(PRODUCT_SCRATCH / std::max<std::size_t>(row_bytes, 1), FEW_ROWS), MOST_ROWS);
+    const std::size_t together = Activations::together(w, m, 1);
     for (std::size_t first = 0; first < rows; first += together) {
         const std::size_t n = std::min(rows - first, together), span = n == 1 ? 1 : SPAN;
         const std::size_t many = n * w.n_out * w.n_in < LITTLE ? 1 : threads;
-        const Rows some =
-            activations.fill(variant, w, m, x + first * x_stride, x_stride, n, threads);
+        const Rows some = activations.fill(variant, w, m, n, threads, [&](std::size_t r) {
+            return x + (first + r) * x_stride;
+        });
         const Product here = {variant, w, m, bias, y + first * y_stride, y_stride};
         parallel((m.tiles() + span - 1) / span, many, [&](std::size_t item) {
             here.tiles(item * span, std::min(span, m.tiles() - item * span), some);
+        });
+    }
+}
+
+void head_product(const Variant& variant, const Weight& w, std::size_t heads, std::size_t n_out,
+                  const Heads& x, std::size_t rows, const Heads& y, std::size_t threads) {
+    static thread_local Activations scratch;
+    Activations& activations = scratch;
+    const std::size_t apart = (n_out + ROWS - 1) / ROWS * ROWS;
+    const Matrix any = matrix_of(w.rows(0, n_out));
+    const std::size_t together = Activations::together(w, any, heads);
+    for (std::size_t first = 0; first < rows; first += together) {
+        const std::size_t n = std::min(rows - first, together), span = n == 1 ? 1 : SPAN;
+        const std::size_t many = n * w.n_out * w.n_in < LITTLE ? 1 : threads;
+        const Rows all =  // head after head, of each the rows
+            activations.fill(variant, w, any, heads * n, threads, [&](std::size_t i) {
+                return x.data + (first + i % n) * x.row + i / n * x.head;
+            });
+        parallel(heads, many, [&](std::size_t i) {
+            const Weight own = w.rows(i * apart, n_out);
+            const Matrix m = matrix_of(own);
+            const Product here = {variant, own,     m,
+                                  nullptr, y.data + first * y.row + i * y.head, y.row};
+            const Rows some = part_of(all, i * n, n);
+            for (std::size_t tile = 0; tile < m.tiles(); tile += span)
+                here.tiles(tile, std::min(span, m.tiles() - tile), some);
         });
     }
 }

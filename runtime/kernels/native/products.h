@@ -18,6 +18,8 @@
 
 namespace smoe {
 
+struct Heads;  // attention.h
+
 constexpr std::size_t PRODUCT_SCRATCH = 1 << 19;
 
 enum class Form { f32, bf16, int8, int4 };
@@ -33,6 +35,8 @@ struct Weight {
     bool quantised() const { return form == Form::int8 || form == Form::int4; }
     std::size_t bytes() const;        // of codes or float rows
     std::size_t scale_bytes() const;  // of scales
+    // Rows first .. first + n; `first` is a multiple of 16.
+    Weight rows(std::size_t first, std::size_t n) const;
 };
 
 // x row r begins at x + r * x_stride; y likewise, and y [rows, n_out] receives the products and
@@ -40,6 +44,11 @@ struct Weight {
 void product(const Variant& variant, const Weight& w, const float* x, std::size_t x_stride,
              std::size_t rows, const float* bias, float* y, std::size_t y_stride,
              std::size_t threads);
+
+// The same for every head of a row, each times a matrix [n_out, n_in] of its own: that of head i
+// are rows of w from i * apart on, apart being n_out rounded up to whole tiles.
+void head_product(const Variant& variant, const Weight& w, std::size_t heads, std::size_t n_out,
+                  const Heads& x, std::size_t rows, const Heads& y, std::size_t threads);
 
 // Rows ids[r] of w, times `scale` (of int8 and int4 (code * scale of its group) * scale): y + r *
 // y_stride, n_in numbers. Ids were checked.

@@ -1,16 +1,19 @@
 #include "program.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 
 #include "pool.h"
 #include "program_build.h"
+#include "program_scan.h"
 
 namespace smoe {
 namespace {
 
 constexpr std::size_t LITTLE = 1 << 15;  // numbers of a call that a second thread is not worth
+constexpr std::size_t ROW_LARGEST = std::size_t(1) << 31;  // numbers of a buffer's row
 constexpr std::size_t SPARE = 8 << 20;   // bytes of a step's memory that are kept for the next one
 
 float* floats_at(const Program& program, const Op& op, std::size_t i, const StepRows& rows,
@@ -19,28 +22,6 @@ float* floats_at(const Program& program, const Op& op, std::size_t i, const Step
 }
 
 std::size_t stride_of(const Op& op, std::size_t i) { return op.operand[i].row / sizeof(float); }
-
-// A row operation: its kernel along every line.
-void one_row(const Op& op, std::uint8_t* const* base) {
-    void* at[OPERANDS];
-    for (std::size_t i = 0; i < op.operands; ++i) at[i] = base[i];
-    if (!op.rank) return op.kernel(op.row, at);
-    std::size_t index[RANK] = {};
-    for (;;) {
-        op.kernel(op.row, at);
-        std::size_t a = op.rank - 1;
-        for (;; --a) {
-            const bool more = ++index[a] < op.shape[a];
-            const auto back = std::ptrdiff_t(op.shape[a] - 1);
-            for (std::size_t i = 0; i < op.operands; ++i)
-                at[i] = static_cast<std::uint8_t*>(at[i]) +
-                        (more ? op.operand[i].outer[a] : -back * op.operand[i].outer[a]);
-            if (more) break;
-            index[a] = 0;
-            if (a == 0) return;
-        }
-    }
-}
 
 void run_rows(Program& program, const Op& op, StepRows& rows, const Block& block) {
     const std::size_t n = op.kept ? block.kept : block.rows;
@@ -75,20 +56,17 @@ void run_product(Program& program, const Op& op, StepRows& rows, const Block& bl
             stride_of(op, 2), program.threads);
 }
 
+void run_head_product(Program& program, const Op& op, StepRows& rows, const Block& block) {
+    const auto heads = [&](std::size_t i) {
+        return Heads{floats_at(program, op, i, rows, block), stride_of(op, i), op.heads[i]};
+    };
+    head_product(program.variant, op.weight, op.shape[0], op.shape[1], heads(0),
+                 op.kept ? block.kept : block.rows, heads(1), program.threads);
+}
+
 void run_embedding(Program& program, const Op& op, StepRows& rows, const Block& block) {
     embedding(op.weight, rows.ids.data() + block.first, block.rows, op.scale,
               floats_at(program, op, 0, rows, block), stride_of(op, 0));
-}
-
-// Calls f(sequence, its first row in the block, rows in the block) for those that have some.
-template <class F>
-void each_sequence(const StepRows& rows, const Block& block, F&& f) {
-    const std::size_t end = block.first + block.rows;
-    for (const Sequence& s : rows.sequences) {
-        const std::size_t first = s.first > block.first ? s.first : block.first;
-        const std::size_t last = s.first + s.rows < end ? s.first + s.rows : end;
-        if (first < last) f(s, first, last - first);
-    }
 }
 
 void run_position(Program& program, const Op& op, StepRows& rows, const Block& block) {
@@ -113,20 +91,59 @@ void run_attention(Program& program, const Op& op, StepRows& rows, const Block& 
     const auto heads = [&](std::size_t i, std::size_t slot) {
         return Heads{floats_at(program, op, i, rows, block), stride_of(op, i), op.heads[slot]};
     };
+    const bool latent = op.operand[2].place == Place::absent;
     attention(program.variant, op.attention, rows.parts.data(), rows.parts.size(), heads(0, 0),
-              heads(1, 1), heads(2, 2), heads(4, 3), program.threads);
+              heads(1, 1), latent ? Heads{} : heads(2, 2), heads(4, 3), program.threads);
 }
 
 void (*runner(const std::string& kind))(Program&, const Op&, StepRows&, const Block&) {
-    return kind == "product"     ? run_product
-           : kind == "attention" ? run_attention
-           : kind == "embedding" ? run_embedding
-           : kind == "position"  ? run_position
-           : kind == "keep"      ? run_keep
-                                 : run_rows;
+    return kind == "product"        ? run_product
+           : kind == "head_product" ? run_head_product
+           : kind == "attention"    ? run_attention
+           : kind == "embedding"    ? run_embedding
+           : kind == "position"     ? run_position
+           : kind == "keep"         ? run_keep
+           : kind == "delta_rule"   ? run_delta_rule
+           : kind == "convolution"  ? run_convolution
+                                    : run_rows;
 }
 
 }  // namespace
+
+// The kernel along every line.
+void one_row(const Op& op, std::uint8_t* const* base) {
+    void* at[OPERANDS];
+    for (std::size_t i = 0; i < op.operands; ++i) at[i] = base[i];
+    if (!op.rank) return op.kernel(op.row, at);
+    std::size_t index[RANK] = {};
+    for (;;) {
+        op.kernel(op.row, at);
+        std::size_t a = op.rank - 1;
+        for (;; --a) {
+            const bool more = ++index[a] < op.shape[a];
+            const auto back = std::ptrdiff_t(op.shape[a] - 1);
+            for (std::size_t i = 0; i < op.operands; ++i)
+                at[i] = static_cast<std::uint8_t*>(at[i]) +
+                        (more ? op.operand[i].outer[a] : -back * op.operand[i].outer[a]);
+            if (more) break;
+            index[a] = 0;
+            if (a == 0) return;
+        }
+    }
+}
+
+std::size_t row_bytes(const ProgramAbout& program, Place place) {
+    std::size_t most = 0;
+    for (const BufferAbout& b : program.buffers) {
+        require(b.size > 0 && b.size < ROW_LARGEST && b.offset % 64 == 0 &&
+                    b.offset < ROW_LARGEST * 64,
+                "A buffer is empty, larger than there are, or not on a multiple of 64.");
+        if (place_of(b) != place) continue;
+        const std::size_t end = b.offset + b.size * SIZES[std::size_t(b.type)];
+        most = std::max(most, (end + 63) / 64 * 64);
+    }
+    return most;
+}
 
 void Memory::reserve(std::size_t least) {
     if (least <= size) return;
@@ -142,24 +159,27 @@ void Memory::reserve(std::size_t least) {
 Program::Program(const ProgramAbout& about, const std::uint8_t* weights, std::size_t nbytes,
                  const Variant& variant, std::size_t threads)
     : variant(variant),
+      rows(row_kernels(variant)),
       threads(threads),
       buffers_(about.buffers),
       states_(about.states),
-      scratch_row_(row_bytes(about, false, false)),
-      step_row_(row_bytes(about, true, false)),
-      kept_row_(row_bytes(about, true, true)) {
-    const RowKernels& kernels = row_kernels(variant);
+      recurrent_(about.recurrent),
+      scratch_row_(row_bytes(about, Place::scratch)),
+      scan_row_(row_bytes(about, Place::scan)),
+      step_row_(row_bytes(about, Place::step)),
+      kept_row_(row_bytes(about, Place::kept)) {
     for (std::size_t s = 0; s < about.segments.size(); ++s) {
         segments_.emplace_back();
         for (std::size_t i = 0; i < about.segments[s].size(); ++i) {
             const OpAbout& one = about.segments[s][i];
             const std::string where = "Operation " + std::to_string(i) + " (" + one.kind +
                                       ") of segment " + std::to_string(s) + " of the program";
-            segments_.back().push_back(build(one, about, weights, nbytes, kernels, where));
+            segments_.back().push_back(build(one, about, weights, nbytes, rows, where));
             segments_.back().back().run = runner(one.kind);
             if (one.kind == "embedding" && segments_.back().back().weight.n_out < vocabulary_)
                 vocabulary_ = segments_.back().back().weight.n_out;
         }
+        find_scans(segments_.back(), "Segment " + std::to_string(s) + " of the program");
     }
 }
 
@@ -169,6 +189,8 @@ std::uint8_t* Program::at(const Argument& o, const StepRows& rows, const Block& 
             return o.constant + o.start;
         case Place::scratch:
             return scratch_.start + o.unit * block.rows + o.start;
+        case Place::scan:
+            return scans_.start + block.scan * scan_row_ + o.unit + o.start;
         case Place::step:
             return rows.memory.start + o.unit * rows.rows + block.first * o.row + o.start;
         case Place::kept:
@@ -190,16 +212,23 @@ void Program::begin(StepRows& rows) {
     std::size_t n = 0;
     for (Sequence& s : rows.sequences) {
         s.first = n, n += s.rows;
-        require(s.state->attentions.size() == states_.size(), "A state is of another program.");
+        require(s.state->attentions.size() == states_.size() && s.state->sizes == recurrent_,
+                "A state is of another program.");
+        for (std::size_t i = 0; i < recurrent_.size(); ++i)
+            require(s.state->found(i) && s.state->left(i), "A state has no room for a step.");
+        const std::size_t context = s.state->context;
+        require(s.past <= context && s.rows <= context - s.past,
+                "A sequence of " + std::to_string(s.past) + " tokens and " +
+                    std::to_string(s.rows) + " new ones is longer than its state of " +
+                    std::to_string(context) + "; make one of a longer context.");
         for (std::size_t i = 0; i < states_.size(); ++i) {
             const KeyValues& kv = s.state->attentions[i];
-            require(kv.kv_heads == states_[i].heads && kv.key_width == states_[i].key_width &&
-                        kv.value_width == states_[i].value_width,
+            require(kv.kv_heads == states_[i].heads && kv.keys.width == states_[i].key_width &&
+                        kv.value_width == states_[i].value_width && kv.latent == states_[i].latent,
                     "A state is of another program.");
-            require(s.past <= kv.capacity && s.rows <= kv.capacity - s.past,
-                    "A sequence of " + std::to_string(s.past) + " tokens and " +
-                        std::to_string(s.rows) + " new ones is longer than its state of " +
-                        std::to_string(kv.capacity) + "; make one of a longer context.");
+            for (std::size_t position = s.past; position < s.past + s.rows;
+                 position += BLOCK_TOKENS - position % BLOCK_TOKENS)
+                require(kv.block(position), "A state has no room for the new tokens.");
         }
     }
     rows.rows = n, rows.program = this;
@@ -236,7 +265,8 @@ void Program::run(StepRows& rows, std::size_t segment) {
     const std::lock_guard<std::mutex> lock(running_);
     const std::size_t most = rows.rows < BLOCK ? rows.rows : BLOCK;
     scratch_.reserve(scratch_row_ * most);
-    Block block = {0, 0, 0, 0};
+    scans_.reserve(scan_row_ * (threads < SCANS ? threads : SCANS));
+    Block block = {};
     for (; block.first < rows.rows; block.first += block.rows) {
         const std::size_t left = rows.rows - block.first;
         block.rows = left < BLOCK ? left : BLOCK;
@@ -244,8 +274,12 @@ void Program::run(StepRows& rows, std::size_t segment) {
         while (block.kept_first + block.kept < rows.keep.size() &&
                std::size_t(rows.keep[block.kept_first + block.kept]) < block.first + block.rows)
             ++block.kept;
-        for (const Op& op : segments_[segment])
-            if (!op.kept || block.kept) op.run(*this, op, rows, block);
+        const std::vector<Op>& ops = segments_[segment];
+        for (std::size_t i = 0; i < ops.size(); i += ops[i].scanned ? ops[i].scanned : 1)
+            if (ops[i].scanned)
+                run_scan(*this, &ops[i], ops[i].scanned, rows, block);
+            else if (!ops[i].kept || block.kept)
+                ops[i].run(*this, ops[i], rows, block);
     }
 }
 

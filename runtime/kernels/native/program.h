@@ -7,9 +7,9 @@
 // cross segments in the memory of a step, the others in scratch; overlaps give wrong numbers and no
 // more.
 //
-// The bits of a row depend on nothing but its own past: rows.h, products.h and attention.h say so
-// of every operation. One run at a time; others wait. Nothing is allocated per run once the scratch
-// is as large as the largest block so far.
+// The bits of a row depend on nothing but its own past: rows.h, products.h, attention.h and
+// recurrent.h say so of every operation. One run at a time; others wait. Nothing is allocated per
+// run once the scratch is as large as the largest block so far.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -30,11 +30,12 @@ constexpr std::size_t RANK = 6;     // axes of a view, at most
 // ---- a description
 
 // `size` numbers a row; `offset` bytes a row into the scratch, or, where it crosses segments, into
-// the step's memory (that of kept rows where `kept`): a multiple of 64.
+// the step's memory (that of kept rows where `kept`), or, where no operation outside of one scan
+// takes it, into that scan's memory of one row: a multiple of 64.
 struct BufferAbout {
     Type type;
     std::size_t size;
-    bool kept, crossing;
+    bool kept, crossing, scanned;
     std::size_t offset;
 };
 
@@ -66,25 +67,46 @@ struct OpAbout {
 
 struct StateAbout {
     std::size_t heads, key_width, value_width;
+    bool latent;
 };
 
 struct ProgramAbout {
     std::vector<BufferAbout> buffers;
     std::vector<ConstantAbout> constants;
     std::vector<StateAbout> states;
+    std::vector<std::size_t> recurrent;  // numbers of each
     std::vector<std::vector<OpAbout>> segments;
 };
 
 // ---- a step
 
-// What every attention of a program remembers of one sequence.
+// What a program remembers of one sequence of up to `context` tokens: of every attention; and of
+// every recurrent state, float32, the addresses of what a step finds and of what it leaves, [n][2],
+// which are others from step to step.
 struct State {
+    std::size_t context;
     std::vector<KeyValues> attentions;
+    std::vector<std::size_t> sizes;  // of recurrent state, in numbers
+    const std::int64_t* recurrent;
+
+    const float* found(std::size_t i) const { return at(2 * i); }
+    float* left(std::size_t i) const { return at(2 * i + 1); }
+
+  private:
+    float* at(std::size_t i) const {
+        return reinterpret_cast<float*>(std::uintptr_t(recurrent[i]));
+    }
 };
 
 struct Sequence {
     State* state;
     std::size_t past, first, rows;  // tokens before; rows of the step
+};
+
+// Some rows of one sequence, `first` of a block.
+struct Run {
+    const Sequence* sequence;
+    std::size_t first, rows;
 };
 
 // Memory on a multiple of 64, zero at first.
@@ -103,12 +125,14 @@ struct StepRows {
     std::vector<std::int64_t> ids, keep;  // keep: rising
     std::vector<Sequence> sequences;
     std::vector<Part> parts;  // room for those of a block
+    std::vector<Run> runs;    // likewise
     Memory memory, kept;
 };
 
 // ---- the executor
 
-enum class Place : std::uint8_t { absent, constant, scratch, step, kept };
+enum class Place : std::uint8_t { absent, constant, scratch, scan, step, kept };
+enum class Carries : std::uint8_t { nothing, recall, store };
 
 struct Argument {
     Place place;
@@ -117,24 +141,33 @@ struct Argument {
     std::ptrdiff_t outer[RANK];    // bytes
 };
 
-// Rows first .. first + rows of a step, of which `kept` from kept_first on are kept.
+// Rows first .. first + rows of a step, of which `kept` from kept_first on are kept; and which
+// scan's memory is meant.
 struct Block {
-    std::size_t first, rows, kept_first, kept;
+    std::size_t first, rows, kept_first, kept, scan;
 };
 
 struct Op {
     void (*run)(class Program&, const Op&, StepRows&, const Block&);
     bool kept, whole;            // whole: writes i64
+    Carries carries;
+    std::size_t scanned;         // operations that are scanned together, this one the first; or 0
     std::size_t operands, work;  // work: numbers that a row touches
     Argument operand[OPERANDS];
     RowKernel kernel;
     RowOp row;
-    std::size_t rank, shape[RANK];  // axes before those of a line
+    // Axes before those of a line; heads, n_out of head_product; of delta_rule heads, keys, values
+    // (and keys again, where each has a decay), of convolution tokens, width, taps.
+    std::size_t rank, shape[RANK];
     Weight weight;
     float scale;
     Attention attention;
-    std::size_t state, heads[4];  // elements from head to head of q, k, v, y
+    // Elements from head to head of q, k, v, y, or of x, y, or of all that delta_rule takes.
+    std::size_t state, heads[6];
 };
+
+// A row operation on one row, whose operands begin at `base`.
+void one_row(const Op& op, std::uint8_t* const* base);
 
 class Program {
   public:
@@ -153,6 +186,7 @@ class Program {
     void run(StepRows& rows, std::size_t segment);
 
     const Variant& variant;
+    const RowKernels& rows;
     const std::size_t threads;
 
     std::uint8_t* at(const Argument& operand, const StepRows& rows, const Block& block) const;
@@ -163,11 +197,12 @@ class Program {
   private:
     const std::vector<BufferAbout> buffers_;
     const std::vector<StateAbout> states_;
-    const std::size_t scratch_row_, step_row_, kept_row_;  // bytes a row
+    const std::vector<std::size_t> recurrent_;
+    const std::size_t scratch_row_, scan_row_, step_row_, kept_row_;  // bytes a row
     std::size_t vocabulary_ = std::size_t(1) << 31;
     std::vector<std::vector<Op>> segments_;
     std::mutex running_, spare_;
-    Memory scratch_, memory_, kept_;
+    Memory scratch_, scans_, memory_, kept_;
 };
 
 }  // namespace smoe

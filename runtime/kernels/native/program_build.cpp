@@ -86,9 +86,14 @@ class Builder {
                 return op;
             }
         if (about.kind == "product") product();
+        else if (about.kind == "head_product") head_product();
         else if (about.kind == "embedding") embedding();
         else if (about.kind == "position") position();
         else if (about.kind == "attention") attention();
+        else if (about.kind == "recall") carried(Carries::recall);
+        else if (about.kind == "store") carried(Carries::store);
+        else if (about.kind == "delta_rule") delta_rule();
+        else if (about.kind == "convolution") convolution();
         else need(false, "is of no kind that is known");
         return op;
     }
@@ -131,8 +136,9 @@ class Builder {
             const BufferAbout& b = program.buffers[source];
             const std::size_t bytes = SIZES[std::size_t(b.type)];
             size = b.size;
-            o.place = !b.crossing ? Place::scratch : b.kept ? Place::kept : Place::step;
-            o.unit = b.offset, o.row = b.size * bytes, o.start = v.offset * bytes;
+            o.place = place_of(b);
+            o.unit = b.offset, o.row = o.place == Place::scan ? 0 : b.size * bytes;
+            o.start = v.offset * bytes;
         } else {
             const ConstantAbout& c = program.constants[source - buffers];
             need(c.form == Form::f32, "takes a constant that is not f32");
@@ -210,6 +216,27 @@ class Builder {
         need(op.operand[0].place != Place::constant, "wants x to be a buffer");
     }
 
+    // [heads, width] of a buffer in f32, of each head side by side.
+    void headed(std::size_t i, std::size_t slot) {
+        const ViewAbout& x = view(i);
+        need(type(i) == Type::f32 && op.operand[i].place != Place::constant &&
+                 x.shape.size() == 2 && (x.strides[1] == 1 || x.shape[1] == 1) &&
+                 (x.strides[0] >= 0 || x.shape[0] == 1),
+             "wants [heads, width] in f32, of each head side by side");
+        op.heads[slot] = x.shape[0] == 1 ? x.shape[1] : std::size_t(x.strides[0]);
+    }
+
+    void head_product() {
+        check_count(1, 1, 0x3);
+        weight();
+        headed(0, 0), headed(1, 1);
+        const std::size_t heads = view(1).shape[0], n_out = view(1).shape[1];
+        need(view(0).shape[0] == heads && view(0).shape[1] == op.weight.n_in &&
+                 op.weight.n_out == heads * ((n_out + ROWS - 1) / ROWS * ROWS),
+             "wants a matrix for each of its heads, on tiles of its own");
+        op.shape[0] = heads, op.shape[1] = n_out;
+    }
+
     void embedding() {
         check_count(0, 1, 0x1);
         weight();
@@ -226,24 +253,20 @@ class Builder {
     }
 
     void attention() {
-        check_count(4, 1, 0x17);
+        check_count(4, 1, 0x13);
         need(!op.kept && about.state < program.states.size(), "is of all rows, and has a state");
         const StateAbout& state = program.states[about.state];
         const std::size_t q = 0, k = 1, v = 2, sinks = 3, y = 4;
-        for (std::size_t i : {q, k, v, y}) {
-            const ViewAbout& x = view(i);
-            need(type(i) == Type::f32 && op.operand[i].place != Place::constant &&
-                     x.shape.size() == 2 && (x.strides[1] == 1 || x.shape[1] == 1) &&
-                     (x.strides[0] >= 0 || x.shape[0] == 1),
-                 "wants [heads, width] in f32, of each head side by side");
-            const std::size_t slot = i == y ? 3 : i;
-            op.heads[slot] = x.shape[0] == 1 ? x.shape[1] : std::size_t(x.strides[0]);
-        }
+        need(there(view(v)) != state.latent, "has values exactly where keys do not hold them");
+        for (std::size_t i : {q, k, v, y})
+            if (there(view(i))) headed(i, i == y ? 3 : i);
         const std::size_t heads = view(q).shape[0];
-        need(view(k).shape[0] == state.heads && view(v).shape[0] == state.heads &&
-                 view(q).shape[1] == state.key_width && view(k).shape[1] == state.key_width &&
-                 view(v).shape[1] == state.value_width && view(y).shape[1] == state.value_width &&
-                 view(y).shape[0] == heads && heads % state.heads == 0,
+        need(view(k).shape[0] == state.heads && view(q).shape[1] == state.key_width &&
+                 view(k).shape[1] == state.key_width && view(y).shape[1] == state.value_width &&
+                 view(y).shape[0] == heads && heads % state.heads == 0 &&
+                 (state.latent ? state.value_width <= state.key_width
+                               : view(v).shape == std::vector<std::size_t>{state.heads,
+                                                                           state.value_width}),
              "has heads that are not those of its state");
         const double window = about.numbers.size() > 1 ? about.numbers[1] : -1;
         need(window >= 0 && window < 9e15, "has a window that is none");
@@ -254,6 +277,68 @@ class Builder {
         flat(sinks, heads);
         const Argument& at = op.operand[sinks];
         op.attention.sinks = reinterpret_cast<const float*>(at.constant + at.start);
+    }
+
+    std::size_t recurrent() {
+        need(!op.kept && about.state < program.recurrent.size(), "is of all rows, and has a state");
+        op.state = about.state;
+        return program.recurrent[about.state];
+    }
+
+    void carried(Carries how) {
+        check_count(how == Carries::store, how == Carries::recall, 0x1);
+        op.carries = how, op.work = recurrent();
+        flat(0, op.work);
+        need(op.operand[0].place != Place::constant, "wants a buffer");
+    }
+
+    void delta_rule() {
+        check_count(5, 1, 0x3f);
+        const std::size_t q = 0, k = 1, v = 2, decay = 3, beta = 4, y = 5, numbers = recurrent();
+        for (std::size_t i : {q, k, v, y}) headed(i, i);
+        const std::size_t heads = view(v).shape[0], keys = view(k).shape[1];
+        const std::size_t values = view(v).shape[1];
+        const auto is = [&](std::size_t i, std::size_t width) {
+            return view(i).shape == std::vector<std::size_t>{heads, width};
+        };
+        op.rank = 3, op.shape[0] = heads, op.shape[1] = keys, op.shape[2] = values;
+        if (view(decay).shape.size() == 2) {
+            headed(decay, decay);
+            need(is(decay, keys), "wants a decay for each head, or for each of its keys");
+            op.rank = 4;
+        } else {
+            single(decay, heads);
+        }
+        single(beta, heads);
+        need(is(q, keys) && is(k, keys) && is(v, values) && is(y, values) &&
+                 heads * keys * values == numbers,
+             "has heads that are not those of its state");
+    }
+
+    // One number in f32 for each head.
+    void single(std::size_t i, std::size_t heads) {
+        const ViewAbout& x = view(i);
+        need(type(i) == Type::f32 && op.operand[i].place != Place::constant &&
+                 x.shape == std::vector<std::size_t>{heads} && (x.strides[0] >= 0 || heads == 1),
+             "wants [heads] in f32");
+        op.heads[i] = heads == 1 ? 0 : std::size_t(x.strides[0]);
+    }
+
+    void convolution() {
+        check_count(3, 1, 0xb);
+        const std::size_t x = 0, weight = 1, bias = 2, y = 3, numbers = recurrent();
+        const std::size_t width = count(view(x).shape);
+        need(view(weight).shape.size() == 2 && width > 0 && numbers % width == 0,
+             "wants a matrix of weights, and a state of as many numbers a token");
+        const std::size_t tokens = numbers / width, taps = view(weight).shape[0];
+        need(taps <= tokens + 1, "takes more tokens than its state has");
+        flat(x, width), flat(weight, taps * width), flat(y, width);
+        if (there(view(bias))) flat(bias, width);
+        need(op.operand[x].place != Place::constant &&
+                 op.operand[weight].place == Place::constant &&
+                 (!there(view(bias)) || op.operand[bias].place == Place::constant),
+             "wants x to be a buffer, and the others to be constants");
+        op.shape[0] = tokens, op.shape[1] = width, op.shape[2] = taps;
     }
 
     void rows(const RowKind& kind, const RowKernels& kernels) {
@@ -395,18 +480,6 @@ Weight weight_of(const ConstantAbout& about, const std::uint8_t* weights, std::s
 Op build(const OpAbout& about, const ProgramAbout& program, const std::uint8_t* weights,
          std::size_t nbytes, const RowKernels& kernels, const std::string& where) {
     return Builder(about, program, weights, nbytes, where).build(kernels);
-}
-
-std::size_t row_bytes(const ProgramAbout& program, bool crossing, bool kept) {
-    std::size_t most = 0;
-    for (const BufferAbout& b : program.buffers) {
-        require(b.size > 0 && b.size < LARGEST && b.offset % 64 == 0 && b.offset < LARGEST * 64,
-                "A buffer is empty, larger than there are, or not on a multiple of 64.");
-        if (b.crossing != crossing || (crossing && b.kept != kept)) continue;
-        const std::size_t end = b.offset + b.size * SIZES[std::size_t(b.type)];
-        most = std::max(most, (end + 63) / 64 * 64);
-    }
-    return most;
 }
 
 }  // namespace smoe

@@ -18,7 +18,12 @@ Weight weight_of(const ConstantAbout& about, const std::uint8_t* weights, std::s
 Op build(const OpAbout& about, const ProgramAbout& program, const std::uint8_t* weights,
          std::size_t nbytes, const RowKernels& kernels, const std::string& where);
 
+inline Place place_of(const BufferAbout& b) {
+    if (b.crossing) return b.kept ? Place::kept : Place::step;
+    return b.scanned ? Place::scan : Place::scratch;
+}
+
 // Bytes a row of all buffers that lie in one place.
-std::size_t row_bytes(const ProgramAbout& program, bool crossing, bool kept);
+std::size_t row_bytes(const ProgramAbout& program, Place place);
 
 }  // namespace smoe

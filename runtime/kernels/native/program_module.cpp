@@ -14,6 +14,7 @@
 #include "mixture.h"
 #include "module.h"
 #include "program.h"
+#include "program_scan.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -22,15 +23,17 @@ using namespace smoe;
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Records = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Cells = nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Addresses = nb::ndarray<const std::int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-// kind, size, kept, crossing, offset
-using BufferTuple = std::tuple<std::string, std::size_t, bool, bool, std::size_t>;
+// kind, size, kept, crossing, scanned, offset
+using BufferTuple = std::tuple<std::string, std::size_t, bool, bool, bool, std::size_t>;
 // form, n_out, n_in, group, wide, offset
 using ConstantTuple = std::tuple<std::string, std::size_t, std::size_t, std::size_t, bool,
                                  std::size_t>;
-// heads, key_width, value_width
-using StateTuple = std::tuple<std::size_t, std::size_t, std::size_t>;
+// heads, key_width, value_width, latent
+using StateTuple = std::tuple<std::size_t, std::size_t, std::size_t, bool>;
+// kind, heads, key_width, value_width, latent
+using LayoutTuple = std::tuple<std::string, std::size_t, std::size_t, std::size_t, bool>;
 // source, offset, shape, strides
 using ViewTuple = std::tuple<std::ptrdiff_t, std::size_t, std::vector<std::size_t>,
                              std::vector<std::ptrdiff_t>>;
@@ -51,20 +54,22 @@ std::size_t position(const char* const (&names)[N], const std::string& name,
 ProgramAbout about(const std::vector<BufferTuple>& buffers,
                    const std::vector<ConstantTuple>& constants,
                    const std::vector<StateTuple>& states,
+                   const std::vector<std::size_t>& recurrent,
                    const std::vector<std::vector<OpTuple>>& segments) {
     const char* const types[] = {"f32", "i64", "bool"};
     const char* const forms[] = {"f32", "bf16", "int8", "int4"};
     ProgramAbout made;
-    for (const auto& [kind, size, kept, crossing, offset] : buffers) {
+    for (const auto& [kind, size, kept, crossing, scanned, offset] : buffers) {
         const auto type = Type(position(types, kind, "A buffer is f32, i64 or bool."));
-        made.buffers.push_back({type, size, kept, crossing, offset});
+        made.buffers.push_back({type, size, kept, crossing, scanned, offset});
     }
     for (const auto& [form, n_out, n_in, group, wide, offset] : constants) {
         const auto f = Form(position(forms, form, "A constant is f32, bf16, int8 or int4."));
         made.constants.push_back({f, n_out, n_in, group, wide, offset});
     }
-    for (const auto& [heads, key_width, value_width] : states)
-        made.states.push_back({heads, key_width, value_width});
+    for (const auto& [heads, key_width, value_width, latent] : states)
+        made.states.push_back({heads, key_width, value_width, latent});
+    made.recurrent = recurrent;
     for (const auto& segment : segments) {
         made.segments.emplace_back();
         for (const auto& [kind, how, operands, weight, state, numbers] : segment) {
@@ -88,30 +93,31 @@ struct BoundProgram {
 
     BoundProgram(Bytes weights, const std::vector<BufferTuple>& buffers,
                  const std::vector<ConstantTuple>& constants, const std::vector<StateTuple>& states,
+                 const std::vector<std::size_t>& recurrent,
                  const std::vector<std::vector<OpTuple>>& segments, const std::string& variant,
                  std::size_t threads)
         : weights(weights),
-          program(about(buffers, constants, states, segments), aligned(weights), weights.size(),
-                  named(variant), threads) {}
+          program(about(buffers, constants, states, recurrent, segments), aligned(weights),
+                  weights.size(), named(variant), threads) {}
 };
 
 struct BoundState {
-    std::vector<Cells> cells;  // keeps them alive
+    Addresses tables, recurrent;  // keeps them alive
     State state;
 
-    BoundState(const std::vector<Cells>& keys, const std::vector<Cells>& values) {
-        require(keys.size() == values.size(), "Keys and values are of the same attentions.");
-        for (std::size_t i = 0; i < keys.size(); ++i) {
-            const Cells &k = keys[i], &v = values[i];
-            const bool half = k.dtype().bits == 16;
-            require(k.dtype().code == std::uint8_t(nb::dlpack::dtype_code::Float) &&
-                      v.dtype() == k.dtype() && (half || k.dtype().bits == 32),
-                  "Keys and values are float16 or float32, both the same.");
-            require(k.shape(0) == v.shape(0) && k.shape(1) == v.shape(1),
-                  "Keys and values have the same heads and tokens.");
-            cells.push_back(k), cells.push_back(v);
-            state.attentions.push_back(
-                {k.data(), v.data(), half, k.shape(1), k.shape(0), k.shape(2), v.shape(2)});
+    BoundState(Addresses tables, const std::vector<LayoutTuple>& layouts, std::size_t context,
+               Addresses recurrent, const std::vector<std::size_t>& sizes)
+        : tables(tables), recurrent(recurrent) {
+        require(tables.shape(0) == layouts.size() &&
+                    context <= tables.shape(1) * BLOCK_TOKENS &&
+                    recurrent.shape(0) == sizes.size() && recurrent.shape(1) == 2,
+                "Tables are [attentions, blocks of the context], recurrent addresses [n, 2].");
+        state = {context, {}, sizes, recurrent.data()};
+        for (std::size_t i = 0; i < layouts.size(); ++i) {
+            const auto& [kind, heads, key_width, value_width, latent] = layouts[i];
+            state.attentions.push_back(key_values(tables.data() + i * tables.shape(1),
+                                                  state_kind(kind), context, heads, key_width,
+                                                  value_width, latent));
         }
     }
 };
@@ -210,16 +216,19 @@ nb::ndarray<nb::numpy> array(nb::handle self, std::size_t i) {
 
 void smoe::bind_program(nb::module_& m) {
     nb::class_<BoundState>(m, "State")
-        .def(nb::init<const std::vector<Cells>&, const std::vector<Cells>&>(), "keys"_a, "values"_a,
-             "What attentions remember of a sequence: arrays [heads, tokens, width] of each.");
+        .def(nb::init<Addresses, const std::vector<LayoutTuple>&, std::size_t, Addresses,
+                      const std::vector<std::size_t>&>(),
+             "tables"_a.noconvert(), "layouts"_a, "context"_a, "recurrent"_a.noconvert(), "sizes"_a,
+             "What a program remembers of a sequence, as program.h says.");
     nb::class_<BoundRows>(m, "Rows")
         .def("array", &array, "buffer"_a, "A view of a buffer that crosses segments: [rows, size].")
         .def_prop_ro("tokens", [](const BoundRows& self) { return self.rows.rows; });
     nb::class_<BoundProgram>(m, "Program")
         .def(nb::init<Bytes, const std::vector<BufferTuple>&, const std::vector<ConstantTuple>&,
-                      const std::vector<StateTuple>&, const std::vector<std::vector<OpTuple>>&,
-                      const std::string&, std::size_t>(),
-             "weights"_a.noconvert(), "buffers"_a, "constants"_a, "states"_a, "segments"_a,
+                      const std::vector<StateTuple>&, const std::vector<std::size_t>&,
+                      const std::vector<std::vector<OpTuple>>&, const std::string&, std::size_t>(),
+             "weights"_a.noconvert(), "buffers"_a, "constants"_a, "states"_a, "recurrent"_a,
+             "segments"_a,
              "variant"_a, "threads"_a, "Segments of operations, as program.h says; checked.")
         .def(
             "begin",
@@ -230,6 +239,9 @@ void smoe::bind_program(nb::module_& m) {
             "A step: of every sequence its state, tokens before and ids.")
         .def_prop_ro("block", [](const BoundProgram&) { return smoe::BLOCK; },
                      "Rows that go through a segment together.")
+        .def_prop_ro("scans", [](const BoundProgram& self) {
+                return std::min(self.program.threads, SCANS);
+            }, "Sequences that are scanned at once, at most.")
         .def_prop_ro(
             "kernel_scratch",
             [](const BoundProgram&) { return PRODUCT_SCRATCH + ATTENTION_SCRATCH; },

@@ -29,6 +29,7 @@
 #include <cstdint>
 
 #include "ffn.h"
+#include "recurrent.h"
 
 namespace smoe {
 
@@ -81,6 +82,8 @@ struct RowKernels {
     RowKernel fill;     // -> y
     RowKernel gather;   // x, at -> y
     RowKernel scatter;  // at, values -> y
+    void (*delta_rule)(const DeltaHead& head);
+    void (*convolution)(const Taps& taps);
 };
 
 extern const RowKernels rows_portable;

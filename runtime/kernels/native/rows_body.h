@@ -3,6 +3,7 @@
 
 #include "lines.h"
 #include "reals.h"
+#include "recurrent_body.h"
 
 namespace smoe {
 namespace {
@@ -401,4 +402,5 @@ void scatter(const RowOp& op, void* const* at) {
 
 #define SMOE_ROW_KERNELS(name)                                                                    \
     {name,   smoe::norm,   smoe::rotary, smoe::softmax, smoe::top_k,  smoe::reduce,               \
-     smoe::unary, smoe::binary, smoe::where, smoe::fill,    smoe::gather, smoe::scatter}
+     smoe::unary, smoe::binary, smoe::where, smoe::fill,    smoe::gather, smoe::scatter,           \
+     smoe::delta_rule, smoe::convolution}

@@ -1,0 +1,98 @@
+"""Backbones with recurrent layers as programs that take any number of tokens, whatever their graphs
+take: what they give is what `transformers` does, and what ONNX Runtime makes of the graphs token by
+token."""
+
+import numpy as np
+import pytest
+import torch
+from support import pico
+
+from smoe.artifacts import open_bundle
+from smoe.prep.build import build
+from smoe.prep.checkpoint.text import Calibration
+from smoe.prep.options import Recipe
+from smoe.prep.progress import Progress
+from smoe.runtime import Engine, kernels
+from smoe.runtime.backbone import Backbone
+from smoe.runtime.execution import Execution, divide
+from smoe.runtime.step import Phase, Sequence, Span, Step
+
+# Of every family whether its graphs take a single token, and how its layers carry what they do from
+# one to the next. qwen3_next and qwen3_5_moe, whose export takes minutes, are in `python -m bench
+# families`.
+FAMILIES = {
+    "lfm2_moe": (False, {"convolution"}),
+    "kimi_linear": (True, {"convolution", "delta_rule"}),
+    "jamba": (True, {"convolution", "recall", "store"}),
+}
+TOKENS = 600
+CLOSE = 1e-4  # of the largest logit
+CARRYING = {"recall", "store", "delta_rule", "convolution"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, ids_file):
+    """family -> its pico model, and its bundle in f32 for more than `TOKENS`."""
+    made = {}
+
+    def get(family: str):
+        if family not in made:
+            path = tmp_path_factory.mktemp(family)
+            model = pico.make_model(family, max_position_embeddings=1024)
+            model.save_pretrained(path / "model")
+            recipe, text = Recipe("f32", prices=0), Calibration(str(ids_file))
+            build(path / "model", path / "bundle", text, recipe, progress=Progress(True))
+            made[family] = model, path / "bundle"
+        return made[family]
+
+    return get
+
+
+def kinds_of(program) -> set[str]:
+    return {op.kind for _, op in program.operations()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_programs_of_one_token_graphs_are_the_models(models, family):
+    model, bundle = models(family)
+    opened, (single, kinds) = open_bundle(bundle), FAMILIES[family]
+    assert opened.manifest.backbone.one_at_a_time == single
+    assert [part.reason for part in opened.program.parts] == [""] * len(opened.program.parts)
+    assert kinds_of(opened.program) & CARRYING == kinds
+    ids = np.random.default_rng(1).integers(0, 211, TOKENS)
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+    with Engine.open(bundle, executor="program") as engine:
+        found = engine.logits(ids)
+    assert np.abs(found - wanted).max() <= CLOSE * np.abs(wanted).max()
+
+
+def logits_of(path, manifest, parts: list[int], division=None, name: str = "reference"):
+    """Of every token, in calls of so many, with a stand-in for experts."""
+    backbone = Backbone(path, manifest, division=division, chosen=kernels.choose(name, 2))
+    ids = np.random.default_rng(3).integers(0, 211, sum(parts))
+    sequence, logits = Sequence(backbone.new_state(len(ids))), []
+    for part in np.split(ids, np.cumsum(parts)[:-1]):
+        count = len(part)
+        flow = backbone.begin(Step((Span(sequence, part, np.arange(count), Phase.PREFILL),)))
+        for number, layer in enumerate(manifest.layers):
+            routed = backbone.route(number, flow)
+            squares = (routed.weights**2 * (1 + routed.ids / layer.experts)).sum(-1)
+            mixed = routed.hidden.reshape(count, -1) * squares[:, None]
+            backbone.mix(number, flow, np.ascontiguousarray(mixed, np.float32))
+        logits += backbone.finish(flow)
+    return np.concatenate(logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_rows_are_what_the_graphs_say_token_by_token(models, family):
+    _, bundle = models(family)
+    opened = open_bundle(bundle)
+    manifest, parts = opened.manifest, [37, 1, 1, 13, 1]
+    division = divide(manifest, opened.program, Execution(state="f32"))
+    twin = logits_of(bundle, manifest, parts, division)
+    wanted = logits_of(bundle, manifest, [1] * sum(parts))
+    assert np.abs(twin - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    for name in kernels.available()[:-1]:
+        for cuts in (parts, [53], [1, 30, 22]):
+            assert np.array_equal(logits_of(bundle, manifest, cuts, division, name), twin)
