@@ -13,7 +13,8 @@ from smoe.artifacts import SmoeError
 
 MODULES = (
     "policies", "micro", "prep", "quality", "large", "backbones", "memory", "outofcore", "decoding",
-    "families", "sidebyside", "prompts", "opening", "models", "packing", "pictures", "soak",
+    "contexts", "state", "families", "lengths", "sidebyside", "prompts", "opening", "models",
+    "packing", "pictures", "carried", "soak",
 )  # fmt: skip
 
 

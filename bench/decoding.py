@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from bench import options, outofcore, page_cache
+from bench import models, options, page_cache, readers
+from bench.geometries import GEOMETRIES
 from bench.harness import Rows, Run, Table, bench, child, interleave, note, option
-from bench.random_models import FIRST_ID, GEOMETRIES
+from bench.random_models import FIRST_ID
 from smoe.artifacts import open_bundle
 from smoe.artifacts.bundle import Bundle
 
@@ -51,14 +52,14 @@ def decoding(run: Run) -> Rows:
     nested:2+1+1 with an int8 backbone, and a GGUF file with Q4_0 experts and the rest in Q8_0.
     """
     wanted = {"llama.cpp" if engine == "llama.cpp" else "smoe" for engine in run.engines}
-    models = outofcore.at_size(run.directory, run.geometry, run.layers, "llama.cpp" in wanted)
-    for model in models.values():
-        page_cache.fetch(model)
-    bundle = open_bundle(models["smoe"])
+    paths = models.at_size(run.directory, run.geometry, run.layers, "llama.cpp" in wanted)
+    for path in paths.values():
+        page_cache.fetch(path)
+    bundle = open_bundle(paths["smoe"])
     ways: dict[str, Callable[[], Answer]] = {}
     for threads in run.threads:
         for engine in run.engines:
-            ways[f"{engine}, {threads}"] = partial(_once, run, models, engine, threads)
+            ways[f"{engine}, {threads}"] = partial(_once, run, paths, engine, threads)
     results = interleave(ways, run.rounds)
     title = (
         f"{run.rounds} rounds, {run.tokens} tokens each, {per_token(bundle) / 1e6:.0f} MB a token"
@@ -114,13 +115,13 @@ def per_token(bundle: Bundle) -> int:
     return experts + sum(c.nbytes for c in program.constants if c.name in multiplied)
 
 
-def _once(run: Run, models: dict[str, Path], engine: str, threads: int) -> Answer:
+def _once(run: Run, paths: dict[str, Path], engine: str, threads: int) -> Answer:
     side = "llama.cpp" if engine == "llama.cpp" else "smoe"
     shape = GEOMETRIES[run.geometry](layers=1)
     settings = {"positions": run.positions, "prompt": run.prompt, "tokens": run.tokens}
     return child(
         "decoding:llama" if side == "llama.cpp" else "decoding:smoe",
-        model=models[side],
+        model=paths[side],
         threads=threads,
         vocabulary=shape.vocabulary,
         executor=engine,
@@ -184,57 +185,18 @@ def _timed(
 
 def smoe(model: str, threads: int, vocabulary: int, executor: str, **settings: Any) -> Answer:
     """smoe, on one of its executors."""
-    from smoe.runtime import Engine
-    from smoe.runtime.step import Phase, Span, Step
-
-    longest = max(*settings["positions"], settings["prompt"]) + WARM + settings["tokens"]
-    started = time.perf_counter()
-    with Engine.open(model, threads=threads, context=longest, executor=executor) as engine:
-        opened = time.perf_counter() - started
-        sequence = engine.new_sequence()
-
-        def read(ids: list[int]) -> None:
-            given = np.array(ids, np.int64)
-            if len(ids) > 1:
-                engine.prefill(sequence, given).finish()
-            else:
-                engine.step(Step((Span(sequence, given, np.array([0]), Phase.DECODE),)))
-
-        answer = _timed(read, lambda: sequence.rewind(0), threads, vocabulary, **settings)
-        note("\n".join(engine.mode_lines()))
-    return answer | {"opened": opened, "first": opened + answer["first"]}
+    with readers.smoe(model, threads, _longest(settings), executor) as reader:
+        answer = _timed(reader.read, reader.forget, threads, vocabulary, **settings)
+        note("\n".join(reader.lines()))
+    return answer | {"opened": reader.opened, "first": reader.opened + answer["first"]}
 
 
 def llama(model: str, threads: int, vocabulary: int, executor: str, **settings: Any) -> Answer:
     """llama.cpp as it comes, its weights repacked."""
-    import llama_cpp as api
+    reader = readers.llama(model, threads, _longest(settings))
+    answer = _timed(reader.read, reader.forget, threads, vocabulary, **settings)
+    return answer | {"opened": reader.opened, "first": reader.opened + answer["first"]}
 
-    silent = api.llama_log_callback(lambda level, text, data: None)
-    api.llama_log_set(silent, None)
-    api.llama_backend_init()
-    longest = max(*settings["positions"], settings["prompt"]) + WARM + settings["tokens"]
-    started = time.perf_counter()
-    how = api.llama_model_default_params()
-    how.n_gpu_layers = 0
-    opened = api.llama_model_load_from_file(model.encode(), how)
-    size = api.llama_context_default_params()
-    size.n_ctx, size.n_batch, size.n_ubatch = longest, 512, 512
-    size.n_threads = size.n_threads_batch = threads
-    context = api.llama_init_from_model(opened, size)
-    if not opened or not context:
-        raise SystemExit(f"llama.cpp cannot open {model}.")
-    took = time.perf_counter() - started
 
-    def read(ids: list[int]) -> None:
-        for low in range(0, len(ids), 512):
-            part = ids[low : low + 512]
-            tokens = (api.llama_token * len(part))(*part)  # which the batch does not keep
-            if code := api.llama_decode(context, api.llama_batch_get_one(tokens, len(part))):
-                raise SystemExit(f"llama.cpp could not decode {len(part)} tokens: {code}.")
-        api.llama_get_logits_ith(context, -1)
-
-    def forget() -> None:
-        api.llama_memory_clear(api.llama_get_memory(context), True)
-
-    answer = _timed(read, forget, threads, vocabulary, **settings)
-    return answer | {"opened": took, "first": took + answer["first"]}
+def _longest(settings: Answer) -> int:
+    return max(*settings["positions"], settings["prompt"]) + WARM + int(settings["tokens"])

@@ -129,8 +129,7 @@ def _program(bundle: Path) -> str:
 
     opened = open_bundle(bundle)
     if opened.program is None:
-        single = opened.manifest.backbone.one_at_a_time
-        return "none: one token at a time" if single else "none"
+        return "none"
     reasons = [part.reason for part in opened.program.parts if part.ops is None]
     every = len(opened.program.parts)
     causes = [reason for reason in reasons if ", which others take, " not in reason] or reasons

@@ -163,16 +163,33 @@ def child_result(out: str) -> Any:
     return json.loads(out.splitlines()[-1])
 
 
-def child(function: str, site: Path | None = None, **arguments: Any) -> Any:
+class ChildFailed(SystemExit):
+    """A process of a bench that failed; `why` is its last word."""
+
+    def __init__(self, message: str, why: str):
+        super().__init__(message)
+        self.why = why
+
+
+def child(
+    function: str, site: Path | None = None, seconds: float | None = None, **arguments: Any
+) -> Any:
     """What "module:function" of this folder returns in a fresh process, with the smoe of `site`.
-    Plain values only. A process that fails ends the bench, after what it wrote."""
-    done = subprocess.run(
-        child_command(function, arguments),
-        capture_output=True, text=True, env=child_environment(site),
-    )  # fmt: skip
+    Plain values only. A process that fails, or is not done in so many `seconds`, ends the bench
+    after what it wrote, unless somebody goes on (`ChildFailed`)."""
+    try:
+        done = subprocess.run(
+            child_command(function, arguments),
+            capture_output=True, text=True, env=child_environment(site), timeout=seconds,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        late = f"not done in {seconds:.0f} s"
+        raise ChildFailed(f"{function} was {late}.", late) from error
     if done.returncode:
         note(done.stderr)
-        raise SystemExit(f"{function} ended with {done.returncode}; above is what it said.")
+        why = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+        said = f"{function} ended with {done.returncode}; above is what it said."
+        raise ChildFailed(said, why[:200])
     return child_result(done.stdout)
 
 

@@ -16,16 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.footprint import Footprint, measured
+from bench.geometries import GEOMETRIES
 from bench.harness import ROOT, Rows, Run, Table, bench, note, option
 from bench.page_cache import size
 from bench.prep import smoe_prep
-from bench.random_models import (
-    GEOMETRIES,
-    Mxfp4Shape,
-    Shape,
-    random_checkpoint,
-    random_text,
-)
+from bench.random_models import Mxfp4Shape, Shape, random_checkpoint, random_text
 from smoe.artifacts.validate import sha256
 
 GIGABYTE = 1e9
@@ -95,7 +90,8 @@ def _shape(run: Run) -> Shape:
 
 def _about(run: Run) -> list[str]:
     """What inspect and build are both told."""
-    encoding = run.encoding or ("stored" if run.geometry == "plain" else NESTED)
+    own = run.geometry == "plain" or not GEOMETRIES[run.geometry].encoding
+    encoding = run.encoding or ("stored" if own else NESTED)
     about = ["--tokens", run.tokens, "--encoding", encoding, "--prices", run.prices]
     about += ["--self", run.own]
     return [*map(str, about), *(["--quantiser", run.quantiser] if run.quantiser else [])]

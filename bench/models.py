@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.geometries import GEOMETRIES
 from bench.harness import EXAMPLES, Rows, Run, Table, bench, note, option
 from bench.page_cache import size
 from bench.random_models import Shape, random_checkpoint, random_text
@@ -123,3 +124,26 @@ def random_bundle(bundle: Path, shape: Shape, tokens: int, *options: str) -> Pat
         model = random_checkpoint(Path(scratch) / "model", shape)
         text = random_text(Path(scratch) / "ids.jsonl", tokens, shape.vocabulary)
         return build(model, bundle, text, "--tokens", str(tokens), *options)
+
+
+def at_size(directory: Path, geometry: str, layers: int, gguf: bool) -> dict[str, Path]:
+    """A bundle of random weights and, with `gguf`, the same for llama.cpp, in `directory`: made
+    where they are missing. The checkpoint is there only until they are."""
+    name = f"{geometry}-{layers}"
+    paths = {"smoe": directory / f"{name}.smoe"}
+    if gguf:
+        paths["llama.cpp"] = directory / f"{name}.gguf"
+    if all(path.exists() for path in paths.values()):
+        return paths
+    shape = GEOMETRIES[geometry](layers=layers)
+    checkpoint = random_checkpoint(directory / name, shape)
+    text = random_text(directory / f"{name}.jsonl", 256, shape.vocabulary)
+    how = ("--tokens", "256", "--prices", "0", "--backbone", "int8", *shape.encoding)
+    build(checkpoint, paths["smoe"], text, *how)
+    if gguf and not paths["llama.cpp"].exists():
+        from bench.to_gguf import to_gguf
+
+        note(f"writing {paths['llama.cpp']}")
+        to_gguf(checkpoint, paths["llama.cpp"], backbone="q8_0")
+    shutil.rmtree(checkpoint)
+    return paths

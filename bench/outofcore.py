@@ -16,7 +16,6 @@ import math
 import mmap
 import os
 import random
-import shutil
 import statistics
 import tempfile
 import time
@@ -25,20 +24,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import cgroup, options, page_cache
+from bench import cgroup, models, options, page_cache
 from bench.engines import Request
+from bench.geometries import GEOMETRIES
 from bench.harness import (
     Rows,
     Run,
     Table,
     bench,
+    child,
     child_command,
     child_environment,
     child_result,
     note,
     option,
 )
-from bench.random_models import FIRST_ID, GEOMETRIES, random_checkpoint, random_text
+from bench.random_models import worded_ids
 
 SHARES = (0, 100, 75, 55, 40, 25)  # per cent of the bundle; 0 is no limit
 MODULES = {
@@ -53,6 +54,7 @@ GGUF_TYPES = {"f32": "f32", "int8": "q8_0", "int4": "q4_0"}  # nearest to a bund
 DETAILS = {
     "limit": "{}", "MB": "{:.0f}", "engine": "{}", "tokens/s": "{:.3g}", "x llama.cpp": "{:.2f}",
     "nats off": "{:.1g}", "opened": "{:.1f} s", "peak MB": "{:.0f}", "major faults": "{:.0f}",
+    "MB a token": "{:.1f}", "prompt": "{:.1f} s",
 }  # fmt: skip
 
 
@@ -86,6 +88,11 @@ class Row:
     option("--threads", type=int, default=2),
     option("--context", type=int, default=512, help="tokens that an engine makes room for"),
     option("--shares", type=int, nargs="+", default=SHARES, help="per cent; 0: no limit"),
+    option(
+        "--of-experts", action="store_true",
+        help="limits are what holds these shares of the experts, and all the rest",
+    ),
+    option("--prompt", type=int, default=1, help="tokens that are read at once, before others"),
     option("--engines", nargs="+", choices=MODULES, default=list(MODULES)),
 )  # fmt: skip
 def outofcore(run: Run) -> Rows:
@@ -93,7 +100,8 @@ def outofcore(run: Run) -> Rows:
 
     Makes what is missing in the directory: the example model padded to real sizes, its bundle, and
     a GGUF file with Q4_0 experts and the rest in the type that is nearest to the bundle's backbone.
-    With --geometry a checkpoint of random weights instead, which is not kept, and random text.
+    With --geometry a checkpoint of random weights instead, which is not kept, and random words, as
+    frequent as those of a text.
     Needs memory cgroups and, for the other sides, pip install llama-cpp-python gguf accelerate.
     nats off: by how much the log-likelihood of any token differs from what the same engine gave
     without a limit, since a wrong answer is fast.
@@ -101,18 +109,18 @@ def outofcore(run: Run) -> Rows:
     if reason := cgroup.unavailable():
         raise SystemExit(f"Nothing can be shown here: {reason}")
     offered = [engine for engine in run.engines if not (run.geometry and engine == "transformers")]
-    engines = [engine for engine in offered if _installed(engine)]
-    models = _models(run, engines)
-    whole = page_cache.size(models["smoe"])
-    ids = _text(models["smoe"], run)
+    engines = [engine for engine in offered if installed(engine)]
+    paths = _models(run, engines)
+    shares = {*run.shares, *([LOOSE] if "transformers" in engines else [])}
+    limits = {share: _limit(run, paths["smoe"], share) for share in shares}
+    ids = _text(paths["smoe"], run)
     rows: list[Row] = []
     for turn, share, engine in _order(run.rounds, run.shares, engines):
-        limit = whole * share // 100 if share else None
-        rows.append(row := measure(engine, models[engine], share, limit, ids, run))
+        rows.append(row := measure(engine, paths[engine], share, limits[share], ids, run))
         got = f"{row.run['rate']:.3g} tokens/s" if row.run else row.failure
         note(f"round {turn + 1}, {share or 'no limit'}, {engine}: {got}; {row.cached} bytes cached")
-    sizes = [[engine, page_cache.size(models[engine]) / 1e6] for engine in engines]
-    yield Table("sizes", {"engine": "{}", "MB on disk": "{:.0f}"}, sizes, disk(models["smoe"]))
+    sizes = [[engine, page_cache.size(paths[engine]) / 1e6] for engine in engines]
+    yield Table("sizes", {"engine": "{}", "MB on disk": "{:.0f}"}, sizes, disk(paths["smoe"]))
     yield speeds(rows)
     yield details(rows)
     yield perplexities(rows)
@@ -122,10 +130,8 @@ def outofcore(run: Run) -> Rows:
 
 def _models(run: Run, engines: list[str]) -> dict[str, Path]:
     """engine -> its model; whatever is missing is made."""
-    from bench import models
-
     if run.geometry:
-        return at_size(run.directory, run.geometry, run.layers, "llama.cpp" in engines)
+        return models.at_size(run.directory, run.geometry, run.layers, "llama.cpp" in engines)
     bundle = run.bundle or models.padded(run.directory)
     paths = {"smoe": bundle}
     if "transformers" in engines or ("llama.cpp" in engines and not run.gguf):
@@ -141,35 +147,32 @@ def _models(run: Run, engines: list[str]) -> dict[str, Path]:
     return paths
 
 
-def at_size(directory: Path, geometry: str, layers: int, gguf: bool) -> dict[str, Path]:
-    """A bundle of random weights and, with `gguf`, the same for llama.cpp, in `directory`: made
-    where they are missing. The checkpoint is there only until they are."""
-    from bench.models import PADDED, build
+def _limit(run: Run, bundle: Path, share: int) -> int | None:
+    """Bytes of a process for a share in per cent."""
+    if not share:
+        return None
+    if not run.of_experts:
+        return page_cache.size(bundle) * share // 100
+    return int(child("outofcore:holding", bundle=bundle, share=share, context=run.context))
 
-    name = f"{geometry}-{layers}"
-    paths = {"smoe": directory / f"{name}.smoe"}
-    if gguf:
-        paths["llama.cpp"] = directory / f"{name}.gguf"
-    if all(path.exists() for path in paths.values()):
-        return paths
-    shape = GEOMETRIES[geometry](layers=layers)
-    checkpoint = random_checkpoint(directory / name, shape)
-    text = random_text(directory / f"{name}.jsonl", 256, shape.vocabulary)
-    build(checkpoint, paths["smoe"], text, "--tokens", "256", "--prices", "0", *PADDED)
-    if gguf and not paths["llama.cpp"].exists():
-        from bench.to_gguf import to_gguf
 
-        to_gguf(checkpoint, paths["llama.cpp"], backbone=GGUF_TYPES["int8"])
-    shutil.rmtree(checkpoint)
-    return paths
+def holding(bundle: str, share: int, context: int) -> int:
+    """The least bytes of a process like this one in which so many per cent of the experts stay."""
+    from smoe.artifacts import open_bundle
+    from smoe.runtime import allowance
+    from smoe.runtime.budget import memory_for, plan_memory
+
+    opened = open_bundle(bundle)
+    alone = plan_memory(opened, None, context)
+    count, process = min(share, 100) * alone.experts // 100, allowance.process(alone)
+    return memory_for(opened, count, context, process=process)
 
 
 def _text(bundle: Path, run: Run) -> list[int]:
+    """What is read: a prompt, and so many tokens."""
     if not run.geometry:
-        return tokens_of(bundle, run.text, run.tokens)
-    vocabulary = GEOMETRIES[run.geometry](layers=1).vocabulary
-    draw = random.Random(2)
-    return [draw.randrange(FIRST_ID, vocabulary) for _ in range(run.tokens)]
+        return tokens_of(bundle, run.text, run.prompt - 1 + run.tokens)
+    return worded_ids(run.prompt - 1 + run.tokens, GEOMETRIES[run.geometry](layers=1).vocabulary)
 
 
 def measure(
@@ -186,8 +189,8 @@ def measure(
         cgroup.Group("outofcore", limit) as group,
     ):
         request = Request(
-            engine, str(model), ids, limit=limit, context=run.context, threads=run.threads,
-            scratch=scratch, **pace,
+            engine, str(model), ids, prompt=run.prompt, limit=limit, context=run.context,
+            threads=run.threads, scratch=scratch, **pace,
         )  # fmt: skip
         command = child_command("engines:run_request", asdict(request))
         done = group.run(command, timeout=run.timeout, env=child_environment())
@@ -212,7 +215,7 @@ def _why(done: cgroup.Outcome) -> str:
     return (done.err.strip().splitlines() or [f"ended with {done.code}"])[-1][:200]
 
 
-def _installed(engine: str) -> bool:
+def installed(engine: str) -> bool:
     """Whether an engine is installed; says so if not."""
     missing = [module for module in MODULES[engine] if importlib.util.find_spec(module) is None]
     if missing:
@@ -290,7 +293,7 @@ def details(rows: list[Row]) -> Table:
         first = [f"{share} %" if share else "none", limit / 1e6 if limit else None, engine]
         ran = [row for row in same if row.run]
         if not ran:
-            lines.append([*first, same[0].failure, *[None] * 5])
+            lines.append([*first, same[0].failure, *[None] * 7])
             continue
         rate, other = _rate(rows, engine, share), _rate(rows, "llama.cpp", share)
         failed = len(same) - len(ran)
@@ -300,8 +303,16 @@ def details(rows: list[Row]) -> Table:
             statistics.median(row.run["opened"] for row in ran if row.run),
             statistics.median(row.peak for row in ran) / 1e6,
             statistics.median(row.faults for row in ran),
+            *_prompts([row.run for row in ran if row.run]),
         ])  # fmt: skip
     return Table("details", DETAILS, lines, "Medians")
+
+
+def _prompts(runs: list[dict[str, Any]]) -> list[float | None]:
+    """Megabytes from the disk for a token, and seconds from the first id to the first logits."""
+    read = [run["bytes"] / run["tokens"] / 1e6 for run in runs if run.get("bytes") is not None]
+    took = [run["prompt"] for run in runs if "prompt" in run]
+    return [statistics.median(values) if values else None for values in (read, took)]
 
 
 def perplexities(rows: list[Row]) -> Table:

@@ -42,6 +42,34 @@ def programs(run: Run) -> Rows:
         yield Table("wrong", {"neither healthy nor refused": "{}"}, [[text] for text in wrong])
 
 
+@bench(option("--count", type=int, default=3_000), SEED, soak=True)
+def sessions(run: Run) -> Rows:
+    """Damaged session files are refused with a sentence, or go on."""
+    from tests.support import damaged_sessions, program_bundle
+
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = program_bundle.write(Path(folder) / "pico.smoe")
+        totals, wrong = damaged_sessions.many(bundle, run.count, run.seed)
+    columns = {"sessions": "{}", "went on": "{}", "refused with a sentence": "{}", "neither": "{}"}
+    counts = [totals[damaged_sessions.WENT_ON], totals[damaged_sessions.REFUSED], len(wrong)]
+    yield Table("sessions", columns, [[run.count, *counts]], f"Seed {run.seed}")
+    if wrong:
+        yield Table("wrong", {"neither refused nor went on": "{}"}, [[text] for text in wrong])
+
+
+@bench(option("--count", type=int, default=1000), SEED, soak=True)
+def sequences(run: Run) -> Rows:
+    """Sequences that are forked, rewound, joined, given up and saved say what fresh ones say."""
+    from tests.support import sequences
+
+    done, wrong = sequences.many(run.count, run.seed)
+    columns = {**dict.fromkeys(sorted(done), "{}"), "other bits": "{}"}
+    counts = [done[name] for name in sorted(done)]
+    yield Table("sequences", columns, [[*counts, len(wrong)]], f"Seed {run.seed}")
+    if wrong:
+        yield Table("wrong", {"where": "{}"}, [[text] for text in wrong])
+
+
 @bench(option("--count", type=int, default=20, help="kills"), SEED, soak=True)
 def kills(run: Run) -> Rows:
     """Builds killed at random moments and started again give the same bytes.

@@ -9,7 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bench import budgets, cgroup, engines, harness, models, outofcore, page_cache, pictures, tables
+from bench import (
+    budgets,
+    cgroup,
+    engines,
+    harness,
+    models,
+    outofcore,
+    page_cache,
+    tables,
+)
 from bench.__main__ import main
 from bench.harness import Record, Table
 from smoe.artifacts import open_bundle
@@ -273,49 +282,6 @@ def test_the_tables_have_medians_ratios_and_failures():
     assert "killed after 2 s" in lines[5]
     table = outofcore.perplexities(ROWS[2:4])
     assert table.markdown().endswith("| smoe | 90.017 |\n| llama.cpp | 20.086 |")
-
-
-def test_the_picture_has_a_place_for_each_limit_and_a_gap_where_nothing_ran():
-    record = Record("outofcore", "", "", "", {}, {}, [outofcore.speeds(ROWS)])
-    places, rates = pictures.limits(json_round_trip(record))
-    assert places == ["no limit", "26 MB (25 %)"]
-    assert rates == {"smoe": [110, 80], "llama.cpp": [100, None]}
-
-
-def json_round_trip(record):
-    data = json.loads(json.dumps(harness.asdict(record)))
-    return Record(**data | {"tables": [Table(**table) for table in data["tables"]]})
-
-
-def test_the_picture_is_svg(tmp_path):
-    pytest.importorskip("matplotlib")
-    record = Record("outofcore", "", "", "", {}, {}, [outofcore.speeds(ROWS)])
-    pictures.draw_limits(record, tmp_path / "p.svg")
-    assert "Tokens per second" in (tmp_path / "p.svg").read_text()
-    pictures.draw_decoding(DECODED, tmp_path / "d.svg")
-    assert "with 2 threads" in (tmp_path / "d.svg").read_text()
-
-
-DECODED = Record(
-    "decoding", "", "", "", {}, {},
-    [
-        Table(
-            "decoding",
-            dict.fromkeys(("threads", "engine", "at 50", "of it", "at 1500"), "{}"),
-            [[1, "program", 20.0, 0.8, 18.0], [2, "program", 30.0, 0.7, 25.0],
-             [2, "llama.cpp", 28.0, 0.6, 17.0]],
-        )
-    ],
-)  # fmt: skip
-
-
-def test_a_picture_of_decoding_has_what_was_measured():
-    positions, rates = pictures.decoded(json_round_trip(DECODED))
-    assert positions == [50, 1500]
-    assert rates == {
-        "program": {1: [20.0, 18.0], 2: [30.0, 25.0]},
-        "llama.cpp": {2: [28.0, 17.0]},
-    }
 
 
 # -- one commit beside another ---------------------------------------------------------
