@@ -73,6 +73,7 @@ class ProgramSegments:
     def release(self) -> None:
         """The weights go with the last rows."""
         self._looped = None
+        self._executable.release()
         del self._executable
 
 

@@ -105,10 +105,6 @@ class _Native:
         self._shape = {b.name: b.shape for b in program.buffers if b.name in places.crossing}
         left = left_in_file(program)
         self._vocabulary = min((constant.shape[0] for _, constant, _ in left), default=2**31)
-        self._embeddings = {
-            buffer.name: EmbeddingFile(file, constant, (op.numbers or {})["scale"])
-            for op, constant, buffer in left
-        }
         program = without(program, [op for op, _, _ in left])
         try:
             self._program = native_program(
@@ -125,6 +121,10 @@ class _Native:
             raise EngineError(f"{error} Copy the bundle again, or build it again.") from error
         self.scratch_bytes = places.scratch * self._program.block + self._program.kernel_scratch
         self.scratch_bytes += places.scan * self._program.scans
+        self._embeddings = {
+            buffer.name: EmbeddingFile(file, constant, (op.numbers or {})["scale"])
+            for op, constant, buffer in left
+        }
 
     def state(self, context: int, kind: str) -> ProgramState:
         return ProgramState(StateLayout.of(self._table, kind), context, self._pools)
@@ -182,6 +182,10 @@ class _Native:
             return self._program.steps(rows.native, mixture, first)
         except (ValueError, RuntimeError) as error:
             raise EngineError(str(error)) from error
+
+    def release(self) -> None:
+        for embedding in self._embeddings.values():
+            embedding.close()
 
 
 def _bound(state: ProgramState) -> _native.State:

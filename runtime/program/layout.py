@@ -10,7 +10,7 @@ from smoe.runtime.kernels.blocks import TOKENS, BlockLayout
 from smoe.runtime.program.plan import ROWS
 
 REWIND = 256  # tokens by which every sequence can be rewound, windows or not
-KEPT = 4  # lengths of a sequence for which recurrent state is kept, beside where it is
+KEPT = 2  # lengths of a sequence for which recurrent state is kept, beside where it is
 
 
 def blocks_of(tokens: int) -> int:

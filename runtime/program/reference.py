@@ -152,6 +152,9 @@ class ReferenceProgram:
         """None either."""
         return first
 
+    def release(self) -> None:
+        """It has no files."""
+
     # -- operands
 
     def _view(self, step: _Step, view: View) -> np.ndarray:

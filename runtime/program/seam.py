@@ -89,3 +89,7 @@ class Executable(Protocol):
         have. Ids of all layers can be read afterwards. Until it returns nobody may change frames or
         `where`."""
         ...
+
+    def release(self) -> None:
+        """Close its files: no step begins afterwards."""
+        ...

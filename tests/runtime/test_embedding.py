@@ -84,3 +84,14 @@ def test_a_file_that_became_shorter_ends_the_step(tmp_path):
         executable.begin([(executable.state(9, "f32"), 0, ids)], np.array([0]))
     ids[0] = 5  # what is there can still be read
     executable.begin([(executable.state(9, "f32"), 0, ids)], np.array([0]))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="Linux alone counts files so")
+def test_released_programs_leave_no_file_open(tmp_path):
+    model = Wordy("int8", layers=1)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        executable = model.open(tmp_path, NATIVE[0], wires=model.wires)
+        executable.begin([(executable.state(9, "f32"), 0, np.array([5]))], np.array([0]))
+        executable.release()
+    assert len(os.listdir("/proc/self/fd")) == before
