@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 import pytest
 from support import pico
+from support.backbones import compiled, logits_of, operations
 
 from smoe.artifacts import open_bundle
-from smoe.artifacts.program import PROGRAM, PROGRAM_WEIGHTS, Program, View
-from smoe.artifacts.program_checks import problems
+from smoe.artifacts.program import PROGRAM, PROGRAM_WEIGHTS, View
 from smoe.prep.backbone import checked
 from smoe.prep.backbone.quantise import Known as Sizes
 from smoe.prep.backbone.quantise import reduce
@@ -19,14 +19,11 @@ from smoe.prep.build import build
 from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.errors import PrepError
 from smoe.prep.options import Recipe
-from smoe.prep.program import compile, views
+from smoe.prep.program import views
 from smoe.prep.program.probe import Probe
 from smoe.prep.program.values import Early, Interval
 from smoe.prep.progress import Progress
-from smoe.runtime import kernels
-from smoe.runtime.backbone import Backbone
 from smoe.runtime.execution import Execution, divide
-from smoe.runtime.step import Phase, Sequence, Span, Step
 
 WHOLE = [
     "qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "glm4_moe", "ernie4_5_moe", "granitemoe",
@@ -38,21 +35,9 @@ CLOSE = {"f32": 1e-5, "int8": 0.03}  # of the largest logit; a rounding may fall
 
 
 def _logits(path, manifest, division=None):
-    """Of every token, with a stand-in for experts that goes through all they are given."""
-    chosen = kernels.choose("reference")
-    backbone = Backbone(path, manifest, division=division, chosen=chosen)
     ids = np.random.default_rng(3).integers(0, VOCABULARY, sum(PARTS))
-    sequence, logits = Sequence(backbone.new_state(len(ids))), []
-    for part in np.split(ids, np.cumsum(PARTS)[:-1]):
-        count = len(part)
-        flow = backbone.begin(Step((Span(sequence, part, np.arange(count), Phase.PREFILL),)))
-        for number, layer in enumerate(manifest.layers):
-            routed = backbone.route(number, flow)
-            squares = (routed.weights**2 * (1 + routed.ids / layer.experts)).sum(-1)
-            mixed = routed.hidden.reshape(count, -1) * squares[:, None]
-            backbone.mix(number, flow, np.ascontiguousarray(mixed, np.float32))
-        logits += backbone.finish(flow)
-    return np.concatenate(logits)
+    parts = np.split(ids, np.cumsum(PARTS)[:-1])
+    return logits_of(path, manifest, parts, division, "reference")
 
 
 def _in_program(path, manifest, program):
@@ -71,23 +56,11 @@ def _copied(bundle, path, precision="f32"):
     return manifest
 
 
-def _compiled(path, manifest):
-    """Its program, as the door finds it."""
-    program = compile(path, manifest.backbone, manifest.layers, manifest.model.context)
-    assert Program.parse((path / PROGRAM).read_text(), "program.json") == program
-    assert not list(problems(program, manifest, (path / PROGRAM_WEIGHTS).stat().st_size))
-    return program
-
-
-def _operations(program, kind):
-    return [op for part in program.parts for op in part.ops or () if op.kind == kind]
-
-
 @pytest.mark.parametrize("precision", ["f32", "int8"])
 @pytest.mark.parametrize("family", WHOLE)
 def test_a_program_computes_what_the_graphs_do(bundles, tmp_path, family, precision):
     manifest = _copied(bundles(family), tmp_path, precision)
-    program = _compiled(tmp_path, manifest)
+    program = compiled(tmp_path, manifest)
     assert [part.reason for part in program.parts if part.ops is None] == []
     found, wanted = _in_program(tmp_path, manifest, program), _logits(tmp_path, manifest)
     assert np.abs(found - wanted).max() <= CLOSE[precision] * np.abs(wanted).max()
@@ -100,7 +73,7 @@ def test_a_program_computes_what_the_graphs_do(bundles, tmp_path, family, precis
 def test_bundles_from_before_the_prelude_compile_too(root, tmp_path, version):
     manifest = _copied(root / "tests" / "golden" / f"{version}.smoe", tmp_path)
     assert not manifest.backbone.prelude
-    program = _compiled(tmp_path, manifest)
+    program = compiled(tmp_path, manifest)
     assert all(part.ops for part in program.parts)
     found, wanted = _in_program(tmp_path, manifest, program), _logits(tmp_path, manifest)
     assert np.abs(found - wanted).max() <= CLOSE["f32"] * np.abs(wanted).max()
@@ -111,7 +84,7 @@ def test_bundles_from_before_the_prelude_compile_too(root, tmp_path, version):
 )
 def test_masks_are_intervals_of_the_models_own_windows(bundles, family, windows):
     program = open_bundle(bundles(family)).program
-    assert [op.numbers["window"] for op in _operations(program, "attention")] == windows
+    assert [op.numbers["window"] for op in operations(program, "attention")] == windows
 
 
 def test_a_build_checks_its_program_and_lists_it(
@@ -142,7 +115,7 @@ def test_a_node_that_is_not_known_leaves_its_segment_to_onnx_runtime(bundles, tm
     softmax.input[0] = "dropped"
     model.graph.node.insert(list(model.graph.node).index(softmax), dropout)
     file.write_bytes(model.SerializeToString())
-    program = _compiled(tmp_path, manifest)
+    program = compiled(tmp_path, manifest)
     reasons = [part.reason for part in program.parts]
     assert "which others take" in reasons[0]  # a mask, which only ONNX Runtime needs
     assert reasons[1:] == ["", "Dropout dropped: no operation does it", ""]
@@ -173,7 +146,7 @@ def test_sums_of_squares_and_of_exponentials_are_operations(bundles, tmp_path):
     del model.graph.node[:]
     model.graph.node.extend([*nodes[:place], *added, *nodes[place + 1 :]])
     file.write_bytes(model.SerializeToString())
-    program = _compiled(tmp_path, manifest)
+    program = compiled(tmp_path, manifest)
     assert [part.reason for part in program.parts if part.ops is None] == []
     found, wanted = _in_program(tmp_path, manifest, program), _logits(tmp_path, manifest)
     assert np.abs(found - wanted).max() <= CLOSE["f32"] * np.abs(wanted).max()
@@ -188,7 +161,7 @@ def test_equal_weights_are_stored_once(ids_file, tmp_path):
         text = Calibration(str(ids_file))
         build(folder / "model", folder / "b", text, recipe, progress=Progress(True))
         program = open_bundle(folder / "b").program
-        (table,) = {op.weight for op in _operations(program, "embedding")}
+        (table,) = {op.weight for op in operations(program, "embedding")}
         assert (table == program.parts[-1].ops[-1].weight) == tied
         assert all(constant.offset % 64 == 0 for constant in program.constants)
         sizes[tied] = (folder / "b" / PROGRAM_WEIGHTS).stat().st_size

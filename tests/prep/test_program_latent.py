@@ -9,21 +9,17 @@ import onnx
 import pytest
 import torch
 from support import pico
+from support.backbones import compiled, logits_of, operations
 
-from smoe.artifacts.program import ABSENT, PROGRAM, PROGRAM_WEIGHTS, Program
-from smoe.artifacts.program_checks import problems
+from smoe.artifacts.program import ABSENT
 from smoe.prep.backbone.checked import export_checked
 from smoe.prep.backbone.quantise import Known as Sizes
 from smoe.prep.backbone.quantise import reduce
 from smoe.prep.checkpoint.checkpoint import open_checkpoint
 from smoe.prep.checkpoint.seam import experts_run_by
 from smoe.prep.pack.pack import unpacked
-from smoe.prep.program import compile
 from smoe.prep.progress import Progress
-from smoe.runtime import kernels
-from smoe.runtime.backbone import Backbone
 from smoe.runtime.execution import Execution, divide
-from smoe.runtime.step import Phase, Sequence, Span, Step
 
 FAMILIES = ["deepseek_v2", "deepseek_v3"]  # others: python -m bench families
 VOCABULARY, HIDDEN, TOKENS = 211, 64, 600
@@ -68,20 +64,12 @@ def _transformers(checkpoint, ids):
 
 def _logits(path, manifest, parts, program=None):
     """Of every token of the `parts` of a sequence; by ONNX Runtime where there is no program."""
-    chosen, division = kernels.choose(), None
-    if program is not None:
-        division = divide(manifest, program, Execution(state="f32"))
-    backbone = Backbone(path, manifest, division=division, chosen=chosen)
-    sequence, logits = Sequence(backbone.new_state(sum(map(len, parts)))), []
-    for part in parts:
-        count = len(part)
-        flow = backbone.begin(Step((Span(sequence, part, np.arange(count), Phase.PREFILL),)))
-        for number in range(len(manifest.layers)):
-            routed = backbone.route(number, flow)
-            mixed = _stand_in(routed.hidden.reshape(count, -1), routed.weights)
-            backbone.mix(number, flow, np.ascontiguousarray(mixed, np.float32))
-        logits += backbone.finish(flow)
-    return np.concatenate(logits)
+    division = program and divide(manifest, program, Execution(state="f32"))
+
+    def stand_in(routed, layer):
+        return _stand_in(routed.hidden.reshape(len(routed.weights), -1), routed.weights)
+
+    return logits_of(path, manifest, parts, division, stand_in=stand_in)
 
 
 def _tokens():
@@ -90,18 +78,6 @@ def _tokens():
     cuts = random.choice(np.arange(1, TOKENS - 1), 8, replace=False)
     ids = random.integers(0, VOCABULARY, TOKENS)
     return ids, np.split(ids, sorted({*cuts, *(cuts[:3] + 1)}))
-
-
-def _compiled(path, manifest):
-    """Its program, as the door finds it."""
-    program = compile(path, manifest.backbone, manifest.layers, manifest.model.context)
-    assert Program.parse((path / PROGRAM).read_text(), "program.json") == program
-    assert not list(problems(program, manifest, (path / PROGRAM_WEIGHTS).stat().st_size))
-    return program
-
-
-def _operations(program, kind):
-    return [op for part in program.parts for op in part.ops or () if op.kind == kind]
 
 
 def _off(found, wanted):
@@ -117,7 +93,7 @@ def _nats(found, wanted):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers(exported, family):
     checkpoint, path, manifest = exported(family)
-    program = _compiled(path, manifest)
+    program = compiled(path, manifest)
     assert [part.reason for part in program.parts if part.ops is None] == []
     ids, parts = _tokens()
     found = _logits(path, manifest, parts, program)
@@ -131,9 +107,9 @@ def test_in_few_bits_it_costs_little_more_than_in_onnx_runtime(exported, tmp_pat
     known = Sizes(VOCABULARY, HIDDEN)
     backbone, _ = reduce(tmp_path, manifest.backbone, manifest.layers, "int8", known)
     manifest = dataclasses.replace(manifest, backbone=backbone)
-    program = _compiled(tmp_path, manifest)
+    program = compiled(tmp_path, manifest)
     assert [part.reason for part in program.parts if part.ops is None] == []
-    weights = {op.weight for op in _operations(program, "head_product")}
+    weights = {op.weight for op in operations(program, "head_product")}
     forms = {c.name: c.form for c in program.constants}
     assert {forms[name] for name in weights} == {"int8"}
     ids, parts = _tokens()
@@ -144,15 +120,15 @@ def test_in_few_bits_it_costs_little_more_than_in_onnx_runtime(exported, tmp_pat
 
 def test_only_latents_and_the_shared_part_are_remembered(exported):
     _, path, manifest = exported("deepseek_v3")
-    program = _compiled(path, manifest)
+    program = compiled(path, manifest)
     layers = len(program.states)
     for state in program.states:
         assert (state.heads, state.key_width, state.value_width) == (1, LATENTS + ROTATED, LATENTS)
         assert state.latent
-    for op in _operations(program, "attention"):
+    for op in operations(program, "attention"):
         assert op.inputs[0].shape == (HEADS, LATENTS + ROTATED) and op.inputs[2] == ABSENT
     wanted = [((HEADS, OWN), (HEADS, LATENTS)), ((HEADS, LATENTS), (HEADS, VALUES))]
-    products = _operations(program, "head_product")
+    products = operations(program, "head_product")
     assert [(op.inputs[0].shape, op.outputs[0].shape) for op in products] == wanted * layers
     wide = {b.name for b in program.buffers if b.numbers == HEADS * (OWN + VALUES)}
     assert not wide  # keys and values of all heads are never made
@@ -172,5 +148,5 @@ def test_values_that_are_no_products_are_left_to_onnx_runtime(exported, tmp_path
     sine = onnx.helper.make_node("Sin", [state.output], ["bent"])
     model.graph.node.insert(nodes.index(readers[0]), sine)
     file.write_bytes(model.SerializeToString())
-    program = _compiled(tmp_path, manifest)
+    program = compiled(tmp_path, manifest)
     assert "attends to something else than two states" in program.parts[state.segment].reason

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import pico
+from support.backbones import logits_of
 
 from smoe.artifacts import open_bundle
 from smoe.prep.build import build
@@ -13,9 +14,7 @@ from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.options import Recipe
 from smoe.prep.progress import Progress
 from smoe.runtime import Engine, kernels
-from smoe.runtime.backbone import Backbone
 from smoe.runtime.execution import Execution, divide
-from smoe.runtime.step import Phase, Sequence, Span, Step
 
 # Of every family whether its graphs take a single token, and how its layers carry what they do from
 # one to the next. qwen3_next and qwen3_5_moe, whose export takes minutes, are in `python -m bench
@@ -67,21 +66,10 @@ def test_programs_of_one_token_graphs_are_the_models(models, family):
     assert np.abs(found - wanted).max() <= CLOSE * np.abs(wanted).max()
 
 
-def logits_of(path, manifest, parts: list[int], division=None, name: str = "reference"):
-    """Of every token, in calls of so many, with a stand-in for experts."""
-    backbone = Backbone(path, manifest, division=division, chosen=kernels.choose(name, 2))
-    ids = np.random.default_rng(3).integers(0, 211, sum(parts))
-    sequence, logits = Sequence(backbone.new_state(len(ids))), []
-    for part in np.split(ids, np.cumsum(parts)[:-1]):
-        count = len(part)
-        flow = backbone.begin(Step((Span(sequence, part, np.arange(count), Phase.PREFILL),)))
-        for number, layer in enumerate(manifest.layers):
-            routed = backbone.route(number, flow)
-            squares = (routed.weights**2 * (1 + routed.ids / layer.experts)).sum(-1)
-            mixed = routed.hidden.reshape(count, -1) * squares[:, None]
-            backbone.mix(number, flow, np.ascontiguousarray(mixed, np.float32))
-        logits += backbone.finish(flow)
-    return np.concatenate(logits)
+def cut(lengths: list[int]) -> list[np.ndarray]:
+    """Ids of a sequence, in parts of so many."""
+    ids = np.random.default_rng(3).integers(0, 211, sum(lengths))
+    return np.split(ids, np.cumsum(lengths)[:-1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,9 +78,9 @@ def test_many_rows_are_what_the_graphs_say_token_by_token(models, family):
     opened = open_bundle(bundle)
     manifest, parts = opened.manifest, [37, 1, 1, 13, 1]
     division = divide(manifest, opened.program, Execution(state="f32"))
-    twin = logits_of(bundle, manifest, parts, division)
-    wanted = logits_of(bundle, manifest, [1] * sum(parts))
+    twin = logits_of(bundle, manifest, cut(parts), division, "reference")
+    wanted = logits_of(bundle, manifest, cut([1] * sum(parts)))
     assert np.abs(twin - wanted).max() <= 1e-5 * np.abs(wanted).max()
     for name in kernels.available()[:-1]:
         for cuts in (parts, [53], [1, 30, 22]):
-            assert np.array_equal(logits_of(bundle, manifest, cuts, division, name), twin)
+            assert np.array_equal(logits_of(bundle, manifest, cut(cuts), division, name), twin)

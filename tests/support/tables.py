@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from smoe.artifacts import Manifest, tiles
+from smoe.artifacts import BundleError, Manifest, tiles
 from smoe.artifacts.manifest import (
     FORMAT,
     VERSION,
@@ -34,6 +35,7 @@ from smoe.artifacts.program import (
     Recurrent,
     View,
 )
+from smoe.artifacts.program_checks import problems
 
 VOCABULARY, HIDDEN, EXPERTS, TOP_K, LAYERS = 37, 40, 7, 3, 2
 HEADS, GROUPS, KEY, VALUE = 6, 2, 10, 8
@@ -303,3 +305,14 @@ def _manifest(parts: int) -> Manifest:
         {},
         {},
     )
+
+
+def opened(table: dict) -> Program:
+    """What the door makes of a table beside the pico program's manifest and weights; a
+    `BundleError` where that is not a program."""
+    _, data, manifest = pico()
+    program = Program.parse(json.dumps(table), "program.json")
+    wrong = list(problems(program, manifest, len(data)))
+    if wrong:
+        raise BundleError("\n".join(wrong))
+    return program
