@@ -14,7 +14,7 @@ from smoe.artifacts import SmoeError
 MODULES = (
     "policies", "micro", "prep", "quality", "large", "backbones", "memory", "outofcore", "decoding",
     "contexts", "state", "families", "lengths", "sidebyside", "prompts", "opening", "models",
-    "packing", "pictures", "carried", "soak",
+    "packing", "pictures", "carried", "requests", "soak",
 )  # fmt: skip
 
 

@@ -18,10 +18,10 @@ from smoe.prep.replay.routing_trace import read_trace
 from smoe.prep.replay.simulate import COUNTINGS
 from smoe.prep.replay.simulate import report as simulation_report
 from smoe.prep.replay.simulate import simulate as run_simulation
-from smoe.runtime.budget import parse_size
 from smoe.runtime.cache.eviction import EVICTIONS
 from smoe.runtime.device_profile import Device
 from smoe.runtime.options import SUBSTITUTIONS
+from smoe.runtime.sizes import parse_size
 
 _SUBSTITUTIONS = ", ".join(
     f"{name}:{kind.number.split()[0].upper()}" for name, kind in SUBSTITUTIONS.items()

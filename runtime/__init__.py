@@ -18,8 +18,9 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from smoe.runtime.engine import Engine, Token
+    from smoe.runtime.engine import Engine
     from smoe.runtime.errors import EngineError
+    from smoe.runtime.generation import Token
     from smoe.runtime.options import Policies
     from smoe.runtime.stats import Stats
     from smoe.runtime.text import StopWhen
@@ -32,7 +33,7 @@ _ROOMS = {
     "Policies": "options",
     "Stats": "stats",
     "StopWhen": "text",
-    "Token": "engine",
+    "Token": "generation",
 }
 
 

@@ -8,20 +8,20 @@ import importlib
 from smoe.artifacts.bundle import Bundle
 from smoe.runtime import machine
 from smoe.runtime.budget import (
-    MIB,
+    ONE,
     ONNX_PROCESS,
     PROCESS,
     RESERVE,
     SWING,
     MemoryPlan,
+    Requests,
     Source,
     default_budget,
-    parse_size,
     plan_memory,
-    show_size,
 )
 from smoe.runtime.errors import EngineError
 from smoe.runtime.execution import AUTO, CODE, ONNX_CODE, Execution
+from smoe.runtime.sizes import MIB, parse_size, show_size
 from smoe.runtime.system import trim_heap
 
 KERNEL = MIB  # what the kernel keeps for a process, beside the tables of its pages
@@ -38,6 +38,7 @@ def allow(
     level: int | None = None,
     tables: int = 0,
     execution: Execution = AUTO,
+    requests: Requests = ONE,
 ) -> MemoryPlan:
     """The plan of an engine in a process that holds no more than `memory`, or no more than `beside`
     above what it holds now, or, if neither is stated, than what is left to it here. The rest as in
@@ -49,7 +50,9 @@ def allow(
         )
 
     def plan(budget: int | None, source: Source | None, held: int) -> MemoryPlan:
-        return plan_memory(bundle, budget, context, level, tables, held, source, execution)
+        return plan_memory(
+            bundle, budget, context, level, tables, held, source, execution, requests
+        )
 
     alone = plan(None, None, 0)
 

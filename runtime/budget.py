@@ -3,27 +3,14 @@ experts. What it may be here, and what the process holds already, `allowance` fi
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from smoe.artifacts.bundle import Bundle
 from smoe.artifacts.encodings import checked_level, encoding_named
 from smoe.artifacts.manifest import Layer, Manifest
 from smoe.runtime.errors import EngineError
 from smoe.runtime.execution import AUTO, Division, Execution, divide
-
-MIB = 1 << 20
-_UNITS = {
-    unit: 1 << 10 * power
-    for power, letter in enumerate("kmgtp", 1)
-    for unit in (letter, f"{letter}i", f"{letter}ib")
-} | {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "pb": 10**15}
-# Below, a number without a unit is no budget: an interpreter alone takes more bytes, and as MiB it
-# is what machines have.
-BARE = MIB
-MOST = 1 << 60  # bytes; no machine has more
+from smoe.runtime.sizes import MIB, show_size
 
 # tokens of a prompt that run at once; a constant, so that logits do not depend on the budget
 CHUNK = 128
@@ -37,6 +24,8 @@ SLOTS = 256  # of one call of the kernels, before the last expert is added: more
 # takes per token while it reads a prompt.
 TOKENIZER = 16
 READING = 512
+IDS = 64  # bytes of a token in the lists that a request keeps of its ids
+MOST_REQUESTS = 1024
 # What `smoe run` holds before it opens a bundle, for plans that are made elsewhere, what ONNX
 # Runtime's libraries add to it; and the part of it by which two such processes may differ, which a
 # minimum that is said has in it.
@@ -58,8 +47,35 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Requests:
+    """`count` sequences that advance at once, and how many tokens they hold together (None: a whole
+    context each)."""
+
+    count: int = 1
+    held: int | None = None
+
+    def tokens(self, context: int) -> int:
+        """Those, each sequence of up to `context`; an `EngineError` for what cannot be."""
+        if not 1 <= self.count <= MOST_REQUESTS:
+            raise EngineError(
+                f"{self.count} requests at once were asked for; there may be 1 to {MOST_REQUESTS}."
+            )
+        tokens = self.count * context if self.held is None else self.held
+        if not context <= tokens <= self.count * context:
+            raise EngineError(
+                f"{self.count} requests are to hold {tokens} tokens together; with a context of "
+                f"{context} each they hold {context} to {self.count * context}."
+            )
+        return tokens
+
+
+ONE = Requests()
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by purpose. Experts: `capacity` may be resident, `experts` there are, `smallest` are
+    """`requests` sequences of up to `context` tokens, of which they hold `held` together. Bytes by
+    purpose. Experts: `capacity` may be resident, `experts` there are, `smallest` are
     needed to run at all, `token_cycle` are used by one token. `prefill` is the most that is kept of
     a prompt's chunks, beyond the first, while they share the reads of a layer's experts; `lent` of
     it are the experts', who give way for as long as the prompt takes. `process` is what is there
@@ -67,6 +83,8 @@ class MemoryPlan:
     `onnxruntime`; `source` says where the budget comes from."""
 
     context: int
+    requests: int
+    held: int
     budget: int | None
     onnxruntime: bool
     backbone: int
@@ -140,14 +158,30 @@ class MemoryPlan:
             )
         return out
 
+    def requests_line(self, onnx: bool) -> list[str]:
+        """For people: how many requests share it, where there may be several."""
+        if self.requests == 1:
+            return []
+        apart = "; segments in ONNX Runtime run for each of them" if onnx else ""
+        return [
+            f"requests: up to {self.requests} at once, of {self.held} tokens together, up to "
+            f"{self.context} each{apart}"
+        ]
+
     def too_small(self) -> EngineError:
         """What is said where the budget holds no such plan."""
         swing = self.process // SWING if self.source.beside else 0
         least = show_size(self.as_stated(self.minimum - swing), up=True)
         return EngineError(
             f"{self.source.called} is too small: this bundle needs at least {least} with a context "
-            f"of {self.context} ({self._fixed_parts()}, {self.smallest} experts "
+            f"of {self.context}{self._together()} ({self._fixed_parts()}, {self.smallest} experts "
             f"{show_size(self.smallest * self.record)}). {self.source.way_out}"
+        )
+
+    def _together(self) -> str:
+        more = self.requests > 1
+        return (
+            f" and {self.requests} requests that hold {self.held} tokens together" if more else ""
         )
 
     def _fixed_parts(self) -> str:
@@ -173,12 +207,13 @@ def plan_memory(
     process: int = 0,
     source: Source | None = None,
     execution: Execution = AUTO,
+    requests: Requests = ONE,
 ) -> MemoryPlan:
-    """Divide `budget` bytes (None: as much as it takes) for sequences of `context` tokens (None:
-    2048, or what the model was made for if that is less), experts at `level` (None: the highest),
-    so many bytes of `tables`, what the `process` holds besides, and the backbone run by
-    `execution`. An `EngineError` names the minimum where the budget, which comes from `source`, is
-    too small."""
+    """Divide `budget` bytes (None: as much as it takes) for so many `requests`, sequences of
+    `context` tokens (None: 2048, or what the model was made for if that is less), experts at
+    `level` (None: the highest), so many bytes of `tables`, what the `process` holds besides, and
+    the backbone run by `execution`. An `EngineError` names the minimum where the budget, which
+    comes from `source`, is too small."""
     manifest = bundle.manifest
     layers, longest = manifest.layers, manifest.model.context
     context = min(2048, longest) if context is None else context
@@ -190,13 +225,17 @@ def plan_memory(
     record = max(layout.levels[level - 1] for layout in bundle.layouts)
     tokenizer = manifest.files["tokenizer.json"].size if "tokenizer.json" in manifest.files else 0
     division = divide(manifest, bundle.program, execution, bundle.graphs)
+    held = requests.tokens(context)
     whole = MemoryPlan(
         context=context,
+        requests=requests.count,
+        held=held,
         budget=budget,
         onnxruntime=division.needs_onnxruntime,
         backbone=division.backbone_bytes() + TOKENIZER * tokenizer,
-        state=division.state_bytes(context),
+        state=_state(division, context, requests.count, held),
         workspace=_workspace(manifest, context, division)
+        + _more_requests(manifest, context, division, requests.count - 1)
         + tables
         + (READING * context if tokenizer else 0),
         prefill=_prefill(manifest, context, division),
@@ -210,6 +249,22 @@ def plan_memory(
         source=source or _stated(budget),
     )
     return whole if budget is None else _within(whole, budget)
+
+
+def _state(division: Division, context: int, requests: int, held: int) -> int:
+    """What so many sequences remember of `held` tokens: most where each has its part, since windows
+    forget."""
+    each = division.state_bytes(-(-held // requests))
+    return max(division.state_bytes(context), requests * each)
+
+
+def _more_requests(manifest: Manifest, context: int, division: Division, more: int) -> int:
+    """What so many sequences take on their way beside the first one: each a row of everything,
+    logits as they are made and drawn from, and its ids; and a prompt that is read beside another
+    one, a chunk of rows."""
+    row = max(slot_bytes(layer) for layer in manifest.layers) + division.token_bytes(context)
+    each = row + 8 * manifest.model.vocabulary + IDS * context
+    return more * each + (_chunk(manifest, division) * row if more else 0)
 
 
 def _stated(budget: int | None) -> Source:
@@ -243,10 +298,11 @@ def memory_for(
     tables: int = 0,
     process: int = 0,
     execution: Execution = AUTO,
+    requests: Requests = ONE,
 ) -> int:
     """The least budget, in bytes, in which so many `experts` stay; the rest as in `plan_memory`.
     More memory never holds fewer."""
-    whole = plan_memory(bundle, None, context, level, tables, process, None, execution)
+    whole = plan_memory(bundle, None, context, level, tables, process, None, execution, requests)
     low, high = whole.minimum, max(whole.minimum, whole.total)
     while low < high:
         middle = (low + high) // 2
@@ -335,40 +391,3 @@ def chunk_tokens(manifest: Manifest, onnx: bool = True) -> int:
     """How many tokens of a prompt run at once; `onnx`: whether graphs of any segment do, which may
     take one at a time."""
     return 1 if onnx and manifest.backbone.one_at_a_time else CHUNK
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of a size as people write it: "64MiB", "4Gi", "1.5G", "1,5 GiB", "500 MB", "1e9", or an
-    integer. The letters alone are powers of 1024, as Java and Docker have them; KB, MB, … are
-    powers of 1000. An `EngineError` for anything else."""
-    if isinstance(text, (int, np.integer)) and not isinstance(text, bool):
-        text = str(int(text))
-    if not isinstance(text, str):
-        raise EngineError(f"{text!r} is not a size; give an integer of bytes, or text like 64MiB.")
-    match = re.fullmatch(
-        r"\s*(-?[0-9]{1,400}(?:[.,][0-9]{1,400})?(?:[eE][+-]?[0-9]{1,3})?)\s*([a-zA-Z]*)\s*", text
-    )
-    shown = repr(text if len(text) <= 40 else text[:40] + "…")
-    if not match or match[2].lower() not in _UNITS:
-        raise EngineError(f"{shown} is not a size; write it like 64MiB, 1.5GiB or 500MB.")
-    number, unit = match[1], match[2].lower()
-    if re.fullmatch(r"[0-9]{1,3},[0-9]{3}", number):
-        meant = f"{number.replace(',', '')}{match[2]} or {number.replace(',', '.')}{match[2]}"
-        raise EngineError(f"{shown} can be read in two ways; write {meant}.")
-    nbytes = float(number.replace(",", ".")) * _UNITS[unit]
-    if nbytes < 1:
-        raise EngineError(f"{shown} is not a size: it is less than a byte. Write it like 64MiB.")
-    if nbytes > MOST:
-        raise EngineError(f"{shown} is more than any machine has; write it like 64MiB or 4GiB.")
-    if not unit and nbytes < BARE:
-        raise EngineError(
-            f"{shown} has no unit, and as bytes it would be less than an interpreter takes. Was "
-            f"{number}MiB meant? Write {number}MiB, or {number}B if bytes were."
-        )
-    return int(number) if number.isdigit() and not unit else int(nbytes)
-
-
-def show_size(size: int, up: bool = False) -> str:
-    """Bytes for people. With `up` rounded up, so that the figure can be given back as a budget."""
-    mib = size / MIB
-    return f"{-(-size * 10 // MIB) / 10:.1f}MiB" if up else f"{mib:.1f}MiB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from click.core import ParameterSource
 from smoe.artifacts import Bundle, open_bundle
 from smoe.artifacts.licence import Licence
 from smoe.runtime import allowance
-from smoe.runtime.budget import MemoryPlan, memory_for, plan_memory, show_size
+from smoe.runtime.budget import MemoryPlan, memory_for, plan_memory
 from smoe.runtime.cli_chat import chat
 from smoe.runtime.cli_options import (
     NEW_TOKENS,
@@ -33,7 +34,9 @@ from smoe.runtime.evaluate import bench as run_bench
 from smoe.runtime.evaluate import bench_lines
 from smoe.runtime.execution import divide
 from smoe.runtime.hub import located
+from smoe.runtime.serve.measure import bench_requests
 from smoe.runtime.session import kept
+from smoe.runtime.sizes import show_size
 from smoe.runtime.text import StopWhen, Text
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -121,6 +124,18 @@ def run(
     help="Questions of the choice task. Default: none.",
 )
 @click.option(
+    "--requests",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Ask all rows at once, of which N advance together, and draw what is not a row's prompt.",
+)
+@click.option(
+    "--held",
+    type=click.IntRange(1),
+    metavar="TOKENS",
+    help="With --requests: tokens that these hold together. Default: N times --context.",
+)
+@click.option(
     "--machine",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
@@ -135,6 +150,8 @@ def bench(
     length: int,
     prompt: int,
     choices: int,
+    requests: int | None,
+    held: int | None,
     machine: Path | None,
     as_json: bool,
     **options: Any,
@@ -146,13 +163,22 @@ def bench(
             "Give either --text, to measure a run, or --machine, to measure the machine."
         )
     if machine is not None:
-        _refuse_others({"bundle", "machine", "io", "as_json"})
+        given = {"bundle", "machine", "io", "as_json"}
+        others = {name for p in click.get_current_context().command.params if (name := p.name)}
+        _refuse(others - given, "--machine, which measures the machine and no policy")
         measured = measure_device(located(bundle), options["io"])
         _write(machine, measured.to_json())
         show(measured.to_json().rstrip() if as_json else f"{machine}: written")
         return
     assert text is not None
     bundle = located(bundle)
+    if requests is not None:
+        asked = options | {"requests": requests, "held": held}
+        _refuse(["choices"], "--requests, which asks no questions")
+        many = bench_requests(lambda: open_engine(bundle, asked), text, tokens, length, prompt, say)
+        show(json.dumps(many) if as_json else "\n".join(bench_lines(many)))
+        return
+    _refuse(["held"], "one request at a time")
     measured_run = run_bench(
         lambda: open_engine(bundle, dict(options)),
         lambda: open_exact_twin(bundle, dict(options), say),
@@ -166,17 +192,13 @@ def bench(
     show(json.dumps(measured_run) if as_json else "\n".join(bench_lines(measured_run)))
 
 
-def _refuse_others(allowed: set[str]) -> None:
-    """An option that was given and has no effect is an error."""
+def _refuse(names: Container[str], where: str) -> None:
+    """An option of these `names` that was given and has no effect is an error."""
     context = click.get_current_context()
     for parameter in context.command.params:
         name = parameter.name or ""
-        if name not in allowed and context.get_parameter_source(name) != ParameterSource.DEFAULT:
-            raise click.UsageError(
-                f"{parameter.opts[0]} has no effect with --machine, which measures the machine and "
-                "no policy; "
-                "leave it out."
-            )
+        if name in names and context.get_parameter_source(name) != ParameterSource.DEFAULT:
+            raise click.UsageError(f"{parameter.opts[0]} has no effect with {where}; leave it out.")
 
 
 def _write(file: Path, text: str) -> None:

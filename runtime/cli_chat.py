@@ -20,8 +20,9 @@ from smoe.runtime.cli_options import (
 )
 from smoe.runtime.cli_output import say, show
 from smoe.runtime.conversation import Conversation, Message
-from smoe.runtime.engine import Engine, Token
+from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
+from smoe.runtime.generation import Token
 from smoe.runtime.hub import located
 from smoe.runtime.session import kept
 from smoe.runtime.text import StopWhen, read_text

@@ -12,7 +12,7 @@ import click
 from smoe.artifacts import open_bundle
 from smoe.artifacts.manifest import STATE_KINDS
 from smoe.runtime import allowance
-from smoe.runtime.budget import parse_size, plan_memory, show_size
+from smoe.runtime.budget import plan_memory
 from smoe.runtime.cache.eviction import EVICTIONS
 from smoe.runtime.cache.storage import IO
 from smoe.runtime.engine import Engine
@@ -20,6 +20,7 @@ from smoe.runtime.errors import EngineError
 from smoe.runtime.execution import EXECUTORS, Execution, divide
 from smoe.runtime.options import PREFETCHES, SUBSTITUTIONS, Policies, tables_bytes
 from smoe.runtime.sampling import Sampling
+from smoe.runtime.sizes import parse_size, show_size
 
 POLICIES = Policies()
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -164,8 +165,10 @@ def refuse_generation(options: dict[str, Any]) -> None:
 
 
 def open_engine(bundle: Path, options: dict[str, Any]) -> Engine:
-    """The engine that the options of `engine_options` ask for; they are taken out of `options`."""
+    """The engine that the options of `engine_options` ask for, for as many `requests` as there may
+    be among them, which hold so much; they are taken out of `options`."""
     asked = {name: options.pop(name) for name in ENGINE_NAMES}
+    many = {name: options.pop(name) for name in ("requests", "held") if name in options}
     return Engine.open(
         bundle,
         memory=asked["memory"],
@@ -176,6 +179,7 @@ def open_engine(bundle: Path, options: dict[str, Any]) -> Engine:
         io=asked["io"],
         executor=asked["executor"],
         state=asked["state"],
+        **many,
     )
 
 

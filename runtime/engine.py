@@ -12,47 +12,32 @@ import threading
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from smoe.artifacts import Bundle, open_bundle
 from smoe.runtime import allowance, kernels, system
+from smoe.runtime.assemble import assemble
 from smoe.runtime.backbone import Backbone
-from smoe.runtime.budget import MemoryPlan
+from smoe.runtime.budget import MemoryPlan, Requests
 from smoe.runtime.cache import storage
-from smoe.runtime.cache.cache import ExpertCache
-from smoe.runtime.cache.frames import Frames
 from smoe.runtime.errors import EngineError
 from smoe.runtime.execution import AUTO, Execution, divide
-from smoe.runtime.experts import LocalExperts
-from smoe.runtime.model import Model, Prefill
+from smoe.runtime.generation import Continuation, Token
+from smoe.runtime.ledger import LossLedger
+from smoe.runtime.model import Prefill, Prompt
 from smoe.runtime.options import (
     DEFAULT,
     Policies,
     check_policies,
-    level_sizes,
-    make_chooser,
-    make_eviction,
-    make_predictor,
-    make_residency,
     policy_lines,
     tables_bytes,
 )
-from smoe.runtime.sampling import Sampler, Sampling
+from smoe.runtime.sampling import Bins, Sampler, Sampling
 from smoe.runtime.stats import Stats
 from smoe.runtime.step import Phase, Sequence, Span, Step, checked_ids, shared_start
 from smoe.runtime.text import StopWhen, Stream, Text
-
-
-@dataclass(frozen=True)
-class Token:
-    """A generated token. `text` may be empty while a character or a stop string is undecided;
-    joined it is the text."""
-
-    id: int
-    text: str
 
 
 class Engine:
@@ -75,47 +60,24 @@ class Engine:
         self.plan, self.context, self.policies = plan, plan.context, policies
         self.stats, self.text = Stats(), Text(bundle.path, self.manifest.files)
         self._process, self._using = os.getpid(), threading.RLock()
+        self._bins = Bins()
         self._turn = 0  # counts what has used the sequence, so that a paused generation notices
         self._kernels = kernels.choose(threads=threads)
         self.division = divide(self.manifest, bundle.program, execution, bundle.graphs)
         self._backbone = Backbone(bundle.path, self.manifest, threads, self.division, self._kernels)
         self.reading = storage.choose(bundle, level, io, plan)
         self._shards = storage.Shards(bundle, level, self.reading.io, self.stats)
+        self.level = self._shards.level
         try:
-            self._assemble()
+            made = assemble(
+                bundle, plan, policies, self._backbone, self._kernels, self._shards, self.stats
+            )
         except BaseException:
             self._shards.close()
             raise
+        self._model, self._experts, self._cache = made.model, made.experts, made.cache
+        self._new_ledger = made.new_ledger
         self.sequence, self._pinned = self.new_sequence(), ""
-
-    def _assemble(self) -> None:
-        """The model and its cache, as the policies ask for."""
-        bundle, plan, policies, manifest = self.bundle, self.plan, self.policies, self.manifest
-        level = self.level = self._shards.level
-        sizes = level_sizes(bundle, level)
-        eviction = make_eviction(policies.eviction, manifest)
-        choice = make_chooser(policies, manifest, bundle.tables, sizes, plan, eviction)
-        self._new_ledger = choice.new_ledger
-        predictor = make_predictor(policies.guesses, manifest, bundle.tables)
-        residency = make_residency(plan, sizes, eviction, policies)
-        most = None if policies.lossless else plan.capacity * plan.record
-        frames = Frames(len(residency.frame_bytes), plan.record, most)
-        self._cache = ExpertCache(residency, frames, self._shards.read, plan.smallest, self.stats)
-        experts = manifest.experts
-        layers = [
-            self._kernels.layer(experts.gate, manifest.expert_shape(i), experts.encoding, layout)
-            for i, layout in enumerate(bundle.layouts)
-        ]
-        self._experts = LocalExperts(self._cache, layers, level)
-        self._model = Model(
-            backbone=self._backbone,
-            experts=self._experts,
-            choose=choice.chooser,
-            predict=predictor,
-            stats=self.stats,
-            layers=len(layers),
-            advance=self._backbone.advance if self._backbone.advances else None,
-        )
 
     @classmethod
     def open(
@@ -130,6 +92,8 @@ class Engine:
         beside: str | int | None = None,
         executor: str = "auto",
         state: str | None = None,
+        requests: int = 1,
+        held: int | None = None,
     ) -> Engine:
         """Open the bundle at `path` in a process that holds no more than `memory` in all (bytes, or
         text like "64MiB"; None: what machine and cgroup leave), or no more than `beside` above what
@@ -141,12 +105,15 @@ class Engine:
         page cache) or "buffered" (None: by a measurement). `executor` runs the backbone: the
         bundle's "program", "onnx", or "auto", the program where there is one; `state` is what the
         program keeps of a sequence: "f32", "f16", "int8" (None: the bundle's; narrower is lossy).
+        There is memory for so many `requests` at once (`serve.Loop`), which hold `held` tokens
+        together (None: a whole context each).
 
         A damaged bundle, or one without such a level, is a `BundleError`, a budget that is too
         small an `EngineError` that names the minimum, and so are policies that cannot work."""
         bundle = open_bundle(path)
         tables, execution = tables_bytes(policies, bundle), Execution(executor, state)
-        plan = allowance.allow(bundle, memory, beside, context, level, tables, execution)
+        many = Requests(requests, held)
+        plan = allowance.allow(bundle, memory, beside, context, level, tables, execution, many)
         check_policies(policies, plan, bundle.manifest)
         try:
             engine = cls(bundle, plan, threads, level, policies, io, execution)
@@ -218,18 +185,29 @@ class Engine:
             *self._backbone.lines(),
             *self.plan.lines(self.policies.eviction),
             f"reads: {self.reading.io} ({self.reading.reason}{self._shards.line()}){self._pinned}",
-            self._backbone.prompt_line(self._pieces(0, self.context)[0]),
+            self._backbone.prompt_line(self._pieces(self.context, self.context)[0]),
+            *self.plan.requests_line(self.division.needs_onnxruntime),
             *policy_lines(self.policies, self.plan, level, levels),
             *([f"substitution: not possible with this model: {refused[0]}"] if refused else []),
         ]
 
     # -- sequences and steps -----------------------------------------------------------------------
 
-    def new_sequence(self) -> Sequence:
-        """A sequence that has consumed nothing, with a state of the context's length and a loss
-        ledger of its own."""
-        ledger = None if self._new_ledger is None else self._new_ledger()
-        return Sequence(self._backbone.new_state(self.context), ledger)
+    def new_sequence(self, loss: float | None = None) -> Sequence:
+        """A sequence that has consumed nothing, with a state of the context's length. It may spend
+        `loss` nats per token (None: what the engine was opened with), and is exact at 0."""
+        return Sequence(self._backbone.new_state(self.context), *self.spending(loss))
+
+    def spending(self, loss: float | None) -> tuple[LossLedger | None, bool]:
+        """The ledger of a sequence that may spend so much, and whether it is exact."""
+        if loss == 0:
+            return None, True
+        if self._new_ledger is None and loss is not None:
+            raise EngineError(
+                f"A loss of {loss} nats per token was asked for, and this engine spends none; open "
+                "it with a loss, or leave that out."
+            )
+        return (None if self._new_ledger is None else self._new_ledger(loss)), False
 
     def step(self, step: Step) -> list[np.ndarray]:
         """`Model.step`: each span's logits. Prompts of more than one chunk go through `prefill`."""
@@ -241,18 +219,33 @@ class Engine:
     ) -> Prefill:
         """A prompt int64 `[T]` on its way into `sequence`, with the logits of its last `keep`
         positions. Until it is done or discarded it may hold memory of the experts."""
-        chunk = self._backbone.chunk
-        together, memory = self._pieces(sequence.length, len(ids))
-        return Prefill(
-            self._model, sequence, ids, together * chunk, keep, phase, memory, chunk, self._used
-        )
+        return self.prefill_all([Prompt(sequence, ids, keep, phase)])
 
-    def _pieces(self, before: int, tokens: int) -> tuple[int, int]:
-        """How many pieces of a prompt of so many `tokens` go through the model together, and the
-        bytes that experts lend them."""
+    def prefill_all(self, prompts: SequenceOf[Prompt], whole: bool = True) -> Prefill:
+        """The same of several, of different sequences, which share the reads of experts. Where not
+        `whole` they go piece by piece, and take no memory of the experts: another prefill may."""
+        chunk, tokens = self._backbone.chunk, sum(len(one.ids) for one in prompts)
+        end = max(one.sequence.length + len(one.ids) for one in prompts)
+        together, memory = self._pieces(end, tokens) if whole else (1, 0)
+        return Prefill(self._model, prompts, together * chunk, memory, chunk, self._used)
+
+    def grouped(self, tokens: int, whole: bool = True) -> int:
+        """Of so many tokens of prompts, how many go through the model together."""
+        together, _ = self._pieces(tokens, tokens) if whole else (1, 0)
+        return together * self._backbone.chunk
+
+    @property
+    def grain(self) -> int:
+        """Tokens that what prompts share is a whole number of: in ONNX Runtime's segments bits
+        depend on how tokens are grouped."""
+        return self._backbone.chunk if self.division.needs_onnxruntime else 1
+
+    def _pieces(self, end: int, tokens: int) -> tuple[int, int]:
+        """How many pieces of prompts of so many `tokens`, up to the `end` of a sequence, go through
+        the model together, and the bytes that experts lend them."""
         if not self._backbone.layer_major:
             return 1, 0
-        piece = self._backbone.piece_bytes(before + tokens)
+        piece = self._backbone.piece_bytes(end)
         together = self.plan.pieces(-(-tokens // self._backbone.chunk), piece)
         return together, self.plan.lent_to(together, piece)
 
@@ -296,42 +289,39 @@ class Engine:
         With `reuse`, what the prompt shares with the call before is not computed again: the turns
         of a conversation keep their state. Leaving the loop early cancels; the engine stays usable.
         """
-        ids = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        how = Sampling(temperature, top_k, top_p, seed)
-        stop = stop or StopWhen()
-        if max_new_tokens < 1:
-            raise EngineError(f"max_new_tokens is {max_new_tokens}; at least 1 is wanted.")
-        checked = self._checked_ids(ids, max_new_tokens)
-        stream = Stream(self.text, stop.strings, special)
-        return self._generate(checked, max_new_tokens, Sampler(how), stop, stream, reuse)
+        how, stop = Sampling(temperature, top_k, top_p, seed), stop or StopWhen()
+        made = self.continuation(how, stop, max_new_tokens, special=special)
+        return self._generate(self._checked_ids(prompt, max_new_tokens), made, reuse)
 
-    def _generate(
-        self,
-        ids: np.ndarray,
-        count: int,
-        sampler: Sampler,
-        stop: StopWhen,
-        stream: Stream,
-        reuse: bool,
-    ) -> Iterator[Token]:
+    def continuation(
+        self, how: Sampling, stop: StopWhen, count: int, logprobs: int | None = None,
+        special: bool = False,
+    ) -> Continuation:  # fmt: skip
+        """What draws up to `count` tokens from a sequence's logits."""
         ends = self.manifest.model.end_ids if stop.ids is None else stop.ids
+        stream = Stream(self.text, stop.strings, special)
+        return Continuation(Sampler(how, self._bins), ends, stream, count, logprobs)
+
+    def checked_prompt(self, prompt: str | SequenceOf[int] | np.ndarray, more: int) -> np.ndarray:
+        """Token ids int64 `[T]` of a text, or as they are; an `EngineError` if they and `more` new
+        ones are not what this engine takes."""
+        ids = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        model = self.manifest.model
+        return checked_ids(ids, model.vocabulary, self.context, model.context, more)
+
+    def _generate(self, ids: np.ndarray, made: Continuation, reuse: bool) -> Iterator[Token]:
         self.stats.finish = "cancelled"  # until proven otherwise: the caller may leave the loop
         logits = self._prefill(ids, reuse)
         turn = self._turn
-        for made in range(1, count + 1):
-            token = sampler.draw(logits)
-            text = stream.push(token) if token not in ends or stream.special else ""
-            last = (
-                "end" if token in ends else "stop" if stream.stopped
-                else "length" if made == count else ""
-            )  # fmt: skip
+        while True:
+            token = made.take(logits)
             self.stats.new_tokens += 1
-            if last:
-                self.stats.finish = last
-                yield Token(token, text + ("" if stream.stopped else stream.finish()))
+            if made.finish:
+                self.stats.finish = made.finish
+                yield token
                 return
-            yield Token(token, text)
-            logits = self._decode(token, turn)
+            yield token
+            logits = self._decode(token.id, turn)
 
     def logits(self, ids: SequenceOf[int] | np.ndarray) -> np.ndarray:
         """Logits at every position of `ids`, many at once: float32 `[T, vocabulary]`. For
@@ -391,10 +381,8 @@ class Engine:
         self.stats.decode_seconds += time.perf_counter() - started
         return logits[0]
 
-    def _checked_ids(self, ids: SequenceOf[int] | np.ndarray, more: int = 0) -> np.ndarray:
-        """`ids` as int64 `[T]`, if they and `more` new tokens fit the vocabulary and the
-        context."""
+    def _checked_ids(self, prompt: str | SequenceOf[int] | np.ndarray, more: int = 0) -> np.ndarray:
+        """As `checked_prompt`, where this engine can be used at all: that is said now, and not at
+        the first token."""
         with self._used():
-            pass  # closed, another thread's or another process's: said now, not at the first token
-        model = self.manifest.model
-        return checked_ids(ids, model.vocabulary, self.context, model.context, more)
+            return self.checked_prompt(prompt, more)

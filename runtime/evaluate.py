@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from smoe.runtime.budget import show_size
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
+from smoe.runtime.sizes import show_size
 from smoe.runtime.system import peak_memory, reset_peak_memory
 from smoe.runtime.text import read_text
 
@@ -30,7 +30,7 @@ SHARES = (
     "foresight_share", "top1",
     "choice_accuracy", "choice_accuracy_exact", "choice_same",
 )  # fmt: skip
-TIMES = ("ttft", "tpot")  # seconds
+TIMES = ("ttft", "tpot", "tpot_longest")  # seconds
 Measured = dict[str, Any]  # figures by name; None where there is none
 OPTIONS = 4  # of an item of the choice task: the true continuation and three others
 

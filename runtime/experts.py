@@ -204,9 +204,11 @@ class _LocalPending:
         if len(last) < len(dispatch.experts):  # some expert has several levels
             first = np.concatenate([[0], last[:-1] + 1])
         self._first, self._last = first, last
-        tokens = dispatch.starts[last + 1] - dispatch.starts[first]
-        bring = experts.cache.bring(layer, dispatch.experts[last], dispatch.levels[last], tokens)
-        self._bring, self._ready = bring, next(bring, None)
+        self._slots = dispatch.starts[last + 1] - dispatch.starts[first]
+        self._cut: dict[int, list[Dispatch]] = {}  # what is left of experts with many slots
+        wanted = dispatch.experts[last], dispatch.levels[last], self._slots
+        self._bring = experts.cache.bring(layer, *wanted)
+        self._ready = next(self._bring, None)
 
     def wait(self, idle: Callable[[], None] | None = None) -> None:
         for _ in self.parts(idle):
@@ -216,16 +218,33 @@ class _LocalPending:
         with contextlib.closing(self._bring):
             ready = self._ready
             while ready is not None:
+                whole = None
                 if len(ready):
-                    groups = ready
-                    if self._first is not self._last:
-                        groups = _ranges(self._first[ready], self._last[ready] + 1)
-                    part = self._dispatch.take(groups)
-                    self._experts.compute(self._layer, part, self._x, self._out)
+                    whole = self._compute(ready)
                     yield
                 elif idle is not None:
                     idle()
-                ready = next(self._bring, None)
+                try:
+                    ready = self._bring.send(whole)
+                except StopIteration:
+                    return
+
+    def _compute(self, ready: np.ndarray) -> np.ndarray:
+        """Some slots of the experts that are `ready`; which of these are done with."""
+        count = int(self._slots[ready].cumsum().searchsorted(SLOTS, "right"))
+        some = ready[: max(1, count)]
+        if int(some[0]) in self._cut:
+            left = self._cut[int(some[0])]
+        else:
+            groups = some
+            if self._first is not self._last:
+                groups = _ranges(self._first[some], self._last[some] + 1)
+            left = list(self._dispatch.take(groups).batches(SLOTS))
+        self._experts.compute(self._layer, left.pop(0), self._x, self._out)
+        if not left:
+            return some
+        self._cut[int(some[0])] = left  # one expert alone
+        return some[:0]
 
 
 @lru_cache

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -29,12 +30,12 @@ from smoe.runtime.routing import (
     combine,
 )
 from smoe.runtime.stats import Stats
-from smoe.runtime.step import Phase, Sequence, Span, Step
+from smoe.runtime.step import Parts, Phase, Sequence, Span, Step, finished
 
-FEW = 16  # tokens that go through several layers without a pause
+FEW = 32  # tokens that go through a layer, or several, without a pause
+MANY = 512  # tokens that are mixed without one
 
-# A step on its way: it pauses where another step may run, and ends with each span's logits.
-Run = Generator[None, None, list[np.ndarray]]
+Run = Parts[list[np.ndarray]]  # a step on its way: it ends with each span's logits
 
 
 class Advance(Protocol):
@@ -84,7 +85,7 @@ class Model:
         step = flow.step
         if self.advance is None or layer == self.layers or step.tokens > FEW:
             return layer
-        decides = self.choose is not as_routed and step.decoding.any()
+        decides = self.choose is not as_routed and step.shortened.any()
         if decides or self._listens(step):
             return layer
         held = self.experts.held()
@@ -95,10 +96,10 @@ class Model:
             layer += 1
         return layer
 
-    def _mixture(self, layer: int, flow: Flow) -> Generator[None, None, np.ndarray]:
+    def _mixture(self, layer: int, flow: Flow) -> Parts[np.ndarray]:
         """A layer up to what its experts add, float32 `[T, H]`; what every slot gave is gone then:
         of a long prompt it is the most there is."""
-        routed = self.backbone.route(layer, flow)
+        routed = yield from self.backbone.routing(layer, flow)
         available = self.experts.available(layer)
         assignment = self._assign(routed, available)
         outputs = self._at_hand(routed, available, assignment)
@@ -107,19 +108,19 @@ class Model:
         else:
             yield
         del routed  # what the experts received is not needed any more
-        return combine(outputs, assignment.weights)
+        return (yield from _mixed(outputs, assignment.weights))
 
     def _at_hand(
         self, routed: Routed, available: Available, assignment: Assignment
     ) -> np.ndarray | None:
         """What every slot gives, float32 `[T, k, H]`, if there is nothing to bring or to guess."""
-        if self._listens(routed.step):
+        if self._listens(routed.step) or routed.tokens > FEW:
             return None
         return self.experts.at_hand(routed, assignment, available)
 
     def _bring(
         self, routed: Routed, available: Available, assignment: Assignment, flow: Flow
-    ) -> Generator[None, None, np.ndarray]:
+    ) -> Parts[np.ndarray]:
         """What every slot gives, float32 `[T, k, H]`, where some expert may be missing."""
         dispatch = Dispatch.of(assignment, available)
         self.experts.observe(routed)
@@ -167,44 +168,60 @@ class Model:
         stats.foresight_seconds += time.perf_counter() - started
 
 
-def finished(run: Run) -> list[np.ndarray]:
-    """What `run` ends with."""
-    try:
-        while True:
-            next(run)
-    except StopIteration as end:
-        return end.value
+def _mixed(outputs: np.ndarray, weights: np.ndarray) -> Parts[np.ndarray]:
+    """What `combine` gives."""
+    if len(outputs) <= MANY:
+        return combine(outputs, weights)
+    mixed = np.empty((len(outputs), outputs.shape[2]), np.float32)
+    for low in range(0, len(outputs), MANY):
+        rows = slice(low, low + MANY)
+        mixed[rows] = combine(outputs[rows], weights[rows])
+        yield
+    return mixed
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Tokens `ids` int64 `[T]` for `sequence`, with the logits of the last `keep` positions."""
+
+    sequence: Sequence
+    ids: np.ndarray
+    keep: int = 1
+    phase: Phase = Phase.PREFILL
 
 
 class Prefill:
-    """A prompt on its way, layer after layer: an expert is read once for all chunks that share the
-    read.
+    """Prompts of different sequences on their way, layer after layer: an expert is read once for
+    all chunks that share the read.
 
     `group` tokens (a whole number of the backbone's chunks) go through the model together, for
     which the experts lend so much `memory`; if they cannot, `chunk` tokens do. It changes no bit.
     `advance` does a part and may be followed by steps of other sequences; `discard` leaves the
-    sequence as it was before. One of them has to be called to the end, for the memory's sake.
-    `logits` float32 `[n, vocabulary]` are those of the last `keep` positions, once `done`. `using`
-    guards every call."""
+    sequences as they were before. One of them has to be called to the end, for the memory's sake.
+    `logits` float32 `[n, vocabulary]` are those of the positions that are kept, prompt after
+    prompt, once `done`. `using` guards every call."""
 
     def __init__(
-        self, model: Model, sequence: Sequence, ids: np.ndarray, group: int, keep: int = 1,
-        phase: Phase = Phase.PREFILL, memory: int = 0, chunk: int | None = None,
+        self, model: Model, prompts: SequenceOf[Prompt], group: int, memory: int = 0,
+        chunk: int | None = None,
         using: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ):  # fmt: skip
-        self._model, self._sequence, self._phase, self._using = model, sequence, phase, using
-        self._before = sequence.length, sequence.state.snapshot(sequence.length)
-        self._ids, self._group, self._memory = ids, group, memory
-        self._chunk = chunk or group
-        self._first_kept = len(ids) - keep
+        self._model, self._using = model, using
+        self._before = [
+            (one.sequence, one.sequence.length, one.sequence.state.snapshot(one.sequence.length))
+            for one in prompts
+        ]
+        self._left = [one for one in prompts if len(one.ids)]
+        self._start = 0  # of the first of them
+        self._group, self._memory, self._chunk = group, memory, chunk or group
         self._run: Run | None = None
+        self._begun = False
         self._logits: list[np.ndarray] = []
-        self._consumed = 0
 
     @property
     def done(self) -> bool:
-        """Whether the sequence holds the prompt."""
-        return self._run is None and self._consumed == len(self._ids)
+        """Whether the sequences hold their prompts."""
+        return self._run is None and not self._left
 
     @property
     def logits(self) -> np.ndarray:
@@ -212,15 +229,15 @@ class Prefill:
         return np.concatenate(self._logits) if self._logits else np.zeros((0, 0), np.float32)
 
     def finish(self) -> np.ndarray:
-        """All that is left; the logits. After a failure the sequence is as it was before."""
+        """All that is left; the logits. After a failure the sequences are as they were before."""
         with self._using(), self._undone_by_failure():
             while not self.done:
                 self._advance()
         return self.logits
 
     def advance(self) -> None:
-        """Some experts of one layer, for one group; nothing once it is done. After a failure the
-        sequence is as it was before the prompt."""
+        """Some tokens or experts of one layer, for one group; nothing once it is done. After a
+        failure the sequences are as they were before the prompts."""
         with self._using(), self._undone_by_failure():
             if not self.done:
                 self._advance()
@@ -240,35 +257,47 @@ class Prefill:
 
     def _advance(self) -> None:
         if self._run is None:
-            if not self._consumed and not self._borrow(self._memory):
+            if not self._begun and not self._borrow(self._memory):
                 self._group = self._chunk
-            self._run = self._model.run(Step((self._span(),)))
+            self._begun = True
+            self._run = self._model.run(Step(self._spans()))
         try:
             next(self._run)
         except StopIteration as end:
             self._run = None
-            self._logits.append(end.value[0])
+            self._logits += end.value
             if self.done:
                 self._borrow(0)
 
     def _discard(self) -> None:
         if self._run is not None:
             self._run.close()
-        self._run, self._ids, self._consumed = None, self._ids[:0], 0
+        self._run, self._left = None, []
         self._borrow(0)
-        length, state = self._before
-        del self._sequence.ids[length:]
-        self._sequence.state.restore(state)
+        for sequence, length, state in self._before:
+            del sequence.ids[length:]
+            sequence.state.restore(state)
 
     def _borrow(self, nbytes: int) -> bool:
         """So much instead of what it had; whether that was possible."""
         return not self._memory or self._model.experts.lend(self, nbytes)
 
-    def _span(self) -> Span:
-        """The next group."""
-        ids = self._ids[self._consumed : self._consumed + self._group]
-        first = max(0, self._first_kept - self._consumed)
-        self._consumed += len(ids)
-        return Span(
-            sequence=self._sequence, ids=ids, keep=np.arange(first, len(ids)), phase=self._phase
-        )
+    def _spans(self) -> tuple[Span, ...]:
+        """The next group: whole prompts, and of the last of them as many whole chunks as there is
+        room for."""
+        spans: list[Span] = []
+        room = self._group
+        while self._left and room > 0:
+            prompt, start = self._left[0], self._start
+            left = len(prompt.ids) - start
+            count = left if left <= room else room - room % self._chunk
+            if not count:
+                break
+            ids, kept = prompt.ids[start : start + count], len(prompt.ids) - prompt.keep - start
+            keep = np.arange(min(max(0, kept), count), count)
+            spans.append(Span(sequence=prompt.sequence, ids=ids, keep=keep, phase=prompt.phase))
+            self._start, room = start + count, room - count
+            if count == left:
+                self._left.pop(0)
+                self._start = 0
+        return tuple(spans)

@@ -14,7 +14,7 @@ import numpy as np
 from smoe.artifacts.bundle import Bundle
 from smoe.artifacts.manifest import Manifest
 from smoe.artifacts.tables import DISTANCES, Tables
-from smoe.runtime.budget import MemoryPlan, chunk_tokens, show_size
+from smoe.runtime.budget import MemoryPlan, chunk_tokens
 from smoe.runtime.cache import predict
 from smoe.runtime.cache.eviction import DEFAULT_EVICTION, Eviction, NextUse, eviction_named
 from smoe.runtime.cache.residency import Residency
@@ -24,6 +24,7 @@ from smoe.runtime.choose.prices import PRICE_TABLES, Prices
 from smoe.runtime.errors import EngineError
 from smoe.runtime.ledger import SAVINGS_TOKENS, LossLedger
 from smoe.runtime.routing import Chooser, as_routed
+from smoe.runtime.sizes import show_size
 
 MOST_LOSS = 1.0  # nats per token: far beyond what leaves a text readable
 
@@ -72,11 +73,7 @@ def check_policies(policies: Policies, plan: MemoryPlan, manifest: Manifest) -> 
             f"no effect; leave them "
             f"out, or state less memory than {show_size(plan.as_stated(plan.total))}."
         )
-    if not 0 <= policies.loss <= MOST_LOSS:
-        raise EngineError(
-            f"A loss of {policies.loss} nats per token was asked for; it goes from 0 to "
-            f"{MOST_LOSS}."
-        )
+    checked_loss(policies.loss)
     if policies.loss and policies.substitution != "none":
         raise EngineError(
             f"Substitution {policies.substitution} and a loss budget exclude each other: what "
@@ -95,6 +92,15 @@ def check_policies(policies: Policies, plan: MemoryPlan, manifest: Manifest) -> 
             f"least "
             f"{show_size(enough, up=True)}."
         )
+
+
+def checked_loss(loss: float) -> float:
+    """Nats per token that may be spent; an `EngineError` for what is no such number."""
+    if not 0 <= loss <= MOST_LOSS:
+        raise EngineError(
+            f"A loss of {loss} nats per token was asked for; it goes from 0 to {MOST_LOSS}."
+        )
+    return loss
 
 
 def policy_lines(policies: Policies, plan: MemoryPlan, level: int, levels: int) -> list[str]:
@@ -172,10 +178,11 @@ def level_sizes(bundle: Bundle, level: int) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs for which slot, and the ledger of a new sequence (None: it spends nothing)."""
+    """What runs for which slot, and the ledger of a new sequence (None: it spends nothing), which
+    may spend so much per token (None: what the policies say)."""
 
     chooser: Chooser
-    new_ledger: Callable[[], LossLedger] | None = None
+    new_ledger: Callable[[float | None], LossLedger] | None = None
 
 
 def make_chooser(
@@ -260,14 +267,18 @@ def _priced(
 ) -> Choice:
     prices = Prices.of(tables.layers(*PRICE_TABLES))
     missing = plan.token_cycle * max(1 - plan.capacity / plan.experts, 0.02)
-    # As if half of the loads could be bought off, at half of it on average.
-    nats_per_byte = 4 * loss / missing / plan.record
-    chooser = Priced(prices, sizes, nats_per_byte)
+
+    def new_ledger(rate: float | None) -> LossLedger:
+        rate = loss if rate is None else checked_loss(rate)
+        # As if half of the loads could be bought off, at half of it on average.
+        return LossLedger(rate, len(manifest.layers), 4 * rate / missing / plan.record)
+
+    chooser = Priced(prices, sizes, new_ledger(loss).nats_per_byte)
     if isinstance(eviction, NextUse):
         used = tables.layers("counts", "gate_mass")
         weights = [usual_weights(layer["counts"], layer["gate_mass"]) for layer in used]
         eviction.plane_value = PlaneValue(prices, weights, sizes, lambda: chooser.nats_per_byte)
-    return Choice(chooser, lambda: LossLedger(loss, len(manifest.layers), nats_per_byte))
+    return Choice(chooser, new_ledger)
 
 
 def usual_weights(counts: np.ndarray, mass: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ kernels, nodes and devices take. Below them are the router's own rules (FORMAT.m
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -123,14 +124,16 @@ def as_routed(routed: Routed, available: Available) -> Assignment:
 
 
 def assign(chooser: Chooser, routed: Routed, available: Available) -> Assignment:
-    """The chooser's word for the tokens that are decoded, the router's for prompts."""
-    if routed.step.decodes:
-        return chooser(routed, available)
-    decoding = routed.step.decoding
-    if not decoding.any():
+    """The chooser's word for the tokens that may take shortcuts, the router's for others: what
+    those use is here whole, for the former too."""
+    shortened = routed.step.shortened
+    if not shortened.any() or chooser is as_routed:
         return as_routed(routed, available)
-    rows = np.flatnonzero(decoding)
-    chosen = chooser(routed.take(rows), available)
+    if shortened.all():
+        return chooser(routed, available)
+    rows, level = np.flatnonzero(shortened), np.append(available.level, 0)
+    level[routed.ids[~shortened]] = available.full
+    chosen = chooser(routed.take(rows), dataclasses.replace(available, level=level[:-1]))
     ids, weights = routed.ids.copy(), routed.weights.copy()
     levels, nats = np.full(ids.shape, available.full), np.zeros(len(ids))
     ids[rows], weights[rows] = chosen.ids, chosen.weights

@@ -43,12 +43,13 @@ class Sampling:
 
 
 class Sampler:
-    """Draws tokens in sequence; the same seed and logits give the same tokens."""
+    """Draws tokens in sequence; the same seed and logits give the same tokens. Samplers that take
+    turns may share `bins`."""
 
-    def __init__(self, how: Sampling):
+    def __init__(self, how: Sampling, bins: Bins | None = None):
         self._how = how
         self._random = np.random.default_rng(how.seed)
-        self._bins: _Bins | None = None
+        self._bins = bins or Bins()
 
     def draw(self, logits: np.ndarray) -> int:
         """A token id from float32 logits `[vocabulary]`. Filters apply in the order top-k, top-p
@@ -59,8 +60,6 @@ class Sampler:
         uniform = self._random.random()
         if how.top_k and how.top_k < len(logits):
             return _draw_among(ranked(logits, how.top_k), logits, how, uniform)
-        if self._bins is None or self._bins.size != len(logits):
-            self._bins = _Bins(len(logits))
         if not self._bins.fill(logits, how.temperature):
             return int(np.argmax(logits))
         nucleus = 1.0
@@ -83,21 +82,24 @@ def _draw_among(order: np.ndarray, logits: np.ndarray, how: Sampling, uniform: f
     return int(order[min(drawn, enough - 1)])  # rounding may leave the sum short
 
 
-class _Bins:
+class Bins:
     """The tokens of a vocabulary, likeliest first, without sorting them all: in bins of like
-    logits, of which only those are sorted that a draw ends in. Its arrays, for `size` tokens, are
-    filled again for every draw: to get that much memory from the system takes longer than all
-    else."""
+    logits, of which only those are sorted that a draw ends in. Its arrays are filled again for
+    every draw: to get that much memory from the system takes longer than all else."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self) -> None:
+        self._reserve(0)
+
+    def _reserve(self, size: int) -> None:
         self._behind = np.empty(size, np.float32)
         self._weights = np.empty(size)
         self._bin = np.empty(size, np.intp)
         self._mine = np.empty(size, bool)
 
     def fill(self, logits: np.ndarray, temperature: float) -> bool:
-        """With the tokens of float32 `logits` `[size]`; whether all of them are numbers."""
+        """With the tokens of float32 `logits` `[vocabulary]`; whether all of them are numbers."""
+        if len(logits) != len(self._mine):
+            self._reserve(len(logits))
         self._logits = logits
         behind = np.subtract(logits.max(), logits, out=self._behind)
         behind /= np.float32(temperature)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from smoe.runtime.budget import show_size
+from smoe.runtime.sizes import show_size
 
 
 @dataclass

@@ -6,17 +6,20 @@ what the segments remember of a sequence is theirs (`SequenceState`)."""
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from smoe.runtime.errors import EngineError
 from smoe.runtime.ledger import LossLedger
 
+T = TypeVar("T")
+# Work that pauses where another step may run, and what it ends with.
+Parts = Generator[None, None, T]
 Kinds = dict[str, tuple[np.dtype, tuple[int, ...]]]  # and shapes of arrays, by their names
 
 
@@ -70,12 +73,14 @@ class SequenceState(Protocol):
 
 class Sequence:
     """One request's past: the token `ids` it consumed, the `state` that the segments left, and its
-    own loss `ledger` (None: lossless)."""
+    own loss `ledger` (None: it spends nothing). What is decoded of it takes no shortcut where it is
+    `exact`."""
 
-    def __init__(self, state: SequenceState, ledger: LossLedger | None = None):
+    def __init__(self, state: SequenceState, ledger: LossLedger | None = None, exact: bool = False):
         self.ids: list[int] = []
         self.state = state
         self.ledger = ledger
+        self.exact = exact
 
     @property
     def length(self) -> int:
@@ -91,7 +96,7 @@ class Sequence:
     def fork(self) -> Sequence:
         """A sequence with the same past that goes its own way, with the ledger as it is now."""
         ledger = None if self.ledger is None else self.ledger.fork()
-        copy = Sequence(self.state.fork(self.length), ledger)
+        copy = Sequence(self.state.fork(self.length), ledger, self.exact)
         copy.ids = list(self.ids)
         return copy
 
@@ -137,9 +142,25 @@ class Step:
         return bool(self.decoding.all())
 
     @cached_property
+    def shortened(self) -> np.ndarray:
+        """bool `[T]`: the tokens that may take shortcuts, those that are decoded of sequences that
+        are not exact."""
+        exact = [span.sequence.exact for span in self.spans]
+        return self.decoding & ~np.repeat(exact, [len(span.ids) for span in self.spans])
+
+    @cached_property
     def ledgers(self) -> SequenceOf[LossLedger | None]:
         """Of every span, its sequence's."""
         return [span.sequence.ledger for span in self.spans]
+
+
+def finished(parts: Parts[T]) -> T:
+    """What `parts` end with, without a pause."""
+    try:
+        while True:
+            next(parts)
+    except StopIteration as end:
+        return end.value
 
 
 def checked_ids(

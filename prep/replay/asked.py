@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from smoe.prep.errors import PrepError
 from smoe.prep.replay.routing_trace import Trace
 from smoe.prep.replay.simulate import BOUND, least_for_shares
-from smoe.runtime.budget import parse_size
 from smoe.runtime.cache.eviction import EVICTIONS
+from smoe.runtime.sizes import parse_size
 
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)  # of all experts, where nothing is asked for
 

@@ -19,7 +19,7 @@ from smoe.prep.errors import PrepError
 from smoe.prep.replay.routing_trace import Trace, bundle_trace
 from smoe.prep.replay.simulate import Replay
 from smoe.runtime.allowance import usual_process
-from smoe.runtime.budget import MemoryPlan, plan_memory, show_size, state_line
+from smoe.runtime.budget import MemoryPlan, plan_memory, state_line
 from smoe.runtime.choose.prices import PRICE_TABLES, LayerPrices, Prices
 from smoe.runtime.device_profile import Device
 from smoe.runtime.options import (
@@ -31,6 +31,7 @@ from smoe.runtime.options import (
     tables_bytes,
 )
 from smoe.runtime.routing import Assignment, Available, Routed
+from smoe.runtime.sizes import show_size
 
 TOKENS, SETTLE = 1536, 512  # of the trace: replayed, and of those not counted
 LOSSES = (0.0, 0.003, 0.01, 0.03)
@@ -221,7 +222,7 @@ class _Timed(Replay):
             trace=trace,
             residency=make_residency(held, sizes, eviction, policies),
             chooser=choice.chooser,
-            ledger=None if choice.new_ledger is None else choice.new_ledger(),
+            ledger=None if choice.new_ledger is None else choice.new_ledger(None),
             full=level,
             sizes=sizes,
         )

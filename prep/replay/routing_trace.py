@@ -23,7 +23,7 @@ from smoe.artifacts.encodings import checked_level, encoding_named
 from smoe.artifacts.manifest import Routing
 from smoe.artifacts.tables import key
 from smoe.prep.errors import PrepError
-from smoe.runtime.budget import show_size
+from smoe.runtime.sizes import show_size
 
 MOST_LAYERS, MOST_EXPERTS = (
     4096,

@@ -19,7 +19,6 @@ import numpy as np
 from smoe.artifacts.manifest import Routing
 from smoe.prep.errors import PrepError
 from smoe.prep.replay.routing_trace import Trace, TraceStep
-from smoe.runtime.budget import show_size
 from smoe.runtime.cache.cache import ExpertCache
 from smoe.runtime.cache.eviction import EVICTIONS, Belady, Eviction, eviction_named
 from smoe.runtime.cache.residency import PINNED, Residency
@@ -34,6 +33,7 @@ from smoe.runtime.routing import (
     as_routed,
     assign,
 )
+from smoe.runtime.sizes import show_size
 from smoe.runtime.stats import Stats
 from smoe.runtime.step import Kinds, Phase, Sequence, Span, Step
 

@@ -1,9 +1,9 @@
 """The backbone of a step: segment after segment, on whichever executor runs them, and what passes
 between them and the experts.
 
-`Model.run` asks it for what a segment says of a layer's tokens (`route`), gives it what the experts
-make of them (`mix`), and for the logits in the end (`finish`). ONNX Runtime is loaded only where a
-segment needs it."""
+`Model.run` asks it for what a segment says of a layer's tokens (`routing`), gives it what the
+experts make of them (`mix`), and for the logits in the end (`finish`). ONNX Runtime is loaded only
+where a segment needs it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from smoe.runtime.errors import EngineError
 from smoe.runtime.execution import Division, divide
 from smoe.runtime.experts import Held
 from smoe.runtime.routing import Routed
-from smoe.runtime.step import Kinds, SequenceState, Step
+from smoe.runtime.step import Kinds, Parts, SequenceState, Step, finished
 
 # hidden, ids, weights, scores, raw weights
 KINDS = [np.dtype(kind) for kind in (np.float32, np.int64, np.float32, np.float32, np.float32)]
@@ -184,6 +184,10 @@ class Backbone:
         return flow
 
     def route(self, layer: int, flow: Flow) -> Routed:
+        """What `routing` ends with, without a pause."""
+        return finished(self.routing(layer, flow))
+
+    def routing(self, layer: int, flow: Flow) -> Parts[Routed]:
         """Run the segment before the experts of `layer`: what it says of the layer's tokens,
         checked, since graphs come from the bundle and what they give is as untrusted as the rest of
         it."""
@@ -191,7 +195,8 @@ class Backbone:
         names = [wires.hidden, wires.ids, wires.weights]
         if self._manifest.layers[layer].routing is not None:
             names += [wires.scores, wires.raw]
-        return self._routed(layer, flow.step, self._run(layer + self._prelude, flow, names))
+        values = yield from self._parts(layer + self._prelude, flow, names)
+        return self._routed(layer, flow.step, values)
 
     def mix(self, layer: int, flow: Flow, mixed: np.ndarray) -> None:
         """The experts of `layer` gave `mixed` float32 `[T, H]`."""
@@ -272,12 +277,17 @@ class Backbone:
         return kept + self.chunk * slots
 
     def _run(self, index: int, flow: Flow, names: SequenceOf[str] = ()) -> list[np.ndarray]:
+        return finished(self._parts(index, flow, names))
+
+    def _parts(
+        self, index: int, flow: Flow, names: SequenceOf[str] = ()
+    ) -> Parts[list[np.ndarray]]:
         """Run a segment, if it has not run yet; what it says under `names`."""
         rows = flow.rows[self._runs[index]]
         if flow.ran == index:
             return [rows.read(name) for name in names]
         self._give(index, flow)
-        return rows.run(index, names)
+        return (yield from rows.parts(index, names))
 
     def _give(self, index: int, flow: Flow) -> None:
         """Hand over what a segment takes of another executor's."""

@@ -8,21 +8,21 @@ from typing import Protocol
 
 import numpy as np
 
-from smoe.runtime.step import SequenceState, Step
+from smoe.runtime.step import Parts, SequenceState, Step
 
 
 class Rows(Protocol):
     """The tokens of a step, T in all, on their way through the segments of one executor. Values
     that pass between segments have a name; row t of one is what it says of token t."""
 
-    def run(self, segment: int, names: SequenceOf[str] = ()) -> list[np.ndarray]:
-        """Run a segment: what it says under `names`, T rows of whatever further shape each, valid
-        until it runs again. It may, with other values than before. A failure is an
-        `EngineError`."""
+    def parts(self, segment: int, names: SequenceOf[str] = ()) -> Parts[list[np.ndarray]]:
+        """Run a segment, some tokens after others: what it says under `names`, T rows of whatever
+        further shape each, valid until it runs again. It may, with other values than before. A
+        failure is an `EngineError`."""
         ...
 
     def read(self, name: str) -> np.ndarray:
-        """A value of a segment that has run, as in `run`, for a segment that is yet to run
+        """A value of a segment that has run, as in `parts`, for a segment that is yet to run
         elsewhere."""
         ...
 

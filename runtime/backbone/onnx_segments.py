@@ -27,10 +27,11 @@ from smoe.runtime.backbone.sessions import (
     segment_threads,
     value_bytes,
 )
-from smoe.runtime.budget import chunk_tokens, show_size
+from smoe.runtime.budget import chunk_tokens
 from smoe.runtime.errors import EngineError
 from smoe.runtime.execution import Division
-from smoe.runtime.step import Phase, Sequence, SequenceState, Span, Step
+from smoe.runtime.sizes import show_size
+from smoe.runtime.step import Parts, Phase, Sequence, SequenceState, Span, Step, finished
 
 Shape = list[int | str | None]  # of a graph's value; what is no number is open
 
@@ -131,7 +132,7 @@ class OnnxSegments:
         step = Step((Span(sequence, ids, np.array([0]), Phase.PREFILL),))
         rows = self.begin(step, [sequence.state]).ahead()
         try:
-            rows.run(0)
+            finished(rows.parts(0))
         except EngineError:
             return set()  # the first step will say it
         return {name for name in given if TwoValued.of(rows.read(name)) is not None}
@@ -233,15 +234,17 @@ class OnnxRows:
             for piece in span.pieces:
                 yield span, piece
 
-    def run(self, segment: int, names: SequenceOf[str] = ()) -> list[np.ndarray]:
-        """On every piece. What waits for other pieces of its span is cut down to what it needs."""
-        parts = []
+    def parts(self, segment: int, names: SequenceOf[str] = ()) -> Parts[list[np.ndarray]]:
+        """Piece by piece. What waits for other pieces of its span is cut down to what it needs."""
+        given: list[list[np.ndarray]] = []
         for span, piece in self._pieces():
+            if given:
+                yield
             self._run(segment, span, piece)
-            parts.append([piece.values[name].numpy() for name in names])
+            given.append([piece.values[name].numpy() for name in names])
             if len(span.pieces) > 1:
                 self._forget(segment, piece)
-        return [_joined([part[i] for part in parts]) for i in range(len(names))]
+        return [_joined([part[i] for part in given]) for i in range(len(names))]
 
     def read(self, name: str) -> np.ndarray:
         """With the axis of the tokens first, where the graph says which one it is."""

@@ -14,7 +14,7 @@ from smoe.runtime.experts import Held
 from smoe.runtime.kernels import Kernels
 from smoe.runtime.program import Executable, LayerExperts, ProgramState, open_program
 from smoe.runtime.program import Rows as StepRows
-from smoe.runtime.step import SequenceState, Step
+from smoe.runtime.step import Parts, SequenceState, Step, finished
 
 
 class ProgramSegments:
@@ -83,9 +83,9 @@ class ProgramRows:
     def __init__(self, executable: Executable, rows: StepRows):
         self._executable, self._rows = executable, rows
 
-    def run(self, segment: int, names: SequenceOf[str] = ()) -> list[np.ndarray]:
+    def parts(self, segment: int, names: SequenceOf[str] = ()) -> Parts[list[np.ndarray]]:
         """Values are views: they hold until the segment runs again."""
-        self._executable.run(self._rows, segment)
+        yield from self._executable.parts(self._rows, segment)
         return [self.read(name) for name in names]
 
     def read(self, name: str) -> np.ndarray:
@@ -107,7 +107,7 @@ class ProgramRows:
 
     def logits(self, segment: int) -> np.ndarray:
         """A copy: the next step may use the same memory."""
-        (logits,) = self.run(segment, ["logits"])
+        (logits,) = finished(self.parts(segment, ["logits"]))
         return np.array(logits)
 
     def ahead(self) -> ProgramRows:

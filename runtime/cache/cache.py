@@ -172,11 +172,12 @@ class ExpertCache:
 
     def bring(
         self, layer: int, experts: np.ndarray, levels: np.ndarray, tokens: np.ndarray
-    ) -> Generator[np.ndarray, None, None]:
+    ) -> Generator[np.ndarray, np.ndarray | None, None]:
         """Indices int64 of distinct `experts` that are resident at their `levels`, some at a time
         until each was given once; what is missing is read meanwhile, most `tokens` first. Whoever
-        iterates computes what it was given before it asks for more, and closes the iterator. An
-        empty array, once, says that nothing is left but to wait.
+        iterates computes what it was given before it asks for more, or sends the indices of what it
+        has computed: the rest it is given again. It closes the iterator. An empty array, once, says
+        that nothing is left but to wait.
 
         What the step still needs is not evicted once it is whole, and what it has used, or has in
         fewer planes than it needs, only if nothing else can go (SMoE's shield). Where more is
@@ -188,8 +189,8 @@ class ExpertCache:
             while run.left:
                 given = self._look(run)
                 if len(given):
-                    yield given
-                    run.took(given)
+                    done = yield given
+                    run.took(given if done is None else done)
                     if run.ordered or not run.waits():
                         continue
                 if run.loads and not idle:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -148,9 +148,19 @@ class _Native:
         return _Step(native, native.tokens, len(keep), tuple(state for state, _, _ in spans))
 
     def run(self, rows: Rows, segment: int) -> None:
+        self._run(rows, segment, 0, rows.tokens)
+
+    def parts(self, rows: Rows, segment: int) -> Iterator[None]:
+        block = self._program.block
+        for first in range(0, rows.tokens, block):
+            if first:
+                yield
+            self._run(rows, segment, first, min(first + block, rows.tokens))
+
+    def _run(self, rows: Rows, segment: int, first: int, end: int) -> None:
         assert isinstance(rows, _Step)
         try:
-            self._program.run(rows.native, segment)
+            self._program.run(rows.native, segment, first, end)
         except (ValueError, RuntimeError) as error:  # the latter: no thread from the system
             raise EngineError(str(error)) from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,6 +65,10 @@ class Executable(Protocol):
     def run(self, rows: Rows, segment: int) -> None:
         """Run a segment, as often as one likes before the next one. What it leaves in states lies
         behind the tokens before the step, so undoing it is nothing."""
+        ...
+
+    def parts(self, rows: Rows, segment: int) -> Iterator[None]:
+        """The same, some rows after others: between two parts other steps may run."""
         ...
 
     def read(self, rows: Rows, name: str) -> np.ndarray:

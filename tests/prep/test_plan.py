@@ -16,9 +16,10 @@ from smoe.prep.replay import plan as planning
 from smoe.prep.replay.plan import Candidate, choose, plan
 from smoe.runtime import Engine, Policies
 from smoe.runtime.allowance import usual_process
-from smoe.runtime.budget import MIB, plan_memory
+from smoe.runtime.budget import plan_memory
 from smoe.runtime.device_profile import Device
 from smoe.runtime.options import tables_bytes
+from smoe.runtime.sizes import MIB
 
 DEVICE = Device(
     "",

@@ -14,8 +14,8 @@ from support.agreement import open_exact
 from bench import cgroup, page_cache
 from bench.budgets import budget_for_share
 from smoe.runtime import Engine, EngineError
-from smoe.runtime.budget import MIB, parse_size
 from smoe.runtime.machine import held_memory
+from smoe.runtime.sizes import MIB, parse_size
 
 REASON = cgroup.unavailable()
 limited = pytest.mark.skipif(REASON is not None, reason=REASON or "")

@@ -11,7 +11,13 @@ from support import promise
 
 from bench import cgroup
 from smoe.artifacts import open_bundle
-from smoe.runtime.budget import MIB, RESERVE, default_budget, memory_for, plan_memory
+from smoe.runtime.budget import (
+    RESERVE,
+    default_budget,
+    memory_for,
+    plan_memory,
+)
+from smoe.runtime.sizes import MIB
 
 REASON = cgroup.unavailable()
 limited = pytest.mark.skipif(REASON is not None, reason=REASON or "")

@@ -9,7 +9,7 @@ import pytest
 
 from smoe.artifacts import open_bundle
 from smoe.runtime import Engine, EngineError, Policies
-from smoe.runtime.budget import MIB, memory_for, plan_memory
+from smoe.runtime.budget import memory_for, plan_memory
 from smoe.runtime.evaluate import (
     OPTIONS,
     Exact,
@@ -23,6 +23,7 @@ from smoe.runtime.evaluate import (
     rows,
 )
 from smoe.runtime.machine import held_memory
+from smoe.runtime.sizes import MIB
 
 DOCUMENTS = [("code", f"def main_{n}(argument): return argument + {n} " * 9) for n in range(4)] + [
     ("prose", "Grüße")

@@ -12,6 +12,7 @@ from support.parts import (
     decoded,
     make_backbone,
     make_parts,
+    prefilled,
     prompted,
     step,
 )
@@ -20,7 +21,6 @@ from smoe.artifacts import open_bundle, safetensors_file
 from smoe.runtime import Engine, EngineError, Policies
 from smoe.runtime.backbone.sessions import TwoValued
 from smoe.runtime.budget import MemoryPlan, chunk_tokens, memory_for, plan_memory
-from smoe.runtime.model import Prefill
 from smoe.runtime.routing import Assignment
 from smoe.runtime.step import Phase, Sequence
 
@@ -105,7 +105,7 @@ def test_how_many_chunks_share_a_read_changes_no_bit(bundle, chunks, keep):
     logits, more = _by_chunks(bundle, keep)
     with make_parts(bundle, experts=3) as parts:
         sequence, group = parts.sequence(), chunks * _unit(bundle)
-        prefill = Prefill(parts.model, sequence, _prompt(bundle), group, keep)
+        prefill = prefilled(parts.model, sequence, _prompt(bundle), group, keep)
         assert np.array_equal(prefill.finish(), logits[-keep:]) and prefill.done
         assert np.array_equal(_more(parts.model, sequence), more)
 
@@ -117,7 +117,7 @@ def test_an_expert_is_read_once_for_all_chunks_that_share_the_read(bundle, exper
         with make_parts(bundle, experts) as parts:
             groups = -(-len(ids) // group)
             every = sum(7 * int(sizes[-1]) for sizes in parts.sizes)
-            Prefill(parts.model, parts.sequence(), ids, group).finish()
+            prefilled(parts.model, parts.sequence(), ids, group).finish()
             assert 0 < parts.stats.bytes_read <= groups * every
 
 
@@ -147,7 +147,7 @@ def test_a_prompt_that_is_paused_after_every_part_changes_no_bit_of_either(bundl
         with make_parts(bundle, experts) as parts:
             one, other = parts.sequence(), parts.sequence()
             found = [step(parts.model, prompted(other, np.array([9])))[0]]
-            prefill, tokens = Prefill(parts.model, one, _prompt(bundle), group, 300), range(40)
+            prefill, tokens = prefilled(parts.model, one, _prompt(bundle), group, 300), range(40)
             for token in tokens:
                 if not prefill.done:
                     prefill.advance()
@@ -166,7 +166,7 @@ def test_experts_lend_a_prompt_memory_and_have_it_back(bundle, lent):
         one, other = parts.sequence(), parts.sequence()
         step(parts.model, prompted(other, np.array([9])))
         unit, ids = _unit(bundle), _prompt(bundle)
-        prefill = Prefill(parts.model, one, ids, 2 * unit, 300, memory=lent * record, chunk=unit)
+        prefill = prefilled(parts.model, one, ids, 2 * unit, 300, memory=lent * record, chunk=unit)
         left = whole - lent * record if lent < 6 else whole  # all of it cannot be had
         while not prefill.done:
             prefill.advance()
@@ -183,9 +183,9 @@ def test_experts_lend_a_prompt_memory_and_have_it_back(bundle, lent):
 def test_a_prompt_that_is_thrown_away_leaves_its_sequence_as_it_was(bundle, parts_done):
     with make_parts(bundle, experts=3) as parts:
         sequence = parts.sequence()
-        Prefill(parts.model, sequence, _prompt(bundle)[:20], 300).finish()
+        prefilled(parts.model, sequence, _prompt(bundle)[:20], 300).finish()
         wanted = _more(parts.model, sequence.fork())
-        prefill = Prefill(parts.model, sequence, _prompt(bundle)[20:220], _unit(bundle), memory=1)
+        prefill = prefilled(parts.model, sequence, _prompt(bundle)[20:220], _unit(bundle), memory=1)
         for _ in range(parts_done):
             prefill.advance()
         prefill.discard()
@@ -208,17 +208,17 @@ def test_a_read_that_fails_in_the_middle_leaves_the_sequence_as_it_was(bundle, a
 
     with make_parts(bundle, experts=3, read=read) as parts:
         sequence = parts.sequence()
-        Prefill(parts.model, sequence, _prompt(bundle)[:20], 300).finish()
+        prefilled(parts.model, sequence, _prompt(bundle)[:20], 300).finish()
         wanted, rest = _more(parts.model, sequence.fork()), _prompt(bundle)[20:]
         broken = True
         with pytest.raises(EngineError, match="the disk is gone"):
-            Prefill(parts.model, sequence, rest, _unit(bundle)).finish()
+            prefilled(parts.model, sequence, rest, _unit(bundle)).finish()
         broken = False
         assert sequence.ids == _prompt(bundle)[:20].tolist()
         assert np.array_equal(_more(parts.model, sequence.fork()), wanted)
         logits, more = _by_chunks(bundle)
         if parts.backbone.chunk == 1:  # elsewhere other chunks are other bits
-            found = Prefill(parts.model, sequence, rest, 30, len(rest)).finish()
+            found = prefilled(parts.model, sequence, rest, 30, len(rest)).finish()
             assert np.array_equal(found, logits[20:])
             assert np.array_equal(_more(parts.model, sequence), more)
     assert accounted(parts.residency, parts.sizes)
@@ -228,7 +228,7 @@ def test_a_read_that_fails_in_the_middle_leaves_the_sequence_as_it_was(bundle, a
 
 
 def _begun(model, sequence: Sequence, ids: np.ndarray) -> Sequence:
-    Prefill(model, sequence, ids, 300).finish()
+    prefilled(model, sequence, ids, 300).finish()
     return sequence
 
 
@@ -290,9 +290,9 @@ def test_a_prompt_beside_a_chooser_takes_the_routers_word(bundle):
         assert np.array_equal(first, wanted) and not np.array_equal(second, decoded_exactly)
         assert seen == [(1, 1), (1, 1)]
         seen.clear()
-        Prefill(parts.model, parts.sequence(), ids[:20], 300).finish()
+        prefilled(parts.model, parts.sequence(), ids[:20], 300).finish()
         assert not seen
-        Prefill(parts.model, parts.sequence(), ids[:20], 300, 20, Phase.VERIFY).finish()
+        prefilled(parts.model, parts.sequence(), ids[:20], 300, 20, Phase.VERIFY).finish()
         assert seen[0][0] == 20
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from support import promise
-from support.parts import CONTEXT, decoded, make_backbone, make_parts, prompted, step
+from support.parts import CONTEXT, decoded, make_backbone, make_parts, prefilled, prompted, step
 
 from bench import cgroup
 from smoe.artifacts import open_bundle
@@ -20,7 +20,6 @@ from smoe.runtime import Engine, EngineError, kernels
 from smoe.runtime.budget import memory_for, plan_memory
 from smoe.runtime.cli import cli
 from smoe.runtime.execution import Execution, divide
-from smoe.runtime.model import Prefill
 from smoe.runtime.program import open_program
 from smoe.runtime.step import Step
 
@@ -63,7 +62,7 @@ def test_a_prompt_cut_anywhere_gives_the_same_bits(programmed, wanted, seed):
     with make_parts(programmed, experts=14) as parts:
         sequence = parts.sequence()
         found = [
-            Prefill(parts.model, sequence, part, int(random.integers(1, 300)), len(part)).finish()
+            prefilled(parts.model, sequence, part, int(random.integers(1, 300)), len(part)).finish()
             for part in np.split(IDS, cuts)
         ]
     assert np.array_equal(np.concatenate(found), wanted)

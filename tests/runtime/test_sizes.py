@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from smoe.runtime import EngineError
-from smoe.runtime.budget import parse_size, show_size
+from smoe.runtime.sizes import parse_size, show_size
 
 KIB, MIB, GIB, TIB = (1 << power for power in (10, 20, 30, 40))
 

@@ -21,7 +21,7 @@ from smoe.runtime.cache.residency import Residency
 from smoe.runtime.cache.storage import Shards
 from smoe.runtime.execution import AUTO, Execution, divide
 from smoe.runtime.experts import LocalExperts
-from smoe.runtime.model import Model, Prefill
+from smoe.runtime.model import Model, Prefill, Prompt
 from smoe.runtime.options import level_sizes
 from smoe.runtime.routing import Chooser, Routed, as_routed
 from smoe.runtime.stats import Stats
@@ -179,12 +179,20 @@ class StateOfNothing:
         pass
 
 
+def prefilled(
+    model: Model, sequence: Sequence, ids: np.ndarray, group: int, keep: int = 1,
+    phase: Phase = Phase.PREFILL, memory: int = 0, chunk: int | None = None,
+) -> Prefill:  # fmt: skip
+    """A prefill of one prompt."""
+    return Prefill(model, [Prompt(sequence, ids, keep, phase)], group, memory, chunk)
+
+
 def greedy(
     parts: Parts, prompt: np.ndarray, count: int, sequence: Sequence | None = None
 ) -> list[int]:
     """So many tokens after `prompt`, by a prefill of one chunk at a time."""
     sequence = parts.sequence() if sequence is None else sequence
-    logits = Prefill(parts.model, sequence, prompt, parts.backbone.chunk).finish()
+    logits = prefilled(parts.model, sequence, prompt, parts.backbone.chunk).finish()
     tokens = [int(logits[-1].argmax())]
     while len(tokens) < count:
         (logits,) = step(parts.model, decoded(sequence, tokens[-1]))

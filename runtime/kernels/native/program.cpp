@@ -259,16 +259,23 @@ void Program::end(StepRows& rows) {
     if (rows.kept.size > kept_.size && rows.kept.size <= SPARE) std::swap(rows.kept, kept_);
 }
 
-void Program::run(StepRows& rows, std::size_t segment) {
+void Program::run(StepRows& rows, std::size_t segment) { run(rows, segment, 0, rows.rows); }
+
+void Program::run(StepRows& rows, std::size_t segment, std::size_t first, std::size_t end) {
     require(segment < segments_.size(), "The program has no such segment.");
+    require(first % BLOCK == 0 && first <= end && end <= rows.rows,
+            "These are no rows of the step, or do not begin with a block.");
     require(rows.program == this, "The rows are of another program.");
     const std::lock_guard<std::mutex> lock(running_);
     const std::size_t most = rows.rows < BLOCK ? rows.rows : BLOCK;
     scratch_.reserve(scratch_row_ * most);
     scans_.reserve(scan_row_ * (threads < SCANS ? threads : SCANS));
     Block block = {};
-    for (; block.first < rows.rows; block.first += block.rows) {
-        const std::size_t left = rows.rows - block.first;
+    block.first = first;
+    while (block.kept_first < rows.keep.size() && std::size_t(rows.keep[block.kept_first]) < first)
+        ++block.kept_first;
+    for (; block.first < end; block.first += block.rows) {
+        const std::size_t left = end - block.first;
         block.rows = left < BLOCK ? left : BLOCK;
         block.kept_first += block.kept, block.kept = 0;
         while (block.kept_first + block.kept < rows.keep.size() &&

@@ -183,7 +183,9 @@ class Program {
     // Takes the memory back, for the next step.
     void end(StepRows& rows);
 
+    // All rows, or those from `first`, a multiple of BLOCK, to before `end`.
     void run(StepRows& rows, std::size_t segment);
+    void run(StepRows& rows, std::size_t segment, std::size_t first, std::size_t end);
 
     const Variant& variant;
     const RowKernels& rows;

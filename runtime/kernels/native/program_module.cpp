@@ -149,9 +149,10 @@ BoundRows* begin(nb::object self, const std::vector<SpanTuple>& spans, Indices k
     return made.release();
 }
 
-void run(BoundProgram& self, BoundRows& rows, std::size_t segment) {
+void run(BoundProgram& self, BoundRows& rows, std::size_t segment, std::size_t first,
+         std::size_t end) {
     nb::gil_scoped_release unlocked;
-    self.program.run(rows.rows, segment);
+    self.program.run(rows.rows, segment, first, end);
 }
 
 // layer, level, where, segment, hidden, ids, weights, output
@@ -246,7 +247,8 @@ void smoe::bind_program(nb::module_& m) {
             "kernel_scratch",
             [](const BoundProgram&) { return PRODUCT_SCRATCH + ATTENTION_SCRATCH; },
             "Bytes that products and attention take beside the program's scratch.")
-        .def("run", &run, "rows"_a, "segment"_a, "The interpreter lock is released.")
+        .def("run", &run, "rows"_a, "segment"_a, "first"_a, "end"_a,
+             "Of rows from one that begins a block on. The interpreter lock is released.")
         .def("steps", &go_on, "rows"_a, "mixture"_a, "first"_a,
              "As mixture.h says. The interpreter lock is released.");
     nb::class_<BoundMixture>(m, "Mixture")

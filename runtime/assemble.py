@@ -1,0 +1,73 @@
+"""A model put together for a plan: the experts' cache, what decides, and what computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from smoe.artifacts import Bundle
+from smoe.runtime.backbone import Backbone
+from smoe.runtime.budget import MemoryPlan
+from smoe.runtime.cache.cache import ExpertCache
+from smoe.runtime.cache.frames import Frames
+from smoe.runtime.cache.storage import Shards
+from smoe.runtime.experts import LocalExperts
+from smoe.runtime.kernels import Kernels
+from smoe.runtime.ledger import LossLedger
+from smoe.runtime.model import Model
+from smoe.runtime.options import (
+    Policies,
+    level_sizes,
+    make_chooser,
+    make_eviction,
+    make_predictor,
+    make_residency,
+)
+from smoe.runtime.stats import Stats
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A `model` with its `experts` in a `cache`, and the ledger of a new sequence, as
+    `options.Choice` says."""
+
+    model: Model
+    experts: LocalExperts
+    cache: ExpertCache
+    new_ledger: Callable[[float | None], LossLedger] | None
+
+
+def assemble(
+    bundle: Bundle,
+    plan: MemoryPlan,
+    policies: Policies,
+    backbone: Backbone,
+    kernels: Kernels,
+    shards: Shards,
+    stats: Stats,
+) -> Assembly:
+    """As the `policies` ask for; an `EngineError` where they cannot be had."""
+    manifest, sizes = bundle.manifest, level_sizes(bundle, shards.level)
+    eviction = make_eviction(policies.eviction, manifest)
+    choice = make_chooser(policies, manifest, bundle.tables, sizes, plan, eviction)
+    predictor = make_predictor(policies.guesses, manifest, bundle.tables)
+    residency = make_residency(plan, sizes, eviction, policies)
+    most = None if policies.lossless else plan.capacity * plan.record
+    frames = Frames(len(residency.frame_bytes), plan.record, most)
+    cache = ExpertCache(residency, frames, shards.read, plan.smallest, stats)
+    about = manifest.experts
+    layers = [
+        kernels.layer(about.gate, manifest.expert_shape(i), about.encoding, layout)
+        for i, layout in enumerate(bundle.layouts)
+    ]
+    experts = LocalExperts(cache, layers, shards.level)
+    model = Model(
+        backbone=backbone,
+        experts=experts,
+        choose=choice.chooser,
+        predict=predictor,
+        stats=stats,
+        layers=len(layers),
+        advance=backbone.advance if backbone.advances else None,
+    )
+    return Assembly(model, experts, cache, choice.new_ledger)

@@ -1,0 +1,119 @@
+"""One of many requests: what is asked, and what has become of it."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from smoe.runtime.errors import EngineError
+from smoe.runtime.generation import Continuation, Token
+from smoe.runtime.sampling import Sampling
+from smoe.runtime.step import Sequence
+from smoe.runtime.text import StopWhen
+
+# Hears of every token, and of the end (None), in the loop's thread.
+Listener = Callable[[Token | None], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked: up to `max_new_tokens` after `prompt`, a text or token ids. `loss` is what it
+    may spend in nats per token (None: what the engine was opened with; 0: nothing, so that it is
+    exact whoever shares its steps). `logprobs` as in `generation.Continuation`, `special` as in
+    `Engine.generate`."""
+
+    prompt: str | SequenceOf[int] | np.ndarray
+    max_new_tokens: int = 64
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: StopWhen = field(default_factory=StopWhen)
+    loss: float | None = None
+    logprobs: int | None = None
+    special: bool = False
+
+
+class Generation:
+    """A request on its way. Iterating gives its tokens as they come; where no thread runs the loop,
+    that runs it.
+
+    `finish` says why it ended: length, end, stop, cancelled or failed, "" until then. `waits` says
+    what it waits for before it begins, and `error` is what it failed of. `shared` tokens of its
+    prompt were not computed for it. `seconds` are those from `submit` to the first token, None
+    until there is one, and `nats` what its shortcuts should have cost."""
+
+    def __init__(
+        self,
+        ids: np.ndarray,
+        continuation: Continuation,
+        loss: float | None,
+        nbytes: int,
+        pump: Callable[[], bool],
+        listener: Listener | None = None,
+    ):
+        self.ids, self.continuation = ids, continuation
+        self.loss, self.nbytes = loss, nbytes
+        self.sequence: Sequence | None = None  # while it is on its way
+        self.alone = False  # whether it shares nothing with others before it generates
+        self.finish, self.waits = "", "its turn"
+        self.error: EngineError | None = None
+        self.shared, self.made, self.nats = 0, 0, 0.0
+        self.seconds: float | None = None
+        self.cancelled = False
+        self._submitted, self._pump = time.perf_counter(), pump
+        self._tokens: queue.SimpleQueue[Token | None] = queue.SimpleQueue()
+        self._listener = listener or self._tokens.put
+
+    def cancel(self) -> None:
+        """It is not wanted any more: the loop frees its room before its next step. From any
+        thread, as often as one likes."""
+        self.cancelled = True
+
+    def __iter__(self) -> Iterator[Token]:
+        while True:
+            while self._tokens.empty() and self._pump():
+                pass
+            over = bool(self.finish) and self._tokens.empty()  # somebody has heard of its end
+            token = None if over else self._tokens.get()
+            if token is None:
+                break
+            yield token
+        if self.error is not None:
+            raise self.error
+
+    # -- for the loop ------------------------------------------------------------------------------
+
+    def begin(self, sequence: Sequence) -> None:
+        """Its prompt is read into `sequence`, which may hold the beginning of it."""
+        self.sequence, self.shared, self.waits = sequence, sequence.length, ""
+
+    def take(self, logits: np.ndarray) -> Token:
+        """The next token, told to whoever listens."""
+        token = self.continuation.take(logits)
+        if self.seconds is None:
+            self.seconds = time.perf_counter() - self._submitted
+        self.made += 1
+        self._listener(token)
+        return token
+
+    def end(self, finish: str, error: EngineError | None = None) -> None:
+        """It is over, and what it held is free."""
+        if self.sequence is not None and self.sequence.ledger is not None:
+            self.nats = self.sequence.ledger.spent
+        self.sequence, self.finish, self.error, self.waits = None, finish, error, ""
+        self._listener(None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its counts."""
+        return {
+            "prompt_tokens": len(self.ids),
+            "shared_tokens": self.shared,
+            "new_tokens": self.made,
+            "seconds_to_first_token": self.seconds,
+            "nats_spent": self.nats,
+            "finish": self.finish,
+        }
