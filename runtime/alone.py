@@ -39,11 +39,7 @@ class ExpertsAlone:
         rows = Frames(frames, record)
         most = max(layer.top_k for layer in manifest.layers)
         self._cache = ExpertCache(residency, rows, self._shards.read, most, Stats())
-        chosen, experts = kernels.choose(), manifest.experts
-        layers = [
-            chosen.layer(experts.gate, manifest.expert_shape(layer), experts.encoding, layout)
-            for layer, layout in enumerate(layouts)
-        ]
+        layers = kernels.choose().layers(manifest, layouts)
         self._experts = LocalExperts(self._cache, layers, self._shards.level)
 
     def __enter__(self) -> ExpertsAlone:

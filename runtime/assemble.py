@@ -24,6 +24,7 @@ from smoe.runtime.options import (
     make_residency,
 )
 from smoe.runtime.stats import Stats
+from smoe.runtime.trace import PLAIN, Makers
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ def assemble(
     kernels: Kernels,
     shards: Shards,
     stats: Stats,
+    makers: Makers = PLAIN,
 ) -> Assembly:
-    """As the `policies` ask for; an `EngineError` where they cannot be had."""
+    """As the `policies` ask for, of what `makers` make; an `EngineError` where they cannot be
+    had."""
     manifest, sizes = bundle.manifest, level_sizes(bundle, shards.level)
     eviction = make_eviction(policies.eviction, manifest)
     choice = make_chooser(policies, manifest, bundle.tables, sizes, plan, eviction)
@@ -54,14 +57,13 @@ def assemble(
     residency = make_residency(plan, sizes, eviction, policies)
     most = None if policies.lossless else plan.capacity * plan.record
     frames = Frames(len(residency.frame_bytes), plan.record, most)
-    cache = ExpertCache(residency, frames, shards.read, plan.smallest, stats)
-    about = manifest.experts
-    layers = [
-        kernels.layer(about.gate, manifest.expert_shape(i), about.encoding, layout)
-        for i, layout in enumerate(bundle.layouts)
-    ]
+    cache = ExpertCache(
+        residency, frames, shards.read, plan.smallest, stats,
+        order=policies.order, make_reader=makers.reader,
+    )  # fmt: skip
+    layers = makers.kernels(kernels.layers(manifest, bundle.layouts))
     experts = LocalExperts(cache, layers, shards.level)
-    model = Model(
+    model = makers.model(
         backbone=backbone,
         experts=experts,
         choose=choice.chooser,

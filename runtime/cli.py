@@ -3,6 +3,7 @@ on stderr."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Container
@@ -38,6 +39,7 @@ from smoe.runtime.serve.measure import bench_requests
 from smoe.runtime.session import kept
 from smoe.runtime.sizes import show_size
 from smoe.runtime.text import StopWhen, Text
+from smoe.runtime.trace import PLAIN, Trace, traced
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -142,6 +144,13 @@ def run(
     help="Measure this machine's reads, kernels and backbone instead, and write FILE for smoe-prep "
     "plan.",
 )
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write what it did and when, reads, waits, kernels and segments, into FILE, for "
+    "chrome://tracing or ui.perfetto.dev.",
+)
 @json_option
 def bench(
     bundle: Path,
@@ -153,6 +162,7 @@ def bench(
     requests: int | None,
     held: int | None,
     machine: Path | None,
+    trace: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -166,30 +176,33 @@ def bench(
         given = {"bundle", "machine", "io", "as_json"}
         others = {name for p in click.get_current_context().command.params if (name := p.name)}
         _refuse(others - given, "--machine, which measures the machine and no policy")
-        measured = measure_device(located(bundle), options["io"])
-        _write(machine, measured.to_json())
-        show(measured.to_json().rstrip() if as_json else f"{machine}: written")
+        device = measure_device(located(bundle), options["io"])
+        _write(machine, device.to_json())
+        show(device.to_json().rstrip() if as_json else f"{machine}: written")
         return
     assert text is not None
     bundle = located(bundle)
-    if requests is not None:
-        asked = options | {"requests": requests, "held": held}
-        _refuse(["choices"], "--requests, which asks no questions")
-        many = bench_requests(lambda: open_engine(bundle, asked), text, tokens, length, prompt, say)
-        show(json.dumps(many) if as_json else "\n".join(bench_lines(many)))
-        return
-    _refuse(["held"], "one request at a time")
-    measured_run = run_bench(
-        lambda: open_engine(bundle, dict(options)),
-        lambda: open_exact_twin(bundle, dict(options), say),
-        text,
-        tokens,
-        length,
-        prompt,
-        choices,
-        say,
-    )
-    show(json.dumps(measured_run) if as_json else "\n".join(bench_lines(measured_run)))
+    with contextlib.ExitStack() as stack:
+        makers = PLAIN if trace is None else traced(stack.enter_context(Trace(trace)))
+        if requests is not None:
+            asked = options | {"requests": requests, "held": held}
+            _refuse(["choices"], "--requests, which asks no questions")
+            measured = bench_requests(
+                lambda: open_engine(bundle, asked, makers), text, tokens, length, prompt, say
+            )
+        else:
+            _refuse(["held"], "one request at a time")
+            measured = run_bench(
+                lambda: open_engine(bundle, dict(options), makers),
+                lambda: open_exact_twin(bundle, dict(options), say),
+                text,
+                tokens,
+                length,
+                prompt,
+                choices,
+                say,
+            )
+    show(json.dumps(measured) if as_json else "\n".join(bench_lines(measured)))
 
 
 def _refuse(names: Container[str], where: str) -> None:

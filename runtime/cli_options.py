@@ -13,6 +13,7 @@ from smoe.artifacts import open_bundle
 from smoe.artifacts.manifest import STATE_KINDS
 from smoe.runtime import allowance
 from smoe.runtime.budget import plan_memory
+from smoe.runtime.cache.cache import ORDERS
 from smoe.runtime.cache.eviction import EVICTIONS
 from smoe.runtime.cache.storage import IO
 from smoe.runtime.engine import Engine
@@ -21,6 +22,7 @@ from smoe.runtime.execution import EXECUTORS, Execution, divide
 from smoe.runtime.options import PREFETCHES, SUBSTITUTIONS, Policies, tables_bytes
 from smoe.runtime.sampling import Sampling
 from smoe.runtime.sizes import parse_size, show_size
+from smoe.runtime.trace import PLAIN, Makers
 
 POLICIES = Policies()
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -90,6 +92,11 @@ engine_options = _options(
         help=f"What is read on a guess: {', '.join(PREFETCHES)}. Default: {POLICIES.prefetch}.",
     ),
     click.option(
+        "--order",
+        help=f"Which planes are read first of those that a step waits for: {', '.join(ORDERS)}. "
+        f"Default: {POLICIES.order}, those that most tokens wait for.",
+    ),
+    click.option(
         "--io",
         help=f"How records are read: {' or '.join(IO)}. Default: the better one, by a measurement.",
     ),
@@ -119,6 +126,7 @@ ENGINE_NAMES = (
     "shares",
     "cold",
     "prefetch",
+    "order",
     "substitution",
     "loss",
 )
@@ -164,7 +172,7 @@ def refuse_generation(options: dict[str, Any]) -> None:
         raise EngineError(f"--max-new-tokens is {most}; at least 1 is wanted.")
 
 
-def open_engine(bundle: Path, options: dict[str, Any]) -> Engine:
+def open_engine(bundle: Path, options: dict[str, Any], makers: Makers = PLAIN) -> Engine:
     """The engine that the options of `engine_options` ask for, for as many `requests` as there may
     be among them, which hold so much; they are taken out of `options`."""
     asked = {name: options.pop(name) for name in ENGINE_NAMES}
@@ -180,6 +188,7 @@ def open_engine(bundle: Path, options: dict[str, Any]) -> Engine:
         executor=asked["executor"],
         state=asked["state"],
         **many,
+        makers=makers,
     )
 
 
@@ -203,6 +212,6 @@ def open_exact_twin(bundle: Path, options: dict[str, Any], log: Callable[[str], 
 
 
 def _policies(asked: dict[str, Any]) -> Policies:
-    names = ("eviction", "prefetch", "substitution", "loss")
+    names = ("eviction", "prefetch", "order", "substitution", "loss")
     given = {name: asked[name] for name in names if asked[name] is not None}
     return Policies(shares=asked["shares"], warm=not asked["cold"], **given)

@@ -19,7 +19,6 @@ import numpy as np
 from smoe.artifacts import Bundle, open_bundle
 from smoe.runtime import allowance, kernels, system
 from smoe.runtime.assemble import assemble
-from smoe.runtime.backbone import Backbone
 from smoe.runtime.budget import MemoryPlan, Requests
 from smoe.runtime.cache import storage
 from smoe.runtime.errors import EngineError
@@ -38,6 +37,7 @@ from smoe.runtime.sampling import Bins, Sampler, Sampling
 from smoe.runtime.stats import Stats
 from smoe.runtime.step import Phase, Sequence, Span, Step, checked_ids, shared_start
 from smoe.runtime.text import StopWhen, Stream, Text
+from smoe.runtime.trace import PLAIN, Makers
 
 
 class Engine:
@@ -55,6 +55,7 @@ class Engine:
         policies: Policies = DEFAULT,
         io: str | None = None,
         execution: Execution = AUTO,
+        makers: Makers = PLAIN,
     ):
         self.bundle, self.path, self.manifest = bundle, bundle.path, bundle.manifest
         self.plan, self.context, self.policies = plan, plan.context, policies
@@ -64,14 +65,14 @@ class Engine:
         self._turn = 0  # counts what has used the sequence, so that a paused generation notices
         self._kernels = kernels.choose(threads=threads)
         self.division = divide(self.manifest, bundle.program, execution, bundle.graphs)
-        self._backbone = Backbone(bundle.path, self.manifest, threads, self.division, self._kernels)
+        where = bundle.path, self.manifest, threads
+        self._backbone = makers.backbone(*where, self.division, self._kernels)
         self.reading = storage.choose(bundle, level, io, plan)
         self._shards = storage.Shards(bundle, level, self.reading.io, self.stats)
         self.level = self._shards.level
         try:
-            made = assemble(
-                bundle, plan, policies, self._backbone, self._kernels, self._shards, self.stats
-            )
+            parts = self._backbone, self._kernels, self._shards
+            made = assemble(bundle, plan, policies, *parts, self.stats, makers)
         except BaseException:
             self._shards.close()
             raise
@@ -94,6 +95,7 @@ class Engine:
         state: str | None = None,
         requests: int = 1,
         held: int | None = None,
+        makers: Makers = PLAIN,
     ) -> Engine:
         """Open the bundle at `path` in a process that holds no more than `memory` in all (bytes, or
         text like "64MiB"; None: what machine and cgroup leave), or no more than `beside` above what
@@ -107,6 +109,7 @@ class Engine:
         program keeps of a sequence: "f32", "f16", "int8" (None: the bundle's; narrower is lossy).
         There is memory for so many `requests` at once (`serve.Loop`), which hold `held` tokens
         together (None: a whole context each).
+        `makers` are what its parts are made by (`trace.traced`: so that they say what they do).
 
         A damaged bundle, or one without such a level, is a `BundleError`, a budget that is too
         small an `EngineError` that names the minimum, and so are policies that cannot work."""
@@ -116,7 +119,7 @@ class Engine:
         plan = allowance.allow(bundle, memory, beside, context, level, tables, execution, many)
         check_policies(policies, plan, bundle.manifest)
         try:
-            engine = cls(bundle, plan, threads, level, policies, io, execution)
+            engine = cls(bundle, plan, threads, level, policies, io, execution, makers)
         except MemoryError as error:
             raise EngineError(
                 f"{plan.lines()[0]}: that is more than this machine gives; state less memory."
@@ -287,8 +290,7 @@ class Engine:
         for it.
 
         With `reuse`, what the prompt shares with the call before is not computed again: the turns
-        of a conversation keep their state. Leaving the loop early cancels; the engine stays usable.
-        """
+        of a conversation keep their state. Leaving the loop early cancels; it stays usable."""
         how, stop = Sampling(temperature, top_k, top_p, seed), stop or StopWhen()
         made = self.continuation(how, stop, max_new_tokens, special=special)
         return self._generate(self._checked_ids(prompt, max_new_tokens), made, reuse)
@@ -311,8 +313,7 @@ class Engine:
 
     def _generate(self, ids: np.ndarray, made: Continuation, reuse: bool) -> Iterator[Token]:
         self.stats.finish = "cancelled"  # until proven otherwise: the caller may leave the loop
-        logits = self._prefill(ids, reuse)
-        turn = self._turn
+        logits, turn = self._prefill(ids, reuse), self._turn
         while True:
             token = made.take(logits)
             self.stats.new_tokens += 1

@@ -154,7 +154,7 @@ class LocalExperts:
         outputs = np.zeros((*assignment.ids.shape, routed.hidden.shape[1]), np.float32)
         work = Work(self.cache.frames_of(layer, experts), levels, starts, tokens)
         outputs[0, ranks] = self.kernels[layer](self.cache.rows, work, routed.hidden)
-        self.cache.used(layer, routed.ids, experts)
+        self.cache.used(layer, routed.ids, experts, levels)
         return outputs
 
     def held(self) -> Held | None:
@@ -199,16 +199,9 @@ class _LocalPending:
     ):
         self._experts, self._layer = experts, layer
         self._dispatch, self._x, self._out = dispatch, x, out
-        last = dispatch.highest
-        first = last
-        if len(last) < len(dispatch.experts):  # some expert has several levels
-            first = np.concatenate([[0], last[:-1] + 1])
-        self._first, self._last = first, last
-        self._slots = dispatch.starts[last + 1] - dispatch.starts[first]
-        self._cut: dict[int, list[Dispatch]] = {}  # what is left of experts with many slots
-        wanted = dispatch.experts[last], dispatch.levels[last], self._slots
-        self._bring = experts.cache.bring(layer, *wanted)
-        self._ready = next(self._bring, None)
+        self._cut: dict[int, list[Dispatch]] = {}  # what is left of groups with many slots
+        bring = experts.cache.bring(layer, dispatch.experts, dispatch.levels, dispatch.counts)
+        self._bring, self._ready = bring, next(bring, None)
 
     def wait(self, idle: Callable[[], None] | None = None) -> None:
         for _ in self.parts(idle):
@@ -230,21 +223,17 @@ class _LocalPending:
                     return
 
     def _compute(self, ready: np.ndarray) -> np.ndarray:
-        """Some slots of the experts that are `ready`; which of these are done with."""
-        count = int(self._slots[ready].cumsum().searchsorted(SLOTS, "right"))
-        some = ready[: max(1, count)]
-        if int(some[0]) in self._cut:
-            left = self._cut[int(some[0])]
-        else:
-            groups = some
-            if self._first is not self._last:
-                groups = _ranges(self._first[some], self._last[some] + 1)
-            left = list(self._dispatch.take(groups).batches(SLOTS))
+        """Some slots of the groups that are `ready`; which of these are done with."""
+        ends = self._dispatch.counts[ready].cumsum()
+        some = ready[: max(1, int(ends.searchsorted(SLOTS, "right")))]
+        first = int(some[0])
+        left = self._cut.pop(first, None)
+        if left is None:
+            left = list(self._dispatch.take(some).batches(SLOTS))
         self._experts.compute(self._layer, left.pop(0), self._x, self._out)
-        if not left:
-            return some
-        self._cut[int(some[0])] = left  # one expert alone
-        return some[:0]
+        if left:
+            self._cut[first] = left  # one group alone
+        return some[:0] if left else some
 
 
 @lru_cache
@@ -252,10 +241,3 @@ def _one_token(k: int, level: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Levels, starts and tokens of a `Work` of k slots, all of one token and for one expert
     each."""
     return np.full(k, level), np.arange(k + 1), np.zeros(k, np.int64)
-
-
-def _ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The numbers from each start to before its end, one range after another."""
-    if (ends - starts == 1).all():  # the usual case: every expert has one level
-        return starts
-    return np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])

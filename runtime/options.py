@@ -12,11 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from smoe.artifacts.bundle import Bundle
+from smoe.artifacts.encodings import encoding_named
 from smoe.artifacts.manifest import Manifest
 from smoe.artifacts.tables import DISTANCES, Tables
 from smoe.runtime.budget import MemoryPlan, chunk_tokens
 from smoe.runtime.cache import predict
-from smoe.runtime.cache.eviction import DEFAULT_EVICTION, Eviction, NextUse, eviction_named
+from smoe.runtime.cache.cache import ORDERS
+from smoe.runtime.cache.eviction import (
+    DEFAULT_EVICTION,
+    PLANES,
+    Eviction,
+    NextUse,
+    eviction_named,
+)
 from smoe.runtime.cache.residency import Residency
 from smoe.runtime.choose import substitution
 from smoe.runtime.choose.priced import PlaneValue, Priced
@@ -37,15 +45,17 @@ class Policies:
     pool for itself. warm: start with the experts that calibration used most, rather than with none.
     substitution: what stands in for a missing expert while decoding (`SUBSTITUTIONS`, or a chooser
     of one's own; none is lossless). prefetch: what is read on a guess (`PREFETCHES`; "auto" is
-    SMoE's look-ahead while it pays, and none where something may be lost). loss: nats
-    per decoded token that the priced scheduler may spend on reading less (0: none, lossless); the
-    bundle must have prices."""
+    SMoE's look-ahead while it pays, and none where something may be lost). order: which of the
+    planes that a step waits for are read first (`ORDERS`): those that most tokens wait for
+    ("hottest"), or expert after expert ("expert"). loss: nats per decoded token that the priced
+    scheduler may spend on reading less (0: none, lossless); the bundle must have prices."""
 
     eviction: str = DEFAULT_EVICTION
     shares: bool = False
     warm: bool = True
     substitution: str | Chooser = "none"
     prefetch: str = "auto"
+    order: str = ORDERS[0]
     loss: float = 0.0
 
     @property
@@ -62,16 +72,27 @@ class Policies:
 
 DEFAULT = Policies()
 GUESSING = {"auto": "auto (looks a layer ahead while waits outlast that)"}
+READING = {"hottest": "hottest planes first", "expert": "one expert after another"}
 
 
 def check_policies(policies: Policies, plan: MemoryPlan, manifest: Manifest) -> None:
     """Refuse what would have no effect or cannot work: an `EngineError`."""
+    if policies.order not in ORDERS:
+        raise EngineError(
+            f"There is no order {policies.order[:40]!r}; there are {' and '.join(ORDERS)}."
+        )
     chooser = not isinstance(policies.substitution, str)
     if plan.capacity == plan.experts and policies != DEFAULT and not chooser:
         raise EngineError(
             f"All {plan.experts} experts fit into memory, so that policies for missing ones have "
             f"no effect; leave them "
             f"out, or state less memory than {show_size(plan.as_stated(plan.total))}."
+        )
+    levels = encoding_named(manifest.experts.encoding).levels
+    if policies.eviction == PLANES and (policies.lossless or levels == 1):
+        raise EngineError(
+            f"Eviction {PLANES} lets go of high planes alone, and here every expert is used with "
+            "all of its planes; use another, or let slots run at lower levels."
         )
     checked_loss(policies.loss)
     if policies.loss and policies.substitution != "none":
@@ -120,7 +141,8 @@ def policy_lines(policies: Policies, plan: MemoryPlan, level: int, levels: int) 
     return [
         f"policies: eviction {policies.eviction}{shares}, {'warm' if policies.warm else 'cold'} "
         f"start, "
-        f"prefetch {GUESSING.get(policies.guesses, policies.guesses)}, {takes} ({loses})"
+        f"prefetch {GUESSING.get(policies.guesses, policies.guesses)}, {READING[policies.order]}, "
+        f"{takes} ({loses})"
     ]
 
 
@@ -199,6 +221,8 @@ def make_chooser(
     if policies.loss:
         return _priced(policies.loss, manifest, tables, sizes, plan, eviction)
     if not isinstance(policies.substitution, str):
+        if isinstance(eviction, NextUse) and len(sizes[0]) > 2:
+            eviction.learn_planes(len(sizes[0]) - 1)
         return Choice(policies.substitution)
     if policies.substitution == "none":
         return Choice(as_routed)

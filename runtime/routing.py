@@ -186,13 +186,6 @@ class Dispatch:
         )
 
     @property
-    def highest(self) -> np.ndarray:
-        """int64: of every expert the group of its highest level."""
-        changes = np.ones(len(self.experts), bool)
-        np.not_equal(self.experts[1:], self.experts[:-1], out=changes[:-1])
-        return changes.nonzero()[0]
-
-    @property
     def slots(self) -> int:
         """How many there are."""
         return len(self.tokens)

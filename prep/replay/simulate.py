@@ -257,11 +257,10 @@ class Replay:
         """What the chooser said; for those who count more."""
 
     def bring(self, layer: int, assignment: Assignment, available: Available) -> None:
-        """What the assignment needs, at the highest level of any slot."""
+        """What the assignment needs, however many tokens need it."""
         dispatch = Dispatch.of(assignment, available)
-        highest = dispatch.highest
-        experts, levels = dispatch.experts[highest], dispatch.levels[highest]
-        for _ in self.cache.bring(layer, experts, levels, np.ones_like(experts)):
+        ones = np.ones_like(dispatch.experts)
+        for _ in self.cache.bring(layer, dispatch.experts, dispatch.levels, ones):
             pass
 
     def _routed(self, step: TraceStep) -> Routed:

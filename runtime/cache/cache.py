@@ -25,6 +25,7 @@ from smoe.runtime.stats import Stats
 READERS = 2  # threads that read (python -m bench reads)
 GUESSES = 2  # waiting or on their way at once
 STREAMS = 4  # demands on their way at once, where a step reads more than a token uses
+ORDERS = ("hottest", "expert")  # planes that most tokens wait for first, or expert after expert
 
 NONE = np.zeros(0, np.int64)
 
@@ -39,8 +40,8 @@ class ExpertCache:
     `residency` says who is there, `frames` hold the bytes (None: there are none, in a simulation),
     `read` fetches them on `threads` threads (0: at once). `uses` is how many experts of a layer one
     token uses at most. Without `streams` a step's experts are shielded however many they are, as
-    replays of others do. Counts go to `stats`. `make_reader` is for who wants to say in which order
-    things happen."""
+    replays of others do. `order` is one of `ORDERS`. Counts go to `stats`. `make_reader` is for who
+    wants to say in which order things happen."""
 
     def __init__(
         self,
@@ -51,13 +52,14 @@ class ExpertCache:
         stats: Stats,
         threads: int = READERS,
         streams: bool = True,
-        make_reader: type[Reader] = Reader,
+        order: str = ORDERS[0],
+        make_reader: Callable[..., Reader] = Reader,
     ):
         self._residency, self._frames = residency, frames
         self._read_planes, self.stats = read, stats
         self._reader = make_reader(self._begin, self._read, self._end, threads)
         self._uses, self._at_once = uses, max(STREAMS, uses) if streams else 1 << 62
-        self._capacity = residency.capacity
+        self._hottest, self._capacity = order == "hottest", residency.capacity
         self._lent: dict[int, int] = {}  # bytes, by the id of who borrowed them
         self._seen = Uses(residency, stats)
         self._pins = np.zeros(residency.eviction.first[-1], np.int8)
@@ -144,11 +146,19 @@ class ExpertCache:
         not resident whole, or is no expert (the last)."""
         return self._residency.where(layer)
 
-    def used(self, layer: int, ids: np.ndarray, instead: np.ndarray | None = None) -> None:
+    def used(
+        self,
+        layer: int,
+        ids: np.ndarray,
+        instead: np.ndarray | None = None,
+        levels: np.ndarray | None = None,
+    ) -> None:
         """A step used the experts `ids` int64 `[T, k]` (E: no expert) of `layer`, as its router
-        chose them, or in their place others, `instead` int64 `[n]`."""
+        chose them, or in their place others, `instead`, at `levels`, int64 `[n]` both."""
         with self._reader.lock:
             self._seen.note(layer, ids, instead)
+            if instead is not None and levels is not None:
+                self._residency.eviction.need(layer, instead, levels)
 
     def expect(self, guesses: Iterable[Key]) -> None:
         """Read the likeliest of `guesses` (likeliest first) once nobody waits for a read. Guesses
@@ -173,17 +183,17 @@ class ExpertCache:
     def bring(
         self, layer: int, experts: np.ndarray, levels: np.ndarray, tokens: np.ndarray
     ) -> Generator[np.ndarray, np.ndarray | None, None]:
-        """Indices int64 of distinct `experts` that are resident at their `levels`, some at a time
-        until each was given once; what is missing is read meanwhile, most `tokens` first. Whoever
-        iterates computes what it was given before it asks for more, or sends the indices of what it
-        has computed: the rest it is given again. It closes the iterator. An empty array, once, says
-        that nothing is left but to wait.
+        """Indices int64 of the groups (`experts`, `levels`), rising, of so many `tokens` each, that
+        are resident, some at a time until each was given once; what is missing is read meanwhile,
+        an expert's planes apart where groups want them apart, in the `order` of this cache. Whoever
+        iterates computes all that it is given before it asks for more, or sends the indices of what
+        it did; then it closes this. An empty array, once, says that nothing is left but to wait.
 
         What the step still needs is not evicted once it is whole, and what it has used, or has in
         fewer planes than it needs, only if nothing else can go (SMoE's shield). Where more is
         missing than may be on its way at once, as for a prompt, experts stream: what was used may
         go at once, so that a few frames serve them all. A failed read is an `EngineError`."""
-        run = Run(layer=layer, experts=experts, levels=levels, tokens=tokens)
+        run = Run(layer, experts, levels, tokens, hottest=self._hottest)
         idle = False
         try:
             while run.left:
@@ -191,8 +201,8 @@ class ExpertCache:
                 if len(given):
                     done = yield given
                     run.took(given if done is None else done)
-                    if run.ordered or not run.waits():
-                        continue
+                if run.behind or (len(given) and (run.ordered or not run.waits())):
+                    continue
                 if run.loads and not idle:
                     idle = True
                     yield NONE
@@ -216,22 +226,17 @@ class ExpertCache:
             run.ready = run.remaining & resident
             given, missing = run.ready.nonzero()[0], (run.remaining & ~resident).nonzero()[0]
             if run.first:
-                self.stats.hits += len(given)
-                self.stats.misses += len(missing)
-                run.ordered = len(missing) > self._at_once
-                run.used = FREE if run.ordered else SHIELDED
-            elif run.ordered:
-                given = given[:1] if not len(missing) else given[given < missing[0]][:1]
-            whole, run.first = run.first and not len(missing), False
-            if whole:
-                self._pin(run, PINNED)
-                return given
-            pins = np.where(run.ready, PINNED, np.where(run.remaining, SHIELDED, run.used))
-            self._pin(run, pins)
+                run.first = False
+                self._begin_run(run, missing)
+                if not len(missing):
+                    self._pin(run, PINNED)
+                    return given
+            elif run.ordered and len(given):
+                given = run.next_of(given)
+            self._pin(run, run.pins(resident))
             if len(missing):
                 self._demand(run, missing)
-            # Where frames are few, one after another, so that what goes does not depend on when
-            # reads arrive: a lossy run repeats.
+            # Where frames are few, one expert after another, too.
             run.ordered |= bool(self._reader.refused)
             run.waiting = [load for load in run.loads.values() if load.on_its_way]
             run.arrived = any(
@@ -239,18 +244,32 @@ class ExpertCache:
             )
         return given
 
+    def _begin_run(self, run: Run, missing: np.ndarray) -> None:
+        """Count what is here, and line up the others. Where levels differ all of them are asked for
+        at once, if there is room: their planes have turns of their own."""
+        if self._residency.eviction.by_planes:
+            self._residency.eviction.need(run.layer, run.experts, run.levels)
+        lacking = run.line_up(missing)
+        self.stats.hits += run.count - lacking
+        self.stats.misses += lacking
+        run.at_once = self._at_once
+        if run.mixed and lacking <= self._residency.room(run.layer):
+            run.at_once = max(run.at_once, lacking)
+        run.ordered = lacking > run.at_once
+        run.used = FREE if run.ordered else SHIELDED
+
     def _go_on(self, run: Run) -> None:
-        """Wait for a read. Where none will arrive for want of a frame, order no longer matters:
-        what is ready may hold the frame that the others need."""
+        """Wait for a read. Where none will arrive for want of a frame, what was taken gives way,
+        whatever its place: it may hold the frame that the others need."""
         started = time.perf_counter()
         arrived = bool(run.waiting) and (self._reader.wait(run.waiting) or self._reader.retry())
         self.stats.stall_seconds += time.perf_counter() - started
-        if not arrived and not run.ready.any() and not self._here(run).any():
+        if not (arrived or run.ready.any() or self._here(run).any()) and run.yields:
             raise EngineError(
                 f"There is no room for {len(run.waiting)} experts of layer {run.layer}; state more "
                 "memory, or leave out shares."
             )
-        run.ordered = run.ordered and arrived
+        run.yields = not arrived
 
     def _here(self, run: Run) -> np.ndarray:
         """bool `[n]`: what of `run` could be taken now; a guess may have brought it meanwhile."""
@@ -292,44 +311,41 @@ class ExpertCache:
             loads = [load for load in loads if load.on_its_way]
 
     def _demand(self, run: Run, missing: np.ndarray) -> None:
-        """Ask for as many of `missing` as may be on their way at once."""
+        """Ask for those of `missing` that are due."""
         loads = run.loads
         if loads:
             raise_first([load for load in loads.values() if load not in run.adopted])
             # What came and went again meanwhile, or was another run's, is asked for once more.
             for i in [i for i in missing.tolist() if i in loads and not loads[i].on_its_way]:
                 del loads[i]
-        absent = [i for i in missing.tolist() if i not in loads]
-        if not absent:
-            return
-        begun = {load.key: load for load in self._reader.loads()}
-        for i in absent[: max(0, self._at_once - len(loads))]:
-            key = (run.layer, int(run.experts[i]))
-            # Another run's may be of fewer planes: then it is asked for again.
-            loads[i] = load = begun.get(key) or Load(
-                key=key, level=int(run.levels[i]), tokens=int(run.tokens[i])
-            )
+        absent = [groups for groups in run.due(missing) if groups[0] not in loads]
+        begun = {load.key: load for load in self._reader.loads()} if absent else {}
+        for groups in absent:
+            key = (run.layer, int(run.experts[groups[0]]))
             if key not in begun:
-                self._reader.put(load)
+                loads.update(run.chain(groups))
+                self._reader.put(loads[groups[0]])
                 continue
+            load = begun[key]  # another run's may be of fewer planes: then it is asked for again
+            loads.update(dict.fromkeys(groups, load))
             run.adopted.add(load)
             if load.guess:
                 self.stats.guesses_used += load.state is State.READING
-                self._reader.demand(load, int(run.tokens[i]))
+                self._reader.demand(load, run.turn(groups[0]))
 
     def _pin(self, run: Run, pins: np.ndarray | int) -> None:
         """Another run, paused meanwhile, loses its own: what of it was evicted is read again."""
         if self._active is not run:
             self._pins[:] = FREE
             self._active = run
-        self._pins[self._residency.eviction.first[run.layer] + run.experts] = pins
+        self._pins[self._residency.eviction.first[run.layer] + run.distinct] = pins
         if self._reader.refused:
             self._reader.retry()
 
     # -- for the reader, the first and the last under its lock -------------------------------------
 
     def _begin(self, load: Load) -> bool:
-        """Claim a frame; what has to go for it goes now."""
+        """A frame; what has to go for it goes now."""
         self._settle()
         self._unsettled = True
         claimed = self._claim(load)
@@ -340,16 +356,16 @@ class ExpertCache:
         """Mend what an interrupt left half done."""
         if self._unsettled:
             loads = [load for load in self._reader.loads() if load.frame >= 0]
-            self._residency.repair([(load.key, load.frame, load.level) for load in loads])
+            self._residency.repair([(load.key, load.frame, load.top) for load in loads])
             self._unsettled = False
 
     def _claim(self, load: Load) -> bool:
-        load.since = self._residency.level(load.key)
-        if load.since >= load.level:  # it came on another load
-            load.since = load.level
+        """For all planes that follow, too, so that none of them waits for a frame."""
+        top = load.top
+        if self._residency.level(load.key) >= top:  # it came on another load
             return True
         self._seen.learn()
-        frame = self._residency.reserve(load.key, load.level, self._pins)
+        frame = self._residency.reserve(load.key, top, self._pins)
         self._trim()
         if frame is None:
             return False
@@ -358,7 +374,8 @@ class ExpertCache:
         return True
 
     def _read(self, load: Load) -> int:
-        if load.since >= load.level:
+        load.since = self._residency.level(load.key)
+        if load.frame < 0 or load.since >= load.level:
             return 0
         into = self._frames.rows[load.frame] if self._frames is not None else np.empty(0, np.uint8)
         return self._read_planes(*load.key, into, load.since, load.level)
@@ -367,12 +384,13 @@ class ExpertCache:
         if load.frame < 0:
             return
         if load.error is None and load.state is not State.WITHDRAWN:
-            self._residency.commit(load.key, load.frame, load.level, load.guess)
+            level = max(load.level, load.since)
+            self._residency.commit(load.key, load.frame, level, load.guess, load.goes_on)
             flat = self._residency.flat(load.key)
             if self._pins[flat] == SHIELDED:  # the step waits for it: it stays until it was given
                 self._pins[flat] = PINNED
             self.stats.bytes_read += load.nbytes
-            self.stats.loads += 1
+            self.stats.loads += load.since < load.level
         else:
             self._residency.abort(load.key, load.frame)
             self._trim()

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from smoe.runtime.cache.planes import PlaneUses
 from smoe.runtime.errors import EngineError
 
 # Tokens of a step that count as one: what is kept of a prompt must not depend on how many of its
 # chunks share a read.
 CHUNK = 128
+DEFAULT_EVICTION, PLANES = "next-use", "planes"
 
 
 class Eviction:
@@ -57,6 +59,9 @@ class Eviction:
 
     def count(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
         """The same for up to `CHUNK` tokens: what a policy keeps beside times."""
+
+    def need(self, layer: int, experts: np.ndarray, levels: np.ndarray) -> None:
+        """A step runs these `experts` of `layer`, each once or more, at these `levels`."""
 
     def warm(self, share: np.ndarray) -> None:
         """Before the first step: `share` float64 `[all experts]` of its layer's slots that each got
@@ -176,6 +181,7 @@ class NextUse(Eviction):
     plane of least value per token goes."""
 
     plane_value: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # of keys and levels
+    plane_uses: PlaneUses | None = None
 
     def __init__(
         self,
@@ -248,6 +254,14 @@ class NextUse(Eviction):
     def by_planes(self) -> bool:  # type: ignore[override]
         return self.plane_value is not None
 
+    def learn_planes(self, levels: int) -> None:
+        """Of records of so many `levels`, a plane is good for what its uses so far say."""
+        self.plane_value = self.plane_uses = PlaneUses(self.experts, levels)
+
+    def need(self, layer: int, experts: np.ndarray, levels: np.ndarray) -> None:
+        if self.plane_uses is not None:
+            self.plane_uses.need(layer, experts, levels)
+
     def planes(self, keys: np.ndarray, levels: np.ndarray) -> np.ndarray:
         if self.plane_value is None:
             return self.values(keys)
@@ -273,6 +287,32 @@ class NextUse(Eviction):
 def _order(slots: int) -> np.ndarray:
     """float64 `[slots]`, rising, between 0 and 1: when the slots of a step come within it."""
     return np.arange(1, slots + 1) / (slots + 1)
+
+
+class HighPlanesFirst(Eviction):
+    """D²MoE's memory budget: planes go from high to low, first those of the layer that was passed
+    last, which is the last to be passed again, then those of the layers before it. The lowest
+    planes of all layers stay until nothing else is left. Of equals what was used longest ago
+    goes."""
+
+    by_planes = True
+
+    def __init__(self, experts: Sequence[int]):
+        super().__init__(experts)
+        self.passed = np.zeros(len(experts))  # when each layer was, by the clock
+        self.place = np.zeros(len(experts))  # 0: the layer that was passed last
+
+    def count(self, layer: int, ids: np.ndarray, scores: np.ndarray | None) -> None:
+        self.passed[layer] = self.clock
+        self.place[np.argsort(-self.passed, kind="stable")] = np.arange(len(self.passed))
+
+    def values(self, keys: np.ndarray) -> np.ndarray:
+        return self.planes(keys, np.ones(len(keys)))
+
+    def planes(self, keys: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        lowest = (levels == 1) * len(self.place)
+        recent = (self.last.take(keys) + 1) / (self.clock + 2)  # below 1
+        return lowest + self.place.take(self.layer_of.take(keys)) + (recent / 2 - levels) / 64
 
 
 class Belady(Eviction):
@@ -310,8 +350,8 @@ EVICTIONS: dict[str, type[Eviction]] = {
     "decay": DecayedFrequency,
     "score": GateScore,
     "next-use": NextUse,
+    PLANES: HighPlanesFirst,
 }
-DEFAULT_EVICTION = "next-use"
 
 
 def eviction_named(name: str, experts: Sequence[int]) -> Eviction:

@@ -1,6 +1,9 @@
 """Reads that go on beside the computation, most urgent first: demands, and guesses only while
 nobody waits.
 
+What is read at once is a run of planes of one expert, as many as nobody wants apart; of those that
+may be read next, demands are ordered as the cache says (D²MoE's hottest-expert-bit-first).
+
 A few threads, which hold no lock of the interpreter while they read. All that happens to a frame
 happens in them, under one lock: it is claimed when its read begins and held or freed when it ends,
 so that an interrupt of the thread that computes can lose none. What fails comes back with the load,
@@ -34,16 +37,18 @@ ENDED = (State.DONE, State.WITHDRAWN)
 
 @dataclass(eq=False)
 class Load:
-    """The planes of an expert up to `level`, wanted by so many `tokens`; a `guess` is wanted by
-    none yet.
+    """The planes of an expert up to `level`, at its `turn` among the demands, the least first; a
+    `guess` is wanted by none yet. `then` are more planes of the same record, read once these are
+    there, into the frame that was claimed for all of them.
 
     When its read begins it gets the `frame` it goes into and the planes that are there already,
     `since`. When it is done it has `nbytes`, or an `error`."""
 
     key: Key
     level: int
-    tokens: int = 0
+    turn: tuple[int, ...] = ()
     guess: bool = False
+    then: Load | None = None
     state: State = State.WAITING
     claimed: bool = False
     frame: int = -1
@@ -56,10 +61,26 @@ class Load:
         """Whether it may still arrive."""
         return self.state in (State.WAITING, State.READING)
 
-    def urgency(self) -> tuple[bool, int, int]:
-        """The least is read first: demands before guesses, then what most tokens wait for, then the
-        lower plane (D²MoE's hottest-expert-bit-first)."""
-        return self.guess, -self.tokens, self.level
+    @property
+    def goes_on(self) -> bool:
+        """Whether more planes follow."""
+        return self.then is not None and self.then.on_its_way
+
+    @property
+    def top(self) -> int:
+        """The level up to which planes follow."""
+        return self.then.top if self.then is not None and self.goes_on else self.level
+
+    def cut(self) -> None:
+        """Nothing follows."""
+        following = self.then
+        while following is not None:
+            following.state = State.WITHDRAWN
+            following = following.then
+
+    def urgency(self) -> tuple[bool, tuple[int, ...]]:
+        """The least is read first: demands before guesses, then by their turns."""
+        return self.guess, self.turn
 
 
 def raise_first(loads: Iterable[Load]) -> None:
@@ -116,10 +137,10 @@ class Reader:
         if not self._threads:
             self.serve()
 
-    def demand(self, load: Load, tokens: int) -> None:
-        """A guess is wanted now, by so many tokens."""
+    def demand(self, load: Load, turn: tuple[int, ...]) -> None:
+        """A guess is wanted now, at that turn."""
         with self.lock:
-            load.guess, load.tokens = False, tokens
+            load.guess, load.turn = False, turn
             if load.state is State.WAITING:
                 self._claim(load)
             self.changed.notify_all()
@@ -130,13 +151,14 @@ class Reader:
             for load in loads:
                 if load.state is State.WAITING:
                     load.state = State.WITHDRAWN
+                    load.cut()
                     self._attempt(self._end, load)
             self._waiting = [load for load in self._waiting if load.state is State.WAITING]
 
     def retry(self) -> bool:
         """There may be a frame now where there was none; whether there was one."""
         with self.lock:
-            again = sorted(self.refused, key=lambda load: load.key)
+            again = sorted(self.refused, key=lambda load: (load.turn, load.key))
             claimed = [self._claim(load) for load in again if load in self._waiting]
             self.changed.notify_all()
         if not self._threads:
@@ -144,16 +166,13 @@ class Reader:
         return any(claimed)
 
     def wait(self, loads: Iterable[Load]) -> bool:
-        """Until one of `loads` has ended, or no frame can be had for any of them, nor will be when
-        what is read has arrived: whether one has ended. An `EngineError` if the reader was closed
-        meanwhile."""
+        """Until one of `loads` has ended, or nothing is being read and no frame can be had for any
+        of them: whether one has ended. An `EngineError` if the reader was closed meanwhile."""
         loads = list(loads)
         with self.lock:
             self.changed.wait_for(
                 lambda: (
-                    self.closed
-                    or any(load.state in ENDED for load in loads)
-                    or (not self._busy() and all(load in self.refused for load in loads))
+                    self.closed or any(load.state in ENDED for load in loads) or not self._busy()
                 )
             )
             if self.closed:
@@ -213,16 +232,22 @@ class Reader:
         else:
             self._waiting.remove(load)
             load.state = State.WITHDRAWN if load.error is None else State.DONE
+            load.cut()
         self.changed.notify_all()
         return False
 
     def finish(self, load: Load) -> None:
-        """Read what `take` gave; whoever waits for it hears of it."""
+        """Read what `take` gave; whoever waits for it hears of it, and what follows may be read."""
         load.nbytes = self._attempt(self._read, load) or 0
         with self.lock:
             self._reading.remove(load)
+            if load.error is not None or self.closed:
+                load.cut()
             self._attempt(self._end, load)
             load.state = State.DONE
+            if load.then is not None and load.goes_on:
+                load.then.frame, load.then.claimed = load.frame, True
+                self._waiting.append(load.then)
             self.changed.notify_all()
 
     def serve(self) -> bool:

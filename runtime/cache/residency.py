@@ -163,10 +163,15 @@ class Residency:
         self._hold(frame, layer, size)
         return frame
 
-    def commit(self, key: Key, frame: int, level: int, guessed: bool = False) -> None:
-        """The reserved frame holds `key` now up to `level`."""
+    def commit(
+        self, key: Key, frame: int, level: int, guessed: bool = False, more: bool = False
+    ) -> None:
+        """The reserved frame holds `key` now up to `level`; it stays reserved where `more` planes
+        follow."""
         flat = self.flat(key)
-        self._level[flat], self._reserved[frame] = level, False
+        self._level[flat], self._reserved[frame] = level, more
+        if not more:  # what was to follow may have been given up
+            self._hold(frame, key[0], self._sizes[key[0]][level])
         if self._frame[flat] != frame:
             self._keys[frame], self._layers[frame], self._frame[flat] = flat, key[0], frame
             self._guessing = self._guessing or guessed

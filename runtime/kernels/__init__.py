@@ -17,7 +17,7 @@ import numpy as np
 
 from smoe.artifacts import nested
 from smoe.artifacts.layout import ExpertShape, RecordLayout
-from smoe.artifacts.manifest import ExpertActivation
+from smoe.artifacts.manifest import ExpertActivation, Manifest
 from smoe.runtime.errors import EngineError
 from smoe.runtime.kernels import products, reference
 from smoe.runtime.kernels.blocks import BlockLayout
@@ -76,6 +76,14 @@ class Kernels:
         if self.name == "reference":
             return _Reference(gate, shape, encoding, layout)
         return _Native(self, native_layer(gate, shape, encoding, layout), layout, shape.normed)
+
+    def layers(self, manifest: Manifest, layouts: Sequence[RecordLayout]) -> list[LayerKernel]:
+        """Those of a bundle, by its manifest."""
+        experts = manifest.experts
+        return [
+            self.layer(experts.gate, manifest.expert_shape(n), experts.encoding, layout)
+            for n, layout in enumerate(layouts)
+        ]
 
 
 def available() -> list[str]:

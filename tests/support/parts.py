@@ -70,6 +70,7 @@ def make_parts(
     shares: bool = False,
     level: int | None = None,
     threads: int = 2,
+    order: str = "hottest",
 ) -> Parts:
     """`read` None: from the bundle's shards. `level` None: the full one."""
     bundle = open_bundle(path)
@@ -84,14 +85,11 @@ def make_parts(
     frames = Frames(len(residency.frame_bytes), record, experts * record)
     shards = Shards(bundle, full)
     smallest = plan_memory(bundle, None, CONTEXT).smallest
-    cache = ExpertCache(residency, frames, read or shards.read, smallest, stats, threads)
-    backbone, chosen = make_backbone(bundle), kernels.choose()
-    layers = [
-        chosen.layer(
-            manifest.experts.gate, manifest.expert_shape(i), manifest.experts.encoding, layout
-        )
-        for i, layout in enumerate(bundle.layouts)
-    ]
+    cache = ExpertCache(
+        residency, frames, read or shards.read, smallest, stats, threads, order=order
+    )
+    backbone = make_backbone(bundle)
+    layers = kernels.choose().layers(manifest, bundle.layouts)
     model = Model(
         backbone=backbone,
         experts=LocalExperts(cache, layers, full),
