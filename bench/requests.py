@@ -149,8 +149,9 @@ def _rows(engine: Engine, text: Path, count: int, length: int) -> list[np.ndarra
     option("--threads", type=int, default=2),
 )  # fmt: skip
 def together(run: Run) -> Rows:
-    """What a step of many requests takes with everything in memory, beside what its bytes allow:
-    the backbone and every expert that somebody wants, once."""
+    """What a step of many requests takes, beside what its bytes allow, with everything in memory.
+
+    The bytes are those of the backbone, and of every expert that somebody wants, once."""
     ways = {
         str(count): partial(
             child, "requests:steps", bundle=run.bundle, count=count, new=run.new,
@@ -209,8 +210,9 @@ def steps(bundle: str, count: int, new: int, threads: int) -> Answer:
     option("--share", type=float, default=1.0, help="of the experts that is in memory"),
 )  # fmt: skip
 def waits(run: Run) -> Rows:
-    """How long a token of those who generate takes while a long prompt comes in, in tokens of
-    theirs."""
+    """How long a token of those who generate takes while a long prompt comes in.
+
+    In tokens of theirs, as they usually are."""
     ways = {
         str(count): partial(
             child, "requests:waiting", bundle=run.bundle, count=count, prompt=run.prompt,

@@ -9,10 +9,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.harness import Rows, Run, Table, bench, note, option, timed
 from bench.models import CALIBRATION, EXAMPLE
 
+if TYPE_CHECKING:
+    from tests.support.traffic import Known
+
+SERVED = Path(__file__).parents[1] / "tests" / "golden" / "v7.smoe"  # with text, run by its program
 SEED = option("--seed", type=int, default=0)
 
 
@@ -68,6 +73,60 @@ def sequences(run: Run) -> Rows:
     yield Table("sequences", columns, [[*counts, len(wrong)]], f"Seed {run.seed}")
     if wrong:
         yield Table("wrong", {"where": "{}"}, [[text] for text in wrong])
+
+
+@bench(option("--count", type=int, default=200), SEED, soak=True)
+def hangups(run: Run) -> Rows:
+    """Clients of a server that hang up at random moments, while prompts are read too.
+
+    How long it works for them afterwards, and what it holds."""
+    from tests.support import server, traffic
+
+    asked = _known(run.seed)
+    with server.serving(SERVED) as client:
+        traffic.hang_ups(client, asked, run.count // 10, run.seed + 1)
+        before = client.metric("smoe_memory_bytes")
+        seen = traffic.hang_ups(client, asked, run.count, run.seed)
+        more = client.metric("smoe_memory_bytes") - before
+    ended = sorted(seen.ended)
+    columns = {
+        "hung up": "{}", "work ended after, ms": "{:.1f}", "99 of 100 after, ms": "{:.1f}",
+        "longest, ms": "{:.1f}", "more memory, KiB": "{:.0f}", "wrong answers": "{}",
+    }  # fmt: skip
+    times = [1e3 * ended[int(len(ended) * share)] for share in (0.5, 0.99)]
+    line = [run.count, *times, 1e3 * ended[-1], more / 1024, len(seen.wrong)]
+    yield Table("hangups", columns, [line], f"Seed {run.seed}")
+
+
+@bench(
+    option("--seconds", type=float, default=600.0), option("--clients", type=int, default=16),
+    SEED, soak=True,
+)  # fmt: skip
+def load(run: Run) -> Rows:
+    """Clients of a server that ask, hang up and send nonsense at random."""
+    from tests.support import server, traffic
+
+    asked = _known(run.seed)
+    with server.serving(SERVED, waiting=run.clients) as client:
+        seen = traffic.load(client, asked, run.seconds, run.clients, run.seed)
+    between = sorted(seen.between)
+    columns = {"answers": "{}", "how many": "{}"}
+    yield Table("answers", columns, [list(pair) for pair in sorted(seen.statuses.items())])
+    columns = {"parts of streams": "{}", "between, ms": "{:.1f}", "99 of 100, ms": "{:.1f}",
+               "longest, ms": "{:.0f}", "wrong": "{}"}  # fmt: skip
+    times = [1e3 * between[int(len(between) * share)] for share in (0.5, 0.99)]
+    line = [len(between), *times, 1e3 * between[-1], len(seen.wrong)]
+    yield Table("load", columns, [line], f"{run.clients} clients for {run.seconds:g} s")
+    if seen.wrong:
+        yield Table("wrong", {"what": "{}"}, [[text] for text in seen.wrong[:50]])
+
+
+def _known(seed: int) -> list[Known]:
+    from smoe.runtime import Engine
+    from tests.support import traffic
+
+    with Engine.open(SERVED, context=300) as engine:
+        return traffic.known(engine, 24, seed)
 
 
 @bench(option("--count", type=int, default=20, help="kills"), SEED, soak=True)

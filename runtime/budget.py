@@ -254,7 +254,7 @@ def plan_memory(
 def _state(division: Division, context: int, requests: int, held: int) -> int:
     """What so many sequences remember of `held` tokens: most where each has its part, since windows
     forget."""
-    each = division.state_bytes(-(-held // requests))
+    each = division.held_bytes(-(-held // requests), context)
     return max(division.state_bytes(context), requests * each)
 
 

@@ -31,6 +31,7 @@ def render(
     template: str,
     messages: list[dict[str, Any]],
     settings: Mapping[str, Any],
+    /,
     tools: list[dict[str, Any]] | None = None,
     documents: list[dict[str, Any]] | None = None,
     add_generation_prompt: bool | None = None,

@@ -1,5 +1,5 @@
-"""The commands of `smoe`: run, chat, bench, info, verify. Text on stdout; mode lines and statistics
-on stderr."""
+"""The commands of `smoe`: run, chat, serve, bench, info, verify. Text on stdout; mode lines and
+statistics on stderr."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from smoe.runtime.cli_options import (
     session_option,
 )
 from smoe.runtime.cli_output import say, show
+from smoe.runtime.cli_serve import serve
 from smoe.runtime.device_profile import measure_device
 from smoe.runtime.errors import EngineError
 from smoe.runtime.evaluate import bench as run_bench
@@ -326,3 +327,4 @@ def _plan(plan: MemoryPlan) -> dict[str, int | None]:
 
 
 cli.add_command(chat)
+cli.add_command(serve)

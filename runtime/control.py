@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
+from smoe.runtime.encoding import encoded
 from smoe.runtime.errors import EngineError
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _inside(
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    return encoded(tokenizer, text, special=False)
 
 
 def _unknown(tokenizer: tokenizers.Tokenizer) -> set[int | None]:

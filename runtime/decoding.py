@@ -87,14 +87,18 @@ class Bytes:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: str) -> list[str]:
-        try:
-            spelled = bytes(BYTE_OF[c] for c in token)
-        except KeyError:  # an added token, which is written as it is
-            spelled = token.encode("utf-8")
-        return [self._decoder.decode(spelled)]
+        return [self._decoder.decode(self.spelled(token))]
 
     def finish(self) -> list[str]:
         return [self._decoder.decode(b"", final=True)]
+
+    @staticmethod
+    def spelled(token: str) -> bytes:
+        """The bytes that a token's characters stand for."""
+        try:
+            return bytes(BYTE_OF[c] for c in token)
+        except KeyError:  # an added token, which is written as it is
+            return token.encode("utf-8")
 
 
 class Suffixed:
@@ -237,6 +241,10 @@ class IncrementalDecoder:
             return ""
         return _through(self._steps, [spelled])
 
+    def has(self, step: type = object) -> bool:
+        """Whether there are steps, one of such a class among them."""
+        return any(isinstance(one, step) for one in self._steps or ())
+
     def finish(self) -> str:
         """What was held back, now that no token follows."""
         if self._steps is None:
@@ -258,3 +266,20 @@ def special_tokens(tokenizer: tokenizers.Tokenizer) -> set[str]:
     """The texts of the control tokens, which text is shown without."""
     added = tokenizer.get_added_tokens_decoder().values()
     return {token.content for token in added if token.special}
+
+
+def token_bytes(tokenizer: tokenizers.Tokenizer, token: int) -> bytes:
+    """What a token adds to a text that has begun, in UTF-8: part of a character, perhaps."""
+    spelled = tokenizer.id_to_token(token) if 0 <= token < IDS else None
+    decoder = IncrementalDecoder(tokenizer, special=True)
+    if spelled is None:
+        return b""
+    byte = BYTE_TOKEN.fullmatch(spelled)
+    if byte and decoder.has(Spelled):
+        return bytes([int(byte[1], 16)])
+    if decoder.has(Bytes):
+        return Bytes.spelled(spelled)
+    if not decoder.has():
+        return tokenizer.decode([token], skip_special_tokens=False).encode()
+    decoder.push(token)  # the text begins: now a space in front counts
+    return decoder.push(token).encode()

@@ -23,7 +23,7 @@ from smoe.runtime.budget import MemoryPlan, Requests
 from smoe.runtime.cache import storage
 from smoe.runtime.errors import EngineError
 from smoe.runtime.execution import AUTO, Execution, divide
-from smoe.runtime.generation import Continuation, Token
+from smoe.runtime.generation import Allowed, Continuation, Token
 from smoe.runtime.ledger import LossLedger
 from smoe.runtime.model import Prefill, Prompt
 from smoe.runtime.options import (
@@ -175,6 +175,10 @@ class Engine:
         whole = self.level == self.bundle.levels and not self.division.narrower
         return self.policies.lossless and whole
 
+    def residency(self) -> list[np.ndarray]:
+        """Of every layer int64 `[E]`: the level at which each expert is in memory, or 0."""
+        return [self._cache.levels(layer) for layer in range(len(self.manifest.layers))]
+
     def mode_lines(self) -> list[str]:
         """Every automatic choice with its reason, for people."""
         manifest, level, levels = self.manifest, self.level, self.bundle.levels
@@ -237,6 +241,10 @@ class Engine:
         together, _ = self._pieces(tokens, tokens) if whole else (1, 0)
         return together * self._backbone.chunk
 
+    def held_bytes(self, tokens: int) -> int:
+        """What a sequence of so many tokens takes, at most."""
+        return self.division.held_bytes(tokens, self.context)
+
     @property
     def grain(self) -> int:
         """Tokens that what prompts share is a whole number of: in ONNX Runtime's segments bits
@@ -297,18 +305,21 @@ class Engine:
 
     def continuation(
         self, how: Sampling, stop: StopWhen, count: int, logprobs: int | None = None,
-        special: bool = False,
+        special: bool = False, allowed: Allowed | None = None,
     ) -> Continuation:  # fmt: skip
-        """What draws up to `count` tokens from a sequence's logits."""
+        """What draws up to `count` tokens from a sequence's logits, of those that are `allowed`."""
         ends = self.manifest.model.end_ids if stop.ids is None else stop.ids
         stream = Stream(self.text, stop.strings, special)
-        return Continuation(Sampler(how, self._bins), ends, stream, count, logprobs)
+        return Continuation(Sampler(how, self._bins), ends, stream, count, logprobs, allowed)
 
     def checked_prompt(self, prompt: str | SequenceOf[int] | np.ndarray, more: int) -> np.ndarray:
         """Token ids int64 `[T]` of a text, or as they are; an `EngineError` if they and `more` new
         ones are not what this engine takes."""
-        ids = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
         model = self.manifest.model
+        try:
+            ids = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        except TypeError as error:
+            raise EngineError("A prompt is a text, or a sequence of token ids.") from error
         return checked_ids(ids, model.vocabulary, self.context, model.context, more)
 
     def _generate(self, ids: np.ndarray, made: Continuation, reuse: bool) -> Iterator[Token]:

@@ -140,6 +140,20 @@ class Division:
             kept = 2 if "logits_to_keep" in backbone.segments[-1].inputs else tokens + 1
         return nbytes + 4 * self.manifest.model.vocabulary * kept
 
+    @property
+    def rewinds(self) -> bool:
+        """Whether a sequence can be shortened to any length: it has neither windows nor recurrent
+        state."""
+        layout = None if self.program is None else StateLayout.of(self.program, self.kind)
+        forgets = layout is not None and (layout.recurrent or any(layout.windows))
+        return not forgets and all(spec.in_place for spec in self.onnx_states())
+
+    def held_bytes(self, tokens: int, context: int) -> int:
+        """Of a sequence of so many `tokens` whose state is made for a `context`: where ONNX Runtime
+        writes to it in place, it is all there from the start."""
+        whole = any(spec.in_place for spec in self.onnx_states())
+        return self.state_bytes(context if whole else tokens)
+
     def state_bytes(self, context: int) -> int:
         """Of a sequence of `context` tokens."""
         kept = sum(spec.nbytes(context) for spec in self.onnx_states())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -26,10 +27,22 @@ class Token:
     best: tuple[tuple[int, float], ...] = ()
 
 
+class Allowed(Protocol):
+    """Holds an answer to a form."""
+
+    def allow(self, logits: np.ndarray) -> np.ndarray:
+        """float32 `[vocabulary]`, -inf where a token may not come next."""
+        ...
+
+    def take(self, token: int) -> None:
+        """It came."""
+        ...
+
+
 class Continuation:
     """Up to `count` tokens of one sequence: drawn by `sampler`, until one of `ends` or a stop
-    string of `stream`. `logprobs` is how many of the likeliest tokens are wanted with each (None:
-    no probabilities). `finish` says why it ended: length, end or stop."""
+    string of `stream`, of those that are `allowed`. `logprobs` is how many of the likeliest tokens
+    are wanted with each (None: no probabilities). `finish` says why it ended: length, end, stop."""
 
     def __init__(
         self,
@@ -38,7 +51,11 @@ class Continuation:
         stream: Stream,
         count: int,
         logprobs: int | None = None,
+        allowed: Allowed | None = None,
     ):
+        count = _whole("max_new_tokens", count)
+        if logprobs is not None:
+            logprobs = _whole("logprobs", logprobs)
         if count < 1:
             raise EngineError(f"max_new_tokens is {count}; at least 1 is wanted.")
         if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
@@ -46,12 +63,15 @@ class Continuation:
                 f"logprobs is {logprobs}; 0 to {MOST_LOGPROBS} of the likeliest tokens can be had."
             )
         self._sampler, self._ends, self._stream = sampler, ends, stream
-        self._count, self._logprobs = count, logprobs
+        self._count, self._logprobs, self._allowed = count, logprobs, allowed
         self.made, self.finish = 0, ""
 
     def take(self, logits: np.ndarray) -> Token:
         """The next token, from float32 `[vocabulary]`; with the last one `finish` is set."""
-        token, stream = self._sampler.draw(logits), self._stream
+        stream, allowed = self._stream, self._allowed
+        token = self._sampler.draw(logits if allowed is None else allowed.allow(logits))
+        if allowed is not None:
+            allowed.take(token)
         end = token in self._ends
         text = stream.push(token) if not end or stream.special else ""
         self.made += 1
@@ -63,13 +83,20 @@ class Continuation:
             text += stream.finish()
         if self._logprobs is None:
             return Token(token, text)
-        return Token(token, text, *_probabilities(logits, token, self._logprobs))
+        return Token(token, text, *probabilities(logits, token, self._logprobs))
 
 
-def _probabilities(
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    raise EngineError(f"{name} is {value!r}; a whole number is wanted.")
+
+
+def probabilities(
     logits: np.ndarray, token: int, count: int
 ) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """The logarithm of a token's probability, and those of the `count` likeliest ones."""
+    """The logarithm of a token's probability by float32 `[vocabulary]`, and ids and logarithms of
+    the `count` likeliest ones."""
     most = float(logits.max())
     total = most + float(np.log(np.exp(logits - np.float32(most), dtype=np.float64).sum()))
     best = ranked(logits, count).tolist() if count else []

@@ -14,6 +14,7 @@ from smoe.artifacts.manifest import File
 from smoe.artifacts.validate import sha256
 from smoe.runtime.control import Marks, Written, control_tokens
 from smoe.runtime.decoding import IncrementalDecoder, special_tokens
+from smoe.runtime.encoding import encoded
 from smoe.runtime.errors import EngineError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Text:
                 f"The text is not UTF-8 at character {error.start}; convert it first."
             ) from error
         with as_sentence(_no_tokens):
-            return tokenizer.encode(text, add_special_tokens=special).ids
+            return encoded(tokenizer, text, special)
 
     def decode(self, ids: Sequence[int], special: bool = False, stops: tuple[str, ...] = ()) -> str:
         """The text of `ids` up to one of `stops`; with `special`, that of special tokens too."""
@@ -66,9 +67,34 @@ class Text:
         """Whether a token is one of control, whose text is shown where it is asked for only."""
         return self._required().id_to_token(token) in special_tokens(self._required())
 
+    def named(self) -> dict[str, str | None]:
+        """What others know the tokenizer by: the texts of its tokens that begin, end and fill a
+        text, and the chat template that answers to no name."""
+        settings = self._settings()
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        given = {name: settings.get(name) for name in names}
+        texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in given.items()}
+        return texts | {"chat_template": self._templates(settings).get("default")}
+
+    def template(self, tools: object | None = None) -> str:
+        """The chat template for a conversation, with `tools` or without."""
+        from smoe.runtime import chat
+
+        return chat.chosen(self._templates(self._settings()), None, tools)
+
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self._templates(self._settings()))
+
+    def controls(self) -> set[str]:
+        """The texts of the tokens that text is shown without."""
+        return special_tokens(self._required())
+
     def chat(
         self,
         messages: list[dict[str, Any]],
+        /,
         template: str | None = None,
         tools: list[dict[str, Any]] | None = None,
         documents: list[dict[str, Any]] | None = None,

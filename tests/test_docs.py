@@ -18,6 +18,7 @@ PAGES = (
     "docs/families.md",
     "docs/log.md",
     "docs/results.md",
+    "docs/server.md",
     "docs/walkthrough.md",
     "docs/wheels.md",
 )

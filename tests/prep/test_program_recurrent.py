@@ -17,11 +17,10 @@ from smoe.runtime import Engine, kernels
 from smoe.runtime.execution import Execution, divide
 
 # Of every family whether its graphs take a single token, and how its layers carry what they do from
-# one to the next. qwen3_next and qwen3_5_moe, whose export takes minutes, are in `python -m bench
-# families`.
+# one to the next. kimi_linear, qwen3_next and qwen3_5_moe, whose export takes minutes, are in
+# `python -m bench families`; the delta rule is in `tests/runtime/test_recurrent.py`.
 FAMILIES = {
     "lfm2_moe": (False, {"convolution"}),
-    "kimi_linear": (True, {"convolution", "delta_rule"}),
     "jamba": (True, {"convolution", "recall", "store"}),
 }
 TOKENS = 600

@@ -114,8 +114,24 @@ def test_what_requests_begin_with_is_read_once(programmed):
             tokens = 100 + sum(len(ids) - 100 + 6 - 1 for ids in prompts)
             assert engine.stats.slots == tokens * sum(layer.top_k for layer in layers)
             later = loop.submit(_asked(np.append(prompts[2], [*wanted[2][:4], 3]), 2))
-            # Its recurrent state is known where several tokens ended: after the prompt.
-            assert len(_got(later)) == 2 and later.shared == len(prompts[2])
+            # Its recurrent state is known where others ended, and not in the middle of one.
+            assert len(_got(later)) == 2 and later.shared == 100
+
+
+def test_any_length_of_another_is_shared_where_state_can_be_shortened(goldens):
+    with opened(goldens[-1]) as engine, Loop(engine) as loop:
+        ids = _ids(4, 50)
+        first = _got(loop.submit(_asked(ids, 9)))
+        for shared, extra in ((54, first[:4]), (40, [])):
+            more = np.concatenate([ids, extra])[:shared].astype(np.int64)
+            more = np.append(more, [1, 2, 3])
+            second = loop.submit(_asked(more, 4))
+            found = _got(second)
+            assert second.shared in (shared, shared + 1, shared + 2)
+            assert found == _got(loop.submit(Request([*more.tolist()], 4, stop=NEVER)))
+        engine.sequence.rewind(0)
+    with opened(goldens[-1]) as engine:
+        assert found == _alone(engine, more, 4)
 
 
 def test_a_prompt_goes_on_from_one_that_still_generates(programmed):
@@ -177,6 +193,67 @@ def test_a_cancelled_request_frees_its_room_within_a_step(programmed):
         second.cancel()
         assert not loop.step() and loop.counts == dict.fromkeys(loop.counts, 0)
         assert len(_got(first)) == first.made
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_that_begins_alike(programmed):
+    shared = _ids(0, 40)
+    with opened(programmed) as engine, Loop(engine) as loop:
+        long = loop.submit(_asked(np.concatenate([shared, _ids(1, 180)]), 4))
+        loop.step()
+        short = loop.submit(_asked(np.append(shared, 1), 4))
+        loop.step()
+        assert not short.waits
+        assert len(_got(short)) == 4 and len(_got(long)) == 4
+
+
+def test_who_is_read_with_a_cancelled_one_begins_again(programmed):
+    with opened(programmed) as engine, Loop(engine) as loop:
+        wanted = None
+        for cancel in (False, True):
+            asked = [_asked(_ids(seed, 100 + seed), 5) for seed in (1, 2, 3)]
+            one, *others = [loop.submit(request) for request in asked]
+            loop.step()
+            if cancel:
+                assert not one.made, "the machine is too fast for this test"
+                one.cancel()
+                loop.step()
+                assert one.finish == "cancelled"
+            found = [_got(other) for other in others]
+            assert wanted in (None, found)
+            wanted = found
+
+
+@pytest.mark.parametrize("fails", ["listens", "breaks in"])
+def test_nothing_waits_for_ever_when_the_loop_breaks(programmed, fails):
+    with opened(programmed) as engine:
+        loop = Loop(engine)
+
+        def listener(token) -> None:
+            if token is not None:
+                raise KeyboardInterrupt if fails == "breaks in" else ValueError("listens badly")
+
+        bad = loop.submit(_asked(_ids(0, 9), 20), listener)
+        good = loop.submit(_asked(_ids(1, 9), 3))
+        if fails == "listens":  # only its own answer ends
+            assert len(_got(good)) == 3 and bad.finish == "cancelled" and loop.alive
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                _got(good)
+            assert not loop.alive and good.finish == "failed"
+            with pytest.raises(EngineError, match="loop has ended"):
+                list(good)
+        loop.close()
+
+
+@pytest.mark.parametrize("what", ["prompt", "max_new_tokens", "logprobs"])
+def test_what_is_no_request_is_refused(programmed, what):
+    good = {"prompt": [1, 2], "max_new_tokens": 2, "logprobs": 1}
+    with opened(programmed) as engine, Loop(engine) as loop:
+        for bad in (2.5, "3", [[1], [2]]):
+            if not (what == "prompt" and isinstance(bad, str)):
+                with pytest.raises(EngineError):
+                    loop.submit(Request(**(good | {what: bad})))
+        assert len(_got(loop.submit(Request(**good, stop=NEVER)))) == 2
 
 
 def test_probabilities_are_those_of_the_logits(programmed):

@@ -13,7 +13,7 @@ from support.parts import accounted, decoded, greedy, make_parts, prompted, step
 from smoe.artifacts import open_bundle
 from smoe.runtime import Engine, EngineError, Policies
 from smoe.runtime.budget import memory_for
-from smoe.runtime.cache.eviction import EVICTIONS
+from smoe.runtime.cache.eviction import EVICTIONS, PLANES
 from smoe.runtime.options import SUBSTITUTIONS, make_predictor, tables_bytes
 from smoe.runtime.routing import Available, Routed, as_routed
 from smoe.runtime.step import Step
@@ -37,7 +37,7 @@ def wanted(golden, answer):
 
 @pytest.mark.parametrize("experts", [3, 6, 11])
 @pytest.mark.parametrize("policies, io", [
-    *[(Policies(eviction=name), "buffered") for name in EVICTIONS],
+    *[(Policies(eviction=name), "buffered") for name in EVICTIONS if name != PLANES],
     (Policies(warm=False), "direct"),
     (Policies(prefetch="none"), "buffered"),
     (Policies(prefetch="auto"), "direct"),

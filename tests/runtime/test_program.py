@@ -297,7 +297,7 @@ def test_damaged_tables_end_in_a_sentence_or_run(tmp_path):
             program = kernels.native_program(weights, *wrong, NATIVE[0], 1)
             rows = program.begin([(state, 3, ids)], np.array([1, 4]))
             for segment in range(len(table[4])):
-                program.run(rows, segment)
+                program.run(rows, segment, 0, rows.tokens)
         except (MemoryError, TypeError):  # rows beyond all measure; a field that is not there
             refused += 1
         except ValueError as error:

@@ -263,8 +263,8 @@ void Program::run(StepRows& rows, std::size_t segment) { run(rows, segment, 0, r
 
 void Program::run(StepRows& rows, std::size_t segment, std::size_t first, std::size_t end) {
     require(segment < segments_.size(), "The program has no such segment.");
-    require(first % BLOCK == 0 && first <= end && end <= rows.rows,
-            "These are no rows of the step, or do not begin with a block.");
+    require(first <= end && end <= rows.rows,
+            "These are no rows of the step.");
     require(rows.program == this, "The rows are of another program.");
     const std::lock_guard<std::mutex> lock(running_);
     const std::size_t most = rows.rows < BLOCK ? rows.rows : BLOCK;

@@ -183,7 +183,7 @@ class Program {
     // Takes the memory back, for the next step.
     void end(StepRows& rows);
 
-    // All rows, or those from `first`, a multiple of BLOCK, to before `end`.
+    // All rows, or those from `first` to before `end`, which follow those that were run before.
     void run(StepRows& rows, std::size_t segment);
     void run(StepRows& rows, std::size_t segment, std::size_t first, std::size_t end);
 

@@ -248,7 +248,7 @@ void smoe::bind_program(nb::module_& m) {
             [](const BoundProgram&) { return PRODUCT_SCRATCH + ATTENTION_SCRATCH; },
             "Bytes that products and attention take beside the program's scratch.")
         .def("run", &run, "rows"_a, "segment"_a, "first"_a, "end"_a,
-             "Of rows from one that begins a block on. The interpreter lock is released.")
+             "Of rows that follow those before. The interpreter lock is released.")
         .def("steps", &go_on, "rows"_a, "mixture"_a, "first"_a,
              "As mixture.h says. The interpreter lock is released.");
     nb::class_<BoundMixture>(m, "Mixture")
