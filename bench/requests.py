@@ -152,14 +152,7 @@ def together(run: Run) -> Rows:
     """What a step of many requests takes, beside what its bytes allow, with everything in memory.
 
     The bytes are those of the backbone, and of every expert that somebody wants, once."""
-    ways = {
-        str(count): partial(
-            child, "requests:steps", bundle=run.bundle, count=count, new=run.new,
-            threads=run.threads,
-        )
-        for count in run.requests
-    }  # fmt: skip
-    results = interleave(ways, run.rounds)
+    results = _by_count(run, "requests:steps", threads=run.threads, new=run.new)
     columns = {
         "requests": "{}", "tok/s": "{:.1f}", "ms a step": "{:.2f}", "MB a step": "{:.0f}",
         "GB/s of the memory": "{:.1f}", "of it": "{:.2f}",
@@ -175,6 +168,15 @@ def together(run: Run) -> Rows:
         row = [count, count / seconds, seconds * 1e3, nbytes / 1e6, memory / 1e9, share]
         lines.append(row)
     yield Table("together", columns, lines, f"{run.rounds} rounds, {run.new} tokens each")
+
+
+def _by_count(run: Run, function: str, **settings: Any) -> dict[str, list[Answer]]:
+    """What processes of so many requests answer, in turns."""
+    ways = {
+        str(count): partial(child, function, bundle=run.bundle, count=count, **settings)
+        for count in run.requests
+    }
+    return interleave(ways, run.rounds)
 
 
 def steps(bundle: str, count: int, new: int, threads: int) -> Answer:
@@ -213,14 +215,7 @@ def waits(run: Run) -> Rows:
     """How long a token of those who generate takes while a long prompt comes in.
 
     In tokens of theirs, as they usually are."""
-    ways = {
-        str(count): partial(
-            child, "requests:waiting", bundle=run.bundle, count=count, prompt=run.prompt,
-            share=run.share,
-        )
-        for count in run.requests
-    }  # fmt: skip
-    results = interleave(ways, run.rounds)
+    results = _by_count(run, "requests:waiting", prompt=run.prompt, share=run.share)
     columns = {
         "requests": "{}", "usual, ms": "{:.2f}", "longest before": "{:.2f} x",
         "median meanwhile": "{:.2f} x", "longest meanwhile": "{:.2f} x",

@@ -15,10 +15,9 @@ from smoe.prep.replay.plan import plan as make_plan
 from smoe.prep.replay.plan import text_of as plan_text
 from smoe.prep.replay.report import simulation_text
 from smoe.prep.replay.routing_trace import read_trace
-from smoe.prep.replay.simulate import COUNTINGS
+from smoe.prep.replay.simulate import COUNTINGS, REPLAYED
 from smoe.prep.replay.simulate import report as simulation_report
 from smoe.prep.replay.simulate import simulate as run_simulation
-from smoe.runtime.cache.eviction import EVICTIONS
 from smoe.runtime.device_profile import Device
 from smoe.runtime.options import SUBSTITUTIONS
 from smoe.runtime.sizes import parse_size
@@ -35,7 +34,7 @@ _SUBSTITUTIONS = ", ".join(
     "policies",
     multiple=True,
     metavar="NAME",
-    help=f"Eviction, repeatable: {', '.join(EVICTIONS)}; NAME:NUMBER sets its parameter, "
+    help=f"Eviction, repeatable: {', '.join(REPLAYED)}; NAME:NUMBER sets its parameter, "
     "layer-NAME keeps every layer to its share. [default: all of them that the trace allows]",
 )
 @click.option(

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from smoe.prep.errors import PrepError
 from smoe.prep.replay.routing_trace import Trace
-from smoe.prep.replay.simulate import BOUND, least_for_shares
-from smoe.runtime.cache.eviction import EVICTIONS
+from smoe.prep.replay.simulate import BOUND, REPLAYED, least_for_shares
 from smoe.runtime.sizes import parse_size
 
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)  # of all experts, where nothing is asked for
@@ -16,7 +15,7 @@ SWEEP = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)  # of all experts, where not
 def with_bound(trace: Trace, policies: Sequence[str], budgets: Sequence[int]) -> list[str]:
     """What to replay: the bound, then what was asked for, or all that this trace and `budgets`
     allow if nothing was."""
-    able = [n for n, kind in EVICTIONS.items() if trace.scored or not kind.needs_scores]
+    able = [n for n, kind in REPLAYED.items() if trace.scored or not kind.needs_scores]
     if min(*budgets, trace.total) >= least_for_shares(trace):
         able += ["layer-lru", "layer-lfu"]
     return [BOUND, *(policy for policy in policies or able if policy != BOUND)]

@@ -20,7 +20,7 @@ from smoe.artifacts.manifest import Routing
 from smoe.prep.errors import PrepError
 from smoe.prep.replay.routing_trace import Trace, TraceStep
 from smoe.runtime.cache.cache import ExpertCache
-from smoe.runtime.cache.eviction import EVICTIONS, Belady, Eviction, eviction_named
+from smoe.runtime.cache.eviction import EVICTIONS, PLANES, Belady, Eviction, eviction_named
 from smoe.runtime.cache.residency import PINNED, Residency
 from smoe.runtime.ledger import LossLedger
 from smoe.runtime.options import substitution_named
@@ -38,6 +38,7 @@ from smoe.runtime.stats import Stats
 from smoe.runtime.step import Kinds, Phase, Sequence, Span, Step
 
 BOUND = "belady"
+REPLAYED = {name: kind for name, kind in EVICTIONS.items() if name != PLANES}  # of whole records
 RATES = ("hit_rate", "decode_hit_rate", "after_hit_rate", "substituted_share")
 PER_LAYER = "layer-"  # before a policy's name: every layer keeps to its share of the budget
 
@@ -91,8 +92,8 @@ def simulate(
     """Every policy at every budget (bytes, or records where their sizes are not known), in this
     order.
 
-    Policies are `runtime.cache.eviction.EVICTIONS` with their parameter (`decay:64`), `belady`, and
-    any of these after `layer-`. `substitution` is one of `runtime.options.SUBSTITUTIONS`, as for
+    Policies are those of `REPLAYED` with their parameter (`decay:64`), `belady`, and any of these
+    after `layer-`. `substitution` is one of `runtime.options.SUBSTITUTIONS`, as for
     the engine; Belady is without it. `warm` starts from the calibration's counts. `counting` is one
     of `COUNTINGS`. `progress` may report progress over the list of runs."""
     if counting not in COUNTINGS:
@@ -172,9 +173,14 @@ def _eviction(policy: str, trace: Trace) -> Eviction:
     name = policy.removeprefix(PER_LAYER)
     if name == BOUND:
         return Belady(trace.experts, [(step.layer, step.ids) for step in trace.steps])
+    if name == PLANES:
+        raise PrepError(
+            f"{name} lets go of planes, and a trace is of whole records; it can replay "
+            f"{', '.join(REPLAYED)}."
+        )
     eviction = eviction_named(name, trace.experts)
     if eviction.needs_scores and not trace.scored:
-        able = ", ".join(n for n, kind in EVICTIONS.items() if not kind.needs_scores)
+        able = ", ".join(n for n, kind in REPLAYED.items() if not kind.needs_scores)
         raise PrepError(
             f"{name} needs the router's scores, which {trace.name} lacks; it can replay {able}."
         )

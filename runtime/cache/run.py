@@ -114,7 +114,10 @@ class Run:
         return np.maximum.reduceat(pins, self._starts) if self.mixed else pins
 
     def waits(self) -> bool:
-        """Whether there is something left, and none of it has arrived since the last look."""
+        """Whether there is something left, and nothing of it to compute: none was here at the last
+        look that was not taken, and none has arrived since."""
+        if (self.ready & self.remaining).any():
+            return False
         return bool(self.waiting) and all(load.on_its_way for load in self.waiting)
 
     def took(self, given: np.ndarray) -> None:

@@ -78,10 +78,8 @@ class Loop:
         if not self.alive:
             raise Busy(ENDED)
         engine, count = self.engine, request.max_new_tokens
-        made = engine.continuation(
-            *(request.sampling, request.stop, count, request.logprobs),
-            *(request.special, request.allowed),
-        )
+        how = request.sampling, request.stop, count, request.logprobs
+        made = engine.continuation(*how, request.special, request.allowed)
         engine.spending(request.loss)
         ids = engine.checked_prompt(request.prompt, count)
         nbytes = engine.held_bytes(len(ids) + count)

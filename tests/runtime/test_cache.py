@@ -329,3 +329,26 @@ def test_a_guess_that_takes_the_only_frame_is_taken_itself(setup):
     case.disk.until_begun((1, 5))
     threading.Timer(0.2, case.disk.let_go).start()
     assert sorted(in_time(case.step, 1, list(range(7)))) == list(range(7))
+
+
+def test_what_is_given_in_bites_is_given_on_while_others_are_read():
+    """A prompt's slots of an expert that is here are many steps of the kernel: none of them waits
+    for a read of another expert."""
+    setup = Setup(4, [4, 4])
+    setup.step(0, [1])
+    setup.disk.held = {(0, 2)}
+    ones, wanted = np.ones(2, np.int64), np.array([1, 2])
+    bring = setup.cache.bring(0, wanted, ones, 1000 * ones)
+    given = next(bring)
+    for _ in range(4):  # some of its slots
+        assert given.tolist() == [0]
+        given = bring.send(given[:0])
+    assert given.tolist() == [0] and not setup.cache.levels(0)[2]
+    setup.disk.let_go()
+    rest = bring.send(given).tolist()
+    while rest != [1]:
+        assert not rest  # nothing is left but to wait
+        rest = bring.send(None).tolist()
+    with pytest.raises(StopIteration):
+        bring.send(None)
+    setup.cache.close()

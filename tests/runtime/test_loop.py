@@ -1,6 +1,7 @@
 """Many requests at once: each gets what it gets alone, waits where there is no room, and leaves
 nothing behind."""
 
+import contextlib
 import os
 import shutil
 import threading
@@ -91,6 +92,19 @@ def test_a_request_without_loss_is_exact_among_others(goldens, tmp_path):
         assert spent[1::2] == [0, 0, 0] and all(nats > 0 for nats in spent[::2])
         with pytest.raises(EngineError, match="A loss of 7.0 nats"):
             loop.submit(_asked(prompts[0], 4, loss=7.0))
+
+
+def test_what_came_of_shortcuts_is_shared_with_nobody(goldens):
+    bundle, ids = goldens[5], _ids(7, 60)
+    with opened(bundle, 6, Policies(loss=0.5)) as engine, Loop(engine) as loop:
+        lossy = loop.submit(_asked(ids, 40))
+        longer = np.concatenate([ids, _got(lossy)[:30], [3]])
+        assert lossy.nats > 0
+        exact = loop.submit(_asked(longer, 8, loss=0.0))
+        found, shared, spent = _got(exact), exact.shared, exact.nats
+    assert shared == len(ids) and spent == 0  # its prompt took none
+    with opened(bundle) as engine:
+        assert found == _alone(engine, longer, 8)
 
 
 def test_a_loss_where_the_engine_has_none_is_refused(programmed):
@@ -269,32 +283,40 @@ def test_probabilities_are_those_of_the_logits(programmed):
             assert [p for _, p in token.best] == pytest.approx(np.sort(wanted)[::-1][:4], abs=1e-5)
 
 
+def _until_it_fails(engine: Engine, ids: np.ndarray, count: int) -> tuple[list[int], bool]:
+    """Tokens that it gets alone, and whether that ends with an error."""
+    made: list[int] = []
+    try:
+        for token in engine.generate(ids, count, stop=NEVER):
+            made.append(token.id)
+    except EngineError:
+        return made, True
+    return made, False
+
+
 def test_who_needs_what_cannot_be_read_fails_alone(golden, tmp_path):
     bundle = Path(shutil.copytree(golden, tmp_path / "cut"))
-    prompts = [_ids(seed, 1) for seed in range(12)]
-    with opened(golden) as engine:
-        wanted = [_alone(engine, ids, 2) for ids in prompts]
+    prompts = [_ids(seed, 1) for seed in range(60)]
     with opened(bundle, 3, Policies(warm=False)) as engine:
         shard = bundle / engine.manifest.shard(1)
         os.truncate(shard, shard.stat().st_size - 1)  # the last expert is gone
-        found = []
-        for ids in prompts:
-            try:
-                found.append(_alone(engine, ids, 2))
-            except EngineError:
-                found.append(None)
-        assert None in found and any(found)
-        with Loop(engine) as loop:
-            generations = [loop.submit(_asked(ids, 2)) for ids in prompts]
-            while loop.step():
-                pass
-            for generation, alone, right in zip(generations, found, wanted, strict=True):
-                if alone is None:
-                    assert generation.finish == "failed"
-                    with pytest.raises(EngineError, match="copy the bundle again"):
-                        list(generation)
-                else:
-                    assert _got(generation) == alone == right
+        alone = [(ids, *_until_it_fails(engine, ids, 4)) for ids in prompts]
+        well = [one for one in alone if not one[2]][:2]
+        late = [one for one in alone if one[1] and one[2]][:2]  # together with others by then
+        early = [one for one in alone if not one[1]][:2]
+        assert len(well) == len(late) == len(early) == 2
+        for some in (well + late, early + well, early + late):
+            with Loop(engine) as loop:
+                generations = [loop.submit(_asked(ids, 4)) for ids, *_ in some]
+                while loop.step():
+                    pass
+                for generation, (_, made, fails) in zip(generations, some, strict=True):
+                    assert generation.finish == ("failed" if fails else "length")
+                    assert generation.made == len(made)
+                    with pytest.raises(EngineError) if fails else contextlib.nullcontext():
+                        assert _got(generation) == made
+    with opened(golden) as engine:
+        assert [_alone(engine, ids, 4) for ids, *_ in well] == [made for _, made, _ in well]
 
 
 def test_a_thread_runs_it(programmed):

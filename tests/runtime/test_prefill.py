@@ -110,6 +110,18 @@ def test_how_many_chunks_share_a_read_changes_no_bit(bundle, chunks, keep):
         assert np.array_equal(_more(parts.model, sequence), more)
 
 
+def test_a_prompt_pauses_within_a_layer(programmed):
+    """Also where nothing has to be read: whoever generates meanwhile waits for a part alone."""
+    ids = _prompt(programmed)
+    with Engine.open(programmed, context=CONTEXT) as engine:
+        prefill, parts = engine.prefill(engine.new_sequence(), ids), 0
+        while not prefill.done:
+            prefill.advance()
+            parts += 1
+        layers = engine.manifest.layers
+        assert parts >= sum(-(-len(ids) // 64) + len(ids) * one.top_k // 256 for one in layers)
+
+
 @pytest.mark.parametrize("experts", [3, 5])
 def test_an_expert_is_read_once_for_all_chunks_that_share_the_read(bundle, experts):
     ids = _prompt(bundle)

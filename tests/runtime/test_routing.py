@@ -5,11 +5,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.parts import StateOfNothing
+from support.parts import StateOfNothing, routed_step
 
 from smoe.artifacts.manifest import Routing
 from smoe.runtime.backbone import BackboneState
-from smoe.runtime.routing import Assignment, Available, Dispatch, Routed, combine, route, weigh
+from smoe.runtime.routing import (
+    Assignment,
+    Available,
+    Dispatch,
+    Routed,
+    assign,
+    combine,
+    route,
+    weigh,
+)
 from smoe.runtime.step import Phase, Sequence, Span, Step
 
 SCORES = np.array([[0.1, 0.4, 0.2, 0.3]], np.float32)
@@ -30,6 +39,30 @@ def test_routing_by_eye(rule, weights):
 def test_any_choice_of_experts_can_be_weighed():
     raw = np.array([[1, 2, 3, 4]], np.float32)
     assert np.allclose(weigh(Routing("sum", 1, 0), raw, np.array([[0, 2]])), [[0.25, 0.75]])
+
+
+def test_a_chooser_hears_of_others_tokens_alone_that_what_they_use_is_here():
+    """Prompts and exact sequences take the router's word, and pay for no shortcut."""
+    ids = np.array([[0, 1], [2, 3], [4, 1], [5, 2]])
+    phases = [(Phase.DECODE, False), (Phase.DECODE, True), (Phase.PREFILL, False)]
+    spans = tuple(
+        Span(Sequence(StateOfNothing(), exact=exact), np.zeros(n, np.int64), np.zeros(0), phase)
+        for (phase, exact), n in zip(phases, (1, 1, 2), strict=True)
+    )
+    seen: list[tuple[list, list]] = []
+
+    def nothing(routed: Routed, available: Available) -> Assignment:
+        seen.append((routed.ids.tolist(), available.level.tolist()))
+        none = np.full_like(routed.ids, len(available.level))
+        return Assignment(none, routed.weights, np.ones_like(none), np.ones(len(none)))
+
+    level = np.array([1, 0, 1, 0, 0, 0, 0])
+    routed = routed_step(ids, np.ones(ids.shape, np.float32), spans=spans)
+    made = assign(nothing, routed, Available(level=level, full=2))
+    assert seen == [([[0, 1]], [1, 2, 2, 2, 2, 2, 0])]
+    assert made.ids.tolist() == [[7, 7], *ids[1:].tolist()]
+    assert made.levels.tolist() == [[1, 1], *[[2, 2]] * 3] and made.nats.tolist() == [1, 0, 0, 0]
+    assert level.tolist() == [1, 0, 1, 0, 0, 0, 0]
 
 
 @st.composite
