@@ -375,9 +375,9 @@ def test_bench_of_many_requests(golden, tmp_path):
     args = ["bench", str(golden), "--text", str(text), "--context", "128", "--length", "40"]
     done = CliRunner().invoke(cli, [*args, "--requests", "3", "--tokens", "200", "--json"])
     assert done.exit_code == 0, done.output
-    assert '"requests": 5' in done.stdout and '"at_once": 3' in done.stdout
-    assert "requests: up to 3 at once, of 384 tokens together" in done.stderr
+    assert '"requests": 5' in done.output and '"at_once": 3' in done.output
+    assert "requests: up to 3 at once, of 384 tokens together" in done.output
     refused = CliRunner().invoke(cli, [*args, "--requests", "3", "--choices", "2"])
-    assert refused.exit_code == 2 and "--choices has no effect with --requests" in refused.stderr
+    assert refused.exit_code == 2 and "--choices has no effect with --requests" in refused.output
     refused = CliRunner().invoke(cli, [*args, "--held", "200"])
-    assert refused.exit_code == 2 and "--held has no effect" in refused.stderr
+    assert refused.exit_code == 2 and "--held has no effect" in refused.output
