@@ -260,7 +260,7 @@ def test_a_program_that_works_without_end_is_refused():
 
 
 def test_damaged_tables_end_at_the_door():
-    counts, wrong = damage.many(8000, seed=0)
+    counts, wrong = damage.many(4000, seed=0)
     assert not wrong
     assert counts[damage.HEALTHY] > 100 and counts[damage.REFUSED] > 1000
 

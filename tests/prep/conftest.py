@@ -79,25 +79,27 @@ def ids_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory, checkpoints, ids_file):
+def exports(tmp_path_factory):
+    """Builds that share exports, with all processes of the run."""
+    from support.exports import Exports
+
+    own = tmp_path_factory.getbasetemp()
+    return Exports((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "exports")
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory, checkpoints, ids_file, exports):
     """family -> its pico bundle in f32, built once."""
-    from smoe.prep.build import build
     from smoe.prep.checkpoint.text import Calibration
     from smoe.prep.options import Recipe
-    from smoe.prep.progress import Progress
 
     made: dict[str, Path] = {}
 
     def get(family: str) -> Path:
         if family not in made:
             made[family] = tmp_path_factory.mktemp("bundles") / f"{family}.smoe"
-            build(
-                checkpoints(family),
-                made[family],
-                Calibration(str(ids_file)),
-                Recipe("f32"),
-                progress=Progress(True),
-            )
+            text = Calibration(str(ids_file))
+            exports.build(checkpoints(family), made[family], text, Recipe("f32"))
         return made[family]
 
     return get
@@ -111,14 +113,12 @@ def reference_model(root):
 
 
 @pytest.fixture(scope="session")
-def reference_bundle(root, tmp_path_factory) -> Path:
+def reference_bundle(root, tmp_path_factory, exports) -> Path:
     """The example model in f32."""
-    from smoe.prep.build import build
     from smoe.prep.checkpoint.text import Calibration
     from smoe.prep.options import Recipe
-    from smoe.prep.progress import Progress
 
     out = tmp_path_factory.mktemp("reference") / "reference.smoe"
     text = Calibration(str(root / "examples" / "calibration.jsonl"), tokens=2048)
-    build(root / "examples" / "reference", out, text, Recipe("f32"), progress=Progress(True))
+    exports.build(root / "examples" / "reference", out, text, Recipe("f32"))
     return out

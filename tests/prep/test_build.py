@@ -51,13 +51,14 @@ def test_records_hold_the_checkpoints_weights(checkpoints, bundles, tmp_path, en
 
 
 def test_a_bundle_from_a_profile_is_the_same_as_one_from_text(
-    smoe_prep, checkpoints, bundles, ids_file, tmp_path
+    exports, smoe_prep, checkpoints, bundles, ids_file, tmp_path
 ):
     source = checkpoints("mixtral")
     assert (
         smoe_prep("profile", source, "--calibration", ids_file, "-o", tmp_path / "p").returncode
         == 0
     )
+    exports.begin(source, tmp_path / "b", Recipe("f32"))
     done = smoe_prep(
         "build", source, "-o", tmp_path / "b", "--profile", tmp_path / "p", "--encoding", "f32"
     )

@@ -58,9 +58,9 @@ def pairs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_tokens_are_those_of_the_dequantised_model(pairs, ids_file, tmp_path, scheme):
+def test_the_tokens_are_those_of_the_dequantised_model(exports, pairs, ids_file, tmp_path, scheme):
     few, exact = pairs(scheme)
-    build(few, tmp_path / "b", Calibration(str(ids_file)), Recipe("f32"), progress=Progress(True))
+    exports.build(few, tmp_path / "b", Calibration(str(ids_file)), Recipe("f32"))
     found = agreement(tmp_path / "b", exact)
     assert found.same and found.tokens >= 24, found
     assert found.error < 1e-4 * found.scale
@@ -100,7 +100,7 @@ KEPT = {
 
 
 @pytest.fixture(scope="module")
-def kept(pairs, tmp_path_factory, ids_file):
+def kept(exports, pairs, tmp_path_factory, ids_file):
     """scheme -> its bundle as `build` makes it where nothing else is asked for."""
     made = {}
 
@@ -108,7 +108,7 @@ def kept(pairs, tmp_path_factory, ids_file):
         if scheme not in made:
             made[scheme] = tmp_path_factory.mktemp("kept") / "b.smoe"
             text = Calibration(str(ids_file))
-            build(pairs(scheme)[0], made[scheme], text, Recipe(), progress=Progress(True))
+            exports.build(pairs(scheme)[0], made[scheme], text, Recipe())
         return made[scheme]
 
     return get

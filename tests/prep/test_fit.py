@@ -10,6 +10,7 @@ from smoe.artifacts import open_bundle
 from smoe.artifacts.tables import load_tables
 from smoe.prep.checkpoint.checkpoint import open_checkpoint
 from smoe.prep.checkpoint.text import Calibration
+from smoe.prep.options import Recipe
 from smoe.prep.prices import verify as checking
 from smoe.prep.prices.calibrate import fitted
 from smoe.prep.prices.price import sampled
@@ -70,11 +71,13 @@ def test_a_loss_budget_is_what_is_lost(root, reference_bundle, tmp_path):
     assert 0.005 < found["nats_spent"] <= 0.0125
 
 
-def test_a_bundle_with_planes_has_prices_of_its_levels(smoe_prep, checkpoints, ids_file, tmp_path):
+def test_a_bundle_with_planes_has_prices_of_its_levels(
+    exports, smoe_prep, checkpoints, ids_file, tmp_path
+):
     common = ("--calibration", ids_file, "--encoding", "nested:2+1+1:32", "--quantiser", "nearest")
-    done = smoe_prep(
-        "build", checkpoints("qwen3_moe"), "-o", tmp_path / "b", *common, "--prices", "200"
-    )
+    model, recipe = checkpoints("qwen3_moe"), Recipe("nested:2+1+1:32")
+    exports.begin(model, tmp_path / "b", recipe)
+    done = smoe_prep("build", model, "-o", tmp_path / "b", *common, "--prices", "200")
     assert done.returncode == 0, done.stderr
     tables = _tables(tmp_path / "b")
     fit = tables[0]["price_fit"]
@@ -95,9 +98,8 @@ def test_a_bundle_with_planes_has_prices_of_its_levels(smoe_prep, checkpoints, i
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found["predicted_over_measured"]) == {*KINDS, "mixed"} and found["tokens"] == 128
-    done = smoe_prep(
-        "build", checkpoints("qwen3_moe"), "-o", tmp_path / "none", *common, "--prices", "0"
-    )
+    exports.begin(model, tmp_path / "none", recipe)
+    done = smoe_prep("build", model, "-o", tmp_path / "none", *common, "--prices", "0")
     assert done.returncode == 0 and "price_fit" not in _tables(tmp_path / "none")[0]
     done = smoe_prep(
         "verify",
@@ -117,11 +119,10 @@ def test_a_bundle_with_planes_has_prices_of_its_levels(smoe_prep, checkpoints, i
 
 
 def test_a_model_that_cannot_be_differentiated_is_built_without(
-    checkpoints, ids_file, tmp_path, monkeypatch, capsys
+    exports, checkpoints, ids_file, tmp_path, monkeypatch, capsys
 ):
     from smoe.prep.build import build
     from smoe.prep.errors import NotDifferentiableError
-    from smoe.prep.options import Recipe
     from smoe.prep.prices.price import Prices
 
     def refuses(*_):
@@ -129,6 +130,7 @@ def test_a_model_that_cannot_be_differentiated_is_built_without(
 
     monkeypatch.setattr(Prices, "visit", refuses)
     text = Calibration(str(ids_file))
+    exports.begin(checkpoints("mixtral"), tmp_path / "b", Recipe("f32"))
     built = build(checkpoints("mixtral"), tmp_path / "b", text, Recipe("f32"), progress=Progress())
     said = "none for this model, and so no --loss: this one has no gradient"
     assert said in capsys.readouterr().err and built.no_prices and built.fit == []

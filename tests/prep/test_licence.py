@@ -6,7 +6,6 @@ import shutil
 import pytest
 
 from smoe.artifacts import open_bundle
-from smoe.prep.build import build
 from smoe.prep.checkpoint.licence import copy_licence
 from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.options import Recipe
@@ -19,7 +18,7 @@ TEXTS += ("USAGE_POLICY", "MODEL_LICENSE", "THIRD_PARTY_NOTICES.md", "terms.txt"
 
 
 def test_texts_and_card_are_in_the_bundle_and_info_says_them(
-    checkpoints, ids_file, tmp_path, monkeypatch, capsys
+    exports, checkpoints, ids_file, tmp_path, monkeypatch, capsys
 ):
     source, bundle = tmp_path / "model", tmp_path / "m.smoe"
     shutil.copytree(checkpoints("mixtral"), source)
@@ -29,7 +28,7 @@ def test_texts_and_card_are_in_the_bundle_and_info_says_them(
         "---\nlicense: other\nlicense_name: pico-research\n"
         "license_link: https://example.org/LICENSE\n---\n# Pico\n"
     )
-    build(source, bundle, Calibration(str(ids_file)), Recipe("f32", prices=0), progress=QUIET)
+    exports.build(source, bundle, Calibration(str(ids_file)), Recipe("f32", prices=0))
     manifest = open_bundle(bundle, hashes=True).manifest
     for name in TEXTS:
         assert (bundle / "licence" / name).read_text() == f"terms of {name}"

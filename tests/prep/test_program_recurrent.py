@@ -9,10 +9,8 @@ from support import pico
 from support.backbones import logits_of
 
 from smoe.artifacts import open_bundle
-from smoe.prep.build import build
 from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.options import Recipe
-from smoe.prep.progress import Progress
 from smoe.runtime import Engine, kernels
 from smoe.runtime.execution import Execution, divide
 
@@ -29,7 +27,7 @@ CARRYING = {"recall", "store", "delta_rule", "convolution"}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, ids_file):
+def models(exports, tmp_path_factory, ids_file):
     """family -> its pico model, and its bundle in f32 for more than `TOKENS`."""
     made = {}
 
@@ -39,7 +37,7 @@ def models(tmp_path_factory, ids_file):
             model = pico.make_model(family, max_position_embeddings=1024)
             model.save_pretrained(path / "model")
             recipe, text = Recipe("f32", prices=0), Calibration(str(ids_file))
-            build(path / "model", path / "bundle", text, recipe, progress=Progress(True))
+            exports.build(path / "model", path / "bundle", text, recipe)
             made[family] = model, path / "bundle"
         return made[family]
 

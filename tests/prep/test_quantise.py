@@ -16,7 +16,7 @@ from smoe.prep.checkpoint.checkpoint import open_checkpoint
 from smoe.prep.checkpoint.seam import expert_inner, expert_weights, felt_in_output
 from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.errors import PrepError
-from smoe.prep.options import chosen_quantiser
+from smoe.prep.options import Recipe, chosen_quantiser
 from smoe.prep.pack.calibrated import in_groups_that_fit
 from smoe.prep.pack.pack import pack
 from smoe.prep.pack.quantise import DAMPING, made_up_for, quantise, second_moment, shares
@@ -240,19 +240,12 @@ def test_packing_goes_on_after_the_last_finished_layer(
 
 
 def test_a_nested_bundle_runs_and_says_what_each_level_lost(
-    smoe_prep, checkpoints, ids_file, tmp_path
+    exports, smoe_prep, checkpoints, ids_file, tmp_path
 ):
-    source = checkpoints("deepseek_v3")
-    done = smoe_prep(
-        "build",
-        source,
-        "-o",
-        tmp_path / "b",
-        "--calibration",
-        ids_file,
-        "--encoding",
-        "nested:5+1+1+1:32",
-    )
+    source, encoding = checkpoints("deepseek_v3"), "nested:5+1+1+1:32"
+    exports.begin(source, tmp_path / "b", Recipe(encoding))
+    options = ("--calibration", ids_file, "--encoding", encoding, "--self", "0")
+    done = smoe_prep("build", source, "-o", tmp_path / "b", *options)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("output lost by level: gate+up") == len(
         open_bundle(tmp_path / "b").manifest.layers

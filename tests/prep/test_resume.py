@@ -173,16 +173,13 @@ def reads(monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ["f32", "nested:2+1+1:32"])
-def test_a_layers_experts_are_read_twice(checkpoints, ids_file, tmp_path, reads, encoding):
+def test_a_layers_experts_are_read_twice(exports, checkpoints, ids_file, tmp_path, reads, encoding):
     """Statistics, trace, predictors, packing and prices of one build: forward, and back."""
     text = Calibration(str(ids_file))
-    build(
-        checkpoints("mixtral"),
-        tmp_path / "b",
-        text,
-        Recipe(encoding, self_tokens=0),
-        progress=QUIET,
-    )
+    recipe = Recipe(encoding, self_tokens=0)
+    exports.begin(checkpoints("mixtral"), tmp_path / "b", recipe)
+    reads.clear()
+    build(checkpoints("mixtral"), tmp_path / "b", text, recipe, progress=QUIET)
     assert reads == [0, 1, 1, 0]
     tables = open_bundle(tmp_path / "b").tables.layers()
     assert {"counts", "predict_recall", "price_cross", "price_fit"} <= set(tables[1])
@@ -289,13 +286,15 @@ def test_a_disk_that_fills_up_is_a_sentence_and_loses_nothing(disk, smoe_prep, c
     assert os.listdir(small) == ["p"]
 
 
-def test_no_file_is_hashed_twice_but_the_tables(checkpoints, ids_file, tmp_path, monkeypatch):
+def test_no_file_is_hashed_twice_but_the_tables(
+    exports, checkpoints, ids_file, tmp_path, monkeypatch
+):
     from smoe.prep import build as building
 
     hashed, file_at = [], building.file_at
     monkeypatch.setattr(building, "file_at", lambda path: hashed.append(path.name) or file_at(path))
     text = Calibration(str(ids_file))
-    build(checkpoints("mixtral"), tmp_path / "b", text, Recipe("f32"), progress=QUIET)
+    exports.build(checkpoints("mixtral"), tmp_path / "b", text, Recipe("f32"))
     assert {n for n in hashed if hashed.count(n) > 1} == {"tables.safetensors"}
 
 

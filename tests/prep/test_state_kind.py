@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from smoe.artifacts import open_bundle
-from smoe.artifacts.manifest import STATE_KINDS
+from smoe.artifacts.manifest import STATE_KINDS, VERSION
 from smoe.prep import state_kind
 from smoe.prep.errors import PrepError
+from smoe.prep.options import Recipe
 from smoe.prep.progress import Progress
 from smoe.runtime import Engine
 
@@ -63,15 +64,18 @@ def test_what_is_not_measured_says_why(goldens, tmp_path):
         state_kind.refuse_unknown_kind("f8")
 
 
-def test_a_build_writes_it_and_every_command_says_it(smoe_prep, checkpoints, ids_file, tmp_path):
+def test_a_build_writes_it_and_every_command_says_it(
+    exports, smoe_prep, checkpoints, ids_file, tmp_path
+):
     bundle = tmp_path / "b.smoe"
     options = ("--calibration", ids_file, "--encoding", "nested:2+1+1:32", "--quantiser", "nearest")
     options = (*options, "--self", 0, "--prices", 0, "--backbone", "int8")
+    exports.begin(checkpoints("qwen3_moe"), bundle, Recipe("nested:2+1+1:32", "int8"))
     done = smoe_prep("build", checkpoints("qwen3_moe"), "-o", bundle, *options, "--json")
     assert done.returncode == 0, done.stderr
     said, manifest = json.loads(done.stdout), open_bundle(bundle).manifest
     kind = manifest.backbone.state_kind
-    assert kind == said["state"] in STATE_KINDS and manifest.version == 7
+    assert kind == said["state"] in STATE_KINDS and manifest.version == VERSION
     assert (
         manifest.provenance["state"].startswith(kind)
         and "256 tokens" in manifest.provenance["state"]

@@ -129,10 +129,10 @@ def files(bundle):
     return {str(p.relative_to(bundle)): p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
 
 
-def test_killed_while_it_writes_a_build_goes_on_and_gives_the_same_bytes(short, tmp_path):
+def test_killed_while_it_writes_a_build_goes_on_and_gives_the_same_bytes(exports, short, tmp_path):
     """3,000 tokens are 94 texts, 64 and 30 at once."""
     recipe = Recipe("nested:2+1+1:32", prices=0, self_tokens=3000)
-    build(short, tmp_path / "whole", None, recipe, progress=QUIET)
+    exports.build(short, tmp_path / "whole", None, recipe)
     command = [sys.executable, "-m", "smoe.prep", "build", str(short), "-o", str(tmp_path / "b")]
     command += ["--encoding", recipe.encoding, "--prices", "0", "--self", "3000"]
     for sign in ("rounded/experts/*.safetensors", "written/00000.safetensors", "lost/00.json"):
@@ -175,9 +175,9 @@ def test_a_bundle_comes_from_nothing_but_a_model_and_runs(smoe_prep, checkpoints
         assert len(list(engine.generate([1, 2, 3], 4))) == 4
 
 
-def test_own_text_comes_after_what_was_given(short, ids_file, tmp_path):
+def test_own_text_comes_after_what_was_given(exports, short, ids_file, tmp_path):
     text = Calibration(str(ids_file), seed=3)
-    build(short, tmp_path / "b", text, Recipe("f32", self_tokens=400, prices=0), progress=QUIET)
+    exports.build(short, tmp_path / "b", text, Recipe("f32", self_tokens=400, prices=0))
     trace = open_bundle(tmp_path / "b").study("trace.safetensors")
     tokens = safetensors_file.load(trace)["tokens"]
     given = np.concatenate(text.rows(open_checkpoint(short)))
@@ -226,8 +226,10 @@ def test_how_much_a_model_writes_if_nobody_says(recipe, calibration, profiled, t
     assert recipe.resolved(encoding, calibration, profiled).self_tokens == tokens
 
 
-def test_experts_that_the_text_hardly_reached_are_named(short, tmp_path, capsys):
-    build(short, tmp_path / "b", None, Recipe("f32", self_tokens=160, prices=0))
+def test_experts_that_the_text_hardly_reached_are_named(exports, short, tmp_path, capsys):
+    recipe = Recipe("f32", self_tokens=160, prices=0)
+    exports.begin(short, tmp_path / "b", recipe)
+    build(short, tmp_path / "b", None, recipe)
     lines = capsys.readouterr().err.splitlines()
     line = next(line for line in lines if "got fewer than 128 tokens" in line)
     counts = open_bundle(tmp_path / "b").tables.column("counts")
