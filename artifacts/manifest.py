@@ -18,7 +18,7 @@ from smoe.artifacts.layout import ExpertShape
 from smoe.artifacts.safetensors_file import DTYPES
 
 FORMAT = "smoe"
-VERSION = 7
+VERSION = 8
 STUDY, STUDY_SINCE = (
     "study",
     4,

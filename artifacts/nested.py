@@ -16,6 +16,7 @@ calibration.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,6 +108,12 @@ class Nested:
     def levels(self) -> int:
         """Planes of every matrix."""
         return len(self.split.planes)
+
+    def bits(self, level: int, matrices: Mapping[str, tuple[int, int]]) -> float:
+        """Of a weight at `level`, scales not counted: the mean over `matrices` of these sizes."""
+        sizes = {name: rows * columns for name, (rows, columns) in matrices.items()}
+        read = sum(self.of(name).bits(level) * size for name, size in sizes.items())
+        return read / sum(sizes.values())
 
     def of(self, matrix: str) -> Split:
         """The split of a matrix: gate, up or down."""

@@ -1,9 +1,9 @@
 """The tables and the trace that a profile makes and a scheduler looks up: names, shapes, dtypes,
 units, formulas.
 
-`TABLES` and `TRACE` are the definition; FORMAT.md prints the same list, and a test holds one
-against the other. Each MoE layer has its own, under `NN.name`, because layers may differ in their
-number of experts E.
+`TABLES`, `BITS` and `TRACE` are the definition; FORMAT.md prints the same list, and a test holds
+one against the other. Each MoE layer has its own, under `NN.name`, because layers may differ in
+their number of experts E.
 """
 
 from __future__ import annotations
@@ -116,6 +116,24 @@ TABLES: dict[str, Table] = {
     "predict_3": Table("H,E", "F16", "score", "three MoE layers before", True),
 }
 
+# The routers of levels, in a file of their own: a bundle is given them when it is there already.
+BITS_FILE = "bits.safetensors"
+BITS: dict[str, Table] = {
+    "bits_weight": Table(
+        "E,J,H", "F16", "logit", "of e's router of levels, from what the layer's experts receive"
+    ),
+    "bits_bias": Table("E,J", "F32", "logit", "of the same"),
+    "bits_mixing": Table(
+        "1", "F32", "logit/bit", "what the logarithm of a slot's mixing weight adds for each bit"
+    ),
+    "bits_curve": Table(
+        "33,2",
+        "F32",
+        "logit/bit, bits",
+        "prices of a bit, rising, and the mean bits of all layers' slots at each, falling",
+    ),
+}
+
 TRACE: dict[str, Table] = {
     "ids": Table(
         "T,K", "I16", "expert", "experts routed to, in the router's order; E is no expert"
@@ -164,6 +182,12 @@ def save_tables(path: Path, layers: list[dict[str, np.ndarray]], metadata: dict[
         safetensors_file.save(file, arrays, metadata)
 
 
+def save_bits(path: Path, layers: list[dict[str, np.ndarray]], metadata: dict[str, str]) -> None:
+    """Write the routers of levels, one dict per MoE layer, names as in `BITS`, at `path`."""
+    arrays = {key(i, name): layer[name] for i, layer in enumerate(layers) for name in BITS}
+    safetensors_file.save(path, arrays, metadata)
+
+
 def _files(path: Path) -> dict[Path, Collection[str]]:
     """Which tables lie where; the device's last, which a reader looks for first."""
     return {study_of(path): names_in(True), path: names_in(False)}
@@ -198,7 +222,8 @@ class Tables:
             _check_header(file, header, names, self._experts, levels, hidden)
 
     def layers(self, *names: str) -> list[dict[str, np.ndarray]]:
-        """The tables of these names (none given: all) of every layer, where it has them."""
+        """The tables of these names (none given: all of `TABLES`) of every layer, where it has
+        them."""
         names = names or tuple(TABLES)
         loaded: dict[str, np.ndarray] = {}
         for file, (header, there) in self._files.items():
@@ -245,7 +270,8 @@ def _check_header(
 ) -> None:
     known = {} if levels is None else {"J": levels}
     for layer, count in enumerate(experts):
-        tables = {n: TABLES[n] for n in names if n != "transition" or layer > 0}
+        known_names = TABLES | BITS
+        tables = {n: known_names[n] for n in names if n != "transition" or layer > 0}
         sizes = known | ({} if hidden is None else {"H": hidden[layer]})
         _check(path, header, layer, tables, {"E": count, "P": experts[layer - 1]} | sizes)
 

@@ -235,7 +235,8 @@ def _parts(m: Manifest) -> tuple[set[str], set[str]]:
     """The files that the bundle must have, and those that it may have."""
     required = _graphs(m) | {m.shard(i) for i in range(len(m.layers))}
     optional = {"tables.safetensors", f"{m.study}tables.safetensors", *TEXT_FILES, *PROGRAMS}
-    return required, optional | {m.study + name for name in STUDY_FILES}
+    optional |= {tables.BITS_FILE, *(m.study + name for name in STUDY_FILES)}
+    return required, optional
 
 
 def _graphs(m: Manifest) -> set[str]:
@@ -362,6 +363,8 @@ def open_tables(path: Path, m: Manifest) -> tables.Tables:
     study = study_file(path, m, "tables.safetensors") if m.study else None
     if study:
         files[study] = tables.names_in(True)
+    if tables.BITS_FILE in m.files:
+        files[path / tables.BITS_FILE] = tables.BITS
     return tables.Tables(files, experts, levels, hidden)
 
 

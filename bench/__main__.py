@@ -14,7 +14,7 @@ from smoe.artifacts import SmoeError
 MODULES = (
     "policies", "micro", "prep", "quality", "large", "backbones", "memory", "outofcore", "decoding",
     "contexts", "state", "families", "lengths", "sidebyside", "prompts", "opening", "models",
-    "packing", "pictures", "carried", "planes", "requests", "serving", "soak",
+    "packing", "pictures", "carried", "planes", "bits", "requests", "serving", "soak",
 )  # fmt: skip
 
 

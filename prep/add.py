@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from smoe.prep.backbone.check import PARTS, program_differs
 from smoe.prep.errors import PrepError
 from smoe.prep.program import compile
 from smoe.prep.progress import Progress
-from smoe.prep.workdir import write_whole
+from smoe.prep.workdir import settle, write_whole
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def add_program(bundle: str | Path, progress: Progress | None = None) -> Added:
         ):
             compile(bundle, manifest.backbone, manifest.layers, manifest.model.context)
         for name in (PROGRAM, PROGRAM_WEIGHTS):
-            _settle(bundle / name)
+            settle(bundle / name)
         manifest = _with_program(bundle, manifest)
         program = validate.open_program(bundle, manifest)
         assert program is not None
@@ -115,12 +114,6 @@ def _unlisted(bundle: Path) -> Iterator[None]:
         for file in files:
             file.unlink(missing_ok=True)
         raise
-
-
-def _settle(file: Path) -> None:
-    """Onto the disk, before the manifest says that it is there."""
-    with open(file, "rb") as opened:
-        os.fsync(opened.fileno())
 
 
 def _with_program(bundle: Path, manifest: Manifest) -> Manifest:

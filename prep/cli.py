@@ -1,5 +1,4 @@
-"""The commands of `smoe-prep`: build does all; profile, pack, export and verify are its steps. add
-gives an older bundle what is new.
+"""The commands of `smoe-prep`: build does all; profile, pack, export and verify are its steps.
 
 Each parses, calls one library function and prints. Results on stdout, progress on stderr. What
 loads torch is imported by the command that needs it, so that help, mistakes and replays answer at
@@ -8,7 +7,6 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -17,15 +15,21 @@ from click.core import ParameterSource
 from smoe.artifacts.encodings import ENCODINGS
 from smoe.artifacts.manifest import STATE_KINDS
 from smoe.prep.checkpoint.text import DEFAULT_TOKENS, Calibration
-from smoe.prep.cli_options import json_option, show
+from smoe.prep.cli_add import add, train_bits
+from smoe.prep.cli_options import (
+    SEED,
+    calibration_options,
+    device_option,
+    json_option,
+    model_argument,
+    show,
+)
 from smoe.prep.cli_replay import plan, simulate
 from smoe.prep.options import PRICE_TOKENS, QUANTISERS, SELF_TOKENS, STATE_LIMIT, Recipe
 from smoe.prep.progress import Progress
 
 RECIPE = Recipe()
-CALIBRATION = Calibration("")
 
-_model = click.argument("model", type=click.Path(path_type=Path))
 _output = click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="What to write."
 )
@@ -40,12 +44,6 @@ _quantiser = click.option(
     "--quantiser",
     help=f"How nested encodings are made: {', '.join(QUANTISERS)}; nearest is plain rounding. "
     "[default: kept for a checkpoint's own codes, else calibrated]",
-)
-_device = click.option(
-    "--device",
-    default=RECIPE.device,
-    show_default=True,
-    help="What text runs on, as torch names it: cpu, or cuda. Another one gives other bytes.",
 )
 _own = click.option(
     "--self",
@@ -70,35 +68,6 @@ _state = click.option(
 )
 
 
-def _calibration(required: bool) -> Callable:
-    options = (
-        click.option(
-            "--calibration",
-            metavar="SOURCE",
-            required=required,
-            help="Text or conversations: .txt, .jsonl, .json or .parquet (.gz and .zst too), a "
-            "directory of them, or a data set name[subset](split):n, of which n are fetched.",
-        ),
-        click.option(
-            "--tokens", type=int, help="How many tokens to use. Default: 65536, or all there are."
-        ),
-        click.option(
-            "--seed",
-            type=int,
-            default=CALIBRATION.seed,
-            show_default=True,
-            help="Order of documents, samples, and what the model writes itself.",
-        ),
-    )
-
-    def decorate(command: Callable) -> Callable:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="smoe")
 def cli() -> None:
@@ -109,9 +78,9 @@ def cli() -> None:
 
 
 @cli.command()
-@_model
+@model_argument
 @_output
-@_calibration(required=False)
+@calibration_options(required=False)
 @click.option(
     "--profile",
     "profiled",
@@ -129,7 +98,7 @@ def cli() -> None:
     help=f"Tokens of the text that prices come from; 0: no prices. [default: {PRICE_TOKENS}]",
 )
 @_state
-@_device
+@device_option
 @json_option
 def build(
     model: Path,
@@ -171,7 +140,7 @@ def _source(
 ) -> Calibration | None:
     """The text that was given; a usage error for options that would say nothing without it, where
     the model `writes` its own or does not."""
-    if calibration is None and (tokens is not None or (seed != CALIBRATION.seed and not writes)):
+    if calibration is None and (tokens is not None or (seed != SEED and not writes)):
         raise click.UsageError(
             "--tokens and --seed say how to read --calibration, which is not given"
             + ("; --self N says how much the model writes itself." if writes else ".")
@@ -247,10 +216,10 @@ def _refuse_given(context: click.Context, *names: str) -> None:
 
 
 @cli.command()
-@_model
+@model_argument
 @_output
-@_calibration(required=True)
-@_device
+@calibration_options(required=True)
+@device_option
 @json_option
 def profile(
     model: Path,
@@ -270,12 +239,12 @@ def profile(
 
 
 @cli.command()
-@_model
+@model_argument
 @_output
-@_calibration(required=False)
+@calibration_options(required=False)
 @_encoding
 @_quantiser
-@_device
+@device_option
 @json_option
 def pack(
     model: Path,
@@ -296,7 +265,7 @@ def pack(
 
 
 @cli.command()
-@_model
+@model_argument
 @_output
 @_backbone
 @json_option
@@ -309,7 +278,7 @@ def export(model: Path, output: Path, backbone: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@_model
+@model_argument
 @click.option(
     "--text",
     required=True,
@@ -358,22 +327,7 @@ def verify(
     show(verify(bundle, model, held_out, memory, Progress(), level), as_json)
 
 
-@cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--program",
-    is_flag=True,
-    help="The backbone as a table of operations, which runs faster and without ONNX Runtime.",
-)
-@json_option
-def add(bundle: Path, program: bool, as_json: bool) -> None:
-    """Give BUNDLE, which an older smoe-prep built, what is new, without packing it again."""
-    if not program:
-        raise click.UsageError("Say what to add: --program.")
-    from smoe.prep.add import add_program
-
-    show(add_program(bundle, Progress()), as_json)
-
-
+cli.add_command(add)
+cli.add_command(train_bits)
 cli.add_command(simulate)
 cli.add_command(plan)

@@ -18,8 +18,8 @@ from smoe.prep.replay.routing_trace import read_trace
 from smoe.prep.replay.simulate import COUNTINGS, REPLAYED
 from smoe.prep.replay.simulate import report as simulation_report
 from smoe.prep.replay.simulate import simulate as run_simulation
+from smoe.runtime.choosers import SUBSTITUTIONS
 from smoe.runtime.device_profile import Device
-from smoe.runtime.options import SUBSTITUTIONS
 from smoe.runtime.sizes import parse_size
 
 _SUBSTITUTIONS = ", ".join(

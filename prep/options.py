@@ -139,3 +139,22 @@ def quantiser_settings(encoding: str, asked: str | None) -> dict[str, str]:
     """What an interrupted run must have in common with the next one."""
     quantiser = asked or default_quantiser(encoding)
     return {} if quantiser is None else {"--quantiser": quantiser}
+
+
+@dataclass(frozen=True)
+class BitTraining:
+    """How routers of levels are trained (`prep.bits`): the defaults are those of the command line.
+
+    `average` is the mean bits that they are trained around (None: the middle of what the encoding
+    has), `spread` how far prices are drawn from the one that gives it, as a logarithm; 0 is one
+    price, as published. `capacity` is the share of an expert's tokens that may have each level
+    while training (empty: any). `how` is "end-to-end" or "layer-by-layer", None: as memory
+    allows."""
+
+    average: float | None = None
+    spread: float = 2.0
+    capacity: tuple[float, ...] = ()
+    how: str | None = None
+    epochs: int = 1
+    seed: int = 0
+    device: str = "cpu"

@@ -226,6 +226,12 @@ class _Direct:
         self._filled = 0
 
 
+def settle(file: Path) -> None:
+    """Onto the disk, before a manifest says that it is there."""
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     part = path.with_name(path.name + ".part")

@@ -11,14 +11,14 @@ from smoe.runtime.budget import MemoryPlan
 from smoe.runtime.cache.cache import ExpertCache
 from smoe.runtime.cache.frames import Frames
 from smoe.runtime.cache.storage import Shards
+from smoe.runtime.choosers import make_chooser
 from smoe.runtime.experts import LocalExperts
 from smoe.runtime.kernels import Kernels
-from smoe.runtime.ledger import LossLedger
+from smoe.runtime.ledger import Ledger
 from smoe.runtime.model import Model
 from smoe.runtime.options import (
     Policies,
     level_sizes,
-    make_chooser,
     make_eviction,
     make_predictor,
     make_residency,
@@ -35,7 +35,7 @@ class Assembly:
     model: Model
     experts: LocalExperts
     cache: ExpertCache
-    new_ledger: Callable[[float | None], LossLedger] | None
+    new_ledger: Callable[[float | None], Ledger] | None
 
 
 def assemble(

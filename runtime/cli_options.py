@@ -12,14 +12,16 @@ import click
 from smoe.artifacts import open_bundle
 from smoe.artifacts.manifest import STATE_KINDS
 from smoe.runtime import allowance
+from smoe.runtime.bits import BITS
 from smoe.runtime.budget import plan_memory
 from smoe.runtime.cache.cache import ORDERS
 from smoe.runtime.cache.eviction import EVICTIONS
 from smoe.runtime.cache.storage import IO
+from smoe.runtime.choosers import SUBSTITUTIONS
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
 from smoe.runtime.execution import EXECUTORS, Execution, divide
-from smoe.runtime.options import PREFETCHES, SUBSTITUTIONS, Policies, tables_bytes
+from smoe.runtime.options import PREFETCHES, Policies, tables_bytes
 from smoe.runtime.sampling import Sampling
 from smoe.runtime.sizes import parse_size, show_size
 from smoe.runtime.trace import PLAIN, Makers
@@ -113,6 +115,12 @@ engine_options = _options(
         help="LOSSY. Rise of KL divergence per token that may be spent on reading less, like 0.01. "
         "Default: 0, lossless.",
     ),
+    click.option(
+        "--bits",
+        metavar="NAME[:MEAN]",
+        help=f"LOSSY. By what every slot gets its level, and the mean bits: {', '.join(BITS)} "
+        "(the last two are controls), like priced:3.1. Default: all bits, lossless.",
+    ),
 )
 ENGINE_NAMES = (
     "memory",
@@ -129,6 +137,7 @@ ENGINE_NAMES = (
     "order",
     "substitution",
     "loss",
+    "bits",
 )
 NEW_TOKENS = 64  # of a continuation; an answer may have half of the context
 generation_options = _options(
@@ -195,7 +204,7 @@ def open_engine(bundle: Path, options: dict[str, Any], makers: Makers = PLAIN) -
 def open_exact_twin(bundle: Path, options: dict[str, Any], log: Callable[[str], None]) -> Engine:
     """The same engine without what is lossy: what its quality is compared with. Where the full
     level of an expert needs more memory than was stated, it gets that, and `log` hears of it."""
-    exact = options | {"level": None, "substitution": None, "loss": None}
+    exact = options | {"level": None, "substitution": None, "loss": None, "bits": None}
     opened, execution = open_bundle(bundle), Execution(options["executor"], options["state"])
     if divide(opened.manifest, opened.program, execution).narrower:
         exact["state"], execution = None, Execution(options["executor"])
@@ -212,6 +221,6 @@ def open_exact_twin(bundle: Path, options: dict[str, Any], log: Callable[[str], 
 
 
 def _policies(asked: dict[str, Any]) -> Policies:
-    names = ("eviction", "prefetch", "order", "substitution", "loss")
+    names = ("eviction", "prefetch", "order", "substitution", "loss", "bits")
     given = {name: asked[name] for name in names if asked[name] is not None}
     return Policies(shares=asked["shares"], warm=not asked["cold"], **given)

@@ -24,7 +24,7 @@ from smoe.runtime.cache import storage
 from smoe.runtime.errors import EngineError
 from smoe.runtime.execution import AUTO, Execution, divide
 from smoe.runtime.generation import Allowed, Continuation, Token
-from smoe.runtime.ledger import LossLedger
+from smoe.runtime.ledger import Ledger
 from smoe.runtime.model import Prefill, Prompt
 from smoe.runtime.options import (
     DEFAULT,
@@ -205,11 +205,11 @@ class Engine:
         `loss` nats per token (None: what the engine was opened with), and is exact at 0."""
         return Sequence(self._backbone.new_state(self.context), *self.spending(loss))
 
-    def spending(self, loss: float | None) -> tuple[LossLedger | None, bool]:
+    def spending(self, loss: float | None) -> tuple[Ledger | None, bool]:
         """The ledger of a sequence that may spend so much, and whether it is exact."""
         if loss == 0:
             return None, True
-        if self._new_ledger is None and loss is not None:
+        if loss is not None and not self.policies.loss:
             raise EngineError(
                 f"A loss of {loss} nats per token was asked for, and this engine spends none; open "
                 "it with a loss, or leave that out."

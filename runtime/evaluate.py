@@ -20,6 +20,7 @@ import numpy as np
 
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
+from smoe.runtime.ledger import BitLedger
 from smoe.runtime.sizes import show_size
 from smoe.runtime.system import peak_memory, reset_peak_memory
 from smoe.runtime.text import read_text
@@ -277,7 +278,7 @@ def _likelihood(engine: Engine, context: np.ndarray, option: np.ndarray) -> floa
 
 
 def _speed(engine: Engine, first: list[float]) -> Measured:
-    stats = engine.stats
+    stats, ledger = engine.stats, engine.sequence.ledger
     seconds = stats.prefill_seconds + stats.decode_seconds
     steps = max(1, stats.decode_steps)
     return {
@@ -292,6 +293,7 @@ def _speed(engine: Engine, first: list[float]) -> Measured:
         "substituted_share": stats.substituted_share,
         "loaded_share": stats.misses / max(1, stats.wanted),
         "nats_spent": stats.nats_spent / max(1, stats.prompt_tokens + stats.decode_steps),
+        "mean_bits": ledger.mean if isinstance(ledger, BitLedger) else None,
         "bytes_read": stats.bytes_read,
         "stall_share": stats.stall_seconds / seconds if seconds else 0.0,
         "foresight_share": stats.foresight_seconds / seconds if seconds else 0.0,

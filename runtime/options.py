@@ -6,7 +6,7 @@ Names are NAME or NAME:NUMBER, like smoe:0.35, as `Engine.open` and the commands
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,16 +22,12 @@ from smoe.runtime.cache.eviction import (
     DEFAULT_EVICTION,
     PLANES,
     Eviction,
-    NextUse,
     eviction_named,
 )
 from smoe.runtime.cache.residency import Residency
-from smoe.runtime.choose import substitution
-from smoe.runtime.choose.priced import PlaneValue, Priced
-from smoe.runtime.choose.prices import PRICE_TABLES, Prices
 from smoe.runtime.errors import EngineError
-from smoe.runtime.ledger import SAVINGS_TOKENS, LossLedger
-from smoe.runtime.routing import Chooser, as_routed
+from smoe.runtime.ledger import SAVINGS_TOKENS
+from smoe.runtime.routing import Chooser
 from smoe.runtime.sizes import show_size
 
 MOST_LOSS = 1.0  # nats per token: far beyond what leaves a text readable
@@ -48,7 +44,9 @@ class Policies:
     SMoE's look-ahead while it pays, and none where something may be lost). order: which of the
     planes that a step waits for are read first (`ORDERS`): those that most tokens wait for
     ("hottest"), or expert after expert ("expert"). loss: nats per decoded token that the priced
-    scheduler may spend on reading less (0: none, lossless); the bundle must have prices."""
+    scheduler may spend on reading less (0: none, lossless); the bundle must have prices. bits: by
+    what, and in how many on average, slots are computed in fewer bits while decoding
+    (`choosers.BITS`; none: in all), also where every expert is in memory."""
 
     eviction: str = DEFAULT_EVICTION
     shares: bool = False
@@ -57,11 +55,12 @@ class Policies:
     prefetch: str = "auto"
     order: str = ORDERS[0]
     loss: float = 0.0
+    bits: str = "none"
 
     @property
     def lossless(self) -> bool:
         """Whether nothing but the level can change the logits."""
-        return self.substitution == "none" and not self.loss
+        return self.substitution == "none" and not self.loss and self.bits == "none"
 
     @property
     def guesses(self) -> str:
@@ -82,7 +81,8 @@ def check_policies(policies: Policies, plan: MemoryPlan, manifest: Manifest) -> 
             f"There is no order {policies.order[:40]!r}; there are {' and '.join(ORDERS)}."
         )
     chooser = not isinstance(policies.substitution, str)
-    if plan.capacity == plan.experts and policies != DEFAULT and not chooser:
+    about_missing = dataclasses.replace(policies, bits="none") != DEFAULT
+    if plan.capacity == plan.experts and about_missing and not chooser:
         raise EngineError(
             f"All {plan.experts} experts fit into memory, so that policies for missing ones have "
             f"no effect; leave them "
@@ -100,6 +100,12 @@ def check_policies(policies: Policies, plan: MemoryPlan, manifest: Manifest) -> 
             f"Substitution {policies.substitution} and a loss budget exclude each other: what "
             f"stands in for a missing "
             "expert is decided by one of them. Leave one out."
+        )
+    if policies.bits != "none" and (policies.loss or policies.substitution != "none"):
+        other = "a loss budget" if policies.loss else f"substitution {policies.substitution}"
+        raise EngineError(
+            f"Levels by {policies.bits} and {other} exclude each other: what a slot is computed in "
+            "is decided by one of them. Leave one out."
         )
     most = max(layer.top_k for layer in manifest.layers)
     share = plan.capacity // len(manifest.layers)
@@ -125,9 +131,13 @@ def checked_loss(loss: float) -> float:
 
 
 def policy_lines(policies: Policies, plan: MemoryPlan, level: int, levels: int) -> list[str]:
-    """The mode line of what is missing, where something is."""
+    """The mode lines of bits, where slots have fewer, and of what is missing, where something
+    is."""
+    lines = []
+    if policies.bits != "none":
+        lines = [f"bits: {policies.bits}, on average of what is decoded (lossy; prompts are not)"]
     if plan.capacity == plan.experts:
-        return []
+        return lines
     shares = " in shares by layer" if policies.shares else ""
     takes = f"substitution {policies.substitution}"
     if policies.loss:
@@ -139,10 +149,11 @@ def policy_lines(policies: Policies, plan: MemoryPlan, level: int, levels: int) 
     loses = "lossless" if policies.lossless else "lossy; prompts are not"
     loses = loses if level == levels else "lossy"
     return [
+        *lines,
         f"policies: eviction {policies.eviction}{shares}, {'warm' if policies.warm else 'cold'} "
         f"start, "
         f"prefetch {GUESSING.get(policies.guesses, policies.guesses)}, {READING[policies.order]}, "
-        f"{takes} ({loses})"
+        f"{takes} ({loses})",
     ]
 
 
@@ -157,6 +168,10 @@ def tables_bytes(policies: Policies, bundle: Bundle) -> int:
         chunk = chunk_tokens(bundle.manifest, bundle.program is None)
         slots = [24 * chunk * layer.top_k for layer in layers]
         total += 8 * max(2 * a.experts**2 + n for a, n in zip(layers, slots, strict=True))
+    if policies.bits != "none":
+        total += 32 * bundle.levels * sum(layer.experts for layer in layers)
+    if policies.bits.startswith("trained"):
+        total += 2 * bundle.levels * sum(layer.hidden * layer.experts for layer in layers)
     named = policies.substitution if isinstance(policies.substitution, str) else ""
     if named.startswith(("buddy", "similar")):
         total += 2 * square
@@ -174,7 +189,7 @@ def make_eviction(text: str, manifest: Manifest) -> Eviction:
     """The eviction called `text`; an `EngineError` where the model does not give what it needs."""
     eviction = eviction_named(text, [layer.experts for layer in manifest.layers])
     if eviction.needs_scores:
-        _needs_routing(manifest, f"Eviction {text}")
+        refuse_without_routing(manifest, f"Eviction {text}")
     return eviction
 
 
@@ -195,123 +210,6 @@ def level_sizes(bundle: Bundle, level: int) -> list[np.ndarray]:
     return [np.array([0, *layout.levels[:level]]) for layout in bundle.layouts]
 
 
-# -- choosers ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What runs for which slot, and the ledger of a new sequence (None: it spends nothing), which
-    may spend so much per token (None: what the policies say)."""
-
-    chooser: Chooser
-    new_ledger: Callable[[float | None], LossLedger] | None = None
-
-
-def make_chooser(
-    policies: Policies,
-    manifest: Manifest,
-    tables: Tables,
-    sizes: list[np.ndarray],
-    plan: MemoryPlan,
-    eviction: Eviction,
-) -> Choice:
-    """The chooser that `policies` ask for. An `EngineError` where the bundle lacks prices, or the
-    model its router's rule. With a loss budget `eviction` hears what planes are worth, where it can
-    make use of that."""
-    if policies.loss:
-        return _priced(policies.loss, manifest, tables, sizes, plan, eviction)
-    if not isinstance(policies.substitution, str):
-        if isinstance(eviction, NextUse) and len(sizes[0]) > 2:
-            eviction.learn_planes(len(sizes[0]) - 1)
-        return Choice(policies.substitution)
-    if policies.substitution == "none":
-        return Choice(as_routed)
-    chooser = substitution_named(policies.substitution, tables.column)
-    _needs_routing(manifest, "Substitution")
-    return Choice(chooser)
-
-
-def substitution_named(text: str, column: Callable[[str], list[np.ndarray]]) -> Chooser:
-    """The substitution called `text`; `column(name)` gives one table of every layer."""
-    name, colon, number = text.partition(":")
-    if name not in SUBSTITUTIONS:
-        raise EngineError(
-            f"There is no substitution {name[:40]!r}; there are none, {', '.join(SUBSTITUTIONS)}."
-        )
-    kind = SUBSTITUTIONS[name]
-    given = number if colon else kind.default
-    return kind.make(_number(text, given, kind.number, kind.least, kind.most), column)
-
-
-@dataclass(frozen=True)
-class Substitution:
-    """A chooser by name: what its number is, the default and the range of that, and how it is made
-    of the number and of tables by name."""
-
-    number: str
-    default: float
-    least: float
-    most: float
-    make: Callable[[float, Callable[[str], list[np.ndarray]]], Chooser]
-
-
-def _control(pick: str, table: str | None = None) -> Substitution:
-    def make(number: float, column: Callable[[str], list[np.ndarray]]) -> Chooser:
-        return substitution.ThresholdControls(pick, number, column(table) if table else None)
-
-    return Substitution(number="weight below", default=0.1, least=0, most=100, make=make)
-
-
-SUBSTITUTIONS = {
-    "smoe": Substitution(
-        number="alpha", default=0.35, least=0, most=10, make=lambda n, column: substitution.Smoe(n)
-    ),
-    "cache-prior": Substitution(
-        number="lambda", default=0.2, least=0, most=10,
-        make=lambda n, column: substitution.CachePrior(n),
-    ),
-    "buddy": Substitution(
-        number="entropy that is needed", default=0.95, least=0, most=1,
-        make=lambda n, column: substitution.Buddy(column("coactivation"), n),
-    ),
-    "live": _control("live"),
-    "zero": _control("zero"),
-    "random": _control("random"),
-    "similar": _control("similar", "output_error"),
-}  # fmt: skip
-
-
-def _priced(
-    loss: float,
-    manifest: Manifest,
-    tables: Tables,
-    sizes: list[np.ndarray],
-    plan: MemoryPlan,
-    eviction: Eviction,
-) -> Choice:
-    prices = Prices.of(tables.layers(*PRICE_TABLES))
-    missing = plan.token_cycle * max(1 - plan.capacity / plan.experts, 0.02)
-
-    def new_ledger(rate: float | None) -> LossLedger:
-        rate = loss if rate is None else checked_loss(rate)
-        # As if half of the loads could be bought off, at half of it on average.
-        return LossLedger(rate, len(manifest.layers), 4 * rate / missing / plan.record)
-
-    chooser = Priced(prices, sizes, new_ledger(loss).nats_per_byte)
-    if isinstance(eviction, NextUse):
-        used = tables.layers("counts", "gate_mass")
-        weights = [usual_weights(layer["counts"], layer["gate_mass"]) for layer in used]
-        eviction.plane_value = PlaneValue(prices, weights, sizes, lambda: chooser.nats_per_byte)
-    return Choice(chooser, new_ledger)
-
-
-def usual_weights(counts: np.ndarray, mass: np.ndarray) -> np.ndarray:
-    """float64 `[E]`: the mean mixing weight of each expert's slots in calibration, from their
-    `counts` and `mass`; where an expert had none, that of the whole layer's."""
-    reached = counts > 0
-    return np.where(reached, mass, mass.sum()) / np.where(reached, counts, max(1, counts.sum()))
-
-
 # -- prefetch ------------------------------------------------------------------------------------
 
 PREFETCHES = ("auto", "none", "previous", "transition", "predicted", "smoe")
@@ -324,10 +222,10 @@ def make_predictor(text: str, manifest: Manifest, tables: Tables) -> predict.Pre
     if name not in PREFETCHES:
         raise EngineError(f"There is no prefetch {name!r}; there are {', '.join(PREFETCHES)}.")
     if name == "smoe":
-        _needs_routing(manifest, "Prefetch by scores")
-        return predict.TopScore(_number(text, number if colon else 0.35, "alpha", 0, 10))
+        refuse_without_routing(manifest, "Prefetch by scores")
+        return predict.TopScore(number_of(text, number if colon else 0.35, "alpha", 0, 10))
     if name == "predicted":
-        distance = _number(text, number if colon else 1, "distance", 1, len(DISTANCES))
+        distance = number_of(text, number if colon else 1, "distance", 1, len(DISTANCES))
         return _predicted(text, int(distance), manifest, tables)
     if colon:
         raise EngineError(f"Prefetch {name} takes no number; write {name} instead of {text}.")
@@ -363,7 +261,12 @@ def _predicted(text: str, distance: int, manifest: Manifest, tables: Tables) -> 
     return predict.Predicted(distance, linear, [layer.top_k for layer in manifest.layers])
 
 
-def _needs_routing(manifest: Manifest, what: str) -> None:
+# -- names and numbers ---------------------------------------------------------------------------
+
+
+def refuse_without_routing(manifest: Manifest, what: str) -> None:
+    """An `EngineError` where it is not known how ids and weights follow from the router's
+    scores."""
     refused = [layer.routing_refusal for layer in manifest.layers if layer.routing is None]
     if refused:
         raise EngineError(
@@ -371,7 +274,9 @@ def _needs_routing(manifest: Manifest, what: str) -> None:
         )
 
 
-def _number(text: str, given: str | float, what: str, least: float, most: float) -> float:
+def number_of(text: str, given: str | float, what: str, least: float, most: float) -> float:
+    """The number that a policy's name was `given` after the colon; an `EngineError` where it is
+    none from `least` to `most`."""
     try:
         value = float(given)
     except ValueError as error:

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from smoe.runtime.errors import EngineError
-from smoe.runtime.ledger import LossLedger
+from smoe.runtime.ledger import Ledger
 
 T = TypeVar("T")
 # Work that pauses where another step may run, and what it ends with.
@@ -73,10 +73,10 @@ class SequenceState(Protocol):
 
 class Sequence:
     """One request's past: the token `ids` it consumed, the `state` that the segments left, and its
-    own loss `ledger` (None: it spends nothing). What is decoded of it takes no shortcut where it is
-    `exact`."""
+    own `ledger` of what it loses (None: nothing). What is decoded of it takes no shortcut where it
+    is `exact`."""
 
-    def __init__(self, state: SequenceState, ledger: LossLedger | None = None, exact: bool = False):
+    def __init__(self, state: SequenceState, ledger: Ledger | None = None, exact: bool = False):
         self.ids: list[int] = []
         self.state = state
         self.ledger = ledger
@@ -149,7 +149,7 @@ class Step:
         return self.decoding & ~np.repeat(exact, [len(span.ids) for span in self.spans])
 
     @cached_property
-    def ledgers(self) -> SequenceOf[LossLedger | None]:
+    def ledgers(self) -> SequenceOf[Ledger | None]:
         """Of every span, its sequence's."""
         return [span.sequence.ledger for span in self.spans]
 

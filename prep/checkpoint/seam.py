@@ -124,10 +124,17 @@ def zeros(layer, module, hidden, ids, weights):
     return torch.zeros_like(hidden)
 
 
-def expert_outputs(module: ExpertsModule, expert: int, x: torch.Tensor) -> torch.Tensor:
+def expert_outputs(
+    module: ExpertsModule,
+    expert: int,
+    x: torch.Tensor,
+    first: torch.Tensor | None = None,
+    down: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The output of one expert on `x` `[n, H]`, before its mixing weight, as the module itself
-    defines it."""
-    y = _linear(module, "down_proj", expert, expert_inner(module, expert, x))
+    defines it; with `first` float `[matrices, width, H]` and `down` `[H, width]` in the place of
+    its matrices, if they are given."""
+    y = _linear(module, "down_proj", expert, expert_inner(module, expert, x, first), down)
     return module.post_expert_norm(y) if module.has_post_expert_norm else y
 
 

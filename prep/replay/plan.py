@@ -21,11 +21,11 @@ from smoe.prep.replay.simulate import Replay
 from smoe.runtime.allowance import usual_process
 from smoe.runtime.budget import MemoryPlan, plan_memory, state_line
 from smoe.runtime.choose.prices import PRICE_TABLES, LayerPrices, Prices
+from smoe.runtime.choosers import make_chooser
 from smoe.runtime.device_profile import Device
 from smoe.runtime.options import (
     Policies,
     level_sizes,
-    make_chooser,
     make_eviction,
     make_residency,
     tables_bytes,

@@ -22,8 +22,8 @@ from smoe.prep.replay.routing_trace import Trace, TraceStep
 from smoe.runtime.cache.cache import ExpertCache
 from smoe.runtime.cache.eviction import EVICTIONS, PLANES, Belady, Eviction, eviction_named
 from smoe.runtime.cache.residency import PINNED, Residency
-from smoe.runtime.ledger import LossLedger
-from smoe.runtime.options import substitution_named
+from smoe.runtime.choosers import substitution_named
+from smoe.runtime.ledger import Ledger
 from smoe.runtime.routing import (
     Assignment,
     Available,
@@ -93,7 +93,7 @@ def simulate(
     order.
 
     Policies are those of `REPLAYED` with their parameter (`decay:64`), `belady`, and any of these
-    after `layer-`. `substitution` is one of `runtime.options.SUBSTITUTIONS`, as for
+    after `layer-`. `substitution` is one of `runtime.choosers.SUBSTITUTIONS`, as for
     the engine; Belady is without it. `warm` starts from the calibration's counts. `counting` is one
     of `COUNTINGS`. `progress` may report progress over the list of runs."""
     if counting not in COUNTINGS:
@@ -209,7 +209,7 @@ class Replay:
         trace: Trace,
         residency: Residency,
         chooser: Chooser = as_routed,
-        ledger: LossLedger | None = None,
+        ledger: Ledger | None = None,
         full: int = 1,
         sizes: SequenceOf[np.ndarray] | None = None,
     ):

@@ -112,7 +112,7 @@ class Priced:
         payers = []
         each = zip(routed.step.ledgers, routed.counts, strict=True)
         for owner, (ledger, tokens) in enumerate(each):
-            if ledger is not None and tokens:
+            if isinstance(ledger, LossLedger) and tokens:
                 ledger.begin(routed.layer, tokens)
                 payers.append(_Payer(owner, ledger))
         if payers:

@@ -144,3 +144,10 @@ def best_share(between: np.ndarray, other: np.ndarray) -> np.ndarray:
     two."""
     share = np.zeros(np.shape(other))
     return np.divide(np.maximum(between, 0), other, out=share, where=other > 0)
+
+
+def usual_weights(counts: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """float64 `[E]`: the mean mixing weight of each expert's slots in calibration, from their
+    `counts` and `mass`; where an expert had none, that of the whole layer's."""
+    reached = counts > 0
+    return np.where(reached, mass, mass.sum()) / np.where(reached, counts, max(1, counts.sum()))

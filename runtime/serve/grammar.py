@@ -47,7 +47,9 @@ class Grammars:
                 param="response_format",
             )
         if self._tokenizer is None:
-            self._tokenizer = LLTokenizer(tokenizer.to_str(), model.vocabulary, list(model.end_ids))
+            # A tokenizer may know more tokens than the model has logits of.
+            size = max(model.vocabulary, tokenizer.get_vocab_size())
+            self._tokenizer = LLTokenizer(tokenizer.to_str(), size, list(model.end_ids))
         return self._tokenizer
 
 

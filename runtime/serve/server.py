@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
 from smoe.runtime.serve.app import make_app
+from smoe.runtime.serve.bodies import MOST_PROMPTS
 from smoe.runtime.serve.desk import Desk
 from smoe.runtime.serve.door import Lock
 from smoe.runtime.serve.loop import Loop
@@ -61,7 +62,9 @@ class Server:
             host = f"[{serving.host}]" if ":" in serving.host else serving.host
             key = "without a key" if serving.lock.key is None else "with a key"
             self._log(f"serving: {serving.model} at http://{host}:{self.port} ({key})")
-            with Loop(self._engine, serving.waiting) as loop:
+            # The desk bounds calls; a call may be many prompts, and none has begun when it comes.
+            most = serving.waiting + self._engine.plan.requests + MOST_PROMPTS
+            with Loop(self._engine, most) as loop:
                 loop.start()
                 asyncio.run(self._serve(loop, socket_, signals))
 

@@ -8,8 +8,8 @@ takes one token at a time; v3 a gpt_oss, whose experts have biases and a clamped
 planes; v4 a qwen3_moe of three layers in nested planes, with prices and linear predictors, so that
 every policy runs on it, and with what only people read in study/; v5 a gpt_oss that was stored in
 mxfp4, with its own codes; v6 a qwen2_moe (biases, a shared expert) with prices, an int8 backbone
-and its program; v7 a deepseek_v2, whose attention is latent, with its state in int8 (python
-tests/golden/make.py, with tests/ on PYTHONPATH).
+and its program; v7 a deepseek_v2, whose attention is latent, with its state in int8; v8 an olmoe
+with prices and routers of levels (python tests/golden/make.py, with tests/ on PYTHONPATH).
 
 The answer's `logits` and `greedy` are those of `transformers`; `program` are the logits of the
 program in its own arithmetic, keys and values in the bundle's kind (of v6 in float16), which every
@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel
 
 from smoe.artifacts import safetensors_file
+from smoe.prep.bits.train import train_bits
 from smoe.prep.build import build
 from smoe.prep.checkpoint.text import Calibration
 from smoe.prep.options import Recipe
@@ -56,7 +57,7 @@ def checkpoint(path: Path) -> PreTrainedModel:
     )
     tokenizer.train_from_iterator(LINES, trainer)
     model = make_model(
-        "deepseek_v2", seed=14, vocab_size=307, hidden_size=96, num_hidden_layers=4,
+        "olmoe", seed=15, vocab_size=307, num_hidden_layers=2,
         max_position_embeddings=300, eos_token_id=0, bos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     model.save_pretrained(path)
@@ -74,18 +75,10 @@ def main(output: Path) -> None:
         ids = np.random.default_rng(3).integers(1, 307, (40, 200)).tolist()
         text = source / "text.jsonl"
         text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
-        build(
-            source,
-            output,
-            Calibration(str(text), tokens=2048, length=100),
-            Recipe(
-                encoding="nested:5+1+1+1:32",
-                backbone="int8",
-                prices=1024,
-                self_tokens=0,
-                state="int8",
-            ),
-        )
+        calibration = Calibration(str(text), tokens=2048, length=100)
+        recipe = Recipe("nested:2+1+1:32", "int8", prices=1024, self_tokens=0, state="f16")
+        build(source, output, calibration, recipe)
+        train_bits(output, source, calibration)
         prompt = torch.tensor([ids[0][:150]])  # longer than a chunk
         with torch.no_grad():
             logits = model(prompt).logits[0].numpy()

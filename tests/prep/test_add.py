@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from smoe.artifacts import BundleError, Manifest, open_bundle
+from smoe.artifacts.manifest import VERSION
 from smoe.artifacts.program import PROGRAM, PROGRAM_WEIGHTS
 from smoe.artifacts.validate import file_at
 from smoe.prep import add
@@ -29,7 +30,7 @@ def test_an_older_bundle_is_given_a_program(goldens, tmp_path, version):
     opened = open_bundle(bundle, hashes=True)
     assert opened.program is not None and opened.program.parts == added.parts
     assert not opened.manifest.backbone.prelude
-    assert opened.manifest.version == (7 if version >= 4 else version)
+    assert opened.manifest.version == (VERSION if version >= 4 else version)
     after = _files(bundle)
     assert after.keys() - before.keys() == {PROGRAM, PROGRAM_WEIGHTS}
     assert all(after[name] == before[name] for name in before if name != "manifest.json")

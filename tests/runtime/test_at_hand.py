@@ -11,11 +11,12 @@ from smoe.runtime.cache.eviction import LeastRecentlyUsed, NextUse, eviction_nam
 from smoe.runtime.cache.residency import Residency
 from smoe.runtime.choose.priced import Priced
 from smoe.runtime.choose.prices import PRICE_TABLES, Prices
+from smoe.runtime.choosers import substitution_named
 from smoe.runtime.experts import Held, LocalExperts
 from smoe.runtime.kernels import Work
 from smoe.runtime.ledger import LossLedger
 from smoe.runtime.model import Model
-from smoe.runtime.options import level_sizes, substitution_named
+from smoe.runtime.options import level_sizes
 from smoe.runtime.routing import combine
 from smoe.runtime.stats import Stats
 from smoe.runtime.step import Sequence

@@ -14,7 +14,8 @@ from smoe.artifacts import open_bundle
 from smoe.runtime import Engine, EngineError, Policies
 from smoe.runtime.budget import memory_for
 from smoe.runtime.cache.eviction import EVICTIONS, PLANES
-from smoe.runtime.options import SUBSTITUTIONS, make_predictor, tables_bytes
+from smoe.runtime.choosers import SUBSTITUTIONS
+from smoe.runtime.options import make_predictor, tables_bytes
 from smoe.runtime.routing import Available, Routed, as_routed
 from smoe.runtime.step import Step
 

@@ -10,9 +10,8 @@ from support.prices import price_tables
 from smoe.runtime import EngineError
 from smoe.runtime.cache.eviction import NextUse
 from smoe.runtime.choose.priced import RETENTION, PlaneValue, Priced
-from smoe.runtime.choose.prices import Prices
+from smoe.runtime.choose.prices import Prices, usual_weights
 from smoe.runtime.ledger import SAVINGS_TOKENS, LossLedger
-from smoe.runtime.options import usual_weights
 from smoe.runtime.routing import Available, Routed
 from smoe.runtime.step import Phase, Sequence, Span
 

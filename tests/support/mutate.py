@@ -69,8 +69,8 @@ def mutate(bundle: Path, random: Random) -> str:
     return random.choice(MUTATIONS)(bundle, random)
 
 
-# What half of the experts are resident with; None: all of them are. The golden bundle of version 4
-# can do all.
+# What half of the experts are resident with; None: all of them are. The newest golden bundle can do
+# all.
 POLICIES: list[Policies | None] = [
     None,
     Policies(prefetch="transition"),
@@ -80,6 +80,8 @@ POLICIES: list[Policies | None] = [
     Policies(substitution="similar"),
     Policies(loss=0.01, prefetch="predicted"),
     Policies(loss=0.01, prefetch="transition"),
+    Policies(bits="priced:3"),
+    Policies(bits="trained:3"),
 ]
 
 
@@ -155,7 +157,7 @@ def _absurd(manifest: dict, random: Random) -> tuple[tuple, object]:
 
 
 def _version(manifest: dict, random: Random) -> tuple[tuple, object]:
-    return ("version",), random.choice([3, 4, 5, 6, 7, 99, 2**40, 0, -1, "2", 2.0, None, [2]])
+    return ("version",), random.choice([3, 4, 5, 6, 7, 8, 99, 2**40, 0, -1, "2", 2.0, None, [2]])
 
 
 def _path(manifest: dict, random: Random) -> tuple[tuple, object]:
