@@ -35,8 +35,9 @@ from smoe.artifacts.manifest import (
 from smoe.artifacts.shard import shard_start
 from smoe.artifacts.tables import Tables
 from smoe.prep.backbone.positions import reach
+from smoe.prep.bundle_experts import run_by
 from smoe.prep.checkpoint.checkpoint import Checkpoint
-from smoe.prep.checkpoint.seam import ExpertsLayer, ExpertsModule, expert_geometry, experts_run_by
+from smoe.prep.checkpoint.seam import ExpertsLayer, expert_geometry, experts_run_by
 from smoe.prep.checkpoint.text import Origin
 from smoe.prep.errors import PrepError
 from smoe.prep.pack.pack import pack
@@ -162,7 +163,7 @@ class _Writer:
         model, cache = self._checkpoint.model, None
         ids = self._fresh(drawn[:, 0])
         yield ids
-        with experts_run_by(model, self._checkpoint.layers, self._mixed):
+        with experts_run_by(model, self._checkpoint.layers, run_by(self._experts)):
             for draw in drawn.T[1:]:
                 given = torch.from_numpy(ids)[:, None].to(self._device)
                 result = model(
@@ -188,21 +189,6 @@ class _Writer:
         where = torch.from_numpy(draws)[:, None].to(self._device) * likely[:, -1:]
         said = torch.searchsorted(likely, where, right=True)[:, 0]
         return said.clamp(max=int(self._there.nonzero()[-1])).cpu().numpy()
-
-    def _mixed(
-        self,
-        layer: int,
-        module: ExpertsModule,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """The seam."""
-        tokens = hidden.reshape(-1, hidden.shape[-1]).float().contiguous().cpu().numpy()
-        mixed = self._experts(
-            layer, tokens, ids.cpu().numpy().astype(np.int64), weights.float().cpu().numpy()
-        )
-        return torch.from_numpy(mixed).to(hidden).reshape(hidden.shape)
 
 
 def vocabulary(checkpoint: Checkpoint) -> tuple[np.ndarray, np.ndarray]:

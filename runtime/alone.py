@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from smoe.artifacts.bundle import Bundle
+from smoe.artifacts.encodings import checked_level, encoding_named
 from smoe.runtime import kernels
 from smoe.runtime.cache.cache import STREAMS, ExpertCache
 from smoe.runtime.cache.eviction import DEFAULT_EVICTION, eviction_named
@@ -21,20 +22,22 @@ class ExpertsAlone:
     """The experts of the shards of `bundle`, of whose manifest the layers' geometry and `experts`
     are looked at and nothing else. Use it in a `with`.
 
-    Records of no more than `memory` bytes stay, though of `STREAMS` experts at least; what does not
-    stay is read again, and no bit depends on that."""
+    Records up to `level` (None: whole) of no more than `memory` bytes stay, though of `STREAMS`
+    experts at least; what does not stay is read again, and no bit depends on that. A level that
+    the encoding lacks is a `BundleError`."""
 
-    def __init__(self, bundle: Bundle, memory: int):
+    def __init__(self, bundle: Bundle, memory: int, level: int | None = None):
         manifest, layouts = bundle.manifest, bundle.layouts
         counts = [layer.experts for layer in manifest.layers]
-        record = max(layout.nbytes for layout in layouts)
+        level = checked_level(encoding_named(manifest.experts.encoding), level)
+        record = max(layout.levels[level - 1] for layout in layouts)
         frames = min(sum(counts), max(STREAMS, memory // record))
-        self._shards = Shards(bundle, io="buffered" if frames == sum(counts) else "direct")
+        self._shards = Shards(bundle, level, "buffered" if frames == sum(counts) else "direct")
         residency = Residency(
             counts,
             frames * record,
             eviction_named(DEFAULT_EVICTION, counts),
-            [np.full(len(layout.levels), record) for layout in layouts],
+            [np.full(level, record)] * len(layouts),
         )
         rows = Frames(frames, record)
         most = max(layer.top_k for layer in manifest.layers)
@@ -46,6 +49,10 @@ class ExpertsAlone:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let all of it go."""
         self._experts.close()
         self._shards.close()
         self._cache.release()
