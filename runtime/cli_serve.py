@@ -61,6 +61,13 @@ PARTS = ("starlette", "uvicorn", "h11", "prometheus_client", "llguidance")
     metavar="SECONDS",
     help="What is on its way has so long when a signal ends the server.",
 )
+@click.option(
+    "--prompt-cache",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="What is kept of prompts goes here when the server ends, and the next one begins with it. "
+    "It holds what clients asked.",
+)
 @click.option("--model-name", help="What clients call the model. Default: the bundle's name.")
 def serve(
     bundle: Path,
@@ -71,6 +78,7 @@ def serve(
     cors: tuple[str, ...],
     waiting: int,
     grace: float,
+    prompt_cache: Path | None,
     model_name: str | None,
     **options: Any,
 ) -> None:
@@ -87,6 +95,7 @@ def serve(
         raise click.UsageError("--insecure has no effect here; leave it out.")
     try:
         from smoe.runtime.serve.door import Lock
+        from smoe.runtime.serve.prompt_cache import PromptCache
         from smoe.runtime.serve.server import Server, Serving
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in PARTS:
@@ -97,7 +106,9 @@ def serve(
         ) from error
     place = located(bundle)
     lock = Lock(key, cors, loopback and key is None)
-    serving = Serving(model_name or place.resolve().stem, host, port, lock, waiting, grace)
+    cache = None if prompt_cache is None else PromptCache(prompt_cache)
+    name = model_name or place.resolve().stem
+    serving = Serving(name, host, port, lock, waiting, grace, cache=cache)
     with open_engine(place, options) as engine:
         say(*engine.mode_lines())
         Server(engine, serving, say).run_until_closed()

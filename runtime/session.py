@@ -51,15 +51,21 @@ class Saved:
     conversation: Conversation
 
 
-def save(engine: Engine, file: Path, conversation: Conversation | None = None) -> None:
-    """Write what the engine's sequence is now into `file`, which is what it was, or whole. An
-    `EngineError` where that cannot be written."""
-    about = _about(engine) | {"conversation": json.dumps(_said(conversation or Conversation()))}
-    specs = [TensorSpec(name, dtype_name(a), a.shape) for name, a in _arrays(engine.sequence)]
+def save(
+    engine: Engine,
+    file: Path,
+    conversation: Conversation | None = None,
+    sequence: Sequence | None = None,
+) -> None:
+    """Write what `sequence` (None: the engine's) is now into `file`, which is what it was, or
+    whole. An `EngineError` where that cannot be written."""
+    sequence = sequence or engine.sequence
+    about = goes_with(engine) | {"conversation": json.dumps(_said(conversation or Conversation()))}
+    specs = [TensorSpec(name, dtype_name(a), a.shape) for name, a in _arrays(sequence)]
     specs.append(TensorSpec(DIGEST, "U8", (hashlib.sha256().digest_size,)))
     header, _ = header_text(specs, about)
     try:
-        write(file, specs, _digested(header, engine.sequence), about, align=64)
+        write(file, specs, _digested(header, sequence), about, align=64)
     except OSError as error:
         file.with_name(file.name + ".part").unlink(missing_ok=True)
         raise EngineError(
@@ -71,8 +77,14 @@ def save(engine: Engine, file: Path, conversation: Conversation | None = None) -
 def load(engine: Engine, file: Path) -> Saved:
     """Go on from what `file` holds: the engine's sequence is that one now. An `EngineError` says
     why not, and what to do; then the sequence is what it was."""
+    engine.sequence, conversation = read(engine, file)
+    return Saved(engine.sequence.length, conversation)
+
+
+def read(engine: Engine, file: Path) -> tuple[Sequence, Conversation]:
+    """A sequence of its own, as `file` holds it. An `EngineError` says why not, and what to do."""
     try:
-        return _load(engine, file)
+        return _read_all(engine, file)
     except (BundleError, OSError) as error:
         said = error.strerror if isinstance(error, OSError) else str(error)
         raise _refused(file, (said or "").removeprefix(f"{file}: ").rstrip(".")) from error
@@ -151,7 +163,8 @@ def arithmetic(engine: Engine) -> str:
     return ", ".join([*runs, level, *lossy])
 
 
-def _about(engine: Engine) -> dict[str, str]:
+def goes_with(engine: Engine) -> dict[str, str]:
+    """What another engine must have in common to go on from a session of this one."""
     return {
         "format": FORMAT,
         "bundle": fingerprint(engine.manifest),
@@ -166,7 +179,7 @@ def _said(conversation: Conversation) -> dict[str, Any]:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def _load(engine: Engine, file: Path) -> Saved:
+def _read_all(engine: Engine, file: Path) -> tuple[Sequence, Conversation]:
     if not file.is_file():
         raise _refused(file, "it is no file")
     header = _header(file)
@@ -185,8 +198,7 @@ def _load(engine: Engine, file: Path) -> Saved:
         except EngineError as error:
             raise _refused(file, f"its state is damaged ({str(error).rstrip('.')})") from error
     sequence.ids = ids.tolist()
-    engine.sequence = sequence
-    return Saved(tokens, conversation)
+    return sequence, conversation
 
 
 class _Arrays(Mapping[str, np.ndarray]):
@@ -234,7 +246,7 @@ def _header(file: Path) -> Header:
 
 def _refuse_foreign(engine: Engine, file: Path, metadata: dict[str, str]) -> None:
     """A file of something else, of another bundle, or of another arithmetic."""
-    about = _about(engine)
+    about = goes_with(engine)
     given = {name: metadata.get(name, "") for name in about}
     if given["format"] != about["format"]:
         what = f"is of {given['format'][:40]!r}" if given["format"] else "is no session"

@@ -61,8 +61,8 @@ class Loop:
     def __init__(self, engine: Engine, waiting: int = MOST_WAITING):
         self.engine = engine
         engine.sequence.rewind(0)  # there is no room for what it holds
-        self._prefixes = Prefixes(engine.held_bytes, engine.grain, engine.division.rewinds)
-        self._admission = Admission(self._prefixes, engine.held_bytes, waiting)
+        self.prefixes = Prefixes(engine.held_bytes, engine.grain, engine.division.rewinds)
+        self._admission = Admission(self.prefixes, engine.held_bytes, waiting)
         self._going: list[Generation] = []  # those that began
         self._reading: deque[_Reading] = deque()
         self._usual: deque[float] = deque(maxlen=RECENT)
@@ -147,7 +147,7 @@ class Loop:
             self._answer()
             self._leave()
             self._begin()
-            self._prefixes.shrink(self._room())
+            self.prefixes.shrink(self._room())
             if self._generating():
                 self._decode()
             if self._reading:
@@ -224,7 +224,7 @@ class Loop:
         """Everybody's first token."""
         if reading.beginning is not None:
             sequence = reading.beginning.sequence
-            self._prefixes.keep(Past.of(sequence, sequence.length))
+            self.prefixes.keep(Past.of(sequence, sequence.length))
         logits = reading.prefill.logits
         for generation, row in zip(reading.generations, logits, strict=True):
             self._take(generation, row)
@@ -258,7 +258,7 @@ class Loop:
         """It leaves, and others may begin like it."""
         sequence = generation.sequence
         if sequence is not None and sequence.length >= len(generation.ids):
-            self._prefixes.keep(self._past(generation))
+            self.prefixes.keep(self._past(generation))
         if generation in self._going:
             self._going.remove(generation)
         generation.end(why, error)
@@ -342,7 +342,7 @@ class Loop:
         self, ids: np.ndarray, loss: float | None, pasts: SequenceOf[Past], alone: bool = False
     ) -> Sequence:
         """A new one, or one that begins like others."""
-        fork = None if alone else self._prefixes.begin(ids, pasts)
+        fork = None if alone else self.prefixes.begin(ids, pasts)
         if fork is None:
             return self.engine.new_sequence(loss)
         fork.ledger, fork.exact = self.engine.spending(loss)

@@ -37,6 +37,11 @@ class Prefixes:
         self._nbytes, self._grain, self.rewound = nbytes, grain, rewound
         self._kept: list[Past] = []
 
+    @property
+    def kept(self) -> list[Past]:
+        """The last used last."""
+        return list(self._kept)
+
     def shared(self, ids: np.ndarray, running: Iterable[Past]) -> int:
         """How many of the first tokens of `ids` were read by those, or by one that is kept."""
         return max((self._shared(ids, past) for past in (*running, *self._kept)), default=0)

@@ -22,6 +22,7 @@ from smoe.runtime.serve.desk import Desk
 from smoe.runtime.serve.door import Lock
 from smoe.runtime.serve.loop import Loop
 from smoe.runtime.serve.openai import HEARTBEAT, PATIENCE
+from smoe.runtime.serve.prompt_cache import PromptCache
 
 HEADERS = 10.0  # seconds for the headers of a request
 CONNECTIONS = 1024
@@ -32,7 +33,7 @@ BACKLOG = 128
 @dataclass(frozen=True)
 class Serving:
     """Where and how: up to `waiting` requests beside those that advance. Times are in seconds, and
-    as they say in `server`, `app` and `desk`."""
+    as they say in `server`, `app` and `desk`. What prompts begin with outlives it in `cache`."""
 
     model: str
     host: str = "127.0.0.1"
@@ -42,6 +43,7 @@ class Serving:
     grace: float = GRACE
     heartbeat: float = HEARTBEAT
     patience: float = PATIENCE
+    cache: PromptCache | None = None
 
 
 class Server:
@@ -65,8 +67,12 @@ class Server:
             # The desk bounds calls; a call may be many prompts, and none has begun when it comes.
             most = serving.waiting + self._engine.plan.requests + MOST_PROMPTS
             with Loop(self._engine, most) as loop:
+                if serving.cache:
+                    self._log(serving.cache.fill(self._engine, loop.prefixes))
                 loop.start()
                 asyncio.run(self._serve(loop, socket_, signals))
+            if serving.cache:
+                self._log(serving.cache.store(self._engine, loop.prefixes))
 
     async def _serve(self, loop: Loop, socket_: socket.socket, signals: bool) -> None:
         serving = self._serving
