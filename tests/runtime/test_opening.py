@@ -57,7 +57,7 @@ def test_a_bundle_without_its_study_runs_as_with_it(goldens, tmp_path):
         Policies(substitution="smoe", eviction="score"),
     ]
     for policy in policies:
-        options = {"beside": _budget(newest, 12), "policies": policy}
+        options = {"beside": _budget(newest, 8), "policies": policy}
         assert _greedy(alone, prompt, **options) == _greedy(newest, prompt, **options)
 
 
