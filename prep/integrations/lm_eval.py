@@ -17,12 +17,14 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from smoe.artifacts import SmoeError
+from smoe.artifacts.errors import printable
 from smoe.prep.errors import PrepError
 from smoe.runtime import Engine, Policies
 from smoe.runtime.evaluate import log_softmax
 from smoe.runtime.text import StopWhen
 
-NEW_TOKENS = 256  # of an answer, where a task says nothing
+NEW_TOKENS = 256  # of an answer, where a task says nothing; no more than half of the context
 
 
 @register_model("smoe")
@@ -31,7 +33,8 @@ class SmoeModel(TemplateLM):
     nats per token or `bits` as `Policies` have them.
 
     Likelihoods are those of the decode path, token by token, so that whatever the engine is allowed
-    to lose is in them."""
+    to lose is in them. Batches and devices, which the harness names unasked, mean nothing here: it
+    runs on the processor, one text after another."""
 
     def __init__(
         self,
@@ -46,14 +49,25 @@ class SmoeModel(TemplateLM):
         device: str | None = None,
     ):
         super().__init__()
-        if str(device or "cpu") != "cpu":
-            raise PrepError(f"The model smoe runs on the processor, not on {device}; leave it out.")
         policies = Policies(loss=float(loss), bits=bits)
         self.engine = Engine.open(bundle, memory, context=context, level=level, policies=policies)
 
     @property
     def eot_token_id(self) -> int:
-        return self.engine.manifest.model.end_ids[0]
+        ends = self.engine.manifest.model.end_ids
+        if not ends:
+            raise PrepError(f"{self.tokenizer_name} names no token that ends a text.")
+        return ends[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text of which all is scored."""
+        return self.eot_token_id if self.begin is None else self.tok_encode(self.begin, False)[0]
+
+    @property
+    def begin(self) -> str | None:
+        """The text of the token that begins a text, if there is one."""
+        return self.engine.text.named()["bos_token"]
 
     @property
     def tokenizer_name(self) -> str:
@@ -62,7 +76,10 @@ class SmoeModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        return self.engine.text.encode(string, special=add_special_tokens is not False)
+        """A text that says itself how it begins, as templates' do, is given no second beginning."""
+        begun = self.begin is not None and string.startswith(self.begin)
+        special = not begun if add_special_tokens is None else add_special_tokens
+        return self.engine.text.encode(string, special)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -88,8 +105,13 @@ class SmoeModel(TemplateLM):
 
     def _likelihood(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
         """Of `continuation` after as much of `context` as there is room for."""
+        if not 0 < len(continuation) <= self.engine.context:
+            raise PrepError(
+                f"A continuation has {len(continuation)} tokens; 1 to {self.engine.context} are "
+                "possible. Give the model a larger context."
+            )
         ids = np.array(context + continuation, np.int64)[-self.engine.context - 1 :]
-        wanted = ids[max(1, len(ids) - len(continuation)) :]
+        wanted = ids[-len(continuation) :]
         total, greedy = 0.0, True
         rows = self.engine.score(ids[:-1], len(ids) - len(wanted), reuse=True)
         for token, logits in zip(wanted.tolist(), rows, strict=True):
@@ -100,7 +122,7 @@ class SmoeModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of whole texts, in windows of the context that share nothing."""
+        """Of whole texts: every token once, in windows as long as the context."""
         totals = []
         for request in tqdm(requests, disable=disable_tqdm, desc="smoe"):
             windows = get_rolling_token_windows(
@@ -124,7 +146,8 @@ class SmoeModel(TemplateLM):
         until = asked.get("until") or []
         stops = (until,) if isinstance(until, str) else tuple(until)
         sampled = asked.get("do_sample", float(asked.get("temperature", 0)) > 0)
-        count = min(int(asked.get("max_gen_toks", NEW_TOKENS)), self.engine.context - 1)
+        usual = min(NEW_TOKENS, self.engine.context // 2)
+        count = min(int(asked.get("max_gen_toks", usual)), self.engine.context - 1)
         ids = self.tok_encode(prompt)[-(self.engine.context - count) :]
         tokens = self.engine.generate(
             ids,
@@ -141,4 +164,7 @@ class SmoeModel(TemplateLM):
 
 
 if __name__ == "__main__":
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except SmoeError as error:
+        raise SystemExit(printable(str(error))) from error

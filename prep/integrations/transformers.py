@@ -41,9 +41,8 @@ def load(
     memory: int | str | None = None,
     level: int | None = None,
 ) -> PreTrainedModel:
-    """The model at `checkpoint` in float32 on the processor, whose own experts are never
-    read: those of `bundle`, which was built from it, run in their place as by
-    `attach`.
+    """The model at `checkpoint` in float32 on the processor, whose own experts are never read:
+    those of `bundle`, which was built from it, run in their place as by `attach`.
 
     A bundle of another checkpoint is a `PrepError`."""
     source, opened = open_checkpoint(checkpoint), open_bundle(bundle)
@@ -53,7 +52,7 @@ def load(
     model = source.model
     with contextlib.suppress(OSError):  # where there is none, the config's own stays
         model.generation_config = GenerationConfig.from_pretrained(source.path)
-    attach(model, bundle, memory, level)
+    _attach(model, opened, memory, level)
     return model
 
 
@@ -67,14 +66,19 @@ def attach(
     gradient goes through them.
 
     They are read up to `level` (None: whole); `memory`, bytes or like "2GiB", is what may stay of
-    them (None: all). A bundle of other experts is a `PrepError`, a level that it
-    lacks a `BundleError`."""
-    opened = open_bundle(bundle)
+    them (None: all). A bundle of other experts is a `PrepError`, a level that it lacks a
+    `BundleError`."""
+    return _attach(model, open_bundle(bundle), memory, level)
+
+
+def _attach(
+    model: PreTrainedModel, bundle: Bundle, memory: int | str | None, level: int | None
+) -> Attached:
     modules = layers_used(model)
-    _refuse_others(opened, modules)
-    counts = [layer.experts for layer in opened.manifest.layers]
-    most = sum(counts) * max(layout.nbytes for layout in opened.layouts)
-    experts = ExpertsAlone(opened, most if memory is None else parse_size(memory), level)
+    _refuse_others(bundle, modules)
+    counts = [layer.experts for layer in bundle.manifest.layers]
+    most = sum(counts) * max(layout.nbytes for layout in bundle.layouts)
+    experts = ExpertsAlone(bundle, most if memory is None else parse_size(memory), level)
     return Attached(model, [module for _, module in modules], experts)
 
 
