@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from smoe.runtime import session
@@ -14,12 +15,14 @@ from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
 from smoe.runtime.serve.prefixes import KEPT, Past, Prefixes
 
-SUFFIX = ".session"
+SUFFIX = ".prompt"
+OURS = re.compile(r"[0-9a-f]{32}\.prompt")
 
 
 class PromptCache:
     """Files of `directory`, a session (`runtime.session`) for each beginning, as untrusted as those
-    are. No more than `KEPT` stay, the last used ones, of however many bundles.
+    are. No more than `KEPT` stay, the last used ones, of however many bundles; other files of the
+    directory are nobody's business.
 
     The directory is made, for its owner alone, if its parent is there; an `EngineError` where it
     cannot be."""
@@ -68,7 +71,7 @@ class PromptCache:
 
     def _files(self) -> list[Path]:
         """The last used last."""
-        files = [file for file in self._directory.glob(f"*{SUFFIX}") if file.is_file()]
+        files = [file for file in self._directory.iterdir() if OURS.fullmatch(file.name)]
         return sorted(files, key=lambda file: file.stat().st_mtime_ns)
 
 

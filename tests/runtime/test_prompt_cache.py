@@ -1,11 +1,14 @@
 """Beginnings of prompts that outlive a server."""
 
+import os
+
 import pytest
 
 pytest.importorskip("uvicorn", reason="smoe[serve]")
 from support.server import serving
 
 from smoe.runtime import EngineError
+from smoe.runtime.serve.prefixes import KEPT
 from smoe.runtime.serve.prompt_cache import PromptCache
 
 ASKED = {"prompt": [7 + i % 90 for i in range(100)], "max_tokens": 4, "temperature": 0}
@@ -45,6 +48,17 @@ def test_damaged_beginnings_and_a_lack_of_room_are_left_alone(goldens, tmp_path)
         _cached(client, ASKED | {"prompt": [5]})
         assert f"prompt cache: 1 beginnings of {tmp_path}" in client.said
     assert set(files) <= set(tmp_path.iterdir())
+
+
+def test_only_the_last_used_stay_and_nobody_elses_file_goes(goldens, tmp_path):
+    old = [tmp_path / f"{i:032x}.prompt" for i in range(KEPT)]
+    for i, file in enumerate([*old, tmp_path / "mine.session"]):
+        file.write_text("mine")
+        os.utime(file, (i, i))
+    with serving(goldens[-1], cache=PromptCache(tmp_path)) as client:
+        _cached(client)
+    (new,) = set(tmp_path.iterdir()) - {*old, tmp_path / "mine.session"}
+    assert set(tmp_path.iterdir()) == {new, *old[1:], tmp_path / "mine.session"}
 
 
 def test_a_directory_that_cannot_be_is_a_sentence(tmp_path):
