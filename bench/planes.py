@@ -46,9 +46,8 @@ WAYS = {
     "our eviction, expert order": ("next-use", "expert", True),
     "our eviction, hottest first": ("next-use", "hottest", True),
 }
-SPARE = (
-    64 << 20
-)  # bytes of the cgroup beyond what is stated: states aside, what tokens pass through
+# Bytes of the cgroup beyond what is stated: states aside, what tokens pass through.
+SPARE = 64 << 20
 COLUMNS = {
     "": "{}", "tokens/s": "{:.1f} ({:.1f} to {:.1f})", "of the first": "{:.2f}",
     "with prompts": "{:.1f}", "MB / token": "{:.2f}", "reads / token": "{:.1f}",

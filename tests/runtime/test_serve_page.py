@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="smoe[serve]")
 playwright = pytest.importorskip("playwright.sync_api", reason="a browser's driver")
-from support.server import serving  # noqa: E402
+from support.server import serving, until  # noqa: E402
 
 BROWSER = shutil.which("chromium")
 TOKENS = "input[name=max_tokens]"
@@ -14,7 +14,7 @@ TOKENS = "input[name=max_tokens]"
 
 @pytest.fixture(scope="module")
 def client(goldens):
-    with serving(goldens[-1]) as served:
+    with serving(goldens[6]) as served:  # whose answers go on
         yield served
 
 
@@ -47,6 +47,7 @@ def page(browser, client):
 def _set(page, tokens):
     page.evaluate("document.querySelector('details.settings').open = true")
     page.fill(TOKENS, str(tokens))
+    page.fill("input[name=temperature]", "0")
 
 
 def test_a_chat_by_keyboard(page):
@@ -67,12 +68,15 @@ def test_a_chat_by_keyboard(page):
 
 
 def test_an_answer_is_stopped(page, client):
+    _set(page, 200)
     page.focus("#said")
     page.keyboard.type("x")
     page.keyboard.press("Enter")
     page.keyboard.press("Escape")
-    page.wait_for_selector(".assistant small, .assistant:not(.now)", state="attached")
+    page.wait_for_selector(".assistant small")
+    assert page.inner_text(".assistant small").startswith("stopped")
     page.wait_for_function("!document.getElementById('send').disabled")
+    until(lambda: not client.busy(), 5)
 
 
 def test_a_refusal_is_shown(page):
