@@ -12,6 +12,9 @@ from smoe.runtime.cache.cache import ExpertCache
 from smoe.runtime.cache.frames import Frames
 from smoe.runtime.cache.storage import Shards
 from smoe.runtime.choosers import make_chooser
+from smoe.runtime.draft.decoder import Decoder
+from smoe.runtime.draft.named import make_decoder
+from smoe.runtime.execution import Division
 from smoe.runtime.experts import LocalExperts
 from smoe.runtime.kernels import Kernels
 from smoe.runtime.ledger import Ledger
@@ -29,19 +32,21 @@ from smoe.runtime.trace import PLAIN, Makers
 
 @dataclass(frozen=True)
 class Assembly:
-    """A `model` with its `experts` in a `cache`, and the ledger of a new sequence, as
-    `options.Choice` says."""
+    """A `model` with its `experts` in a `cache`, the ledger of a new sequence, as `options.Choice`
+    says, and what decodes."""
 
     model: Model
     experts: LocalExperts
     cache: ExpertCache
     new_ledger: Callable[[float | None], Ledger] | None
+    decoder: Decoder
 
 
 def assemble(
     bundle: Bundle,
     plan: MemoryPlan,
     policies: Policies,
+    division: Division,
     backbone: Backbone,
     kernels: Kernels,
     shards: Shards,
@@ -72,4 +77,16 @@ def assemble(
         layers=len(layers),
         advance=backbone.advance if backbone.advances else None,
     )
-    return Assembly(model, experts, cache, choice.new_ledger)
+    decoder = make_decoder(policies, division, plan, model, experts)
+    return Assembly(model, experts, cache, choice.new_ledger, decoder)
+
+
+def fill(cache: ExpertCache, bundle: Bundle, plan: MemoryPlan, warm: bool, level: int) -> None:
+    """Read all experts if there is room, else those that calibration used most, if that is known
+    and wanted."""
+    if plan.capacity < plan.experts:
+        counts = bundle.tables.column("counts") if warm else []
+        cache.warm(counts, plan.capacity, level)
+    else:
+        layers = enumerate(bundle.manifest.layers)
+        cache.fill([(layer, e) for layer, spec in layers for e in range(spec.experts)], level)

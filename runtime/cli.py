@@ -193,6 +193,7 @@ def bench(
             )
         else:
             _refuse(["held"], "one request at a time")
+            _refuse(["draft"], "a text that is given, token by token; --requests draws one")
             measured = run_bench(
                 lambda: open_engine(bundle, dict(options), makers),
                 lambda: open_exact_twin(bundle, dict(options), say),

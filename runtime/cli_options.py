@@ -18,6 +18,7 @@ from smoe.runtime.cache.cache import ORDERS
 from smoe.runtime.cache.eviction import EVICTIONS
 from smoe.runtime.cache.storage import IO
 from smoe.runtime.choosers import SUBSTITUTIONS
+from smoe.runtime.draft.named import DRAFTS
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
 from smoe.runtime.execution import EXECUTORS, Execution, divide
@@ -121,6 +122,12 @@ engine_options = _options(
         help=f"LOSSY. By what every slot gets its level, and the mean bits: {', '.join(BITS)} "
         "(the last two are controls), like priced:3.1. Default: all bits, lossless.",
     ),
+    click.option(
+        "--draft",
+        metavar="NAME[:MOST]",
+        help=f"What guesses up to so many tokens that a step checks together: {', '.join(DRAFTS)}. "
+        "It changes no token. Default: none.",
+    ),
 )
 ENGINE_NAMES = (
     "memory",
@@ -138,6 +145,7 @@ ENGINE_NAMES = (
     "substitution",
     "loss",
     "bits",
+    "draft",
 )
 NEW_TOKENS = 64  # of a continuation; an answer may have half of the context
 generation_options = _options(
@@ -204,7 +212,8 @@ def open_engine(bundle: Path, options: dict[str, Any], makers: Makers = PLAIN) -
 def open_exact_twin(bundle: Path, options: dict[str, Any], log: Callable[[str], None]) -> Engine:
     """The same engine without what is lossy: what its quality is compared with. Where the full
     level of an expert needs more memory than was stated, it gets that, and `log` hears of it."""
-    exact = options | {"level": None, "substitution": None, "loss": None, "bits": None}
+    lossy = ("level", "substitution", "loss", "bits", "draft")  # which goes with none of these
+    exact = options | dict.fromkeys(lossy)
     opened, execution = open_bundle(bundle), Execution(options["executor"], options["state"])
     if divide(opened.manifest, opened.program, execution).narrower:
         exact["state"], execution = None, Execution(options["executor"])
@@ -221,6 +230,6 @@ def open_exact_twin(bundle: Path, options: dict[str, Any], log: Callable[[str], 
 
 
 def _policies(asked: dict[str, Any]) -> Policies:
-    names = ("eviction", "prefetch", "order", "substitution", "loss", "bits")
+    names = ("eviction", "prefetch", "order", "substitution", "loss", "bits", "draft")
     given = {name: asked[name] for name in names if asked[name] is not None}
     return Policies(shares=asked["shares"], warm=not asked["cold"], **given)

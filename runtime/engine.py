@@ -18,9 +18,11 @@ import numpy as np
 
 from smoe.artifacts import Bundle, open_bundle
 from smoe.runtime import allowance, kernels, system
-from smoe.runtime.assemble import assemble
+from smoe.runtime.assemble import assemble, fill
 from smoe.runtime.budget import MemoryPlan, Requests
 from smoe.runtime.cache import storage
+from smoe.runtime.draft.decoder import Going
+from smoe.runtime.draft.named import draft_bytes
 from smoe.runtime.errors import EngineError
 from smoe.runtime.execution import AUTO, Execution, divide
 from smoe.runtime.generation import Allowed, Continuation, Token
@@ -60,8 +62,7 @@ class Engine:
         self.bundle, self.path, self.manifest = bundle, bundle.path, bundle.manifest
         self.plan, self.context, self.policies = plan, plan.context, policies
         self.stats, self.text = Stats(), Text(bundle.path, self.manifest.files)
-        self._process, self._using = os.getpid(), threading.RLock()
-        self._bins = Bins()
+        self._process, self._using, self._bins = os.getpid(), threading.RLock(), Bins()
         self._turn = 0  # counts what has used the sequence, so that a paused generation notices
         self._kernels = kernels.choose(threads=threads)
         self.division = divide(self.manifest, bundle.program, execution, bundle.graphs)
@@ -72,12 +73,12 @@ class Engine:
         self.level = self._shards.level
         try:
             parts = self._backbone, self._kernels, self._shards
-            made = assemble(bundle, plan, policies, *parts, self.stats, makers)
+            made = assemble(bundle, plan, policies, self.division, *parts, self.stats, makers)
         except BaseException:
             self._shards.close()
             raise
         self._model, self._experts, self._cache = made.model, made.experts, made.cache
-        self._new_ledger = made.new_ledger
+        self._new_ledger, self._decoder = made.new_ledger, made.decoder
         self.sequence, self._pinned = self.new_sequence(), ""
 
     @classmethod
@@ -108,13 +109,14 @@ class Engine:
         bundle's "program", "onnx", or "auto", the program where there is one; `state` is what the
         program keeps of a sequence: "f32", "f16", "int8" (None: the bundle's; narrower is lossy).
         There is memory for so many `requests` at once (`serve.Loop`), which hold `held` tokens
-        together (None: a whole context each).
-        `makers` are what its parts are made by (`trace.traced`: so that they say what they do).
+        together (None: a whole context each). `makers` are what its parts are made by
+        (`trace.traced`: so that they say what they do).
 
         A damaged bundle, or one without such a level, is a `BundleError`, a budget that is too
         small an `EngineError` that names the minimum, and so are policies that cannot work."""
         bundle = open_bundle(path)
-        tables, execution = tables_bytes(policies, bundle), Execution(executor, state)
+        tables = tables_bytes(policies, bundle) + draft_bytes(policies, bundle)
+        execution = Execution(executor, state)
         many = Requests(requests, held)
         plan = allowance.allow(bundle, memory, beside, context, level, tables, execution, many)
         check_policies(policies, plan, bundle.manifest)
@@ -132,14 +134,8 @@ class Engine:
         return engine
 
     def _fill(self) -> None:
-        """Read all experts if there is room, else those that calibration used most, if known."""
-        plan, layers = self.plan, self.manifest.layers
-        keys = [(layer, e) for layer, spec in enumerate(layers) for e in range(spec.experts)]
-        if plan.capacity < plan.experts:
-            counts = self.bundle.tables.column("counts") if self.policies.warm else []
-            self._cache.warm(counts, plan.capacity, self._shards.level)
-        else:
-            self._cache.fill(keys, self._shards.level)
+        fill(self._cache, self.bundle, self.plan, self.policies.warm, self._shards.level)
+        if self.plan.capacity == self.plan.experts:
             self._pinned = f", {system.pin(self._cache.rows)}"
         self.reset_stats()
 
@@ -183,19 +179,16 @@ class Engine:
         """Every automatic choice with its reason, for people."""
         manifest, level, levels = self.manifest, self.level, self.bundle.levels
         shown = f" (level {level} of {levels})" if levels > 1 else ""
-        refused = [layer.routing_refusal for layer in manifest.layers if layer.routing is None]
         return [
             f"model: {manifest.model.model_type}, {len(manifest.layers)} MoE layers, experts "
             f"{manifest.experts.encoding}{shown}, context {self.context}",
-            f"kernels: {self._kernels.name} ({self._kernels.reason}), up to "
-            f"{self._kernels.threads} threads ({self._kernels.threads_reason})",
+            self._kernels.line(),
             *self._backbone.lines(),
             *self.plan.lines(self.policies.eviction),
             f"reads: {self.reading.io} ({self.reading.reason}{self._shards.line()}){self._pinned}",
             self._backbone.prompt_line(self._pieces(self.context, self.context)[0]),
             *self.plan.requests_line(self.division.needs_onnxruntime),
-            *policy_lines(self.policies, self.plan, level, levels),
-            *([f"substitution: not possible with this model: {refused[0]}"] if refused else []),
+            *policy_lines(self.policies, self.plan, level, manifest),
         ]
 
     # -- sequences and steps -----------------------------------------------------------------------
@@ -220,6 +213,11 @@ class Engine:
         """`Model.step`: each span's logits. Prompts of more than one chunk go through `prefill`."""
         with self._used():
             return self._model.step(step)
+
+    def advance(self, going: SequenceOf[Going]) -> list[list[Token] | EngineError]:
+        """`Decoder.advance`: what comes of each sequence in a step."""
+        with self._used():
+            return self._decoder.advance(going)
 
     def prefill(
         self, sequence: Sequence, ids: np.ndarray, keep: int = 1, phase: Phase = Phase.PREFILL
@@ -261,8 +259,8 @@ class Engine:
         return together, self.plan.lent_to(together, piece)
 
     @contextlib.contextmanager
-    def _used(self) -> Iterator[None]:
-        """One thread at a time, and in the process that opened the engine."""
+    def _used(self, turn: int | None = None) -> Iterator[None]:
+        """One thread at a time, in the process that opened the engine, and in no later `turn`."""
         if os.getpid() != self._process:
             raise EngineError(
                 "This engine was opened in another process, whose reading threads are not here; "
@@ -275,6 +273,10 @@ class Engine:
                 "Another thread is using this engine; take turns, or open a second engine."
             )
         try:
+            if turn not in (None, self._turn):
+                raise EngineError(
+                    "Another call used the engine while this one was paused; open a second engine."
+                )
             yield
         finally:
             self._using.release()
@@ -299,8 +301,8 @@ class Engine:
 
         With `reuse`, what the prompt shares with the call before is not computed again: the turns
         of a conversation keep their state. Leaving the loop early cancels; it stays usable."""
-        how, stop = Sampling(temperature, top_k, top_p, seed), stop or StopWhen()
-        made = self.continuation(how, stop, max_new_tokens, special=special)
+        how = Sampling(temperature, top_k, top_p, seed)
+        made = self.continuation(how, stop or StopWhen(), max_new_tokens, special=special)
         return self._generate(self._checked_ids(prompt, max_new_tokens), made, reuse)
 
     def continuation(
@@ -310,39 +312,41 @@ class Engine:
         """What draws up to `count` tokens from a sequence's logits, of those that are `allowed`."""
         ends = self.manifest.model.end_ids if stop.ids is None else stop.ids
         stream = Stream(self.text, stop.strings, special)
-        return Continuation(Sampler(how, self._bins), ends, stream, count, logprobs, allowed)
+        sampler, draft = Sampler(how, self._bins), self._decoder.new_draft()
+        return Continuation(sampler, ends, stream, count, logprobs, allowed, draft)
 
     def checked_prompt(self, prompt: str | SequenceOf[int] | np.ndarray, more: int) -> np.ndarray:
         """Token ids int64 `[T]` of a text, or as they are; an `EngineError` if they and `more` new
         ones are not what this engine takes."""
         model = self.manifest.model
-        try:
-            ids = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        except TypeError as error:
-            raise EngineError("A prompt is a text, or a sequence of token ids.") from error
+        ids = self.text.encode(prompt) if isinstance(prompt, str) else prompt
         return checked_ids(ids, model.vocabulary, self.context, model.context, more)
 
     def _generate(self, ids: np.ndarray, made: Continuation, reuse: bool) -> Iterator[Token]:
         self.stats.finish = "cancelled"  # until proven otherwise: the caller may leave the loop
         logits, turn = self._prefill(ids, reuse), self._turn
+        tokens = [made.take(logits)]
         while True:
-            token = made.take(logits)
-            self.stats.new_tokens += 1
+            self.stats.new_tokens += len(tokens)
+            self.stats.finish = made.finish or self.stats.finish
+            yield from tokens
             if made.finish:
-                self.stats.finish = made.finish
-                yield token
                 return
-            yield token
-            logits = self._decode(token.id, turn)
+            what = Going(self.sequence, made, tokens[-1].id, made.take)
+            with self._used(turn):
+                (came,) = self._decoder.advance([what])
+            if isinstance(came, EngineError):
+                raise came
+            tokens = came
 
     def logits(self, ids: SequenceOf[int] | np.ndarray) -> np.ndarray:
         """Logits at every position of `ids`, many at once: float32 `[T, vocabulary]`. For
         evaluation: what takes shortcuts while decoding takes them here."""
-        checked = self._checked_ids(ids)
+        checked, sequence = self._checked_ids(ids), self.sequence
         with self._used():
             self._turn += 1
-            self.sequence.rewind(0)
-            return self.prefill(self.sequence, checked, len(checked), Phase.VERIFY).finish()
+            sequence.rewind(0)
+            return self.prefill(sequence, checked, len(checked), Phase.VERIFY).finish()
 
     def score(
         self, ids: SequenceOf[int] | np.ndarray, prompt: int = 1, reuse: bool = False
@@ -382,11 +386,7 @@ class Engine:
         """The logits float32 `[vocabulary]` after one more token, if nothing else used the sequence
         since `turn`."""
         started = time.perf_counter()
-        with self._used():
-            if self._turn != turn:
-                raise EngineError(
-                    "Another call used the engine while this one was paused; open a second engine."
-                )
+        with self._used(turn):
             span = Span(self.sequence, np.array([token]), np.array([0]), Phase.DECODE)
             (logits,) = self._model.step(Step((span,)))
         self.stats.decode_steps += 1

@@ -280,19 +280,17 @@ def _likelihood(engine: Engine, context: np.ndarray, option: np.ndarray) -> floa
 def _speed(engine: Engine, first: list[float]) -> Measured:
     stats, ledger = engine.stats, engine.sequence.ledger
     seconds = stats.prefill_seconds + stats.decode_seconds
-    steps = max(1, stats.decode_steps)
+    decoded, steps = stats.decoded, stats.decode_steps
     return {
-        "tokens": stats.prompt_tokens + stats.decode_steps,
+        "tokens": stats.prompt_tokens + decoded,
         "ttft": float(np.median(first)),
-        "tpot": stats.decode_seconds / steps,
-        "tokens_per_second": stats.decode_steps / stats.decode_seconds
-        if stats.decode_steps
-        else None,
+        "tpot": stats.decode_seconds / max(1, decoded),
+        "tokens_per_second": decoded / stats.decode_seconds if steps else None,
         "hit_rate_before": stats.wanted_hit_rate,
         "hit_rate_after": stats.hit_rate,
         "substituted_share": stats.substituted_share,
         "loaded_share": stats.misses / max(1, stats.wanted),
-        "nats_spent": stats.nats_spent / max(1, stats.prompt_tokens + stats.decode_steps),
+        "nats_spent": stats.nats_spent / max(1, stats.prompt_tokens + decoded),
         "mean_bits": ledger.mean if isinstance(ledger, BitLedger) else None,
         "bytes_read": stats.bytes_read,
         "stall_share": stats.stall_seconds / seconds if seconds else 0.0,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from smoe.runtime.errors import EngineError
 from smoe.runtime.sampling import Sampler, ranked
 from smoe.runtime.text import Stream
+
+if TYPE_CHECKING:
+    from smoe.runtime.draft.decoder import Draft
 
 MOST_LOGPROBS = 64  # tokens beside the one that was drawn
 
@@ -42,7 +45,8 @@ class Allowed(Protocol):
 class Continuation:
     """Up to `count` tokens of one sequence: drawn by `sampler`, until one of `ends` or a stop
     string of `stream`, of those that are `allowed`. `logprobs` is how many of the likeliest tokens
-    are wanted with each (None: no probabilities). `finish` says why it ended: length, end, stop."""
+    are wanted with each (None: no probabilities). `finish` says why it ended: length, end, stop.
+    `draft` guesses what comes."""
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class Continuation:
         count: int,
         logprobs: int | None = None,
         allowed: Allowed | None = None,
+        draft: Draft | None = None,
     ):
         count = _whole("max_new_tokens", count)
         if logprobs is not None:
@@ -64,7 +69,16 @@ class Continuation:
             )
         self._sampler, self._ends, self._stream = sampler, ends, stream
         self._count, self._logprobs, self._allowed = count, logprobs, allowed
-        self.made, self.finish = 0, ""
+        self.made, self.finish, self.draft = 0, "", draft
+
+    @property
+    def left(self) -> int:
+        """Tokens that may come yet."""
+        return self._count - self.made
+
+    def draws(self) -> Sampler:
+        """One that draws as the next tokens will be drawn, before `allowed`; it changes nothing."""
+        return self._sampler.fork()
 
     def take(self, logits: np.ndarray) -> Token:
         """The next token, from float32 `[vocabulary]`; with the last one `finish` is set."""

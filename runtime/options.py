@@ -46,7 +46,8 @@ class Policies:
     ("hottest"), or expert after expert ("expert"). loss: nats per decoded token that the priced
     scheduler may spend on reading less (0: none, lossless); the bundle must have prices. bits: by
     what, and in how many on average, slots are computed in fewer bits while decoding
-    (`choosers.BITS`; none: in all), also where every expert is in memory."""
+    (`choosers.BITS`; none: in all), also where every expert is in memory. draft: who guesses tokens
+    that a step checks together (`draft.named.DRAFTS`): it changes no token."""
 
     eviction: str = DEFAULT_EVICTION
     shares: bool = False
@@ -56,6 +57,7 @@ class Policies:
     order: str = ORDERS[0]
     loss: float = 0.0
     bits: str = "none"
+    draft: str = "none"
 
     @property
     def lossless(self) -> bool:
@@ -81,7 +83,7 @@ def check_policies(policies: Policies, plan: MemoryPlan, manifest: Manifest) -> 
             f"There is no order {policies.order[:40]!r}; there are {' and '.join(ORDERS)}."
         )
     chooser = not isinstance(policies.substitution, str)
-    about_missing = dataclasses.replace(policies, bits="none") != DEFAULT
+    about_missing = dataclasses.replace(policies, bits="none", draft="none") != DEFAULT
     if plan.capacity == plan.experts and about_missing and not chooser:
         raise EngineError(
             f"All {plan.experts} experts fit into memory, so that policies for missing ones have "
@@ -130,14 +132,20 @@ def checked_loss(loss: float) -> float:
     return loss
 
 
-def policy_lines(policies: Policies, plan: MemoryPlan, level: int, levels: int) -> list[str]:
-    """The mode lines of bits, where slots have fewer, and of what is missing, where something
-    is."""
+def policy_lines(policies: Policies, plan: MemoryPlan, level: int, manifest: Manifest) -> list[str]:
+    """The mode lines of bits, where slots have fewer, of drafts, where there are some, and of what
+    is missing, where something is."""
     lines = []
     if policies.bits != "none":
         lines = [f"bits: {policies.bits}, on average of what is decoded (lossy; prompts are not)"]
+    if policies.draft != "none":
+        lines = [f"draft: {policies.draft}, as many guesses as pay (no token changes)"]
+    refused = [layer.routing_refusal for layer in manifest.layers if layer.routing is None]
+    if refused:
+        lines.append(f"substitution: not possible with this model: {refused[0]}")
     if plan.capacity == plan.experts:
         return lines
+    levels = encoding_named(manifest.experts.encoding).levels
     shares = " in shares by layer" if policies.shares else ""
     takes = f"substitution {policies.substitution}"
     if policies.loss:

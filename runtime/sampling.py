@@ -51,6 +51,12 @@ class Sampler:
         self._random = np.random.default_rng(how.seed)
         self._bins = bins or Bins()
 
+    def fork(self) -> Sampler:
+        """One that draws what this one would, and goes its own way."""
+        other = Sampler(self._how, self._bins)
+        other._random.bit_generator.state = self._random.bit_generator.state
+        return other
+
     def draw(self, logits: np.ndarray) -> int:
         """A token id from float32 logits `[vocabulary]`. Filters apply in the order top-k, top-p
         (nucleus)."""

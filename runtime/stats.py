@@ -32,6 +32,8 @@ class Stats:
     guesses_used: int = 0  # guesses that a step used before they were evicted
     prefill_seconds: float = 0.0
     decode_steps: int = 0
+    guesses_checked: int = 0  # tokens of drafts
+    guesses_right: int = 0
     decode_seconds: float = 0.0  # in the engine: what the caller does between tokens does not count
     # Parts of both above: waiting for records with nothing left to compute, and computing what the
     # next layer may want.
@@ -59,9 +61,16 @@ class Stats:
         """Of all slots."""
         return self.substituted / max(1, self.slots)
 
+    @property
+    def decoded(self) -> int:
+        """Tokens of one sequence that steps gave."""
+        return self.decode_steps + self.guesses_right
+
     def line(self) -> str:
         """For people."""
-        rate = f"{self.decode_steps / self.decode_seconds:.1f} tok/s" if self.decode_steps else ""
+        rate = f"{self.decoded / self.decode_seconds:.1f} tok/s" if self.decode_steps else ""
+        if self.guesses_checked:
+            rate += f", {self.guesses_right} of {self.guesses_checked} guesses right"
         decoded = ", ".join(filter(None, (rate or "no decode", self.finish)))
         buffered = self.shards_buffered
         refused = f", {buffered} shards could not be read directly" if buffered else ""

@@ -69,6 +69,11 @@ class Kernels:
     threads: int
     threads_reason: str
 
+    def line(self) -> str:
+        """For people."""
+        threads = f"up to {self.threads} threads ({self.threads_reason})"
+        return f"kernels: {self.name} ({self.reason}), {threads}"
+
     def layer(
         self, gate: ExpertActivation, shape: ExpertShape, encoding: str, layout: RecordLayout
     ) -> LayerKernel:

@@ -23,12 +23,13 @@ import numpy as np
 
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
+from smoe.runtime.generation import Token
 from smoe.runtime.model import Prefill, Prompt
 from smoe.runtime.serve.admission import Admission, Beginning, Now
 from smoe.runtime.serve.prefixes import Past, Prefixes
 from smoe.runtime.serve.request import ENDED, Busy, Generation, Listener, Request
 from smoe.runtime.serve.scoring import Scoring
-from smoe.runtime.step import Phase, Sequence, Span, Step
+from smoe.runtime.step import Sequence
 
 T = TypeVar("T")
 MOST_WAITING = 256
@@ -141,8 +142,8 @@ class Loop:
     # -- one step ----------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """A token for everybody who generates, and a part of the prompts; whether there is more to
-        do."""
+        """What comes next for everybody who generates, and a part of the prompts; whether there is
+        more to do."""
         try:
             self._answer()
             self._leave()
@@ -168,32 +169,26 @@ class Loop:
         return [generation for generation in self._going if generation.last is not None]
 
     def _decode(self) -> None:
-        """A token for everybody."""
+        """A step of everybody."""
         started, generating = time.perf_counter(), self._generating()
-        for generation, logits in zip(generating, self._logits(generating), strict=True):
-            if isinstance(logits, EngineError):
-                self._end(generation, "failed", logits)
-            else:
-                self._take(generation, logits)
-        seconds = time.perf_counter() - started
-        self._usual.append(seconds)
-        self.engine.stats.decode_steps += 1
-        self.engine.stats.decode_seconds += seconds
+        for generation, came in zip(generating, self._advance(generating), strict=True):
+            if isinstance(came, EngineError):
+                self._end(generation, "failed", came)
+                continue
+            self.engine.stats.new_tokens += len(came)
+            if generation.continuation.finish:
+                self._end(generation, generation.continuation.finish)
+        self._usual.append(time.perf_counter() - started)
 
-    def _logits(self, generating: SequenceOf[Generation]) -> list[np.ndarray | EngineError]:
-        """Of everybody's last token, float32 `[vocabulary]`. If the step fails everybody goes
-        alone, so that nobody fails of what another one needs."""
-        spans = tuple(_span(generation) for generation in generating)
+    def _advance(self, generating: SequenceOf[Generation]) -> list[list[Token] | EngineError]:
+        """What comes of each. If the step fails everybody goes alone, so that nobody fails of what
+        another one needs."""
         try:
-            return [logits[0] for logits in self.engine.step(Step(spans))]
+            return self.engine.advance([generation.going for generation in generating])
         except EngineError as error:
-            return [error] if len(spans) == 1 else [self._alone(span) for span in spans]
-
-    def _alone(self, span: Span) -> np.ndarray | EngineError:
-        try:
-            return self.engine.step(Step((span,)))[0][0]
-        except EngineError as error:
-            return error
+            if len(generating) == 1:
+                return [error]
+        return [came for one in generating for came in self._advance([one])]
 
     def _read(self) -> None:
         """Prompts, in turns, for as long as a token usually takes."""
@@ -388,9 +383,3 @@ class Loop:
 def _ids(reading: _Reading) -> np.ndarray:
     """Of a beginning."""
     return np.zeros(0, np.int64) if reading.beginning is None else reading.beginning.ids
-
-
-def _span(generation: Generation) -> Span:
-    assert generation.sequence is not None and generation.last is not None
-    ids = np.array([generation.last.id])
-    return Span(generation.sequence, ids, np.array([0]), Phase.DECODE)

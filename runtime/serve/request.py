@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from smoe.runtime.draft.decoder import Going
 from smoe.runtime.errors import EngineError
 from smoe.runtime.generation import Allowed, Continuation, Token
 from smoe.runtime.ledger import LossLedger
@@ -105,6 +106,12 @@ class Generation:
             raise self.error
 
     # -- for the loop ------------------------------------------------------------------------------
+
+    @property
+    def going(self) -> Going:
+        """What the next step of it needs, once it generates."""
+        assert self.sequence is not None and self.last is not None
+        return Going(self.sequence, self.continuation, self.last.id, self.take)
 
     def begin(self, sequence: Sequence) -> None:
         """Its prompt is read into `sequence`, which may hold the beginning of it."""

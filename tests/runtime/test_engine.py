@@ -357,6 +357,7 @@ def test_the_time_of_the_caller_does_not_count(golden, monkeypatch):
 
     clock = Clock()  # stands still in the engine, and moves in the loop below
     monkeypatch.setattr("smoe.runtime.engine.time", clock)
+    monkeypatch.setattr("smoe.runtime.draft.decoder.time", clock)
     with Engine.open(golden) as engine:
         for _ in engine.generate([1, 2, 3], max_new_tokens=3):
             clock.now += 100

@@ -11,6 +11,7 @@ import numpy as np
 from smoe.artifacts import open_bundle
 from smoe.runtime import Engine, Policies, StopWhen
 from smoe.runtime.budget import Requests, memory_for
+from smoe.runtime.draft.named import draft_bytes
 from smoe.runtime.options import DEFAULT, tables_bytes
 from smoe.runtime.sampling import Sampling
 from smoe.runtime.serve import Generation, Loop, Request
@@ -32,7 +33,7 @@ def opened(bundle: Path, experts: int | None = None, policies: Policies = DEFAUL
     beside = None
     if experts is not None:
         there, together = open_bundle(bundle), Requests(AT_ONCE)
-        tables = tables_bytes(policies, there)
+        tables = tables_bytes(policies, there) + draft_bytes(policies, there)
         beside = memory_for(there, experts, CONTEXT, tables=tables, requests=together)
     how = {"context": CONTEXT, "requests": AT_ONCE, "policies": policies}
     return Engine.open(bundle, beside=beside, **how)
@@ -84,15 +85,15 @@ def schedule(engine: Engine, known: list[Asked], random: np.random.Generator) ->
 
 
 def many(
-    bundle: Path, count: int, seed: int, experts: int | None = None
+    bundle: Path, count: int, seed: int, experts: int | None = None, policies: Policies = DEFAULT
 ) -> tuple[Counter[str], list[str]]:
     """`count` schedules on an engine with room for so many `experts` (None: all)."""
     random = np.random.default_rng(seed)
     done: Counter[str] = Counter()
     wrong: list[str] = []
-    with opened(bundle, experts) as engine:
+    with opened(bundle, experts) as alone, opened(bundle, experts, policies) as engine:
         for number in range(count):
-            known = [asked(engine, random) for _ in range(PROMPTS)]
+            known = [asked(alone, random) for _ in range(PROMPTS)]
             done["schedules"] += 1
             done["requests"] += len(known)
             wrong += [f"schedule {number}: {text}" for text in schedule(engine, known, random)]
