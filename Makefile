@@ -23,9 +23,10 @@ lint: .venv/tested
 	$(BIN)/mypy --strict --no-warn-return-any -p smoe.artifacts -p smoe.runtime
 	$(BIN)/mypy -p smoe.prep
 
-# One process a core, a file of tests in one of them (they share what they build), and one thread each for torch.
+# One process a core, a file of tests in one of them (they share what they build), and one thread each for torch. Files go
+# in their order: those of prep, which take longest, are not what the others wait for.
 check: .venv/tested
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 ## The runtime's tests in an environment that `pip install smoe` makes: no torch, no transformers. CI does so with the oldest versions (`oldest`).
 lean: .venv-lean/installed
