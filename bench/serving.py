@@ -90,6 +90,7 @@ def ask(port: int, ids: list[int], new: int) -> Answer:
     connection = http.client.HTTPConnection("127.0.0.1", port)
     body = {"prompt": ids, "max_tokens": new, "stream": True, "temperature": 1, "seed": 1}
     body["stream_options"] = {"include_usage": True}
+    body["logprobs"] = 0  # so that every token is a part of its own, with text or without
     started = time.perf_counter()
     connection.request("POST", "/v1/completions", json.dumps(body))
     reply = connection.getresponse()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lm_eval.models  # noqa: F401  those of the harness register themselves
 import numpy as np
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance

@@ -113,12 +113,30 @@ _FUNCTION: dict[str, Kind] = {
     "name": Words(256),
     "description": Words(1 << 16),
     "parameters": Object(),
-    "strict": Only((False,), "calls are not held to a schema here"),
+    "strict": Flag(),
 }
 _TOOL: dict[str, Kind] = {
     "type": Only(("function",)),
     "function": Object(_FUNCTION, required=("name",)),
 }
+
+
+class Choice:
+    """Whether tools are called: a word, or the function that is called."""
+
+    _word = Only(("none", "auto", "required"))
+    _named = Object(
+        {"type": Only(("function",)), "function": Object({"name": Words(256)}, ("name",))},
+        required=("type", "function"),
+    )
+
+    def read(self, name: str, value: Any) -> Any:
+        return (self._named if isinstance(value, dict) else self._word).read(name, value)
+
+    def schema(self) -> Json:
+        return {"oneOf": [self._word.schema(), self._named.schema()]}
+
+
 _SCHEMA: dict[str, Kind] = {
     "name": Words(256),
     "description": Words(1 << 16),
@@ -148,8 +166,8 @@ CHAT: dict[str, Kind] = {
         required=("type",),
     ),
     "tools": Listed(Object(_TOOL, required=("type", "function")), MOST_TOOLS),
-    "tool_choice": Only(("none", "auto"), "a model calls what it wants to"),
-    "parallel_tool_calls": Only((True,), "a model calls as many tools as it wants to"),
+    "tool_choice": Choice(),
+    "parallel_tool_calls": Flag(),
     "modalities": Only((["text"],)),
     "store": Only((False,)),
     "metadata": Anything(),
@@ -226,10 +244,12 @@ class Drawing:
 @dataclass(frozen=True)
 class Chat:
     """`messages` with a template's `variables`; `tools` are those that may be called (None: there
-    are none), and `schema` is that of an answer in JSON (None: it is free)."""
+    are none), `forced` the functions of which one must be, and `schema` is that of an answer in
+    JSON (None: it is free)."""
 
     messages: list[Json]
     tools: list[Json] | None
+    forced: list[Json]
     schema: Json | None
     variables: Json
     how: Drawing
@@ -268,7 +288,36 @@ def chat(body: Json) -> Chat:
             param="response_format",
             code="unsupported_parameter",
         )
-    return Chat(given["messages"], tools or None, schema, variables, how)
+    forced = _forced(given, tools or [])
+    return Chat(given["messages"], tools or None, forced, schema, variables, how)
+
+
+def _forced(given: Json, tools: list[Json]) -> list[Json]:
+    """The functions of which one must be called."""
+    choice, functions = given.get("tool_choice", "auto"), [tool["function"] for tool in tools]
+    if choice in ("none", "auto"):
+        _refuse_free(given, functions)
+        return []
+    if isinstance(choice, dict):
+        wanted = choice["function"]["name"]
+        functions = [function for function in functions if function["name"] == wanted]
+    if not functions:
+        raise Refusal("tool_choice asks for a tool that tools does not have.", param="tool_choice")
+    return functions
+
+
+def _refuse_free(given: Json, functions: list[Json]) -> None:
+    """What is said of calls that a model makes or not as it wants to."""
+    strict = [n for n, function in enumerate(functions) if function.get("strict")]
+    names = [f"tools[{n}].function.strict" for n in strict]
+    names += [] if given.get("parallel_tool_calls", True) else ["parallel_tool_calls"]
+    if names:
+        raise Refusal(
+            f"{names[0]} is about a call that has to come, and this model calls what it wants to; "
+            "let tool_choice ask for one, or leave it out.",
+            param=names[0],
+            code="unsupported_parameter",
+        )
 
 
 def _schema(given: Json) -> Json | None:

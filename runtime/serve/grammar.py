@@ -1,4 +1,5 @@
-"""Answers that are JSON of a schema: of every draw only those tokens are left that go on with it.
+"""Answers that are JSON of a schema, or a call: of every draw only those tokens are left that go on
+with it.
 
 What may follow is llguidance's word (an Earley parser over the vocabulary's bytes); it reads the
 bundle's tokenizer.json and nothing from elsewhere."""
@@ -6,6 +7,7 @@ bundle's tokenizer.json and nothing from elsewhere."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from llguidance import LLMatcher, LLTokenizer
 from smoe.runtime.engine import Engine
 from smoe.runtime.errors import EngineError
 from smoe.runtime.serve.fields import SHOWN, Json
+from smoe.runtime.serve.forced import call_grammar
 from smoe.runtime.serve.refusal import Refusal
 
 # Space that may stand everywhere is where a small model stays for ever.
@@ -30,21 +33,30 @@ class Grammars:
     def of(self, schema: Json) -> Grammar:
         """Of what `schema` describes; a `Refusal` says why it cannot be followed."""
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=COMPACT)
-        matcher = LLMatcher(self._read(), grammar)
+        return self._made(grammar, "response_format")
+
+    def of_call(self, template: str, functions: Sequence[Json]) -> Grammar:
+        """Of one call of one of `functions`, as the model of a chat `template` writes it."""
+        tokenizer = self._engine.text.tokenizer
+        known = {} if tokenizer is None else tokenizer.get_added_tokens_decoder()
+        special = {token.content: number for number, token in known.items() if token.special}
+        grammar = LLMatcher.grammar_from_lark(call_grammar(template, functions, special))
+        return self._made(grammar, "tools")
+
+    def _made(self, grammar: str, param: str) -> Grammar:
+        matcher = LLMatcher(self._read(param), grammar)
         if matcher.is_error():
             said = matcher.get_error().strip().splitlines() or ["it has no words"]
-            raise Refusal(
-                f"This schema cannot be followed: {said[0][: 2 * SHOWN]}.", param="response_format"
-            )
+            raise Refusal(f"This schema cannot be followed: {said[0][: 2 * SHOWN]}.", param=param)
         return Grammar(matcher)
 
-    def _read(self) -> LLTokenizer:
+    def _read(self, param: str) -> LLTokenizer:
         model, tokenizer = self._engine.manifest.model, self._engine.text.tokenizer
         if tokenizer is None or not model.end_ids:
             raise Refusal(
                 "This bundle has no tokenizer or no end token, without which an answer cannot be "
-                "held to a format; leave response_format out.",
-                param="response_format",
+                f"held to a format; leave {param} out.",
+                param=param,
             )
         if self._tokenizer is None:
             # A tokenizer may know more tokens than the model has logits of.

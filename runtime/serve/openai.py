@@ -60,7 +60,7 @@ class OpenAI:
             messages = bodies.addressed(asked.messages, text.template(asked.tools))
             ids = text.chat(messages, tools=asked.tools, **asked.variables)
             readers.append(self._reader(ids, asked.tools))
-            allowed = None if asked.schema is None else self._allowed(ids, asked.schema)
+            allowed = self._allowed(ids, asked)
             return [self._request(ids, asked.how, None, readers[0] is not None, allowed)]
 
         def answer(call: Call) -> ChatAnswer:
@@ -85,16 +85,22 @@ class OpenAI:
         schemas_of = schemas if tools else None
         return channels.reader(text.controls(), self._end(ids), schemas_of)
 
-    def _allowed(self, ids: Sequence[int], schema: Json) -> Allowed:
-        """What holds the answer to a prompt of `ids` to a schema."""
-        channels = Channels.of(self._engine.text.template())
-        if channels.harmony or channels.thinks(self._end(ids)):
+    def _allowed(self, ids: Sequence[int], asked: bodies.Chat) -> Allowed | None:
+        """What holds the answer to a prompt of `ids` to a schema, or to a call."""
+        if asked.schema is None and not asked.forced:
+            return None
+        template = self._engine.text.template(asked.tools)
+        channels = Channels.of(template)
+        param = "tool_choice" if asked.forced else "response_format"
+        if (channels.harmony and not asked.forced) or channels.thinks(self._end(ids)):
             raise Refusal(
-                "The model thinks before it answers, which no response_format has; switch that off "
-                "with chat_template_kwargs, or leave response_format out.",
-                param="response_format",
+                f"The model thinks before it answers, which no {param} has; switch that off with "
+                f"chat_template_kwargs, or leave {param} out.",
+                param=param,
             )
-        return self._grammars.of(schema)
+        if asked.schema is not None:
+            return self._grammars.of(asked.schema)
+        return self._grammars.of_call(template, asked.forced)
 
     def _end(self, ids: Sequence[int]) -> str:
         return self._engine.text.decode(ids[-END:], special=True)

@@ -1,6 +1,8 @@
 """The server as clients see it: on a real socket, answers are those of the engine alone."""
 
 import json
+import shutil
+import subprocess
 import threading
 
 import numpy as np
@@ -314,3 +316,18 @@ def test_a_silent_stream_has_heartbeats(bundle):
         assert comments and reply.body.endswith("data: [DONE]\n\n")
         events = [b for b in reply.body.split("\n\n") if b.startswith("data: {")]
         assert all(json.loads(block[6:]) for block in events)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_a_stream_to_curl(client):
+    address = f"http://127.0.0.1:{client.port}/v1/chat/completions"
+    body = json.dumps({"messages": TALK, "max_tokens": 8, "temperature": 0, "stream": True})
+    # As a page of instructions has it: no header says that the body is JSON.
+    asked = ["curl", "--silent", "--show-error", "--no-buffer", "--fail", address, "-d", body]
+    said = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
+    events = [line.removeprefix("data: ") for line in said.splitlines() if line]
+    assert events[-1] == "[DONE]"
+    deltas = [json.loads(event)["choices"][0]["delta"] for event in events[:-1]]
+    whole = client.ask("/v1/chat/completions", json.loads(body) | {"stream": False}).body
+    text = "".join(delta.get("content") or "" for delta in deltas)
+    assert text == whole["choices"][0]["message"]["content"]

@@ -100,3 +100,18 @@ def test_nothing_is_wider_than_the_screen(page, width, height):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     box = page.locator("#send").bounding_box()
     assert box["x"] + box["width"] <= width and box["y"] + box["height"] <= height
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_rules_of_access_are_kept(page, scheme, width):
+    """Contrast, names, order: what axe-core checks."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core")
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 844})
+    _set(page, 8)
+    page.fill("#said", "x")
+    page.click("#send")
+    page.wait_for_selector(".assistant small")
+    found = axe.Axe().run(page).response["violations"]
+    assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import http.client
 import json
+import shutil
 import socket
 import threading
 import time
@@ -13,11 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smoe.artifacts.manifest import File, Manifest
 from smoe.runtime import Engine
 from smoe.runtime.serve.server import Server, Serving
 
 WAIT = 20.0  # seconds after which something will not come any more
 LINE = b"\r\n\r\n"
+# Writes calls as Qwen's template does, and is short.
+CALLS = "{% for one in messages %}{{ one.content }}{% endfor %}{% if tools %}<tool_call>{% endif %}"
 
 
 @dataclass
@@ -85,6 +91,19 @@ class Client:
         """Requests that wait, are read or generate."""
         told = self.ask("/health").body
         return told["waiting"] + told["reading"] + told["generating"]
+
+
+def with_template(bundle: Path, copy: Path, template: str = CALLS) -> Path:
+    """A `copy` of a bundle with another chat template."""
+    shutil.copytree(bundle, copy)
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    content = json.dumps(settings | {"chat_template": template}).encode()
+    (copy / "tokenizer_config.json").write_bytes(content)
+    manifest = Manifest.parse((copy / "manifest.json").read_text(), "manifest.json")
+    one = File(len(content), hashlib.sha256(content).hexdigest())
+    files = manifest.files | {"tokenizer_config.json": one}
+    (copy / "manifest.json").write_text(dataclasses.replace(manifest, files=files).to_json())
+    return copy
 
 
 @contextlib.contextmanager
