@@ -86,15 +86,26 @@ class Decoder:
         of. An `EngineError` that is nobody's own leaves all sequences as they were."""
         started = time.perf_counter()
         guesses = [self._guess(one, len(going) - 1) for one in going]
+        guessed = time.perf_counter()
+        try:
+            rows = self._rows(going, guesses)
+        except EngineError:  # which may be of a guess
+            if not any(guesses):
+                raise
+            guesses = [[] for _ in going]
+            rows = self._rows(going, guesses)
+        came = [self._take(*each) for each in zip(going, guesses, rows, strict=True)]
+        ended = time.perf_counter()
+        self._times.seen(len(going) + sum(map(len, guesses)), ended - guessed)
+        self._stats.decode_steps += 1
+        self._stats.decode_seconds += ended - started
+        return came
+
+    def _rows(self, going: SequenceOf[Going], guesses: SequenceOf[list[int]]) -> list[np.ndarray]:
+        """Of each, the logits float32 `[1 + guesses, vocabulary]`."""
         spans = tuple(_span(one, its) for one, its in zip(going, guesses, strict=True))
         with _ledgers_kept(spans):
-            rows = self._step(Step(spans))
-        came = [self._take(*each) for each in zip(going, guesses, rows, strict=True)]
-        seconds = time.perf_counter() - started
-        self._times.seen(sum(len(span.ids) for span in spans), seconds)
-        self._stats.decode_steps += 1
-        self._stats.decode_seconds += seconds
-        return came
+            return self._step(Step(spans))
 
     def _guess(self, one: Going, others: int) -> list[int]:
         """As many guesses as pay in a step in which so many `others` have a token each."""

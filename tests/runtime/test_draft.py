@@ -192,6 +192,28 @@ def test_drafts_are_in_the_mode_lines_and_in_the_plan(programmed):
         assert "guesses right" in engine.stats.line()
 
 
+def test_a_guess_that_cannot_be_computed_is_left_out(programmed):
+    ids, broke = _repeating(2, 40), list[int]()
+
+    def breaks(step: Step) -> list[np.ndarray]:
+        if step.tokens > 1:
+            broke.append(step.tokens)
+            raise EngineError("A record cannot be read.")
+        return engine.step(step)
+
+    with opened(programmed, policies=Policies(draft="ngram")) as engine:
+        wanted = [token.id for token in engine.generate(ids, 12, stop=NEVER)]
+        sequence, stats = engine.new_sequence(), Stats()
+        made = engine.continuation(Sampling(), NEVER, 12)
+        found = [made.take(engine.prefill(sequence, ids).finish()[-1])]
+        decoder = Decoder(breaks, stats, most=8)
+        while not made.finish:
+            (came,) = decoder.advance([Going(sequence, made, found[-1].id, made.take)])
+            found += came
+        assert [token.id for token in found] == wanted
+        assert broke and not stats.guesses_checked
+
+
 def test_a_step_that_fails_costs_nobody_anything(goldens, tmp_path):
     bundle = prices.add_prices(goldens[2], tmp_path / "priced")
 
