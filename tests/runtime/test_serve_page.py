@@ -102,6 +102,16 @@ def test_nothing_is_wider_than_the_screen(page, width, height):
     assert box["x"] + box["width"] <= width and box["y"] + box["height"] <= height
 
 
+def test_who_comes_back_from_the_settings_sees_the_answer(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    _set(page, 8)  # they lie below
+    page.fill("#said", "x")
+    page.click("#send")
+    page.wait_for_selector(".assistant small")
+    top = page.locator(".assistant").bounding_box()["y"]
+    assert 0 <= top <= 844
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_rules_of_access_are_kept(page, scheme, width):
