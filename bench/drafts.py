@@ -48,8 +48,8 @@ PROCESS = 64 << 20  # bytes of an interpreter that a plan is beside, at most
     option("--bundle", type=Path, help="instead of the padded example model"),
     option("--domains", nargs="+", default=["code", "prose"], help="of the text's lines"),
     option("--texts", type=int, default=3, help="of each domain"),
-    option("--prompt", type=int, default=384, help="tokens of each"),
-    option("--new", type=int, default=128, help="tokens after them"),
+    option("--prompt", type=int, default=1024, help="tokens of each"),
+    option("--new", type=int, default=256, help="tokens after them"),
     option("--drafts", nargs="+", default=["none", "ngram", "resident"]),
     option("--threads", type=int, default=2),
 )  # fmt: skip
