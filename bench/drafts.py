@@ -8,7 +8,9 @@ files dropped from the page cache before.
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,16 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from bench import cgroup, models, options, page_cache
+from bench import cgroup, models, options
 from bench.harness import (
     Rows,
     Run,
     Table,
     bench,
     child,
-    child_command,
-    child_environment,
-    child_result,
+    child_within,
     interleave,
     note,
     option,
@@ -35,10 +35,13 @@ from smoe.artifacts import open_bundle
 from smoe.runtime import Engine, Policies, StopWhen
 from smoe.runtime.budget import memory_for
 from smoe.runtime.draft.named import draft_bytes
+from smoe.runtime.draft.ngrams import NGrams
 from smoe.runtime.serve import Loop, Request
+from smoe.runtime.text import Text
 
 Answer = dict[str, Any]
 REPEATED = 32
+AHEAD = 8  # guesses
 PROCESS = 64 << 20  # bytes of an interpreter that a plan is beside, at most
 
 
@@ -89,8 +92,6 @@ def drafts(run: Run) -> Rows:
 
 def _texts(run: Run, bundle: Path, domain: str) -> Iterator[list[int]]:
     """Ids of the first texts that repeat nothing long."""
-    from smoe.runtime.text import Text
-
     text, length, found = Text(bundle, open_bundle(bundle).manifest.files), run.prompt + run.new, 0
     for line in run.text.read_text().splitlines():
         document = json.loads(line)
@@ -115,19 +116,49 @@ def _measured(run: Run, bundle: Path, draft: str, share: float, texts: list[list
     if share >= 1:
         return child("drafts:say", **settings)
     limit = _beside(str(bundle), draft, share, len(texts[0])) + PROCESS
-    page_cache.drop(page_cache.files_under(bundle))
-    with cgroup.Group("drafts", limit=limit + limit // 16) as group:
-        outcome = group.run(child_command("drafts:say", settings), env=child_environment())
-    if outcome.code:
-        note(outcome.err)
-        raise SystemExit(f"A run in {limit >> 20} MiB ended with {outcome.code}.")
-    return child_result(outcome.out)
+    within = limit + limit // 16
+    return child_within(within, "drafts:say", **settings)
 
 
 def _beside(bundle: str, draft: str, share: float, context: int) -> int:
     opened, policies = open_bundle(bundle), Policies(draft=draft)
     experts = int(share * sum(layer.experts for layer in opened.manifest.layers))
     return memory_for(opened, experts, context, tables=draft_bytes(policies, opened))
+
+
+@bench(
+    options.TEXT, options.BUNDLE,
+    option("--domains", nargs="+", default=["code", "docs", "prose"], help="of the text's lines"),
+    option("--from", dest="first", type=int, default=300, help="tokens of a text before the first"),
+    option("--to", dest="last", type=int, default=1800, help="tokens of a text at most"),
+)  # fmt: skip
+def ngrams(run: Run) -> Rows:
+    """How often the text goes on as it did after the last copy of its end, by the copy's length."""
+    text = Text(run.bundle, open_bundle(run.bundle).manifest.files)
+    runs: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for line in run.text.read_text().splitlines():
+        document = json.loads(line)
+        domain = document.get("domain", "all")
+        if domain not in (*run.domains, "all"):
+            continue
+        ids, seen = text.encode(document["text"])[: run.last], NGrams()
+        seen.push(ids[: run.first])
+        for at in range(run.first, len(ids)):
+            if length := seen.find():
+                pairs = zip(seen.next(AHEAD), ids[at : at + AHEAD], strict=False)
+                right = list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+                runs[domain, length].append(len(right))
+                runs["all of them", length].append(len(right))
+            seen.push([ids[at]])
+    columns = {
+        "text": "{}", "tokens that were there": "{}", "times": "{}", "next one right": "{:.2f}",
+        f"right of {AHEAD} in a row": "{:.2f}",
+    }  # fmt: skip
+    lines = [
+        [domain, length, len(found), np.mean([one > 0 for one in found]), np.mean(found)]
+        for (domain, length), found in sorted(runs.items())
+    ]
+    yield Table("ngrams", columns, lines)
 
 
 class _Said:

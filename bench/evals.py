@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,23 +126,15 @@ def _answers(task: Path, folder: Path, model: str, arguments: str) -> list[dict[
 @contextmanager
 def _server(bundle: Path, log: Path) -> Iterator[int]:
     """`smoe serve` in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "smoe.runtime",
-        "serve",
-        str(bundle),
-        "--port",
-        "0",
-        "--model-name",
-        "m",
-    ]
+    how = ["--port", "0", "--model-name", "m"]
+    command = [sys.executable, "-m", "smoe.runtime", "serve", str(bundle), *how]
     with open(log, "w") as told:
         server = subprocess.Popen(command, stderr=told, stdout=told)
     try:
         while "serving:" not in (text := log.read_text()):
             if server.poll() is not None:
                 raise SystemExit(f"The server ended: {text[-2000:]}")
+            time.sleep(0.05)
         line = next(line for line in text.splitlines() if line.startswith("serving:"))
         yield int(line.partition("http://")[2].split()[0].rpartition(":")[2].strip("/"))
     finally:

@@ -25,6 +25,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bench import cgroup, page_cache
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 PACKAGES = ("smoe", "numpy", "onnxruntime", "torch", "transformers", "llama_cpp_python")
@@ -191,6 +193,18 @@ def child(
         said = f"{function} ended with {done.returncode}; above is what it said."
         raise ChildFailed(said, why[:200])
     return child_result(done.stdout)
+
+
+def child_within(limit: int, function: str, **arguments: Any) -> Any:
+    """The same in a memory cgroup of so many bytes, with the files of the argument `bundle` dropped
+    from the page cache before."""
+    page_cache.drop(page_cache.files_under(Path(arguments["bundle"])))
+    with cgroup.Group(function.partition(":")[0], limit=limit) as group:
+        done = group.run(child_command(function, arguments), env=child_environment())
+    if done.code:
+        note(done.err)
+        raise SystemExit(f"{function} in {limit >> 20} MiB ended with {done.code}.")
+    return child_result(done.out)
 
 
 def note(*lines: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import cgroup, models, options, page_cache
+from bench import cgroup, models, options
 from bench.budgets import beside, budget_for_share
 from bench.harness import (
     Rows,
@@ -25,9 +25,7 @@ from bench.harness import (
     Table,
     bench,
     child,
-    child_command,
-    child_environment,
-    child_result,
+    child_within,
     note,
     option,
     spread,
@@ -114,7 +112,6 @@ def _measured(
 ) -> dict[str, Any]:
     """One run in a process and a cgroup of its own."""
     ids = tokens_of(bundle, run.text, run.prompt + run.tokens + 997)
-    page_cache.drop(page_cache.files_under(bundle))
     asked = {
         "bundle": str(bundle), "way": way, "sequences": sequences, "ids": ids,
         "share": share, "prompt": run.prompt, "tokens": run.tokens, "warm": run.warm,
@@ -122,12 +119,7 @@ def _measured(
         "seed": run.seed,
     }  # fmt: skip
     limit = room["memory"] + sequences * room["state"] + SPARE
-    with cgroup.Group("planes", limit) as group:
-        done = group.run(child_command("planes:run_way", asked), env=child_environment())
-    if done.code:
-        note(done.err)
-        raise SystemExit(f"{way} ended with {done.code}; above is what it said.")
-    return child_result(done.out)
+    return child_within(limit, "planes:run_way", **asked)
 
 
 def needs(bundle: str, share: float, context: int) -> dict[str, int]:

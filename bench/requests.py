@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import cgroup, options, page_cache
+from bench import cgroup, options
 from bench.decoding import per_token, random_ids, reads
 from bench.harness import (
     Rows,
@@ -26,9 +26,7 @@ from bench.harness import (
     Table,
     bench,
     child,
-    child_command,
-    child_environment,
-    child_result,
+    child_within,
     interleave,
     note,
     option,
@@ -101,13 +99,8 @@ def _limited(run: Run, share: float, count: int, policy: str) -> Answer:
         return child("requests:once", **settings)
     bundle, context = open_bundle(run.bundle), run.prompt + run.new
     limit = _budget(bundle, share, context, count) + PROCESS
-    page_cache.drop(page_cache.files_under(run.bundle))
-    with cgroup.Group("requests", limit=limit + limit // 16) as group:
-        outcome = group.run(child_command("requests:once", settings), env=child_environment())
-    if outcome.code:
-        note(outcome.err)
-        raise SystemExit(f"A run in {limit >> 20} MiB ended with {outcome.code}.")
-    return child_result(outcome.out)
+    within = limit + limit // 16
+    return child_within(within, "requests:once", **settings)
 
 
 def _budget(bundle: Any, share: float, context: int, count: int) -> int:

@@ -14,10 +14,9 @@ import numpy as np
 from smoe.runtime.draft.pays import Odds, StepTimes, guesses_that_pay
 from smoe.runtime.errors import EngineError
 from smoe.runtime.generation import Continuation, Token
+from smoe.runtime.model import FEW
 from smoe.runtime.stats import Stats
 from smoe.runtime.step import Phase, Sequence, Span, Step
-
-ROWS = 32  # tokens of a step that has guesses: as many as go through all layers without a pause
 
 
 class Proposer(Protocol):
@@ -109,7 +108,7 @@ class Decoder:
 
     def _guess(self, one: Going, others: int) -> list[int]:
         """As many guesses as pay in a step in which so many `others` have a token each."""
-        draft, room = one.made.draft, ROWS // (others + 1) - 1
+        draft, room = one.made.draft, FEW // (others + 1) - 1
         most = min(self._most, room, one.made.left - 1)
         if draft is None or most < 1:
             return []

@@ -8,21 +8,19 @@ from dataclasses import dataclass
 from smoe.artifacts import Bundle
 from smoe.runtime.budget import MemoryPlan
 from smoe.runtime.cache.predict import Predictor
-from smoe.runtime.draft.decoder import ROWS, Decoder, Proposer
+from smoe.runtime.draft.decoder import Decoder, Proposer
 from smoe.runtime.draft.ngrams import NGrams
 from smoe.runtime.draft.resident import OnResident, ResidentExperts, on_resident
 from smoe.runtime.errors import EngineError
 from smoe.runtime.execution import Division
 from smoe.runtime.experts import LocalExperts
-from smoe.runtime.model import Model
+from smoe.runtime.model import FEW, Model
 from smoe.runtime.options import Policies, number_of
 from smoe.runtime.program.layout import StateLayout
 from smoe.runtime.stats import Stats
 
 MOST = 16
-SURE = 0.4  # below that a guess on resident experts costs more than it brings
-
-
+SURE = 0.4  # of the probability; less is not guessed on resident experts (not varied so far)
 NewProposer = Callable[[], Proposer]
 
 
@@ -72,7 +70,7 @@ def draft_bytes(policies: Policies, bundle: Bundle) -> int:
     what it shares."""
     if policies.draft == "none":
         return 0
-    nbytes = 4 * ROWS * bundle.manifest.model.vocabulary
+    nbytes = 4 * FEW * bundle.manifest.model.vocabulary
     if _asked(policies.draft)[0] == "resident" and bundle.program is not None:
         nbytes += StateLayout.of(bundle.program, "f32").nbytes(MOST)
     return nbytes
