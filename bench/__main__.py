@@ -14,8 +14,8 @@ from smoe.artifacts import SmoeError
 MODULES = (
     "policies", "micro", "prep", "quality", "large", "backbones", "memory", "outofcore", "decoding",
     "contexts", "state", "families", "lengths", "sidebyside", "prompts", "opening", "models",
-    "packing", "pictures", "carried", "planes", "bits", "drafts", "evals", "shadow", "requests",
-    "serving", "soak",
+    "packing", "gpu", "pictures", "carried", "planes", "bits", "drafts", "rows", "evals", "shadow",
+    "requests", "serving", "soak",
 )  # fmt: skip
 
 

@@ -92,20 +92,25 @@ def drafts(run: Run) -> Rows:
 
 def _texts(run: Run, bundle: Path, domain: str) -> Iterator[list[int]]:
     """Ids of the first texts that repeat nothing long."""
-    text, length, found = Text(bundle, open_bundle(bundle).manifest.files), run.prompt + run.new, 0
-    for line in run.text.read_text().splitlines():
+    text, length = Text(bundle, open_bundle(bundle).manifest.files), run.prompt + run.new
+    return itertools.islice(texts_of(text, run.text, domain, length), run.texts)
+
+
+def texts_of(text: Text, file: Path, domain: str, length: int) -> Iterator[list[int]]:
+    """The first `length` ids of every text of a domain that repeats nothing long. A `SystemExit`
+    where there is none."""
+    none = True
+    for line in file.read_text().splitlines():
         document = json.loads(line)
         if document.get("domain", domain) != domain:
             continue
         ids = text.encode(document["text"])[:length]
         grams = {tuple(ids[at : at + REPEATED]) for at in range(len(ids) - REPEATED + 1)}
         if len(ids) == length and len(grams) == length - REPEATED + 1:
+            none = False
             yield ids
-            found += 1
-        if found == run.texts:
-            return
-    if not found:
-        raise SystemExit(f"There is no text of {length} tokens in domain {domain} of {run.text}.")
+    if none:
+        raise SystemExit(f"There is no text of {length} tokens in domain {domain} of {file}.")
 
 
 def _measured(run: Run, bundle: Path, draft: str, share: float, texts: list[list[int]]) -> Answer:

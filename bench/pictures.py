@@ -18,9 +18,10 @@ Line = Sequence[float | None]
 def picture(run: Run) -> Rows:
     """Draw docs/outofcore.svg and docs/decoding.svg from the records of those runs."""
     written = []
-    for name, draw in (("outofcore", draw_limits), ("decoding", draw_decoding)):
+    pictures = ("outofcore", "outofcore", draw_limits), ("decoding-16", "decoding", draw_decoding)
+    for record, name, draw in pictures:
         out = ROOT / "docs" / f"{name}.svg"
-        draw(read_record(run.records / f"{name}.json"), out)
+        draw(read_record(run.records / f"{record}.json"), out)
         written.append([str(out.relative_to(ROOT))])
     yield Table("picture", {"written": "{}"}, written)
 
