@@ -99,46 +99,76 @@ SMOE_INLINE Slices slices_of(const Operand& w, std::size_t tile) {
     return found;
 }
 
-// One token: values go from registers into the sums. Codes are read once, so they are fetched some
-// blocks ahead.
-constexpr std::size_t BLOCKS_AHEAD = 8;
+// N tokens: values go from registers into the sums of all of them. Codes are read once, so
+// they are fetched some blocks ahead. Where there are registers for it, sums are in two chains, so
+// that a product need not wait for the one before.
+constexpr std::size_t BLOCKS_AHEAD = 8, FEW = 4;
 
-template <std::size_t BITS, class S>
-SMOE_INLINE void one_token(const Operand& w, std::size_t tile, const Rows& x, float* y) {
+template <std::size_t BITS, std::size_t N, class S>
+SMOE_INLINE void some_tokens(const Operand& w, std::size_t tile, const Rows& x, float* y,
+                             std::size_t stride) {
+    constexpr std::size_t CHAINS = N * PARTS <= 4 ? 2 : 1;
     const Matrix& m = *w.m;
     const Tables& tables = m.tables[w.level - 1];
     const Slices at = slices_of(w, tile);
     const auto* scales =
         reinterpret_cast<const typename S::T*>(w.record + m.scale) + tile * m.groups() * ROWS;
     const std::size_t in_group = m.group / COLUMNS, blocks = m.blocks();
-    Floats total[PARTS];
-    for (std::size_t part = 0; part < PARTS; ++part) total[part] = no_floats();
+    Floats total[PARTS][N];
+    for (std::size_t part = 0; part < PARTS; ++part)
+        for (std::size_t n = 0; n < N; ++n) total[part][n] = no_floats();
     for (std::size_t g = 0, b = 0; b < blocks; ++g) {
-        Sums sums[PARTS][2];
-        for (std::size_t part = 0; part < PARTS; ++part) {
-            sums[part][0] = start(x.sum[0][g]);
-            sums[part][1] = no_sums();
-        }
+        Sums sums[PARTS][N][CHAINS];
+        for (std::size_t part = 0; part < PARTS; ++part)
+            for (std::size_t n = 0; n < N; ++n) {
+                sums[part][n][0] = start(x.sum[n][g]);
+                if (CHAINS > 1) sums[part][n][CHAINS - 1] = no_sums();
+            }
         const std::size_t end = b + in_group < blocks ? b + in_group : blocks;
         for (; b < end; ++b) {
             const std::uint8_t* slices[MAX_BITS];
-            for (std::size_t t = 0; t < BITS; ++t) {
-                slices[t] = at.data[t] + b * at.step[t];
-                __builtin_prefetch(slices[t] + BLOCKS_AHEAD * at.step[t]);
+            for (std::size_t i = 0; i < BITS; ++i) {
+                slices[i] = at.data[i] + b * at.step[i];
+                __builtin_prefetch(slices[i] + BLOCKS_AHEAD * at.step[i]);
             }
             for (std::size_t part = 0; part < PARTS; ++part) {
                 Bytes v[QUADS];
                 values<BITS>(slices, part, tables, v);
                 for (std::size_t i = 0; i < QUADS; ++i)
-                    sums[part][i % 2] =
-                        dot(sums[part][i % 2], v[i], quad_at(x.q[0] + b * COLUMNS + 4 * i));
+                    for (std::size_t n = 0; n < N; ++n) {
+                        Sums& s = sums[part][n][i % CHAINS];
+                        s = dot(s, v[i], quad_at(x.q[n] + b * COLUMNS + 4 * i));
+                    }
             }
         }
-        for (std::size_t part = 0; part < PARTS; ++part)
-            total[part] = scaled(total[part], plus(sums[part][0], sums[part][1]),
-                                 S::load(scales + g * ROWS + part * WIDE), x.step[0][g]);
+        for (std::size_t part = 0; part < PARTS; ++part) {
+            const Floats scale = S::load(scales + g * ROWS + part * WIDE);
+            for (std::size_t n = 0; n < N; ++n) {
+                const Sums* of = sums[part][n];
+                const Sums sum = CHAINS > 1 ? plus(of[0], of[CHAINS - 1]) : of[0];
+                total[part][n] = scaled(total[part][n], sum, scale, x.step[n][g]);
+            }
+        }
     }
-    for (std::size_t part = 0; part < PARTS; ++part) put(y + part * WIDE, total[part]);
+    for (std::size_t part = 0; part < PARTS; ++part)
+        for (std::size_t n = 0; n < N; ++n)
+            put(y + n * stride + part * WIDE, total[part][n]);
+}
+
+// Up to `FEW` tokens.
+template <std::size_t BITS, class S>
+SMOE_INLINE void few_tokens(const Operand& w, std::size_t tile, const Rows& x, float* y,
+                            std::size_t stride) {
+    switch (x.n) {
+        case 1:
+            return some_tokens<BITS, 1, S>(w, tile, x, y, stride);
+        case 2:
+            return some_tokens<BITS, 2, S>(w, tile, x, y, stride);
+        case 3:
+            return some_tokens<BITS, 3, S>(w, tile, x, y, stride);
+        case FEW:
+            return some_tokens<BITS, FEW, S>(w, tile, x, y, stride);
+    }
 }
 
 // The values of some blocks of a tile, written down.
@@ -157,12 +187,13 @@ SMOE_INLINE void decode(const Slices& at, const Tables& tables, std::size_t firs
     }
 }
 
-// Tiles times some tokens: many ones have the values of a chunk written down once.
+// Tiles times some tokens: more than a few have the values of a chunk written down once.
 template <std::size_t BITS, class S = BF16>
 void nested_tiles(const Operand& w, std::size_t tile, std::size_t tiles, const Rows& x, float* y,
                   std::size_t stride) {
-    if (x.n == 1) {
-        for (std::size_t i = 0; i < tiles; ++i) one_token<BITS, S>(w, tile + i, x, y + i * ROWS);
+    if (x.n <= FEW) {
+        for (std::size_t i = 0; i < tiles; ++i)
+            few_tokens<BITS, S>(w, tile + i, x, y + i * ROWS, stride);
         return;
     }
     const Matrix& m = *w.m;
