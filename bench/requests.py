@@ -30,6 +30,7 @@ from bench.harness import (
     interleave,
     note,
     option,
+    spread,
 )  # fmt: skip
 from smoe.artifacts import open_bundle
 from smoe.runtime import Engine, Policies, StopWhen
@@ -75,14 +76,14 @@ def requests(run: Run) -> Rows:
     lines = []
     for share in run.shares:
         for policy in run.policies:
-            one = None
+            alone = results.get(f"{share:g} 1 {policy}", [])
+            one = spread([a["tokens_per_second"] for a in alone]).median if alone else None
             for count in run.requests:
                 answers = results[f"{share:g} {count} {policy}"]
                 middle = sorted(answers, key=lambda a: a["tokens_per_second"])[len(answers) // 2]
-                one = one or middle["tokens_per_second"] / run.requests[0]
                 lines.append([
                     share, count, policy, middle["tokens_per_second"],
-                    middle["tokens_per_second"] / one,
+                    one and middle["tokens_per_second"] / one,
                     middle["bytes_read"] / middle["new_tokens"] / 1e6, middle["hit_rate_after"],
                     middle["stall_share"], middle["tpot"] * 1e3, middle["ttft"],
                 ])  # fmt: skip
