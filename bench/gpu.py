@@ -12,7 +12,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -40,24 +39,24 @@ def gpu(run: Run) -> Rows:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         seconds: dict[str, dict[str, float]] = {}
-        outputs = {"cpu": folder / "processor", run.device: folder / "device"}
-        for device, output in outputs.items():
+        ours, theirs = folder / "processor", folder / "device"
+        for device, output in (("cpu", ours), (run.device, theirs)):
             note(f"the example on {device}")
             seconds[f"the example, {device}"] = child(
                 "gpu:prepared", model=EXAMPLES / "reference", tokens=run.tokens, device=device,
                 text=EXAMPLES / "calibration.jsonl", output=output,
             )  # fmt: skip
-        yield _tables(*outputs.values())
-        yield _codes(*outputs.values())
+        yield _tables(ours, theirs)
+        yield _codes(ours, theirs)
         shape = GEOMETRIES[run.geometry](layers=run.layers)
         note(f"writing {run.layers} layers of {run.geometry}")
         model = random_checkpoint(folder / "model", shape)
         text = random_text(folder / "ids.jsonl", run.tokens, shape.vocabulary)
         asked = {"model": model, "tokens": run.tokens, "text": text, "output": folder / "slice"}
-        slice_ = child("gpu:prepared", device=run.device, **asked)
-        seconds[f"{run.layers} layers of {run.geometry}, {run.device}"] = slice_
+        some = child("gpu:prepared", device=run.device, **asked)
+        seconds[f"{run.layers} layers of {run.geometry}, {run.device}"] = some
         times = GEOMETRIES[run.geometry]().layers / run.layers
-        whole = {stage: took * times for stage, took in slice_.items()}
+        whole = {stage: took * times for stage, took in some.items()}
         seconds[f"{run.geometry} whole, {run.device}, extrapolated"] = whole
     columns = {"": "{}", **dict.fromkeys((*STAGES, "all"), "{:.1f}")}
     lines = [[name, *(took.get(c) for c in (*STAGES, "all"))] for name, took in seconds.items()]
