@@ -45,6 +45,7 @@ PROGRAM = {"f32": (2.0, 2.0), "int8": (1 + 2 / 32, 1 + 2 / 32), "int4": (0.5 + 2
 PROCESS, EXPORTER = 0.45e9, 0.4e9
 MARGIN = 0.15e9  # bytes of small things
 SAVED = 12  # hidden states per layer that lie on the disk for the way back
+TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # what configs call it
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,17 @@ class Sizes:
         stored = 2 * max(per_layer)
         if quantiser is not None:  # of codes one expert at a time is decoded
             stored = int(bytes_per_weight(quantiser) * max(per_layer)) + 4 * 4 * expert
-        first, hidden = modules[0], config.hidden_size
-        heads = getattr(config, "num_attention_heads", None) or 1
+        first = modules[0]
+        heads, (_, head) = _most(config, "num_attention_heads") or 1, _heads(config)
         return cls(
             layers=layers,
             per_layer=per_layer,
-            top_k=getattr(config, "num_experts_per_tok", None),
+            top_k=next(filter(None, (getattr(config, name, None) for name in TOP_K)), None),
             backbone=_parameters(model) - sum(per_layer),
             ends=_ends(model),
             products=_products(model),
             vocabulary=config.vocab_size,
-            heads=heads * (getattr(config, "head_dim", None) or hidden // heads),
+            heads=heads * head,
             depth=config.num_hidden_layers,
             state=2 * 4 * config.num_hidden_layers * math.prod(_heads(config)),
             kept=_kept(config),
@@ -159,10 +160,16 @@ class Sizes:
 
 
 def _heads(config: transformers.PreTrainedConfig) -> tuple[int, int]:
-    """The heads of a layer's keys, and the numbers of one."""
-    heads = getattr(config, "num_attention_heads", None) or 1
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return getattr(config, "num_key_value_heads", None) or heads, head
+    """The heads of a layer's keys, and the numbers of one, at most."""
+    heads = _most(config, "num_attention_heads") or 1
+    head = _most(config, "head_dim") or config.hidden_size // heads
+    return _most(config, "num_key_value_heads") or heads, head
+
+
+def _most(config: transformers.PreTrainedConfig, name: str) -> int | None:
+    """The largest value of any layer: gemma4's have heads of two sizes."""
+    values = (getattr(layer, name, None) for layer in config.per_layer_config)
+    return max(filter(None, values), default=None)
 
 
 def _kept(config: transformers.PreTrainedConfig) -> tuple[int, int]:

@@ -19,7 +19,8 @@ from smoe.prep.progress import Progress
 
 
 @pytest.mark.parametrize(
-    "family, layers", [("mixtral", 2), ("gpt_oss", 2), ("deepseek_v3", 2), ("nemotron_h", 1)]
+    "family, layers",
+    [("mixtral", 2), ("gpt_oss", 2), ("deepseek_v3", 2), ("nemotron_h", 1), ("gemma4_text", 2)],
 )
 def test_counts_are_those_of_the_model(make, checkpoints, family, layers):
     model, about = make(family), inspect(checkpoints(family))
