@@ -155,20 +155,12 @@ SMOE_INLINE void some_tokens(const Operand& w, std::size_t tile, const Rows& x, 
             put(y + n * stride + part * WIDE, total[part][n]);
 }
 
-// Up to `FEW` tokens.
-template <std::size_t BITS, class S>
+// Up to N tokens.
+template <std::size_t BITS, std::size_t N, class S>
 SMOE_INLINE void few_tokens(const Operand& w, std::size_t tile, const Rows& x, float* y,
                             std::size_t stride) {
-    switch (x.n) {
-        case 1:
-            return some_tokens<BITS, 1, S>(w, tile, x, y, stride);
-        case 2:
-            return some_tokens<BITS, 2, S>(w, tile, x, y, stride);
-        case 3:
-            return some_tokens<BITS, 3, S>(w, tile, x, y, stride);
-        case FEW:
-            return some_tokens<BITS, FEW, S>(w, tile, x, y, stride);
-    }
+    if (x.n == N) return some_tokens<BITS, N, S>(w, tile, x, y, stride);
+    if constexpr (N > 1) few_tokens<BITS, N - 1, S>(w, tile, x, y, stride);
 }
 
 // The values of some blocks of a tile, written down.
@@ -191,9 +183,10 @@ SMOE_INLINE void decode(const Slices& at, const Tables& tables, std::size_t firs
 template <std::size_t BITS, class S = BF16>
 void nested_tiles(const Operand& w, std::size_t tile, std::size_t tiles, const Rows& x, float* y,
                   std::size_t stride) {
-    if (x.n <= FEW) {
+    constexpr std::size_t few = BITS <= 4 ? FEW : 1;  // more would take minutes to compile
+    if (x.n <= few) {
         for (std::size_t i = 0; i < tiles; ++i)
-            few_tokens<BITS, S>(w, tile + i, x, y + i * ROWS, stride);
+            few_tokens<BITS, few, S>(w, tile + i, x, y + i * ROWS, stride);
         return;
     }
     const Matrix& m = *w.m;
